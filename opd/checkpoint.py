@@ -1,0 +1,510 @@
+"""Checkpoints that are whole or absent, content hashes of a run's inputs, and the Hugging Face export.
+
+A checkpoint is a directory `checkpoints/step_N` with a `manifest.json`: format version, step, number of ranks,
+fingerprint of the run, and the size and SHA-256 of every file. It is written under a temporary name, synced to the
+disk, completed by its manifest and renamed once, so that a kill at any instant leaves the new checkpoint or none, and
+never touches an older one. Nothing is loaded before all hashes were checked. Our own state is JSON; only DeepSpeed's
+shards are pickles, and the hashes cover them.
+"""
+
+import copy
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from torch import Tensor
+
+from opd.distributed import agree_on_error, broadcast_object, fault_point, gather_objects, rank, world_size
+from opd.types import LoopState
+
+MANIFEST = "manifest.json"
+LOOP_STATE = "loop_state.json"
+VERSION = 1  # of the layout below `checkpoints/`
+
+# Where tests kill `save`, in order; rank 0 passes all of them, the other ranks those marked.
+FAULT_POINTS = (
+    "save.begin",  # every rank
+    "save.tmp_made",  # every rank
+    "save.shards_written",  # every rank
+    "save.loop_state_written",
+    "save.files_synced",  # every rank
+    "save.before_manifest",  # every rank
+    "save.manifest_half",
+    "save.manifest_written",
+    "save.before_rename",
+    "save.renamed",
+    "save.before_retention",  # every rank
+    "save.mid_retention",
+)
+
+_SAMPLED_ABOVE = 64 << 20
+_SAMPLE_BLOCK = 1 << 20
+_SAMPLES = 64
+_CONTENT_SUFFIXES = (
+    *(".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"),
+    *(".safetensors", ".bin", ".pt", ".pth"),
+    *(".jsonl", ".parquet", ".arrow", ".csv"),
+)
+
+
+# ---- save ------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    run_dir: Path, state: LoopState, save_shards: Callable[[Path], None], fingerprint: dict[str, Any], *, keep: int
+) -> Path:
+    """Writes `checkpoints/step_N` and deletes the oldest beyond `keep`; returns the directory. Collective.
+
+    `save_shards(directory)` writes this rank's part. It may hold collectives, therefore it must not leave them early: a
+    write error waits until the last one is over. A whole checkpoint of the same step is left as it is and returned; a
+    damaged one is replaced.
+    Raises RuntimeError on every rank, after removing what was written, if any rank could not write, as on a full disk.
+    """
+    assert keep >= 1, keep
+    checkpoints = _checkpoints(run_dir)
+    final = checkpoints / f"step_{state.step}"
+    if broadcast_object(final.exists()):
+        _, reason = _verify(final)
+        if reason is None:
+            _warn(f"{final} exists already and is whole; it is kept and nothing is written")
+            return final
+        _warn(f"{final} is damaged and will be replaced: {reason}")
+
+    with _temporary(final) as tmp:
+        manifest = {"version": VERSION, "step": state.step, "world_size": world_size(), "fingerprint": fingerprint}
+        manifest["files"] = _write_files(tmp, state, save_shards)
+        _write_manifest(tmp, manifest)
+        _publish(tmp, final)
+    with agree_on_error("deleting old checkpoints"):
+        fault_point("save.before_retention")
+        if rank() == 0:
+            _retain(checkpoints, state.step, keep)
+    return final
+
+
+@contextmanager
+def _temporary(final: Path) -> Iterator[Path]:
+    """A new directory beside `final` that all ranks know, removed on an error, locked as long as its run lives."""
+    tmp, lock = final, -1
+    try:
+        with agree_on_error(f"making a directory in {final.parent}"):
+            fault_point("save.begin")
+            if rank() == 0:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(final.parent)
+                tmp = final.parent / f".tmp_{final.name}.{secrets.token_hex(4)}"
+                tmp.mkdir()
+                lock = os.open(tmp, os.O_RDONLY)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        tmp = broadcast_object(tmp)
+        with agree_on_error(f"using {tmp}"):
+            fault_point("save.tmp_made")
+        yield tmp
+    except (RuntimeError, ValueError) as error:
+        if rank() == 0 and tmp != final:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise RuntimeError(f"checkpoint {final} was not written; older ones are untouched: {error}") from error
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def _write_files(tmp: Path, state: LoopState, save_shards: Callable[[Path], None]) -> list[dict[str, Any]]:
+    """All files but the manifest, on the disk. Returns [{file, size, sha256}], the same on every rank."""
+    with agree_on_error("writing the shards"):
+        save_shards(tmp)
+        fault_point("save.shards_written")
+    with agree_on_error(f"writing {LOOP_STATE}"):
+        if rank() == 0:
+            (tmp / LOOP_STATE).write_text(json.dumps(dataclasses.asdict(state)))
+            fault_point("save.loop_state_written")
+    entries: list[dict[str, Any]] = []
+    with agree_on_error("syncing the files"):
+        found = [{"file": str(p.relative_to(tmp)), "size": p.stat().st_size} for p in tmp.rglob("*") if p.is_file()]
+        for entry in _share(found):
+            _fsync(tmp / entry["file"])
+            entries.append({**entry, "sha256": _sha256(tmp / entry["file"])})
+        fault_point("save.files_synced")
+    return sorted((e for part in gather_objects(entries) for e in part), key=lambda e: e["file"])
+
+
+def _write_manifest(tmp: Path, manifest: dict[str, Any]) -> None:
+    with agree_on_error(f"writing {MANIFEST}"):
+        fault_point("save.before_manifest")
+        if rank() == 0:
+            text = _manifest_text(manifest)
+            with open(tmp / MANIFEST, "w") as file:
+                file.write(text[: len(text) // 2])
+                file.flush()
+                fault_point("save.manifest_half")
+                file.write(text[len(text) // 2 :])
+                file.flush()
+                fault_point("save.manifest_written")
+                os.fsync(file.fileno())
+            for directory in (tmp, *(p for p in tmp.rglob("*") if p.is_dir())):
+                _fsync(directory)
+
+
+def _publish(tmp: Path, final: Path) -> None:
+    with agree_on_error(f"renaming {tmp}"):
+        if rank() == 0:
+            fault_point("save.before_rename")
+            if final.exists():
+                shutil.rmtree(_to_trash(final), ignore_errors=True)
+            os.rename(tmp, final)
+            fault_point("save.renamed")
+            _fsync(final.parent)
+
+
+def _retain(checkpoints: Path, step: int, keep: int) -> None:
+    """Deletes the oldest. Only complete ones up to `step` count, so that a damaged one never pushes a whole one out."""
+    complete = [p for n, p in _steps(checkpoints) if n <= step and _quick_defect(p) is None]
+    for path in complete[keep:]:
+        try:
+            trash = _to_trash(path)
+        except OSError as error:  # the new checkpoint is in place; the next save tries again
+            _warn(f"could not delete {path}: {error}")
+            continue
+        fault_point("save.mid_retention")
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+# ---- find ------------------------------------------------------------------------------------------------------------
+
+
+def find(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to resume from; None is a fresh start. Collective, the same answer on every rank.
+
+    `resume` is `auto` (the newest whole one; each that is skipped is named, with the reason), `never`, or a path.
+    Every hash is checked here, divided over the ranks, before anything is loaded.
+    Raises ValueError if the path is not a whole checkpoint, or was written by another number of ranks.
+    """
+    if resume == "never":
+        return None
+    candidates = []
+    with agree_on_error(f"reading {_checkpoints(run_dir)}"):
+        if rank() == 0:
+            _remove_leftovers(_checkpoints(run_dir))
+            candidates = [path for _, path in _steps(_checkpoints(run_dir))]
+    for path in broadcast_object(candidates) if resume == "auto" else [Path(resume)]:
+        manifest, reason = _verify(path)
+        if reason is None:
+            _check_world_size(path, manifest["world_size"])
+            return path
+        if resume != "auto":
+            raise ValueError(f"--resume {path}: not a whole checkpoint: {reason}; name another, or use --resume auto")
+        _warn(f"skipped {path}: {reason}")
+    return None
+
+
+def set_aside_newer(run_dir: Path, resumed: Path | None) -> None:
+    """Moves the steps that are not this run's past, those newer than `resumed`, to `checkpoints/aside`. Collective.
+
+    To be called once all checks of a resume have passed. Without it a run that went back to an older step, or started
+    afresh, would meet the steps of its former life when it saves, and resume from them after a kill. None, and a
+    checkpoint of another run directory, leave no step in place.
+    """
+    checkpoints = _checkpoints(run_dir)
+    with agree_on_error(f"setting aside checkpoints in {checkpoints}"):
+        if rank() == 0:
+            past = [n for n, path in _steps(checkpoints) if resumed is not None and path.resolve() == resumed.resolve()]
+            for path in [p for n, p in _steps(checkpoints) if not past or n > past[0]]:
+                target = checkpoints / "aside" / f"{path.name}.{secrets.token_hex(4)}"
+                target.parent.mkdir(exist_ok=True)
+                os.rename(path, target)
+                _warn(f"{path} is not part of this run's past; moved to {target}")
+
+
+def load_state(path: Path) -> LoopState:
+    """The loop state of a checkpoint that `find` returned."""
+    return LoopState(**json.loads((path / LOOP_STATE).read_text()))
+
+
+def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
+    """Raises ValueError naming the first field in which this run differs from the one that wrote the checkpoint."""
+    saved = _flatten(json.loads((path / MANIFEST).read_text())["fingerprint"])
+    now = _flatten(json.loads(json.dumps(fingerprint)))
+    for name in [*now, *(n for n in saved if n not in now)]:
+        there, here = (_short(values[name]) if name in values else "absent" for values in (saved, now))
+        if name not in saved or name not in now or saved[name] != now[name]:
+            raise ValueError(
+                f"--resume: `{name}` differs from the checkpoint: {there} there, {here} now; "
+                f"restore it, or start anew with --resume never or another --output_dir ({path})"
+            )
+
+
+def _check_world_size(path: Path, saved: int) -> None:
+    if saved != world_size():
+        raise ValueError(
+            f"--resume: {path} was written by {saved} rank(s) and this run has {world_size()}; "
+            f"ZeRO shards need the same number: start {saved}, or use another --output_dir"
+        )
+
+
+# ---- what whole means ------------------------------------------------------------------------------------------------
+
+
+def _verify(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The manifest and the first defect, or None. Collective: each rank hashes its share of the bytes."""
+    manifest, reason = broadcast_object(_read_manifest(path) if rank() == 0 else None)
+    if reason is not None:
+        return {}, reason
+    defects = (_file_defect(path, entry) for entry in _share(manifest["files"]))
+    reasons = gather_objects(next((d for d in defects if d is not None), None))
+    return manifest, next((r for r in reasons if r is not None), None)
+
+
+def _quick_defect(path: Path) -> str | None:
+    """Without hashes, without collectives."""
+    manifest, reason = _read_manifest(path)
+    sizes = (_size_defect(path, entry) for entry in manifest.get("files", ()))
+    return reason or next((d for d in sizes if d is not None), None)
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
+    if not path.is_dir():
+        return {}, "no such directory"
+    try:
+        text = (path / MANIFEST).read_bytes().decode()
+        content = json.loads(text)
+    except (OSError, ValueError) as error:
+        return {}, f"{MANIFEST}: {'missing' if isinstance(error, FileNotFoundError) else error}"
+    if not isinstance(content, dict) or _manifest_text(content) != text:
+        return {}, f"{MANIFEST}: its own hash does not match"
+    if content["version"] != VERSION:
+        return {}, f"{MANIFEST}: version {content['version']}, this program reads {VERSION}"
+    named = re.fullmatch(r"step_(\d+)", path.name)
+    if named and int(named[1]) != content["step"]:
+        return {}, f"{MANIFEST}: it is of step {content['step']}; the directory was renamed"
+    return content, None
+
+
+def _manifest_text(content: dict[str, Any]) -> str:
+    """One canonical text: a reader writes what it has read and compares, so that any changed byte shows."""
+    body = {k: v for k, v in content.items() if k != "sha256"}
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
+
+
+def _size_defect(path: Path, entry: dict[str, Any]) -> str | None:
+    try:
+        size = (path / entry["file"]).stat().st_size
+    except OSError as error:
+        return f"{entry['file']}: {'missing' if isinstance(error, FileNotFoundError) else error}"
+    return None if size == entry["size"] else f"{entry['file']}: {size} bytes instead of {entry['size']}"
+
+
+def _file_defect(path: Path, entry: dict[str, Any]) -> str | None:
+    defect = _size_defect(path, entry)
+    if defect is not None:
+        return defect
+    try:
+        digest = _sha256(path / entry["file"])
+    except OSError as error:
+        return f"{entry['file']}: {error}"
+    return None if digest == entry["sha256"] else f"{entry['file']}: its hash does not match"
+
+
+# ---- directories and files -------------------------------------------------------------------------------------------
+
+
+def _checkpoints(run_dir: Path) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def _steps(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(N, directory) of every `step_N`, newest first, whole or not."""
+    if not checkpoints.is_dir():
+        return []
+    matches = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in checkpoints.iterdir() if p.is_dir()]
+    return sorted(((int(m[1]), p) for m, p in matches if m), reverse=True)
+
+
+def _to_trash(path: Path) -> Path:
+    """Renames before deleting: a directory that is half deleted must not look like a checkpoint."""
+    trash = path.with_name(f".trash_{path.name}.{secrets.token_hex(4)}")
+    os.rename(path, trash)
+    _fsync(path.parent)
+    return trash
+
+
+def _remove_leftovers(checkpoints: Path) -> None:
+    """Deletes what dead runs left. The kernel drops a dead process's lock; a live one's directory stays locked."""
+    for path in (*checkpoints.glob(".tmp_step_*"), *checkpoints.glob(".trash_step_*")):
+        with suppress(BlockingIOError, FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _share(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """This rank's part of the files, the bytes spread evenly."""
+    return sorted(entries, key=lambda e: (-e["size"], e["file"]))[rank() :: world_size()]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _warn(message: str) -> None:
+    if rank() == 0:
+        print(f"WARNING: checkpoint: {message}", file=sys.stderr, flush=True)
+
+
+# ---- content hashes --------------------------------------------------------------------------------------------------
+
+
+def content_hash(path_or_id: str) -> str:
+    """What a model or data set is, for the fingerprint of a run. No network.
+
+    A file: its SHA-256. A directory: SHA-256 over the sorted names, sizes and contents of its configuration, tokenizer,
+    weight and data files (top level only for a model directory, one with a config.json). Of files above 64 MiB, 64
+    evenly spaced blocks of 1 MiB stand for the content, first and last included, so that 60 GB hash in seconds: the
+    weights of another training run are seen, an edit of a few bytes between the blocks is not. A hub id that is no
+    local path: the id and, if the local cache has it, `@commit`; so call it after loading, when the cache has it.
+    Raises ValueError for a directory without such files, and for what is neither a path nor a hub id.
+    """
+    path = Path(path_or_id)
+    if path.is_file():
+        return _sha256(path)
+    if path.is_dir():
+        return _directory_hash(path)
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(path_or_id, "config.json")
+    except huggingface_hub.errors.HFValidationError:
+        raise ValueError(f"{path_or_id}: no such file or directory, and not a hub id either") from None
+    return f"{path_or_id}@{Path(cached).parent.name}" if isinstance(cached, str) else path_or_id
+
+
+def _directory_hash(directory: Path) -> str:
+    found = directory.iterdir() if (directory / "config.json").exists() else directory.rglob("*")
+    names = {str(p.relative_to(directory)): p for p in found if p.is_file() and p.suffix in _CONTENT_SUFFIXES}
+    names = {name: p for name, p in names.items() if not any(part.startswith(".") for part in Path(name).parts)}
+    if not names:
+        raise ValueError(f"{directory}: holds no model and no data files")
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0{names[name].stat().st_size}\0".encode())
+        _update_with_content(digest, names[name])
+    return digest.hexdigest()
+
+
+def _update_with_content(digest, path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= _SAMPLED_ABOVE:
+            while block := file.read(_SAMPLE_BLOCK):
+                digest.update(block)
+            return
+        for i in range(_SAMPLES):
+            file.seek(i * (size - _SAMPLE_BLOCK) // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BLOCK))
+
+
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"teachers": {"math": x}} -> {"teachers.math": x}; an empty mapping is a value."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    nested = [_flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()]
+    return {name: value for part in nested for name, value in part.items()}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if re.fullmatch(r"[0-9a-f]{32,}", text):
+        return text[:12]
+    return text if len(text) <= 60 else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def export_huggingface(
+    path: Path, model, tokenizer, named_tensors: Iterable[tuple[str, Tensor]], generation_config
+) -> None:
+    """Writes a directory that transformers and vLLM load; an older one at `path` gives way to a finished one only.
+
+    Collective: every rank iterates `named_tensors` (under ZeRO-3 the iterator gathers), rank 0 keeps host copies in the
+    tensors' own dtype. Names are those of `model.named_parameters()`; of tied weights either name, or both. `model` is
+    the transformers model; its own parameters may be partitioned. Raises RuntimeError on every rank if rank 0 fails.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named_tensors:
+        if rank() == 0:
+            tensors[name] = tensor.detach().to("cpu", copy=True)
+    with agree_on_error(f"export to {path}"):
+        if rank() == 0:
+            _export_from_rank_0(Path(path), model, tokenizer, _checkpoint_tensors(model, tensors), generation_config)
+
+
+def _checkpoint_tensors(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One tensor per tied group, under the name that loaders expect, and the persistent buffers."""
+    result = dict(tensors)
+    for alias, source in model.all_tied_weights_keys.items():
+        if alias in result:
+            tensor = result.pop(alias)
+            result.setdefault(source, tensor)
+    parameters = {name for name, _ in model.named_parameters()}
+    assert parameters == result.keys(), f"names differ from the model's: {sorted(parameters ^ result.keys())[:4]}"
+    aliases = model.all_tied_weights_keys
+    result.update({n: b.cpu() for n, b in model.state_dict().items() if n not in parameters and n not in aliases})
+    return result
+
+
+def _export_from_rank_0(path: Path, model, tokenizer, tensors: dict[str, Tensor], generation_config) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (*path.parent.glob(f".tmp_{path.name}.*"), *path.parent.glob(f".old_{path.name}.*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    tmp, old = (path.with_name(f".{kind}_{path.name}.{secrets.token_hex(4)}") for kind in ("tmp", "old"))
+    own_generation_config = model.generation_config
+    try:
+        model.generation_config = _storable(generation_config, tokenizer)  # save_pretrained writes the model's own
+        model.save_pretrained(tmp, state_dict=tensors, max_shard_size="5GB")
+        tokenizer.save_pretrained(tmp)
+        for file in (*tmp.iterdir(), tmp):
+            _fsync(file)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(tmp, path)
+        _fsync(path.parent)
+    finally:
+        model.generation_config = own_generation_config
+        shutil.rmtree(tmp, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _storable(generation_config, tokenizer):
+    """A copy with an EOS token, which stops generation in transformers and vLLM, and that transformers will write."""
+    config = copy.deepcopy(generation_config)
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError as error:  # some published models carry sampling hints that transformers refuses to write
+        _warn(f"export: generation_config.json keeps the token ids only: {' '.join(str(error).split())[:200]}")
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = type(config)(**ids)
+    return config

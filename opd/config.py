@@ -1,0 +1,412 @@
+"""Configuration: each dataclass field is a flag and a YAML key, and its help text is its documentation.
+
+A script composes its Config from the groups below. `parse` reads `--config FILE` first and lets the command line win;
+`validate` is pure and raises one ValueError that names the flag, the value and the remedy. Nothing here imports torch.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+
+def option(default: Any, help: str, **metadata):
+    """A field with its help text; a list default is copied."""
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    student_model: str = option("", "Student: a Hugging Face model directory or hub id. Required.")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Computation type of student and engines; auto is bfloat16 on a GPU and float32 on a CPU."
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
+    attn_implementation: str = option("sdpa", "Attention of the Hugging Face student.")
+    trust_remote_code: bool = option(False, "Run model code that ships with a checkpoint. Off: such models are refused.")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    teacher: list[str] = option(
+        [],
+        "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. The YAML key `teachers` "
+        "is the long form: a list of {name, model, domains: [..] or '*', weight}.",
+        action="append",
+    )
+    allow_template_mismatch: bool = option(
+        False, "Accept a teacher whose EOS token or chat template differs from the student's."
+    )
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """One entry of `teachers`. `domains` is "*" for every domain that no other teacher claims."""
+
+    name: str
+    model: str
+    domains: tuple[str, ...] | Literal["*"]
+    weight: float = 1.0  # relative to the other teachers of the same domain
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data: list[str] = option([], "Training prompts: JSONL or parquet files, directories or hub ids. Required.")
+    eval_data: list[str] = option([], "Held-out prompts with answers. Without it there is no evaluation.")
+    domain_key: str = option("data_source", "Column that names a row's domain.")
+    prompt_key: str = option("prompt", "Column with the prompt: text, or a list of chat messages.")
+    answer_key: str = option("answer", "Column with the reference answer for rewards and evaluation; may be absent.")
+    response_key: str = option("response", "Column with a dataset response, for the off-policy share of train_gkd.py.")
+    domain_weights: list[str] = option([], "NAME=WEIGHT pairs: share of each domain in a step. Default: rows decide.")
+    max_prompt_tokens: int = option(1024, "Longest prompt, in tokens, after the chat template.")
+    overlong_prompts: Literal["drop", "truncate"] = option(
+        "drop", "What happens to longer prompts: drop them, or cut their beginning. Both are counted at start."
+    )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts_per_step: int = option(64, "Prompts in one optimizer step, over all ranks.")
+    num_generations: int = option(1, "Responses per prompt.")
+    max_response_tokens: int = option(1024, "Longest response, in tokens; a longer one is truncated and counted.")
+    temperature: float = option(1.0, "Sampling temperature.")
+    top_p: float = option(1.0, "Nucleus sampling; below 1 the sampler is no longer the student.")
+    top_k: int = option(0, "Sample from the k likeliest tokens only; 0 is off.")
+    rollout_kv_cache_gib: float = option(1.0, "KV cache of the rollout engine per GPU, GiB.")
+    teacher_kv_cache_gib: float = option(0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates.")
+
+
+LossName = Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "reverse_kl_pg"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    loss: LossName = option(
+        "reverse_kl", "Divergence from the teacher, or reverse_kl_pg: the policy gradient of the reverse KL."
+    )
+    support: Literal["auto", "full", "teacher_topk", "sampled"] = option(
+        "auto", "Tokens the loss sums over at each position; auto is full, and sampled for reverse_kl_pg."
+    )
+    support_k: int = option(64, "Size of the teacher_topk support.")
+    tail: Literal["bucket", "generalized", "renormalize", "truncate"] = option(
+        "bucket", "What happens to the mass outside the teacher_topk support."
+    )
+    estimator: Literal["auto", "k1", "k2", "k3"] = option(
+        "auto", "Estimate of the reverse KL at the sampled token; auto is k3, and k1 for reverse_kl_pg."
+    )
+    jsd_beta: float = option(0.5, "Weight of the teacher in the mixture of jsd, in (0, 1).")
+    skew_alpha: float = option(0.1, "Share of the other distribution in the skew divergences, in (0, 1).")
+    loss_temperature: float = option(1.0, "Divides the logits of student and teacher in the loss.")
+    advantage_clip: float | None = option(None, "Clip the distillation advantage of reverse_kl_pg to +- this, in nats.")
+    clip_low: float | None = option(None, "PPO clip below 1; without it reverse_kl_pg is REINFORCE.")
+    clip_high: float | None = option(None, "PPO clip above 1; default: clip_low.")
+    dual_clip: float | None = option(None, "Bound, above 1, on the PPO ratio where the advantage is negative.")
+    is_mode: Literal["none", "truncate", "mask"] = option(
+        "none", "Importance weights against the gap between trainer and sampler: cut at is_high, or zero outside."
+    )
+    is_level: Literal["token", "sequence", "geometric"] = option("token", "Ratio per token, sequence, or their mean.")
+    is_low: float = option(0.5, "Lower bound of the mask mode.")
+    is_high: float = option(5.0, "Upper bound of both modes.")
+    reward_weight: float = option(0.0, "Weight of the group-relative task advantage; 0 is pure distillation.")
+    reward_fn: str = option(
+        "exact_match", "Task reward: exact_match, last_number, or module:function(prompt, text) -> float."
+    )
+    loss_chunk_mib: int = option(256, "Memory for the logits of one chunk of loss tokens, MiB.")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    micro_batch_size: int = option(8, "Sequences in one forward and backward pass per rank.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option("cosine", "Decay after the warm-up.")
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    min_lr_ratio: float = option(0.1, "Learning rate at the last step, as a share of the peak.")
+    weight_decay: float = option(0.0, "AdamW weight decay; not on biases and norms.")
+    adam_beta1: float = option(0.9, "AdamW beta1.")
+    adam_beta2: float = option(0.95, "AdamW beta2.")
+    adam_eps: float = option(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = option(1.0, "Gradient norm to clip at; 0 is off.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    output_dir: str = option("", "Run directory. Required.")
+    num_steps: int = option(100, "Optimizer steps.")
+    seed: int = option(0, "Seed of data order and sampling.")
+    ds_config: str = option("ds_configs/zero3.json", "DeepSpeed: sharding, offload and communication only.")
+    eval_every: int = option(0, "Evaluate every n steps; 0 is before and after only.")
+    eval_max_prompts: int = option(0, "Held-out prompts per domain; 0 is all.")
+    save_every: int = option(0, "Checkpoint every n steps; 0 is at the end only.")
+    keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
+    parity_every: int = option(10, "Compare rollout engine and student every n steps; 0 is never.")
+    rollout_samples: int = option(4, "Responses written to rollouts/ and TensorBoard at each logged step.")
+    rollout_every: int = option(10, "Write sample responses every n steps; 0 is never.")
+    resume: str = option("auto", "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path.")
+    dry_run: bool = option(False, "Print the resolved configuration, memory and two prompts; load no weights.")
+    local_rank: int = option(-1, "Set by launchers.")
+
+
+def resolve_teachers(flags: list[str]) -> tuple[TeacherSpec, ...]:
+    """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH takes every domain."""
+    specs = []
+    for value in flags:
+        name, equals, model = value.partition("=")
+        if equals and not name or equals and not model:
+            raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH")
+        specs.append(TeacherSpec(name, model, (name,)) if equals else TeacherSpec("default", value, "*"))
+    return tuple(specs)
+
+
+def teachers_from_yaml(entries: Any, path: str) -> tuple[TeacherSpec, ...]:
+    """The long form of `teachers`, checked key by key."""
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: teachers must be a list of {{name, model, domains, weight}}")
+    specs = []
+    known = [f.name for f in dataclasses.fields(TeacherSpec)]
+    for entry in entries:
+        if not isinstance(entry, dict) or not entry.get("name") or not entry.get("model"):
+            raise ValueError(f"{path}: teachers: {entry!r} needs at least `name` and `model`")
+        for key in entry:
+            if key not in known:
+                raise ValueError(f"{path}: teachers: {entry['name']}: unknown key `{key}`{nearest(key, known)}")
+        domains = entry.get("domains", [entry["name"]])
+        if domains != "*" and not (isinstance(domains, list) and domains):
+            raise ValueError(f"{path}: teachers: {entry['name']}: domains must be a list of names or '*', got {domains!r}")
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"{path}: teachers: {entry['name']}: weight must be a number, got {weight!r}")
+        domains = "*" if domains == "*" else tuple(map(str, domains))
+        specs.append(TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight)))
+    return tuple(specs)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _Parser(HfArgumentParser):
+    """argparse, but a mistake is one line and exit status 2."""
+
+    def error(self, message):
+        raise ValueError(message.removeprefix("argument "))
+
+
+def groups_of(config_class) -> dict[str, type]:
+    """The configuration groups of a script's Config: field name -> dataclass."""
+    hints = get_type_hints(config_class)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(hints[f.name])}
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--config {path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected `flag: value` lines, got {type(content).__name__}")
+    return content
+
+
+def _as_argv(key: str, value: Any) -> list[str]:
+    if value is None or value == []:
+        return []
+    if isinstance(value, dict):
+        return [f"--{key}", *(f"{k}={v}" for k, v in value.items())]
+    return [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+
+
+def parse(config_class, argv: list[str] | None = None):
+    """Builds `config_class` from `--config FILE` and the command line; the command line always wins.
+
+    The class is a frozen dataclass of groups plus a field `teachers: tuple[TeacherSpec, ...]`.
+    Raises ValueError with one line for any mistake.
+    """
+    argv = [part for a in (sys.argv[1:] if argv is None else argv) for part in (a.split("=", 1) if _is_flag(a) else [a])]
+    argv = ["--" + a[2:].replace("-", "_") if a.startswith("--") else a for a in argv]
+    groups = groups_of(config_class)
+    parser = _Parser(list(groups.values()), allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", help="YAML file of the same flags; the command line overrides it.")
+    known = [f.name for group in groups.values() for f in dataclasses.fields(group)]
+    given = {a[2:].removeprefix("no_") for a in argv if a.startswith("--")}
+
+    teachers: tuple[TeacherSpec, ...] = ()
+    yaml_argv: list[str] = []
+    path = _value_of(argv, "--config")
+    for key, value in (_read_yaml(path) if path else {}).items():
+        if key == "teachers":
+            teachers = teachers_from_yaml(value, path) if "teacher" not in given else ()
+        elif key not in known:
+            raise ValueError(f"--config {path}: unknown key `{key}`{nearest(str(key), [*known, 'teachers'])}")
+        elif key not in given:
+            yaml_argv += _as_argv(key, value)
+
+    namespace, unknown = parser.parse_known_args(yaml_argv + argv)
+    if unknown:
+        flag = unknown[0]
+        raise ValueError(f"unknown flag {flag}{nearest(flag, ['--' + k for k in known])}")
+    values = vars(namespace)
+    values["teacher"] = [v for part in values["teacher"] for v in (part if isinstance(part, list) else [part])]
+    if values["teacher"] and teachers:
+        raise ValueError(f"--config {path}: both `teacher` and `teachers`; keep one")
+    built = {
+        name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for name, group in groups.items()
+    }
+    return config_class(**built, teachers=teachers or resolve_teachers(values["teacher"]))
+
+
+def _is_flag(argument: str) -> bool:
+    """`--flag=value` is split, but `NAME=PATH` values are not flags."""
+    return argument.startswith("--") and "=" in argument
+
+
+def _value_of(argv: list[str], flag: str) -> str | None:
+    for index, argument in enumerate(argv):
+        if argument == flag:
+            if index + 1 == len(argv):
+                raise ValueError(f"{flag}: expected one argument")
+            return argv[index + 1]
+    return None
+
+
+def to_dict(config) -> dict[str, Any]:
+    """The flat mapping that `--config` reads back; `teachers` in its long form."""
+    flat = {k: v for name in groups_of(type(config)) for k, v in dataclasses.asdict(getattr(config, name)).items()}
+    flat.pop("teacher", None)
+    entries = [dataclasses.asdict(spec) for spec in config.teachers]
+    flat["teachers"] = [{**e, "domains": e["domains"] if e["domains"] == "*" else list(e["domains"])} for e in entries]
+    return flat
+
+
+def pairs(flag: str, values: list[str]) -> dict[str, float]:
+    """NAME=NUMBER pairs."""
+    parsed = {}
+    for value in values:
+        name, equals, number = value.partition("=")
+        try:
+            parsed[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not name or parsed[name] < 0:
+            raise ValueError(f"--{flag} {value}: expected NAME=NUMBER with a number >= 0")
+    return parsed
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def validate_common(config) -> None:
+    """What both scripts check before anything is read but the configuration itself."""
+    for group, flag in ((config.model, "student_model"), (config.run, "output_dir"), (config.data, "data")):
+        _require(bool(getattr(group, flag)), f"--{flag} is required")
+    _validate_teachers(config.teachers)
+    minimum = {"support_k": 1, "prompts_per_step": 1, "num_generations": 1, "max_prompt_tokens": 1, "max_response_tokens": 1,
+               "micro_batch_size": 1, "keep_checkpoints": 1, "loss_chunk_mib": 1, "num_steps": 0, "seed": 0, "eval_every": 0,
+               "save_every": 0, "parity_every": 0, "eval_max_prompts": 0, "rollout_every": 0, "rollout_samples": 0,
+               "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "min_lr_ratio": 0, "top_k": 0,
+               "reward_weight": 0}  # fmt: skip
+    above_zero = {"temperature", "loss_temperature", "rollout_kv_cache_gib", "teacher_kv_cache_gib", "advantage_clip",
+                  "clip_low", "clip_high", "is_low", "is_high", "adam_eps", "top_p"}  # fmt: skip
+    inside_unit = {"jsd_beta", "skew_alpha"}
+    for name, value in to_dict(config).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _require(value == value and abs(value) != float("inf"), f"--{name} {value}: must be finite")
+            _require(name not in minimum or value >= minimum[name], f"--{name} {value}: must be at least {minimum.get(name)}")
+            _require(name not in above_zero or value > 0, f"--{name} {value}: must be above 0")
+            _require(name not in inside_unit or 0 < value < 1, f"--{name} {value}: must lie inside (0, 1)" + (
+                "; for the limits use --loss forward_kl or reverse_kl" if name == "jsd_beta" else ""))  # fmt: skip
+    _require(config.rollout.top_p <= 1, f"--top_p {config.rollout.top_p}: must be at most 1")
+    for name in ("adam_beta1", "adam_beta2"):
+        _require(0 <= getattr(config.optim, name) < 1, f"--{name} {getattr(config.optim, name)}: must lie in [0, 1)")
+    pairs("domain_weights", config.data.domain_weights)
+    _validate_loss(config.loss, config.rollout)
+
+
+def _validate_teachers(teachers: tuple[TeacherSpec, ...]) -> None:
+    _require(bool(teachers), "no teacher: give --teacher NAME=PATH (or PATH), or `teachers` in the YAML file")
+    names = [spec.name for spec in teachers]
+    for spec in teachers:
+        _require(names.count(spec.name) == 1, f"--teacher: two teachers are called {spec.name}; names must differ")
+        _require(0 < spec.weight < float("inf"), f"teachers: {spec.name}: weight {spec.weight} must be above 0")
+    _require(sum(spec.domains == "*" for spec in teachers) <= 1, "teachers: only one teacher can take the domains '*'")
+
+
+def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
+    is_pg = loss.loss == "reverse_kl_pg"
+    if is_pg:
+        _require(loss.support in ("auto", "sampled"), f"--support {loss.support}: reverse_kl_pg uses the sampled token only; "
+                 "use --loss reverse_kl for a wider support")  # fmt: skip
+        _require(loss.estimator in ("auto", "k1"), f"--estimator {loss.estimator}: reverse_kl_pg uses k1")
+        _require(loss.loss_temperature == rollout.temperature, f"--loss_temperature {loss.loss_temperature}: a policy gradient "
+                 f"needs the sampling temperature, --temperature {rollout.temperature}")  # fmt: skip
+    else:
+        _require(loss.estimator != "k1", "--estimator k1: its gradient has no teacher in it outside a policy gradient; "
+                 "use k3, or --loss reverse_kl_pg")  # fmt: skip
+        _require(loss.support != "sampled" or loss.loss == "reverse_kl",
+                 f"--support sampled: {loss.loss} has no estimator at the sampled token; use --loss reverse_kl or --support full")
+        for name in ("advantage_clip", "clip_low", "clip_high", "dual_clip"):
+            _require(getattr(loss, name) is None or loss.reward_weight > 0,
+                     f"--{name} {getattr(loss, name)}: only a policy gradient clips; use --loss reverse_kl_pg")  # fmt: skip
+    _require(loss.clip_high is None or loss.clip_low is not None, "--clip_high: needs --clip_low")
+    _require(loss.dual_clip is None or (loss.dual_clip > 1 and loss.clip_low is not None),
+             f"--dual_clip {loss.dual_clip}: must be above 1, with --clip_low")  # fmt: skip
+    _require(loss.is_low <= loss.is_high, f"--is_low {loss.is_low}: must not be above --is_high {loss.is_high}")
+    _require(loss.reward_weight == 0 or rollout.num_generations > 1,
+             f"--reward_weight {loss.reward_weight}: the advantage is relative to a group; set --num_generations to 2 or more")
+    _require(loss.reward_weight == 0 or loss.loss_temperature == rollout.temperature,
+             f"--loss_temperature {loss.loss_temperature}: the task reward's policy gradient needs --temperature "
+             f"{rollout.temperature}")  # fmt: skip
+
+
+# What a ds_config must not say, because a flag owns it.
+_OWNED_BY_FLAGS = {
+    "train_batch_size": "--prompts_per_step and --num_generations",
+    "train_micro_batch_size_per_gpu": "--micro_batch_size",
+    "gradient_accumulation_steps": "--micro_batch_size",
+    "gradient_clipping": "--max_grad_norm",
+    "optimizer": "--learning_rate and the AdamW flags",
+    "scheduler": "--lr_schedule and --warmup_steps",
+    "fp16": "--dtype",
+    "bf16": "--dtype",
+    "torch_autocast": "--dtype",
+    "amp": "--dtype",
+}
+
+
+def load_ds_config(path: str) -> dict[str, Any]:
+    """Reads a DeepSpeed configuration that holds sharding, offload and communication only."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--ds_config {path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"--ds_config {path}: not a JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--ds_config {path}: expected a JSON object")
+    for key in content:
+        if key in _OWNED_BY_FLAGS:
+            raise ValueError(f"--ds_config {path}: remove `{key}`; use {_OWNED_BY_FLAGS[key]}")
+    stage = content.get("zero_optimization", {})
+    if not isinstance(stage, dict) or stage.get("stage", 0) not in (0, 1, 2, 3):
+        raise ValueError(f"--ds_config {path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    return content

@@ -1,0 +1,372 @@
+"""Prompt sets: read, render with the chat template, route by domain, and pick the prompts of a step.
+
+`prompt_batch` is a pure function of (seed, step), and the prompts of a step do not depend on the number of ranks: a
+resumed run, or one on other hardware, sees the same data. Rows are never skipped in silence: a row that cannot be used
+is an error that names its file and line, and over-long prompts are counted.
+"""
+
+import functools
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import gcd, lcm
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import pyarrow
+
+from opd.config import DataConfig, TeacherSpec
+from opd.distributed import fold_seed
+from opd.types import Prompt
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Every usable prompt of a data set; `prompts[i].prompt_id == i`."""
+
+    prompts: tuple[Prompt, ...]
+    domains: tuple[str, ...]  # sorted
+    content_hash: str  # sha256 over token ids, domains, answers and responses, in order
+    counts: dict[str, int]  # domain -> prompts kept
+    overlong: dict[str, int]  # domain -> prompts dropped or truncated
+
+    @functools.cached_property
+    def ids_by_domain(self) -> dict[str, list[int]]:
+        ids = {domain: [] for domain in self.domains}
+        for prompt in self.prompts:
+            ids[prompt.domain].append(prompt.prompt_id)
+        return ids
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _cut(value: Any) -> str:
+    return f"{value!r:.80}"
+
+
+def _read_json(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a JSON Lines file, or of a file that holds one JSON list."""
+    lines = path.read_bytes().split(b"\n")
+    if path.suffix == ".json" and next((line for line in lines if line.strip()), b"").lstrip().startswith(b"["):
+        try:
+            yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(json.loads(b"\n".join(lines)), 1))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{flag} {path}: not JSON: {_one_line(error)}") from None
+        return
+    for number, line in enumerate(lines, 1):
+        where = f"{flag} {path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            yield where, json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: not JSON: {_one_line(error)}; every line must be one JSON object") from None
+
+
+def _read_parquet(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
+    try:  # streaming: nothing is copied into a cache, so a rewritten file is never read from an old copy
+        rows = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
+        yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(rows, 1))
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path}: not a parquet file: {_one_line(error)}") from None
+
+
+def _read_hub(name: str, flag: str) -> Iterator[tuple[str, Any]]:
+    """`owner/name`, `owner/name/config`, either with `:split` (default train)."""
+    match = HUB_ID.fullmatch(name)
+    if match is None or Path(name).suffix in (*JSON_SUFFIXES, ".parquet"):
+        raise ValueError(f"{flag} {name}: no such file or directory")
+    try:
+        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        hub = f"nor a hub data set OWNER/NAME[/CONFIG][:SPLIT]: {_one_line(error)}"
+        raise ValueError(f"{flag} {name}: neither a file or directory {hub}") from None
+    return ((f"{flag} {name}, row {i}", row) for i, row in enumerate(rows, 1))
+
+
+def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) of every row of `paths`, in order; `where` names flag, file and line for error messages.
+
+    A path is a JSON Lines or parquet file, a directory of those (in sorted order), or a hub id.
+    """
+    if not paths:
+        raise ValueError(f"{flag} is required: JSONL or parquet files, directories or hub ids")
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for name in paths:
+        path, before = Path(name).expanduser(), len(rows)
+        files = [path] if path.is_file() else []
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix in (*JSON_SUFFIXES, ".parquet") and p.is_file())
+            if not files:
+                raise ValueError(f"{flag} {name}: the directory holds no {', '.join(JSON_SUFFIXES)} or .parquet file")
+        for file in files:
+            if file.suffix not in (*JSON_SUFFIXES, ".parquet"):
+                raise ValueError(f"{flag} {file}: unknown file type {file.suffix!r}; use .jsonl, .json or .parquet")
+            rows += _read_parquet(file, flag) if file.suffix == ".parquet" else _read_json(file, flag)
+        if not files:
+            rows += _read_hub(name, flag)
+        if len(rows) == before:
+            raise ValueError(f"{flag} {name}: empty, no rows")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected an object with columns, got {type(row).__name__}")
+    return rows
+
+
+def _column(where: str, row: dict[str, Any], key: str, key_flag: str) -> Any:
+    if row.get(key) is None:
+        problem = "is null" if key in row else "is missing"
+        raise ValueError(f"{where}: column `{key}` {problem}; the row has {', '.join(row)}; choose with {key_flag}")
+    return row[key]
+
+
+def _messages(where: str, prompt: Any, key: str) -> list[dict[str, Any]]:
+    """Checked chat messages; text becomes one user message."""
+    where = f"{where}: column `{key}`"
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
+        raise ValueError(f"{where} must be text or a list of {{role, content}} messages, got {_cut(prompt)}")
+    for message in prompt:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f"{where}: every message needs a role and a content of text, got {_cut(message)}")
+    if not any(message["content"].strip() for message in prompt):
+        raise ValueError(f"{where}: the prompt is empty")
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(f"{where} ends with an assistant message; remove the answer from the prompt")
+    # A column store fills the keys that other messages have with nulls; a template would take them for values.
+    return [{k: v for k, v in message.items() if v is not None} for message in prompt]
+
+
+def _render(where: str, row: dict[str, Any], key: str, tokenizer) -> str:
+    """The text that is tokenised: the chat template's, with the beginning of the answer; else the prompt as it is."""
+    prompt = _column(where, row, key, "--prompt_key")
+    messages = _messages(where, prompt, key)
+    if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise ValueError(f"{where}: column `{key}` holds messages and the tokenizer has no chat template; use text")
+        return prompt
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: column `{key}`: the chat template refuses it: {_one_line(error)}") from None
+
+
+def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids with special tokens exactly once: a template writes its own, plain text gets a BOS."""
+    if tokenizer.chat_template is not None:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    token_ids = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        ends_itself = eos is not None and text.endswith(eos)
+        token_ids.append(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not ends_itself else ids)
+    return token_ids
+
+
+def _answer(where: str, row: dict[str, Any], key: str, needed: bool) -> str | None:
+    value = _column(where, row, key, "--answer_key") if needed else row.get(key)
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _domain(where: str, row: dict[str, Any], cfg: DataConfig, default_domain: str | None) -> str:
+    if default_domain is not None:
+        return default_domain
+    value = _column(where, row, cfg.domain_key, "--domain_key")
+    if isinstance(value, list | dict) or not str(value).strip():
+        raise ValueError(f"{where}: column `{cfg.domain_key}` must name the row's domain, got {_cut(value)}")
+    return str(value)
+
+
+def _targets(where: str, row: dict[str, Any], key: str, tokenizer, max_response_tokens: int | None) -> list[int]:
+    """The dataset response as the student would have sampled it: its tokens, then EOS, cut to length."""
+    response = _column(where, row, key, "--response_key")
+    if not isinstance(response, str) or not response.strip():
+        raise ValueError(f"{where}: column `{key}` must be the text of a response, got {_cut(response)}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("--student_model: the tokenizer has no EOS token to end the dataset responses with")
+    ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return ids[:max_response_tokens]
+
+
+def load_prompts(
+    paths: Sequence[str],
+    tokenizer,
+    cfg: DataConfig,
+    *,
+    flag: str,
+    need_answer: bool = False,
+    need_response: bool = False,
+    max_response_tokens: int | None = None,
+    default_domain: str | None = None,
+) -> PromptSet:
+    """Reads and renders the prompts of `paths`.
+
+    `flag` ("--data") is what error messages name. `default_domain` is every row's domain when no row has the column
+    `cfg.domain_key`: for a run whose only teacher takes every domain. Any row that cannot be used is a ValueError.
+    """
+    rows = read_rows(paths, flag)
+    if any(cfg.domain_key in row for _, row in rows):
+        default_domain = None
+    domains = [_domain(where, row, cfg, default_domain) for where, row in rows]
+    texts = [_render(where, row, cfg.prompt_key, tokenizer) for where, row in rows]
+    prompts: list[Prompt] = []
+    overlong: Counter[str] = Counter()
+    for (where, row), domain, token_ids in zip(rows, domains, _tokenize(texts, tokenizer), strict=True):
+        if not token_ids:
+            raise ValueError(f"{where}: column `{cfg.prompt_key}`: the prompt is empty after tokenisation")
+        answer = _answer(where, row, cfg.answer_key, need_answer)
+        target_ids = _targets(where, row, cfg.response_key, tokenizer, max_response_tokens) if need_response else None
+        if len(token_ids) > cfg.max_prompt_tokens:
+            overlong[domain] += 1
+            if cfg.overlong_prompts == "drop":
+                continue
+            token_ids = token_ids[-cfg.max_prompt_tokens :]
+        prompts.append(
+            Prompt(prompt_id=len(prompts), domain=domain, token_ids=token_ids, target_ids=target_ids, answer=answer)
+        )
+    counts = Counter(prompt.domain for prompt in prompts)
+    lost = [f"{domain} ({overlong[domain]} rows)" for domain in sorted(set(domains) - set(counts))]
+    if lost:
+        raise ValueError(
+            f"{flag}: every prompt is longer than --max_prompt_tokens {cfg.max_prompt_tokens} in {', '.join(lost)}; "
+            "raise it, or set --overlong_prompts truncate"
+        )
+    return PromptSet(
+        prompts=tuple(prompts),
+        domains=tuple(sorted(counts)),
+        content_hash=_content_hash(prompts),
+        counts=dict(sorted(counts.items())),
+        overlong=dict(sorted(overlong.items())),
+    )
+
+
+def _content_hash(prompts: list[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.token_ids, prompt.domain, prompt.answer, prompt.target_ids]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, name: str, epoch: int, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(fold_seed(seed, "epoch", name, epoch)).shuffle(order)
+    return order
+
+
+def _walk(ids: Sequence[int], start: int, stop: int, seed: int, name: str) -> list[int]:
+    """Items [start, stop) of the endless walk over `ids` that shuffles them anew in every epoch."""
+    size = len(ids)
+    return [ids[_permutation(seed, name, i // size, size)[i % size]] for i in range(start, stop)]
+
+
+def _integer_weights(prompt_set: PromptSet, domain_weights: dict[str, float]) -> tuple[int, ...]:
+    """Weights of `prompt_set.domains` as the smallest integers, so that shares are exact over any number of steps."""
+    if set(domain_weights) != set(prompt_set.domains):
+        given, known = ", ".join(domain_weights), ", ".join(prompt_set.domains)
+        raise ValueError(f"--domain_weights: given for {given}; the data needs exactly one for each of {known}")
+    fractions = [Fraction(str(domain_weights[domain])) for domain in prompt_set.domains]
+    if not any(fractions):
+        raise ValueError("--domain_weights: at least one weight must be above 0")
+    scaled = [int(f * lcm(*(f.denominator for f in fractions))) for f in fractions]
+    return tuple(weight // gcd(*scaled) for weight in scaled)
+
+
+@functools.lru_cache(maxsize=4)
+def _cumulative_counts(weights: tuple[int, ...], prompts_per_step: int) -> list[tuple[int, ...]]:
+    """Memo of `_counts_before`: entry s holds the prompts of each domain in the first s steps."""
+    return [(0,) * len(weights)]
+
+
+def _counts_before(step: int, weights: tuple[int, ...], prompts_per_step: int) -> tuple[int, ...]:
+    """Prompts of each domain in the first `step` steps: always within 1 of the exact share, and never decreasing.
+
+    Rounding each total on its own would let a count fall from one step to the next. Instead the n-th prompt of a domain
+    with share w is a unit job that may not start before (n - 1) / w prompts and must be done by n / w prompts; taking
+    the earliest deadlines first meets all of them (unit jobs on identical machines).
+    """
+    memo, total_weight = _cumulative_counts(weights, prompts_per_step), sum(weights)
+    while len(memo) <= step:
+        total = len(memo) * prompts_per_step
+        counts = [max(c, total * w // total_weight) for c, w in zip(memo[-1], weights, strict=True)]
+        waiting = [d for d, w in enumerate(weights) if counts[d] * total_weight < total * w]
+        waiting.sort(key=lambda d: Fraction(counts[d] + 1, weights[d]))
+        for d in waiting[: total - sum(counts)]:
+            counts[d] += 1
+        assert sum(counts) == total, (counts, total)
+        memo.append(tuple(counts))
+    return memo[step]
+
+
+def prompt_batch(
+    prompt_set: PromptSet,
+    step: int,
+    *,
+    seed: int,
+    prompts_per_step: int,
+    domain_weights: dict[str, float],
+    rank: int,
+    world_size: int,
+) -> list[Prompt]:
+    """This rank's prompts of a step: items rank, rank + world_size, ... of a global batch that knows no ranks.
+
+    Without weights the rows are walked in epochs, each shuffled, none dropped or repeated inside an epoch. With weights
+    every domain is walked that way on its own, and after any number of steps its count is within 1 of its share.
+    """
+    if prompts_per_step % world_size:
+        raise ValueError(f"--prompts_per_step {prompts_per_step}: must be a multiple of the {world_size} ranks")
+    if domain_weights:
+        weights = _integer_weights(prompt_set, domain_weights)
+        before, after = (_counts_before(s, weights, prompts_per_step) for s in (step, step + 1))
+        ids = [
+            prompt_id
+            for domain, start, stop in zip(prompt_set.domains, before, after, strict=True)
+            for prompt_id in _walk(prompt_set.ids_by_domain[domain], start, stop, seed, domain)
+        ]
+        random.Random(fold_seed(seed, "mix", step)).shuffle(ids)
+    else:
+        start = step * prompts_per_step
+        ids = _walk(range(len(prompt_set.prompts)), start, start + prompts_per_step, seed, "")
+    return [prompt_set.prompts[i] for i in ids[rank::world_size]]
+
+
+def routes(
+    teachers: tuple[TeacherSpec, ...], prompt_sets: Sequence[PromptSet]
+) -> dict[str, tuple[tuple[str, float], ...]]:
+    """Domain -> ((teacher, weight), ...), weights summing to 1: the teachers that name it, else the "*" teacher.
+
+    A domain without a teacher and a teacher without a domain are ValueErrors: neither is dropped, nor averaged over.
+    """
+    counts = sum((Counter(prompt_set.counts) for prompt_set in prompt_sets), Counter())
+    in_data = "the data has " + ", ".join(f"{domain} ({n} rows)" for domain, n in sorted(counts.items()))
+    table: dict[str, tuple[tuple[str, float], ...]] = {}
+    for domain in sorted(counts):
+        named = [t for t in teachers if t.domains != "*" and domain in t.domains]
+        chosen = named or [t for t in teachers if t.domains == "*"]
+        table[domain] = tuple((t.name, t.weight / sum(c.weight for c in chosen)) for t in chosen)
+    orphans = [f"{domain} ({counts[domain]} rows)" for domain, chosen in table.items() if not chosen]
+    if orphans:
+        claims = ", ".join(f"{t.name}: {', '.join(t.domains)}" for t in teachers)
+        raise ValueError(f"--teacher: no teacher for the domains {', '.join(orphans)}; the teachers take {claims}")
+    used = {name for chosen in table.values() for name, _ in chosen}
+    for teacher in teachers:
+        absent = [d for d in teacher.domains if d not in counts] if teacher.domains != "*" else []
+        if absent:
+            raise ValueError(f"--teacher {teacher.name}: no row has the domain {', '.join(absent)}; {in_data}")
+        if teacher.name not in used:
+            raise ValueError(f"--teacher {teacher.name}: never used, the others take every domain; {in_data}")
+    return table

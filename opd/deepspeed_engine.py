@@ -1,0 +1,138 @@
+"""Everything that touches DeepSpeed: the student's sharded engine. The only importer of deepspeed in the package."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+
+import deepspeed
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from opd.config import OptimConfig
+
+
+def complete_ds_config(ds_config: dict[str, Any], optim: OptimConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Fills in what the flags own. DeepSpeed never averages or scales a loss here: the script divides by loss tokens.
+
+    Batch sizes are nominal. Micro-batches are summed by `backward(last=...)`, so DeepSpeed must not count them.
+    DeepSpeed 0.19.8 clips at norm 1.0 when `gradient_clipping` is absent, so it is always set.
+    """
+    return {
+        **ds_config,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.max_grad_norm,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "fp16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+class ShardedEngine:
+    """A module under ZeRO 0-3 with AdamW: backward over any number of micro-batches, step, gather, save, load.
+
+    `hf_config` must be alive before the model is built, so that `from_pretrained` shards it while loading.
+    """
+
+    def __init__(self, ds_config: dict[str, Any], optim: OptimConfig, *, dtype: torch.dtype):
+        self.config = complete_ds_config(ds_config, optim, dtype=dtype)
+        self.stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.hf_config = HfDeepSpeedConfig(self.config) if self.stage == 3 else None
+        self.optim = optim
+
+    def attach(self, module: nn.Module, external_parameters: tuple[Tensor, ...]) -> nn.Module:
+        """Shards `module`; returns what to call. `external_parameters` are used in its forward but owned by a submodule."""
+        decayed = [p for p in module.parameters() if p.requires_grad and _ndim(p) > 1]
+        plain = [p for p in module.parameters() if p.requires_grad and _ndim(p) <= 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": self.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=self.optim.learning_rate,
+            betas=(self.optim.adam_beta1, self.optim.adam_beta2),
+            eps=self.optim.adam_eps,
+        )
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.config)
+        if self.stage == 3:
+            for parameter in external_parameters:
+                deepspeed.zero.register_external_parameter(self.engine.module, parameter)
+        return self.engine
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds this micro-batch's gradient; `last` closes the sum. DeepSpeed then averages over ranks."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+
+    def step(self, learning_rate: float) -> float:
+        """One optimizer step; returns the gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    @contextmanager
+    def gathered(self, parameters: list[Tensor]) -> Iterator[None]:
+        """Whole parameters on every rank inside the block, under ZeRO-3; collective."""
+        if self.stage == 3:
+            with deepspeed.zero.GatheredParameters(parameters):
+                yield
+        else:
+            yield
+
+    def named_full_parameters(self, module: nn.Module, bucket_bytes: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of `module`, whole, bucket by bucket; collective: all ranks must exhaust it alike.
+
+        A yielded tensor is valid until the next one is asked for.
+        """
+        bucket: list[tuple[str, Tensor]] = []
+        size = 0
+        for name, parameter in module.named_parameters():
+            numel = getattr(parameter, "ds_numel", parameter.numel())
+            if bucket and size + numel * parameter.element_size() > bucket_bytes:
+                yield from self._emit(bucket)
+                bucket, size = [], 0
+            bucket.append((name, parameter))
+            size += numel * parameter.element_size()
+        yield from self._emit(bucket)
+
+    def _emit(self, bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        with self.gathered([parameter for _, parameter in bucket]):
+            for name, parameter in bucket:
+                yield name, parameter.detach()
+
+    def save(self, directory: Path) -> None:
+        """DeepSpeed's shards under `directory`/shards. Its `latest` file is written without a barrier, so it is not used."""
+        self.engine.save_checkpoint(str(directory), tag="shards", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Raises if DeepSpeed finds nothing: by itself it would start fresh without a word."""
+        path, _ = self.engine.load_checkpoint(str(directory), tag="shards")
+        if path is None:
+            raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
+
+    def offload(self) -> None:
+        """Moves optimizer states and fp32 masters to the host while others need the GPU (ZeRO-3, not with CPU offload)."""
+        if self._can_offload():
+            self.engine.offload_states()
+
+    def reload(self) -> None:
+        if self._can_offload():
+            self.engine.reload_states()
+
+    def _can_offload(self) -> bool:
+        zero = self.config.get("zero_optimization", {})
+        offloaded = zero.get("offload_param") or zero.get("offload_optimizer")
+        return self.stage == 3 and not offloaded and torch.cuda.is_available()
+
+
+def _ndim(parameter: Tensor) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,186 @@
+"""Ranks, reductions, agreement on errors, seeds. One process per GPU; plain `python` is one rank."""
+
+import ctypes
+import datetime
+import hashlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+# A rank that waits longer than this for the others ends the run instead of hanging it.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def init(local_rank: int = -1) -> torch.device:
+    """Joins the ranks that `deepspeed`, `accelerate launch` or `torchrun` started; plain `python` becomes one rank.
+
+    `local_rank` is what older launchers pass as a flag; the environment wins. Returns this rank's device.
+    """
+    if local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    use_cuda = torch.cuda.is_available()
+    if use_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return PartialState(cpu=not use_cuda).device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value):
+    """Rank 0's value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value) -> list:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce(values: list[float], op: str = "sum") -> list[float]:
+    """Reduces a list of numbers over the ranks in float64 on the host; `op` is sum, min or max."""
+    if world_size() == 1 or not values:
+        return [float(v) for v in values]
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()))
+    return tensor.tolist()
+
+
+class RankError(RuntimeError):
+    """Raised on every rank when any rank failed; carries the first cause."""
+
+
+@contextmanager
+def agree_on_error(what: str):
+    """Wraps work that holds no collective; on exit all ranks raise if any did, so that nobody waits for the dead.
+
+    A rank that raises alone leaves the others in their next collective until its timeout. Here every rank reports, and
+    all raise together with the first cause.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    reports = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    first = next(((r, text) for r, text in enumerate(reports) if text is not None), None)
+    if first is None:
+        return
+    if isinstance(error, ValueError):
+        raise error
+    raise RankError(f"{what} failed on rank {first[0]}: {first[1]}") from error
+
+
+@contextmanager
+def exit_together():
+    """Ends this process at once on an exception that the ranks could not agree on.
+
+    Inside a collective region (forward, backward, weight gathering) the others cannot be asked. A rank that leaves with a
+    non-zero status makes every launcher end the rest within seconds; an orderly shutdown would wait for them instead.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def fold_seed(*parts) -> int:
+    """A 63-bit seed that is a function of its parts: (seed, step, prompt id, purpose, ...)."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when its parent dies. To be called in a child, before `exec`."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _launcher_chain() -> list[int]:
+    """This rank's ancestors that belong to a launcher: `deepspeed` puts two between the shell and the rank."""
+    chain, pid = [], os.getppid()
+    while pid > 1:
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            break
+        if not any(name in command for name in ("deepspeed", "torchrun", "torch/distributed", "torch.distributed", "accelerate")):
+            break
+        chain.append(pid)
+        pid = _parent_of(pid)
+    return chain
+
+
+def die_with_launcher(poll_seconds: float = 1.0) -> None:
+    """Ends this rank when its launcher is gone, however it died. A SIGKILL of a launcher cannot be forwarded to its ranks."""
+    chain = _launcher_chain()
+    if not chain:
+        return
+
+    def watch():
+        me = os.getpid()
+        while all(_parent_of(child) == parent for child, parent in zip([me, *chain[:-1]], chain, strict=True)):
+            time.sleep(poll_seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def fault_point(name: str) -> None:
+    """A named place where a test may strike: OPD_FAULT="name:kill" or "name:raise", on the rank OPD_FAULT_RANK (default 0)."""
+    point, _, action = os.environ.get("OPD_FAULT", "").partition(":")
+    if point != name or int(os.environ.get("OPD_FAULT_RANK", 0)) != rank():
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise RuntimeError(f"fault injected at {name}")

@@ -1,0 +1,343 @@
+"""Everything that can be checked before a weight is loaded: models, tokenizers, memory and the run directory.
+
+A wrong pair of models is the most expensive mistake of distillation: it shows after hours, as a curve. Here it costs a
+second and is one ValueError that names the flag, the value and the remedy. Only configurations and tokenizers are read.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from opd.config import load_ds_config, to_dict
+from opd.data import PromptSet
+
+# What a model may do to its logits after the lm_head, and the values at which it does nothing.
+LOGIT_TRANSFORMS = {
+    "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+    "output_multiplier": (None, 1),
+    "logits_mup_width_multiplier": (None, 1),
+}
+
+# Keys that make a run another run. With --resume auto, everything else may change between two starts.
+RUN_IDENTITY = ("student_model", "teachers", "data", "domain_key", "loss", "seed")
+
+
+@dataclass(frozen=True)
+class ModelFact:
+    """One model, from its configuration and tokenizer."""
+
+    flag: str  # what error messages call it
+    path: str
+    eos_ids: tuple[int, ...]  # generation config, else config, else tokenizer
+    vocab_size: int  # rows of the lm_head, padding included
+    hidden_size: int
+    context: int | None  # most positions; None if the model states no limit
+    num_parameters: int
+    head_parameters: int  # rows times columns of the lm_head
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """All models of a run."""
+
+    student: ModelFact
+    teachers: dict[str, ModelFact]  # by teacher name
+    pad_id: int
+    num_tokens: int  # highest token id of the tokenizer, plus one; ids beyond it are padding of the vocabulary
+    shared_vocab: int  # rows that every lm_head has
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _load(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{flag} {path}: cannot load its {what}: {_one_line(error)}") from None
+
+
+def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
+    """Refuses a missing model and a model that brings code along."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()):
+        raise ValueError(f"{flag} {path}: no such model directory")
+    options = {"local_files_only": Path(path).is_dir()}
+    config_dict, _ = _load(flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, **options))
+    tokenizer_dict = _load(flag, path, "tokenizer", lambda: get_tokenizer_config(path, **options))
+    if ("auto_map" in config_dict or "auto_map" in tokenizer_dict) and not trust_remote_code:
+        raise ValueError(f"{flag} {path}: the model brings its own code (auto_map); read it, then --trust_remote_code")
+    if "model_type" not in config_dict:
+        raise ValueError(f"{flag} {path}: no config.json with a model_type; give a Hugging Face model directory")
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False, *, flag: str = "--student_model"):
+    """The tokenizer of a model directory or hub id."""
+    _check_source(flag, path, trust_remote_code)
+    tokenizer = _load(
+        flag,
+        path,
+        "tokenizer",
+        lambda: AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=Path(path).is_dir()
+        ),
+    )
+    is_local = Path(path).is_dir()
+    # transformers 5 builds an empty tokenizer from the model type alone where a directory holds none.
+    if is_local and not any(p.name.startswith(("tokenizer", "vocab", "spiece")) for p in Path(path).iterdir()):
+        raise ValueError(f"{flag} {path}: the directory holds no tokenizer; save it there with save_pretrained")
+    return tokenizer
+
+
+def _check_weights(flag: str, path: str) -> None:
+    """A local model has safetensors, and all of them; a hub id is checked when it is loaded."""
+    directory = Path(path)
+    if not directory.is_dir():
+        return
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = _load(flag, path, index.name, lambda: set(json.loads(index.read_text())["weight_map"].values()))
+        missing = sorted(name for name in files if not (directory / name).is_file())
+        if missing:
+            raise ValueError(
+                f"{flag} {path}: {len(missing)} of {len(files)} weight files are missing, first {missing[0]}"
+            )
+    elif not any(directory.glob("*.safetensors")):
+        hint = "; convert the .bin files with save_pretrained" if any(directory.glob("*.bin")) else ""
+        raise ValueError(f"{flag} {path}: no .safetensors weights in the directory{hint}")
+
+
+def _eos_ids(path: str, model_config: PreTrainedConfig, tokenizer) -> tuple[int, ...]:
+    try:
+        generation = GenerationConfig.from_pretrained(path, local_files_only=Path(path).is_dir()).eos_token_id
+    except OSError:  # most base models have none
+        generation = None
+    candidates = (generation, model_config.get_text_config().eos_token_id, tokenizer.eos_token_id)
+    eos = next((e for e in candidates if e is not None and e != []), ())
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _check_head(flag: str, path: str, model_config: PreTrainedConfig, head: torch.nn.Module | None) -> None:
+    """Scores are `hidden @ lm_head.T`; a model that does more to its logits would be scored wrongly, in silence."""
+    reason = "scores are computed from hidden states and the lm_head, so choose a model without it"
+    for part in (model_config, model_config.get_text_config()):
+        for name, neutral in LOGIT_TRANSFORMS.items():
+            if getattr(part, name, None) not in neutral:
+                raise ValueError(f"{flag} {path}: its logits are changed by {name} = {getattr(part, name)}; {reason}")
+    if head is None:
+        raise ValueError(f"{flag} {path}: {model_config.model_type} has no lm_head; give a causal language model")
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"{flag} {path}: its lm_head has a bias; {reason}")
+
+
+def _read_model(flag: str, path: str, tokenizer, trust_remote_code: bool) -> ModelFact:
+    _check_weights(flag, path)
+    options = {"trust_remote_code": trust_remote_code}
+    model_config = _load(
+        flag,
+        path,
+        "config.json",
+        lambda: AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **options),
+    )
+    with torch.device("meta"):  # shapes only
+        model = _load(
+            flag,
+            path,
+            "architecture",
+            lambda: AutoModelForCausalLM.from_config(model_config, dtype="float32", **options),
+        )
+    head = model.get_output_embeddings()
+    _check_head(flag, path, model_config, head)
+    eos_ids = _eos_ids(path, model_config, tokenizer)
+    text_config = model_config.get_text_config()
+    if not eos_ids or not all(0 <= e < head.weight.shape[0] for e in eos_ids):
+        raise ValueError(f"{flag} {path}: EOS token {list(eos_ids)} is not one of its {head.weight.shape[0]} tokens")
+    return ModelFact(
+        flag=flag,
+        path=path,
+        eos_ids=eos_ids,
+        vocab_size=head.weight.shape[0],
+        hidden_size=head.weight.shape[1],
+        context=getattr(text_config, "max_position_embeddings", None),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        head_parameters=head.weight.numel(),
+    )
+
+
+def _check_same_tokenizer(fact: ModelFact, teacher_tokenizer, tokenizer) -> None:
+    """Ids must mean the same; how text becomes ids does not matter, since nothing is ever tokenised again."""
+    mine, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if mine == theirs:
+        return
+    differing = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
+    token = differing[0]
+    raise ValueError(
+        f"{fact.flag} {fact.path}: its tokenizer is not the student's: {len(differing)} tokens differ, such as {token!r} "
+        f"(id {theirs.get(token)}, the student's {mine.get(token)}); choose a teacher of the student's family"
+    )
+
+
+def _check_same_dialect(fact: ModelFact, student: ModelFact, teacher_tokenizer, tokenizer) -> None:
+    """EOS and chat template. A teacher that ends its turns elsewhere teaches responses that never end."""
+    remedy = "choose a matching teacher, or accept it with --allow_template_mismatch"
+    if set(fact.eos_ids) != set(student.eos_ids):
+        theirs, mine = (tokenizer.convert_ids_to_tokens(list(f.eos_ids)) for f in (fact, student))
+        raise ValueError(f"{fact.flag} {fact.path}: its EOS is {theirs}, the student's is {mine}; {remedy}")
+    if teacher_tokenizer.chat_template != tokenizer.chat_template:
+        raise ValueError(f"{fact.flag} {fact.path}: its chat template is not the student's; {remedy}")
+
+
+def check_models(config) -> ModelFacts:
+    """Checks student and teachers of a script's Config against each other; ValueError on the first mistake."""
+    trust = config.model.trust_remote_code
+    tokenizer = load_tokenizer(config.model.student_model, trust)
+    student = _read_model("--student_model", config.model.student_model, tokenizer, trust)
+    teachers: dict[str, ModelFact] = {}
+    for spec in config.teachers:
+        flag = f"--teacher {spec.name}"
+        teacher_tokenizer = load_tokenizer(spec.model, trust, flag=flag)
+        teachers[spec.name] = fact = _read_model(flag, spec.model, teacher_tokenizer, trust)
+        _check_same_tokenizer(fact, teacher_tokenizer, tokenizer)
+        if not config.teacher.allow_template_mismatch:
+            _check_same_dialect(fact, student, teacher_tokenizer, tokenizer)
+    models = [student, *teachers.values()]
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    for fact in models:
+        if num_tokens > fact.vocab_size:
+            raise ValueError(
+                f"{fact.flag} {fact.path}: the tokenizer has ids up to {num_tokens - 1}, the model {fact.vocab_size} rows"
+            )
+        if fact.context is not None and longest > fact.context:
+            raise ValueError(
+                f"--max_prompt_tokens {config.data.max_prompt_tokens} + --max_response_tokens "
+                f"{config.rollout.max_response_tokens} is over the context of {fact.context} tokens of {fact.flag} {fact.path}"
+            )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else student.eos_ids[0]
+    return ModelFacts(student, teachers, pad_id, num_tokens, min(fact.vocab_size for fact in models))
+
+
+def memory_table(config, facts: ModelFacts, *, world_size: int, use_cuda: bool) -> list[tuple[str, dict[str, int]]]:
+    """(component, phase -> bytes on each GPU), without activations: what must fit where, known before anything is loaded.
+
+    Mixed precision keeps a float32 copy of the parameters beside the two AdamW moments. ZeRO shards the optimizer from
+    stage 1, gradients from 2, parameters from 3. On a CPU nothing sleeps: every phase holds everything.
+    """
+    is_bf16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and use_cuda)
+    width = 2 if is_bf16 else 4
+    stage = load_ds_config(config.run.ds_config).get("zero_optimization", {}).get("stage", 0)
+    size = facts.student.num_parameters
+    shard = {s: world_size if stage >= s else 1 for s in (1, 2, 3)}
+    everywhere = ("rollout", "score", "train", "sync")
+    heads = [f.head_parameters * width for f in facts.teachers.values()]
+    table = [
+        ("student parameters", size * width // shard[3], everywhere),
+        ("student gradients", size * width // shard[2], ("train",)),
+        ("optimizer states", size * (12 if is_bf16 else 8) // shard[1], ("train",)),
+        ("logits of one chunk", config.loss.loss_chunk_mib * 2**20, ("score", "train")),
+        ("largest teacher lm_head", max(heads), ("score", "train")),
+        ("rollout engine weights", size * width, ("rollout", "sync")),
+        ("rollout KV cache", int(config.rollout.rollout_kv_cache_gib * 2**30), ("rollout",)),
+    ]
+    engines = {
+        name: fact.num_parameters * width + int(config.rollout.teacher_kv_cache_gib * 2**30)
+        for name, fact in facts.teachers.items()
+    }
+    largest = max(engines, key=engines.__getitem__)
+    for name, num_bytes in engines.items():  # one is awake at a time: only the largest one counts
+        phases = ("score",) if name == largest or not use_cuda else ()
+        table.append((f"teacher {name} ({num_bytes / 2**20:,.1f} MiB awake)", num_bytes, phases))
+    return [
+        (component, {phase: num_bytes * (phase in phases or not use_cuda) for phase in everywhere})
+        for component, num_bytes, phases in table
+    ]
+
+
+def _memory_report(config, facts: ModelFacts, world_size: int) -> str:
+    use_cuda = torch.cuda.is_available()
+    table = memory_table(config, facts, world_size=world_size, use_cuda=use_cuda)
+    phases = list(table[0][1])
+    table.append(("total", {phase: sum(row[phase] for _, row in table) for phase in phases}))
+    width = max(len(component) for component, _ in table)
+    lines = [f"{'MiB':{width}}" + "".join(f"{phase:>12}" for phase in phases)]
+    for component, row in table:
+        lines.append(f"{component:{width}}" + "".join(f"{row[phase] / 2**20:12,.1f}" for phase in phases))
+    where = "GPU, the largest teacher standing for all" if use_cuda else "process; on a CPU nothing sleeps"
+    return f"Memory per {where}, {world_size} ranks, without activations\n" + "\n".join(lines)
+
+
+def _marked(token_ids: list[int], tokenizer) -> str:
+    """Text with every special token in brackets."""
+    special, parts, text = set(tokenizer.all_special_ids), [], []
+    for token_id in [*token_ids, None]:
+        if token_id is not None and token_id not in special:
+            text.append(token_id)
+            continue
+        parts.append(tokenizer.decode(text) if text else "")
+        parts.append("" if token_id is None else f"[{tokenizer.convert_ids_to_tokens(token_id)}]")
+        text = []
+    return "".join(parts)
+
+
+def dry_run_report(config, prompt_set: PromptSet, tokenizer, facts: ModelFacts, *, world_size: int = 1) -> str:
+    """What a run would do: its configuration, its memory, and two prompts as the models will see them."""
+    eos = ", ".join(f"{tokenizer.convert_ids_to_tokens(e)} ({e})" for e in facts.student.eos_ids)
+    firsts = {prompt.domain: prompt for prompt in reversed(prompt_set.prompts)}
+    chosen = [firsts[domain] for domain in prompt_set.domains[:2]]
+    if len(chosen) < 2:
+        chosen = list(prompt_set.prompts[:2])
+    prompts = [
+        f"--- prompt {p.prompt_id}, domain {p.domain}, {len(p.token_ids)} tokens\n{_marked(p.token_ids, tokenizer)}"
+        f"<< the response starts here and ends with EOS: {eos} >>"
+        for p in chosen
+    ]
+    rows = ", ".join(f"{d} {n} ({prompt_set.overlong.get(d, 0)} over-long)" for d, n in prompt_set.counts.items())
+    return "\n\n".join(
+        [
+            "Configuration\n" + yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).rstrip(),
+            _memory_report(config, facts, world_size),
+            f"Prompts: {rows}; special tokens in brackets\n" + "\n".join(prompts),
+        ]
+    )
+
+
+def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
+    """Refuses a run directory that cannot be written or that holds another run.
+
+    With `resume` other than "never" a directory with a run is that run's continuation, unless `config` is given and
+    differs from its `config.yaml` in what makes a run the same run.
+    """
+    run_dir = Path(run_dir)
+    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {run_dir}: {existing} is a file, not a directory; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {run_dir}: no permission to write in {existing}; choose another")
+    recorded = run_dir / "config.yaml"
+    if not recorded.exists():
+        return
+    if resume == "never":
+        raise ValueError(
+            f"--output_dir {run_dir}: holds another run; choose another directory, or continue it with --resume auto"
+        )
+    if config is None:
+        return
+    old = _load("--output_dir", str(run_dir), "config.yaml", lambda: yaml.safe_load(recorded.read_text()))
+    now = to_dict(config)
+    changed = [key for key in RUN_IDENTITY if key in now and old.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"--output_dir {run_dir}: holds another run ({', '.join(changed)} differ); choose another directory"
+        )

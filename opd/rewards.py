@@ -1,0 +1,111 @@
+"""Task rewards: a number per response, and the group-relative advantage made of them.
+
+A reward is a function (prompt, response text) -> float. Rewards join the loss as an advantage relative to the other
+responses to the same prompt, so their scale does not matter and a group of equal rewards teaches nothing.
+"""
+
+import functools
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+
+from opd.types import Prompt
+
+Reward = Callable[[Prompt, str], float]
+
+# A minus counts as a sign unless it follows a word, a number or a bracket ("5-3"); commas only between groups of three.
+_NUMBER = re.compile(r"(?:(?<![\w).])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+)?")
+
+
+def _reference(prompt: Prompt) -> str:
+    if prompt.answer is None:
+        raise ValueError(f"prompt {prompt.prompt_id} ({prompt.domain}): the reward needs a reference; see --answer_key")
+    return prompt.answer
+
+
+def exact_match(prompt: Prompt, text: str) -> float:
+    """1 if the response is the answer, white space at the ends aside."""
+    return float(text.strip() == _reference(prompt).strip())
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = [m.group() for m in _NUMBER.finditer(text) if any(c.isdigit() for c in m.group())]
+    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
+
+
+def last_number(prompt: Prompt, text: str) -> float:
+    """1 if the last number of the response equals the reference, as for GSM8K (Cobbe et al., arXiv 2110.14168).
+
+    The reference is the last number of the answer, after `####` where it has one. Thousands separators, `$` and a
+    closing full stop do not matter; 72 equals 72.0.
+    """
+    reference = _last_number(_reference(prompt).rpartition("####")[2])
+    if reference is None:
+        raise ValueError(
+            f"--reward_fn last_number: no number in the answer of prompt {prompt.prompt_id}: {prompt.answer!r:.80}"
+        )
+    return float(_last_number(text) == reference)
+
+
+BUILT_IN: dict[str, Reward] = {"exact_match": exact_match, "last_number": last_number}
+
+
+def _import(name: str) -> Reward:
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"--reward_fn {name}: neither one of {', '.join(BUILT_IN)} nor module:function")
+    if os.getcwd() not in sys.path:  # a script's own directory is on the path, the directory it is started from is not
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"--reward_fn {name}: cannot import {module_name}: {' '.join(str(error).split())}") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"--reward_fn {name}: {module_name} has no function {function_name}")
+    return function
+
+
+def load_reward(name: str) -> Reward:
+    """A built-in reward, or `module:function` with the module importable from the working directory.
+
+    The returned function raises a ValueError that names function and prompt if a reward is not a finite number.
+    """
+    function = BUILT_IN.get(name) or _import(name)
+
+    @functools.wraps(function)
+    def reward(prompt: Prompt, text: str) -> float:
+        value = function(prompt, text)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"--reward_fn {name}: {value!r:.80} for prompt {prompt.prompt_id}, not a finite number")
+        return number
+
+    return reward
+
+
+def group_relative_advantages(rewards: list[float], group_size: int) -> list[float]:
+    """(r - mean) / (std + 1e-6) inside each group of `group_size` neighbours.
+
+    From GRPO with outcome supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.2). The standard deviation is the
+    population's. A group of equal rewards gets exactly 0: whatever rounding leaves of r - mean would be blown up a
+    million times by the tiny denominator.
+
+    >>> [round(a, 3) for a in group_relative_advantages([1.0, 0.0, 0.0, 0.0], 4)]
+    [1.732, -0.577, -0.577, -0.577]
+    """
+    assert group_size > 0 and len(rewards) % group_size == 0, (len(rewards), group_size)
+    advantages: list[float] = []
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        mean = math.fsum(group) / group_size
+        std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / group_size)
+        advantages += [0.0 if min(group) == max(group) else (r - mean) / (std + 1e-6) for r in group]
+    return advantages

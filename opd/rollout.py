@@ -1,0 +1,163 @@
+"""Prompts to rollouts: sampled by the student's engine, or written by a teacher in a child process.
+
+P prompts, G samples per prompt, L response length.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from opd import distributed
+from opd.config import RolloutConfig
+from opd.types import Prompt, Rollout
+from opd.vllm_engine import GeneratorEngine, Sample
+
+
+class RolloutEngine:
+    """The student's sampler on this rank: stamps each rollout with the version of the weights that wrote it."""
+
+    name = "rollout"
+
+    def __init__(
+        self, model: str, cfg: RolloutConfig, *, eos_ids: tuple[int, ...], seed: int, dtype: str, max_model_len: int,
+        trust_remote_code: bool,
+    ):  # fmt: skip
+        self.cfg, self.eos_ids, self.seed = cfg, eos_ids, seed
+        self.policy_version = 0
+        self.engine = GeneratorEngine(
+            model, dtype=dtype, max_model_len=max_model_len, kv_cache_gib=cfg.rollout_kv_cache_gib, seed=seed,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+
+    @property
+    def awake(self) -> bool:
+        return self.engine.awake
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self, tags: list[str] | None = None) -> None:
+        self.engine.wake(tags)
+
+    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        """`num_generations` rollouts per prompt, prompt by prompt.
+
+        The seed of a sample is a function of (seed, step, prompt, place in the global batch, sample): the same whatever
+        the number of ranks and whatever else is in the batch.
+        """
+        place = [distributed.rank() + distributed.world_size() * i for i in range(len(prompts))]
+        repeated = [(p, i, g) for p, i in zip(prompts, place, strict=True) for g in range(self.cfg.num_generations)]
+        seeds = [distributed.fold_seed(self.seed, step, p.prompt_id, i, g, "rollout") for p, i, g in repeated]
+        samples = self.engine.generate(
+            [p.token_ids for p, _, _ in repeated], seeds, self.eos_ids, max_tokens=self.cfg.max_response_tokens,
+            temperature=self.cfg.temperature, top_p=self.cfg.top_p, top_k=self.cfg.top_k,
+        )  # fmt: skip
+        return [self._rollout(p, sample) for (p, _, _), sample in zip(repeated, samples, strict=True)]
+
+    def generate_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """One response per prompt at temperature 0, for evaluation."""
+        samples = self.engine.generate(
+            [p.token_ids for p in prompts], [0] * len(prompts), self.eos_ids,
+            max_tokens=self.cfg.max_response_tokens, temperature=0.0,
+        )  # fmt: skip
+        return [self._rollout(p, sample) for p, sample in zip(prompts, samples, strict=True)]
+
+    def _rollout(self, prompt: Prompt, sample: Sample) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            source="student",
+            response_ids=sample.token_ids,
+            rollout_logprobs=sample.logprobs,
+            finish_reason="stop" if sample.stopped else "length",
+            policy_version=self.policy_version,
+        )
+
+    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.engine.load_weights(named_parameters)
+        self.policy_version = version
+
+
+def dataset_rollouts(prompts: Sequence[Prompt], eos_ids: tuple[int, ...], policy_version: int) -> list[Rollout]:
+    """The prompts' own responses as rollouts, for off-policy distillation."""
+    return [
+        Rollout(
+            prompt=prompt,
+            source="dataset",
+            response_ids=prompt.target_ids,
+            rollout_logprobs=None,
+            finish_reason="stop" if prompt.target_ids[-1] in eos_ids else "length",
+            policy_version=policy_version,
+        )
+        for prompt in prompts
+    ]
+
+
+def with_rewards(rollouts: Sequence[Rollout], rewards: Sequence[float], advantages: Sequence[float]) -> list[Rollout]:
+    return [
+        replace(rollout, reward=reward, task_advantage=advantage)
+        for rollout, reward, advantage in zip(rollouts, rewards, advantages, strict=True)
+    ]
+
+
+def write_with_model(model: str, prompts: Sequence[Prompt], *, log: Path, **sampling) -> list[Sample]:
+    """Responses of `model` to `prompts`, from a child process of this rank that is gone afterwards, and its memory with it.
+
+    Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine that generates would cost
+    the trainer a KV cache and an `lm_head` for the whole run. `sampling` is what `GeneratorEngine.generate` takes, plus
+    dtype, max_model_len, kv_cache_gib, eos_ids, seed and trust_remote_code. Raises RuntimeError with the end of the
+    child's log if it fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
+        items = [{"prompt_id": p.prompt_id, "token_ids": p.token_ids} for p in prompts]
+        request.write_text(json.dumps({"model": model, "prompts": items, **sampling}))
+        launch_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OPD_FAULT")
+        env = {k: v for k, v in os.environ.items() if k not in launch_variables and not k.startswith("TORCHELASTIC_")}
+        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
+        if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" in env:
+            env["CUDA_VISIBLE_DEVICES"] = env["CUDA_VISIBLE_DEVICES"].split(",")[int(os.environ["LOCAL_RANK"])]
+        elif "LOCAL_RANK" in os.environ:
+            env["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
+        command = [sys.executable, "-m", "opd.rollout", str(request), str(answer), str(os.getpid())]
+        with log.open("ab") as output:
+            status = subprocess.run(command, stdout=output, stderr=output, env=env, check=False).returncode
+        if status != 0:
+            tail = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RuntimeError(f"{model}: writing responses failed with status {status}: {' '.join(tail)}; see {log}")
+        return [Sample(**sample) for sample in json.loads(answer.read_text())]
+
+
+def _child_main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("request")
+    parser.add_argument("answer")
+    parser.add_argument("parent", type=int)
+    args = parser.parse_args()
+    distributed.die_with_parent()
+    if os.getppid() != args.parent:
+        sys.exit("the trainer is gone")
+    distributed.init()
+    job = json.loads(Path(args.request).read_text())
+    engine = GeneratorEngine(
+        job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], kv_cache_gib=job["kv_cache_gib"],
+        seed=job["seed"], trust_remote_code=job["trust_remote_code"],
+    )  # fmt: skip
+    samples = engine.generate(
+        [item["token_ids"] for item in job["prompts"]],
+        [distributed.fold_seed(job["seed"], item["prompt_id"], "teacher") for item in job["prompts"]],
+        tuple(job["eos_ids"]), max_tokens=job["max_tokens"], temperature=job["temperature"],
+    )  # fmt: skip
+    rows = [{"token_ids": s.token_ids, "logprobs": s.logprobs, "stopped": s.stopped} for s in samples]
+    Path(args.answer).write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    _child_main()

@@ -1,0 +1,155 @@
+"""The student: a Hugging Face causal LM under DeepSpeed. Forward at the loss positions, backward, step, export.
+
+B sequences, S padded length, N loss tokens of a micro-batch, C tokens of one chunk, V vocabulary, H hidden size.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from opd import distributed
+from opd.config import ModelConfig, OptimConfig
+from opd.deepspeed_engine import ShardedEngine
+from opd.fused_linear import fused_linear_loss, score_hidden
+from opd.types import LossOutput, MicroBatch
+
+# (logits_CV, rows, micro_batch, logprobs_N or None) -> (loss_C, {metric key: value_C})
+TokenLoss = Callable[[Tensor, slice, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """auto is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)
+
+
+def learning_rate_at(step: int, num_steps: int, optim: OptimConfig) -> float:
+    """The learning rate of optimizer step `step` (0-based): a pure function, so that a resume has nothing to restore."""
+    if step < optim.warmup_steps:
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    if optim.lr_schedule == "constant":
+        return optim.learning_rate
+    done = (step - optim.warmup_steps) / max(1, num_steps - 1 - optim.warmup_steps)
+    decay = 1 - done if optim.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optim.learning_rate * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * max(0.0, decay))
+
+
+class _ModelWithLoss(nn.Module):
+    """The model and its loss in one forward.
+
+    Under ZeRO-3 parameters are whole only inside the forward of a module that DeepSpeed hooks, and the loss needs
+    `lm_head.weight` itself, not its output; so the loss lives here and the weight is registered as external.
+    """
+
+    def __init__(self, model: nn.Module, chunk_bytes: int):
+        super().__init__()
+        self.model = model
+        self.chunk_bytes = chunk_bytes
+
+    def forward(self, mb: MicroBatch, token_loss: TokenLoss | None, logprob_temperature: float | None):
+        """With `token_loss`: (loss_sum [], stats key -> [N]). Without: the labels' log-probabilities [N], no gradient."""
+        states_BSH = self.model.base_model(
+            input_ids=mb.input_ids_BS, attention_mask=mb.attention_mask_BS, use_cache=False
+        ).last_hidden_state
+        hidden_NH = states_BSH[mb.loss_mask_BS]
+        head = self.model.get_output_embeddings()
+        logprobs_N = None
+        if logprob_temperature is not None:
+            with torch.no_grad():
+                logprobs_N = score_hidden(
+                    hidden_NH.detach(), head.weight, mb.at_loss_tokens(mb.labels_BS), bias_V=head.bias,
+                    temperature=logprob_temperature, chunk_bytes=self.chunk_bytes,
+                ).sampled_logprobs_N  # fmt: skip
+        if token_loss is None:
+            return logprobs_N
+        return fused_linear_loss(
+            hidden_NH, head.weight, lambda logits_CV, rows: token_loss(logits_CV, rows, mb, logprobs_N),
+            bias_V=head.bias, chunk_bytes=self.chunk_bytes,
+        )  # fmt: skip
+
+
+class Student:
+    """Owns the model and its optimizer. Every method but `learning_rate_at` is collective under ZeRO-3."""
+
+    def __init__(
+        self, model: ModelConfig, optim: OptimConfig, ds_config: dict, *, loss_chunk_mib: int, device: torch.device
+    ):
+        dtype = resolve_dtype(model.dtype)
+        self.sharded = ShardedEngine(ds_config, optim, dtype=dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model.student_model, dtype=dtype, attn_implementation=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )  # fmt: skip
+        if self.sharded.stage != 3:
+            self.model.to(device)
+        if model.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.device = device
+        self.model.train()
+        wrapped = _ModelWithLoss(self.model, loss_chunk_mib << 20)
+        self.engine = self.sharded.attach(wrapped, (self.model.get_output_embeddings().weight,))
+
+    def loss(
+        self, mb: MicroBatch, token_loss: TokenLoss, *, domains: list[str], logprob_temperature: float | None = None
+    ) -> LossOutput:
+        """Sum of `token_loss` over the loss tokens, with its statistics summed overall and per domain.
+
+        `logprob_temperature` asks for a first pass that hands `token_loss` the labels' log-probabilities [N] at that
+        temperature: sequence-level importance weights need all of them before the first token's loss.
+        """
+        loss_sum, stats = self.engine(mb, token_loss, logprob_temperature)
+        return LossOutput(loss_sum, summarise(stats, mb.at_loss_tokens(mb.domain_ids_B), domains))
+
+    @torch.no_grad()
+    def logprobs(self, mb: MicroBatch, temperature: float) -> Tensor:
+        """The labels' log-probabilities [N], float32, under the current weights."""
+        return self.engine(mb, None, temperature)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds a micro-batch's gradient. A loss that is not finite stops all ranks before the weights are touched."""
+        (bad,) = distributed.all_reduce([float(not torch.isfinite(loss.detach()))], "max")
+        if bad:
+            raise FloatingPointError("the loss is not finite; the last checkpoint is whole")
+        self.sharded.backward(loss, last=last)
+
+    def step(self, learning_rate: float) -> float:
+        """One optimizer step; returns the gradient norm before clipping."""
+        grad_norm = self.sharded.step(learning_rate)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient norm is {grad_norm}; the last checkpoint is whole")
+        return grad_norm
+
+    def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return self.sharded.named_full_parameters(self.model)
+
+    def offload(self) -> None:
+        self.sharded.offload()
+
+    def reload(self) -> None:
+        self.sharded.reload()
+
+    def save_shards(self, directory: Path) -> None:
+        self.sharded.save(directory)
+
+    def load_shards(self, directory: Path) -> None:
+        self.sharded.load(directory)
+
+
+def summarise(
+    stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """[N] statistics to (sum, count) under `key` and `key/domain`. NaN marks a token that a statistic does not cover."""
+    metrics = {}
+    for key, value_N in stats.items():
+        covered_N = ~torch.isnan(value_N)
+        value_N = value_N.nan_to_num().double()
+        metrics[key] = (value_N.sum(), covered_N.sum())
+        for index, domain in enumerate(domains):
+            here_N = covered_N & (domain_ids_N == index)
+            metrics[f"{key}/{domain}"] = ((value_N * here_N).sum(), here_N.sum())
+    return metrics

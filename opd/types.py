@@ -1,0 +1,160 @@
+"""The carriers: what flows from prompts to rollouts to scores to micro-batches to a loss.
+
+Shape legend
+    P prompts per rank, G samples per prompt, B sequences in a micro-batch, S padded length after the shift,
+    L response length of one rollout, N loss tokens in a micro-batch, M loss tokens of one teacher in a micro-batch,
+    K support size, V vocabulary, H hidden size.
+
+Alignment
+    Lists and tensors on rollouts and scores are response-aligned: index t is response token t.
+    Tensors in a MicroBatch are label-aligned: index t speaks about `labels_BS[:, t]`, the token that
+    `input_ids_BS[:, : t + 1]` predicts. The change from one to the other happens once, in `opd/padding.py`.
+    "Loss tokens" are the True entries of `loss_mask_BS` in row-major order; everything with a suffix N follows that order.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+RolloutSource = Literal["student", "dataset", "teacher"]
+FinishReason = Literal["stop", "length"]
+TeacherPayload = Literal["sampled", "topk", "hidden"]  # what a loss needs from a teacher, in ascending size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question. The domain, the answer and the dataset's response ride on the item, never in a parallel list."""
+
+    prompt_id: int  # index in the loaded prompt set: stable across epochs and resumes
+    domain: str  # names the teacher
+    token_ids: list[int]  # [prompt_len], rendered by the student's chat template
+    target_ids: list[int] | None = None  # [L] a dataset response, for off-policy distillation
+    answer: str | None = None  # for task rewards and evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One response. `response_ids` includes the stop token if one was sampled, and is never re-tokenised."""
+
+    prompt: Prompt
+    source: RolloutSource
+    response_ids: list[int]  # [L]
+    rollout_logprobs: list[float] | None  # [L] the sampler's, at the sampling temperature; None unless source is student
+    finish_reason: FinishReason
+    policy_version: int  # the student weights that sampled it
+    reward: float | None = None  # the task reward, None when the run uses none
+    task_advantage: float = 0.0  # group-relative, 0 when the run uses no task reward
+
+    def __post_init__(self):
+        assert len(self.response_ids) > 0, f"prompt {self.prompt.prompt_id}: an empty response"
+        if self.rollout_logprobs is not None:
+            assert len(self.rollout_logprobs) == len(self.response_ids), (
+                f"prompt {self.prompt.prompt_id}: {len(self.rollout_logprobs)} log-probabilities "
+                f"for {len(self.response_ids)} tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherScores:
+    """What one teacher says about one response.
+
+    Log-probabilities are over the teacher's full vocabulary at the loss temperature and never renormalised, so the mass
+    outside the support is exact: 1 - sum(exp(topk_logprobs)).
+    """
+
+    teacher: str
+    weight: float  # share of this teacher in the prompt's mixture; the weights of a rollout sum to 1
+    sampled_logprobs: Tensor | None = None  # [L] float32, log q(response_ids[t]); None where `hidden` says it all
+    entropy: Tensor | None = None  # [L] float32, nats; likewise
+    topk_ids: Tensor | None = None  # [L, K] int64, descending
+    topk_logprobs: Tensor | None = None  # [L, K] float32
+    hidden: Tensor | None = None  # [L, H] the hidden states that predict each response token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSlice:
+    """The loss tokens of a micro-batch that one teacher speaks about. `token_index_M` points into the N loss tokens."""
+
+    teacher: str
+    token_index_M: Tensor  # int64, ascending
+    weights_M: Tensor  # float32
+    sampled_logprobs_M: Tensor | None  # float32
+    entropy_M: Tensor | None  # float32
+    topk_ids_MK: Tensor | None
+    topk_logprobs_MK: Tensor | None
+    hidden_MH: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Right-padded, label-aligned. `loss_mask_BS` is the only source of token counts."""
+
+    input_ids_BS: Tensor  # int64, raw[:-1]
+    labels_BS: Tensor  # int64, raw[1:]: a valid id everywhere, never -100
+    attention_mask_BS: Tensor  # bool
+    loss_mask_BS: Tensor  # bool, True where the label is a response token
+    rollout_logprobs_BS: Tensor  # float32, 0 off-mask
+    task_advantages_B: Tensor  # float32
+    domain_ids_B: Tensor  # int64, index into the run's domains; -1 for filler rows
+    policy_versions_B: Tensor  # int64
+    on_policy_B: Tensor  # bool, the student wrote the response and the sampler's log-probabilities are known
+    teacher_slices: tuple[TeacherSlice, ...] = ()
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask_BS.sum())
+
+    def at_loss_tokens(self, values: Tensor) -> Tensor:
+        """[B, S] or [B] values at the N loss tokens."""
+        if values.ndim == 1:
+            values = values[:, None].expand(self.loss_mask_BS.shape)
+        return values[self.loss_mask_BS]
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """`loss_sum` is a sum over loss tokens, differentiable even when there are none."""
+
+    loss_sum: Tensor  # []
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # key -> (sum [], count []), detached
+
+
+@dataclass(slots=True)
+class LoopState:
+    """All that a synchronous resume needs beside the weights: prompts and seeds are functions of the step."""
+
+    step: int = 0  # optimizer steps done
+    policy_version: int = 0  # version of the weights in the rollout engine
+    tokens_seen: int = 0  # loss tokens trained on, over all ranks
+
+
+class Sleeper(Protocol):
+    """An engine that holds GPU memory only while it works; `tags` picks "weights" or "kv_cache"."""
+
+    name: str
+
+    def sleep(self) -> None: ...
+
+    def wake(self, tags: list[str] | None = None) -> None: ...
+
+
+class Offloadable(Protocol):
+    """The student's optimizer states, which leave the GPU while others work."""
+
+    def offload(self) -> None: ...
+
+    def reload(self) -> None: ...
+
+
+class WeightSource(Protocol):
+    """Yields the student's whole parameters under their checkpoint names; collective."""
+
+    def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class WeightTarget(Protocol):
+    """Takes the student's weights: the rollout engine."""
+
+    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None: ...
