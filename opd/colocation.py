@@ -40,7 +40,13 @@ class Colocation:
         self.teachers = teachers
         self.ledger = ledger
         self.last = "start"
-        self.step = 0
+        self._step = -1
+
+    @contextmanager
+    def step(self, step: int):
+        """Marks the ledger's lines with the step they belong to."""
+        self._step = step
+        yield
 
     @contextmanager
     def phase(self, name: str):
@@ -83,7 +89,7 @@ class Colocation:
             return
         cuda = torch.cuda.is_available()
         line = {
-            "step": self.step,
+            "step": self._step,
             "phase": name,
             "event": event,
             "seconds": round(seconds, 4),

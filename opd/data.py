@@ -1,4 +1,4 @@
-"""Prompt sets: read, render with the chat template, route by domain, and pick the prompts of a step.
+"""Prompt sets: render with the chat template, route by domain, and pick the prompts of a step.
 
 `prompt_batch` is a pure function of (seed, step), and the prompts of a step do not depend on the number of ranks: a
 resumed run, or one on other hardware, sees the same data. Rows are never skipped in silence: a row that cannot be used
@@ -9,25 +9,19 @@ import functools
 import hashlib
 import json
 import random
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
-from pathlib import Path
 from typing import Any
 
-import datasets
 import jinja2
-import pyarrow
 
 from opd.config import DataConfig, TeacherSpec
 from opd.distributed import fold_seed
+from opd.rows import one_line, read_rows
 from opd.types import Prompt
-
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
 
 
 @dataclass(frozen=True)
@@ -48,81 +42,8 @@ class PromptSet:
         return ids
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _cut(value: Any) -> str:
     return f"{value!r:.80}"
-
-
-def _read_json(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a JSON Lines file, or of a file that holds one JSON list."""
-    lines = path.read_bytes().split(b"\n")
-    if path.suffix == ".json" and next((line for line in lines if line.strip()), b"").lstrip().startswith(b"["):
-        try:
-            yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(json.loads(b"\n".join(lines)), 1))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{flag} {path}: not JSON: {_one_line(error)}") from None
-        return
-    for number, line in enumerate(lines, 1):
-        where = f"{flag} {path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            yield where, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where}: not JSON: {_one_line(error)}; every line must be one JSON object") from None
-
-
-def _read_parquet(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
-    try:  # streaming: nothing is copied into a cache, so a rewritten file is never read from an old copy
-        rows = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
-        yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(rows, 1))
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path}: not a parquet file: {_one_line(error)}") from None
-
-
-def _read_hub(name: str, flag: str) -> Iterator[tuple[str, Any]]:
-    """`owner/name`, `owner/name/config`, either with `:split` (default train)."""
-    match = HUB_ID.fullmatch(name)
-    if match is None or Path(name).suffix in (*JSON_SUFFIXES, ".parquet"):
-        raise ValueError(f"{flag} {name}: no such file or directory")
-    try:
-        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        hub = f"nor a hub data set OWNER/NAME[/CONFIG][:SPLIT]: {_one_line(error)}"
-        raise ValueError(f"{flag} {name}: neither a file or directory {hub}") from None
-    return ((f"{flag} {name}, row {i}", row) for i, row in enumerate(rows, 1))
-
-
-def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) of every row of `paths`, in order; `where` names flag, file and line for error messages.
-
-    A path is a JSON Lines or parquet file, a directory of those (in sorted order), or a hub id.
-    """
-    if not paths:
-        raise ValueError(f"{flag} is required: JSONL or parquet files, directories or hub ids")
-    rows: list[tuple[str, dict[str, Any]]] = []
-    for name in paths:
-        path, before = Path(name).expanduser(), len(rows)
-        files = [path] if path.is_file() else []
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix in (*JSON_SUFFIXES, ".parquet") and p.is_file())
-            if not files:
-                raise ValueError(f"{flag} {name}: the directory holds no {', '.join(JSON_SUFFIXES)} or .parquet file")
-        for file in files:
-            if file.suffix not in (*JSON_SUFFIXES, ".parquet"):
-                raise ValueError(f"{flag} {file}: unknown file type {file.suffix!r}; use .jsonl, .json or .parquet")
-            rows += _read_parquet(file, flag) if file.suffix == ".parquet" else _read_json(file, flag)
-        if not files:
-            rows += _read_hub(name, flag)
-        if len(rows) == before:
-            raise ValueError(f"{flag} {name}: empty, no rows")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object with columns, got {type(row).__name__}")
-    return rows
 
 
 def _column(where: str, row: dict[str, Any], key: str, key_flag: str) -> Any:
@@ -161,7 +82,7 @@ def _render(where: str, row: dict[str, Any], key: str, tokenizer) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: column `{key}`: the chat template refuses it: {_one_line(error)}") from None
+        raise ValueError(f"{where}: column `{key}`: the chat template refuses it: {one_line(error)}") from None
 
 
 def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:

@@ -1,4 +1,8 @@
-"""Everything that touches DeepSpeed: the student's sharded engine. The only importer of deepspeed in the package."""
+"""Everything that touches DeepSpeed: the student's sharded engine.
+
+The only importer of deepspeed in the package, and only when the first engine is built: it takes seconds, and it must find
+its variables set.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,15 +12,17 @@ from typing import Any
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-
-import deepspeed
 from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig
 
 from opd.config import OptimConfig
+
+
+def _import_deepspeed():
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    return deepspeed
 
 
 def complete_ds_config(ds_config: dict[str, Any], optim: OptimConfig, *, dtype: torch.dtype) -> dict[str, Any]:
@@ -47,6 +53,9 @@ class ShardedEngine:
     def __init__(self, ds_config: dict[str, Any], optim: OptimConfig, *, dtype: torch.dtype):
         self.config = complete_ds_config(ds_config, optim, dtype=dtype)
         self.stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self._deepspeed = _import_deepspeed()
+        from transformers.integrations import HfDeepSpeedConfig  # imports deepspeed
+
         self.hf_config = HfDeepSpeedConfig(self.config) if self.stage == 3 else None
         self.optim = optim
 
@@ -61,10 +70,10 @@ class ShardedEngine:
             eps=self.optim.adam_eps,
         )
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self.config)
+        self.engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=self.config)
         if self.stage == 3:
             for parameter in external_parameters:
-                deepspeed.zero.register_external_parameter(self.engine.module, parameter)
+                self._deepspeed.zero.register_external_parameter(self.engine.module, parameter)
         return self.engine
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -83,7 +92,7 @@ class ShardedEngine:
     def gathered(self, parameters: list[Tensor]) -> Iterator[None]:
         """Whole parameters on every rank inside the block, under ZeRO-3; collective."""
         if self.stage == 3:
-            with deepspeed.zero.GatheredParameters(parameters):
+            with self._deepspeed.zero.GatheredParameters(parameters):
                 yield
         else:
             yield

@@ -211,6 +211,7 @@ def _run_chunks(
             _add_outer(grad_weight_VH, dlogits_CV, hidden_CH)
         del dlogits_CV  # or it would lie beside the next chunk's logits
 
+    # Cast here, not in the backward: what waits for it is then no larger than the weight.
     gradients = [
         None if gradient is None else gradient.to(weight_VH.dtype)
         for gradient in (grad_hidden_NH, grad_weight_VH, grad_bias_V)

@@ -98,7 +98,6 @@ class Metrics:
         """
         assert step > self._last_step, f"step {step} was written already; the last one is {self._last_step}"
         row = _reduce(gather_objects(self._drain()))
-        self._last_step = step
         if rank() == 0:
             append_text(self.run_dir / "metrics.jsonl", json_line({"step": step, **row}))
             for key, value in row.items():
@@ -106,6 +105,7 @@ class Metrics:
             self._tensorboard().flush()
             logger.info("step %d: %s", step, row)
             self._progress.show(step, row)
+        self._last_step = step  # last: TensorBoard's writer, opened above, purges what lies beyond the step before
         return row
 
     def truncate(self, step: int) -> None:

@@ -18,6 +18,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from opd.config import load_ds_config, to_dict
 from opd.data import PromptSet
+from opd.rows import one_line
 
 # What a model may do to its logits after the lm_head, and the values at which it does nothing.
 LOGIT_TRANSFORMS = {
@@ -59,15 +60,11 @@ class ModelFacts:
     shared_vocab: int  # rows that every lm_head has
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _load(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{flag} {path}: cannot load its {what}: {_one_line(error)}") from None
+        raise ValueError(f"{flag} {path}: cannot load its {what}: {one_line(error)}") from None
 
 
 def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
@@ -184,7 +181,7 @@ def _check_same_tokenizer(fact: ModelFact, teacher_tokenizer, tokenizer) -> None
     differing = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
     token = differing[0]
     raise ValueError(
-        f"{fact.flag} {fact.path}: its tokenizer is not the student's: {len(differing)} tokens differ, such as {token!r} "
+        f"{fact.flag} {fact.path}: its tokenizer is not the student's: {len(differing)} tokens differ, first {token!r} "
         f"(id {theirs.get(token)}, the student's {mine.get(token)}); choose a teacher of the student's family"
     )
 
@@ -214,23 +211,24 @@ def check_models(config) -> ModelFacts:
             _check_same_dialect(fact, student, teacher_tokenizer, tokenizer)
     models = [student, *teachers.values()]
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    prompt_tokens, response_tokens = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     for fact in models:
         if num_tokens > fact.vocab_size:
+            rows = f"its lm_head has {fact.vocab_size} rows"
             raise ValueError(
-                f"{fact.flag} {fact.path}: the tokenizer has ids up to {num_tokens - 1}, the model {fact.vocab_size} rows"
+                f"{fact.flag} {fact.path}: the tokenizer has ids up to {num_tokens - 1}, {rows}; resize it"
             )
-        if fact.context is not None and longest > fact.context:
+        if fact.context is not None and prompt_tokens + response_tokens > fact.context:
             raise ValueError(
-                f"--max_prompt_tokens {config.data.max_prompt_tokens} + --max_response_tokens "
-                f"{config.rollout.max_response_tokens} is over the context of {fact.context} tokens of {fact.flag} {fact.path}"
+                f"--max_prompt_tokens {prompt_tokens} + --max_response_tokens {response_tokens}: over the context of "
+                f"{fact.flag} {fact.path}, {fact.context} tokens; lower them"
             )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else student.eos_ids[0]
     return ModelFacts(student, teachers, pad_id, num_tokens, min(fact.vocab_size for fact in models))
 
 
 def memory_table(config, facts: ModelFacts, *, world_size: int, use_cuda: bool) -> list[tuple[str, dict[str, int]]]:
-    """(component, phase -> bytes on each GPU), without activations: what must fit where, known before anything is loaded.
+    """(component, phase -> bytes on each GPU), without activations: what must fit where, before anything is loaded.
 
     Mixed precision keeps a float32 copy of the parameters beside the two AdamW moments. ZeRO shards the optimizer from
     stage 1, gradients from 2, parameters from 3. On a CPU nothing sleeps: every phase holds everything.
@@ -334,7 +332,12 @@ def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
         )
     if config is None:
         return
-    old = _load("--output_dir", str(run_dir), "config.yaml", lambda: yaml.safe_load(recorded.read_text()))
+    try:
+        old = yaml.safe_load(recorded.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        old = None
+    if not isinstance(old, dict):
+        raise ValueError(f"--output_dir {run_dir}: its config.yaml is not a run's; choose another directory")
     now = to_dict(config)
     changed = [key for key in RUN_IDENTITY if key in now and old.get(key) != now[key]]
     if changed:

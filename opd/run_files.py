@@ -80,7 +80,17 @@ def setup_logging(run_dir: Path) -> Path:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it reports every request
     logging.setLoggerClass(_QuietLogger)
     logging.captureWarnings(True)
+    _hide_progress_bars()
     return path
+
+
+def _hide_progress_bars() -> None:
+    """Bars of the Hugging Face libraries go to stderr past every logger."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()  # and those of huggingface_hub
 
 
 # ---- Run directory ---------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ L response length, K support size, V vocabulary, H teacher hidden size.
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
@@ -23,9 +25,11 @@ HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weigh
 def load_head(model_dir: str) -> Tensor:
     """The output projection [V, H] from the safetensors of a checkpoint: `lm_head`, or the tied embedding.
 
-    Read by name and nothing else is: a 32B teacher costs one tensor. Raises ValueError naming the directory.
+    One tensor is read, whatever the size of the model. Raises ValueError naming the directory.
     """
     root = Path(model_dir)
+    if not root.is_dir():
+        root = Path(snapshot_download(model_dir, allow_patterns=["*.safetensors", "*.json"]))
     index = root / "model.safetensors.index.json"
     if index.exists():
         files = json.loads(index.read_text())["weight_map"]
@@ -69,17 +73,18 @@ class TeacherPool:
 
     def __init__(
         self, teachers: Sequence[ColocatedTeacher], routes: dict[str, tuple[tuple[str, float], ...]],
-        cfg: LossConfig, *, payload: TeacherPayload, device: torch.device,
+        cfg: LossConfig, *, payload: TeacherPayload, shared_vocab: int, device: torch.device,
     ):  # fmt: skip
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.routes, self.cfg, self.payload, self.device = routes, cfg, payload, device
+        self.shared_vocab = shared_vocab  # padded vocabularies differ; what they share is what the tokenizer can say
         self._resident: tuple[str, Tensor] | None = None
 
     def head(self, name: str) -> Tensor:
-        """The teacher's head [V, H] on the device. One is resident at a time."""
+        """The teacher's head [V, H] on the device, cut to the shared vocabulary. One is resident at a time."""
         if self._resident is None or self._resident[0] != name:
             self._resident = None  # free the last one before the next arrives
-            self._resident = (name, self.teachers[name].head_VH.to(self.device, non_blocking=True))
+            self._resident = (name, self.teachers[name].head_VH[: self.shared_vocab].to(self.device, non_blocking=True))
         return self._resident[1]
 
     def release_head(self) -> None:
@@ -87,6 +92,12 @@ class TeacherPool:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[tuple[TeacherScores, ...]]:
         """One tuple of scores per rollout, in the order of the rollouts; every teacher wakes at most once."""
+        for rollout in rollouts:
+            if max(rollout.response_ids) >= self.shared_vocab:
+                raise RuntimeError(
+                    f"prompt {rollout.prompt.prompt_id}: the student wrote token {max(rollout.response_ids)}, which lies in "
+                    f"the padding beyond the {self.shared_vocab} tokens that all models share"
+                )
         work: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for index, rollout in enumerate(rollouts):
             for name, weight in self.routes[rollout.prompt.domain]:
@@ -101,27 +112,34 @@ class TeacherPool:
                 states = teacher.hidden_states(mine)
             finally:
                 teacher.sleep()
-            for (index, weight), rollout, hidden_LH in zip(work[name], mine, states, strict=True):
-                scores[index].append(self._score(name, weight, rollout, hidden_LH))
+            for (index, weight), score in zip(work[name], self._score(name, mine, states), strict=True):
+                scores[index].append(replace(score, weight=weight))
         self.release_head()
         return [tuple(row) for row in scores]
 
-    def _score(self, name: str, weight: float, rollout: Rollout, hidden_LH: Tensor) -> TeacherScores:
-        if not torch.isfinite(hidden_LH).all():
-            raise FloatingPointError(f"teacher {name}: hidden states of prompt {rollout.prompt.prompt_id} are not finite")
+    def _score(self, name: str, rollouts: Sequence[Rollout], states: Sequence[Tensor]) -> list[TeacherScores]:
+        """One teacher's scores, all responses in one pass over its head."""
+        for rollout, hidden_LH in zip(rollouts, states, strict=True):
+            if not torch.isfinite(hidden_LH).all():
+                raise FloatingPointError(f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not finite")
         if self.payload == "hidden":
-            return TeacherScores(teacher=name, weight=weight, hidden=hidden_LH)
+            return [TeacherScores(teacher=name, weight=1.0, hidden=hidden_LH) for hidden_LH in states]
         head_VH = self.head(name)
+        labels_N = torch.tensor([token for r in rollouts for token in r.response_ids], device=self.device)
         result = score_hidden(
-            hidden_LH.to(self.device, head_VH.dtype), head_VH, torch.tensor(rollout.response_ids, device=self.device),
-            support_k=self.cfg.support_k if self.payload == "topk" else 0, temperature=self.cfg.loss_temperature,
-            chunk_bytes=self.cfg.loss_chunk_mib << 20,
+            torch.cat(list(states)).to(self.device, head_VH.dtype), head_VH, labels_N,
+            support_k=min(self.cfg.support_k, len(head_VH)) if self.payload == "topk" else 0,
+            temperature=self.cfg.loss_temperature, chunk_bytes=self.cfg.loss_chunk_mib << 20,
         )  # fmt: skip
-        return TeacherScores(
-            teacher=name, weight=weight, sampled_logprobs=result.sampled_logprobs_N.cpu(), entropy=result.entropy_N.cpu(),
-            topk_ids=_to_host(result.topk_ids_NK), topk_logprobs=_to_host(result.topk_logprobs_NK),
-        )  # fmt: skip
-
-
-def _to_host(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
+        lengths = [len(r.response_ids) for r in rollouts]
+        fields = {
+            "sampled_logprobs": result.sampled_logprobs_N,
+            "entropy": result.entropy_N,
+            "topk_ids": result.topk_ids_NK,
+            "topk_logprobs": result.topk_logprobs_NK,
+        }
+        parts = {key: value.cpu().split(lengths) for key, value in fields.items() if value is not None}
+        return [
+            TeacherScores(teacher=name, weight=1.0, **{key: part[i] for key, part in parts.items()})
+            for i in range(len(rollouts))
+        ]

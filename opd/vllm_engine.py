@@ -1,7 +1,8 @@
 """Everything that touches vLLM: one in-process engine per rank for rollouts, one per teacher for hidden states.
 
-The only importer of vllm in the package. vLLM reads its environment at import, so the variables are set first; they make
-each rank own its engines (`external_launcher`, no worker processes) and leave thread placement to the process.
+The only importer of vllm in the package, and only when the first engine is built: the import takes seconds, and a user's
+mistake must not wait for it. vLLM reads its environment at import, so the variables are set first; they make each rank own
+its engines (`external_launcher`, no worker processes) and leave thread placement to the process.
 """
 
 import os
@@ -9,20 +10,27 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 from torch import Tensor
-from vllm import LLM, PoolingParams, SamplingParams
-from vllm.config import PoolerConfig
 
 GIB = 1 << 30
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def _import_vllm():
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import vllm
+
+    return vllm
 
 
 class _AllocationTable(dict):
@@ -69,7 +77,7 @@ class _Engine:
         self.sleep_level = sleep_level
         table = _allocation_table()
         before = frozenset(table or ())
-        self.llm = LLM(
+        self.llm = _import_vllm().LLM(
             model=model,
             distributed_executor_backend="external_launcher",
             enforce_eager=True,
@@ -142,8 +150,9 @@ class GeneratorEngine(_Engine):
 
         `temperature=0` is greedy; its log-probabilities are then those at temperature 1.
         """
+        vllm = _import_vllm()
         params = [
-            SamplingParams(
+            vllm.SamplingParams(
                 max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, logprobs=0,
                 stop_token_ids=list(stop_ids), ignore_eos=True, detokenize=False,
             )
@@ -187,7 +196,7 @@ class HiddenStateEngine(_Engine):
             trust_remote_code=trust_remote_code,
             runner="pooling",
             convert="embed",
-            pooler_config=PoolerConfig(task="token_embed", use_activation=False),
+            pooler_config=_import_vllm().config.PoolerConfig(task="token_embed", use_activation=False),
             enable_prefix_caching=False,
         )
 
@@ -196,7 +205,7 @@ class HiddenStateEngine(_Engine):
         outputs = self.llm.encode(
             [{"prompt_token_ids": ids} for ids in sequences],
             pooling_task="token_embed",
-            pooling_params=PoolingParams(use_activation=False),
+            pooling_params=_import_vllm().PoolingParams(use_activation=False),
             use_tqdm=False,
         )
         states = [output.outputs.data for output in outputs]

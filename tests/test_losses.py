@@ -346,6 +346,16 @@ def test_rows_are_independent_and_an_empty_row_is_zero(level):
         torch.testing.assert_close(weights_BS[row, :length], alone_BS[0])
 
 
+def test_truncate_bounds_one_side_and_mask_both_sides():
+    ratios_BS = f64([[0.25, 0.5, 1.0, 2.0, 4.0]])
+    arguments = (ratios_BS.log(), torch.zeros_like(ratios_BS), torch.ones_like(ratios_BS))
+    bounds = {"level": "token", "low": 0.4999, "high": 2.0001}
+    masked_BS = importance_weights(*arguments, mode="mask", **bounds)
+    torch.testing.assert_close(masked_BS, f64([[0.0, 0.5, 1.0, 2.0, 0.0]]))
+    truncated_BS = importance_weights(*arguments, mode="truncate", **bounds)
+    torch.testing.assert_close(truncated_BS, f64([[0.25, 0.5, 1.0, 2.0, 2.0001]]))
+
+
 def test_mode_none_is_ones_on_the_mask():
     mask_BS = torch.tensor([[True, True, False]])
     weights_BS = importance_weights(

@@ -1,0 +1,311 @@
+"""What both trainers set up alike, and what they write down: checks, data, teachers, evaluation, checkpoints, report.
+
+Nothing here knows a loss. `prepare` finds every mistake of the user before a weight is loaded.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import checkpoint, config, data, distributed, evaluation, preflight, report, rewards
+from opd.metrics import Metrics, memory, say, setup_logging, write_rollouts, write_run_files
+from opd.rollout import RolloutEngine
+from opd.student import Student, resolve_dtype
+from opd.teachers import ColocatedTeacher, load_head
+from opd.types import LoopState, MicroBatch, Prompt, Rollout
+from opd.vllm_engine import HiddenStateEngine
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose inputs are all known to be good."""
+
+    cfg: Any  # the script's Config
+    device: torch.device
+    run_dir: Path
+    ds_config: dict[str, Any]
+    tokenizer: Any
+    facts: preflight.ModelFacts
+    train_set: data.PromptSet
+    eval_set: data.PromptSet | None
+    routes: dict[str, tuple[tuple[str, float], ...]]  # domain -> ((teacher, weight), ...)
+    reward: Any  # (prompt, text) -> float
+    hashes: dict[str, str]  # teacher name -> content hash
+    fingerprint: dict[str, Any]
+    resume_from: Path | None
+    started: float
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return self.train_set.domains
+
+    @functools.cached_property
+    def eval_prompts(self) -> list[Prompt]:
+        return evaluation.held_out(self.eval_set, self.cfg.run.eval_max_prompts) if self.eval_set else []
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What every engine of this run is built with."""
+        return {
+            "dtype": str(resolve_dtype(self.cfg.model.dtype)).removeprefix("torch."),
+            "max_model_len": self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens,
+            "trust_remote_code": self.cfg.model.trust_remote_code,
+        }
+
+    @property
+    def writing_options(self) -> dict[str, Any]:
+        """What a teacher writes with, in a child process."""
+        return {
+            **self.engine_options,
+            "kv_cache_gib": self.cfg.rollout.rollout_kv_cache_gib,
+            "eos_ids": self.facts.student.eos_ids,
+            "max_tokens": self.cfg.rollout.max_response_tokens,
+            "seed": self.cfg.run.seed,
+        }
+
+    def judge(self, prompt: Prompt, response_ids: list[int]) -> float:
+        """The task reward of a response."""
+        return self.reward(prompt, self.tokenizer.decode(response_ids, skip_special_tokens=True))
+
+    def prompt_batch(self, step: int) -> list[Prompt]:
+        """This rank's prompts of a step, mixed domains: a pure function of (seed, step)."""
+        return data.prompt_batch(
+            self.train_set,
+            step,
+            seed=self.cfg.run.seed,
+            prompts_per_step=self.cfg.rollout.prompts_per_step,
+            domain_weights=config.pairs("domain_weights", self.cfg.data.domain_weights),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+
+
+@contextmanager
+def user_errors():
+    """A user's mistake, a ValueError in here, becomes one line on rank 0 and exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        if distributed.rank() == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def prepare(cfg, *, need_response: bool = False) -> Run:
+    """Joins the ranks and checks everything that can be checked before a weight is loaded; a `--dry_run` ends here.
+
+    Raises ValueError with one line for whatever the user has to mend.
+    """
+    started = time.time()
+    cfg.validate()
+    device = distributed.init(cfg.run.local_rank)
+    ds_config = config.load_ds_config(cfg.run.ds_config)
+    reward = rewards.load_reward(cfg.loss.reward_fn)
+    tokenizer = preflight.load_tokenizer(cfg.model.student_model, cfg.model.trust_remote_code)
+    facts = preflight.check_models(cfg)
+    takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
+    load = functools.partial(data.load_prompts, tokenizer=tokenizer, cfg=cfg.data, default_domain=takes_all)
+    train_set = load(
+        cfg.data.data, flag="--data", need_answer=cfg.loss.reward_weight > 0, need_response=need_response,
+        max_response_tokens=cfg.rollout.max_response_tokens,
+    )  # fmt: skip
+    eval_set = load(cfg.data.eval_data, flag="--eval_data", need_answer=True) if cfg.data.eval_data else None
+    routes = data.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
+    run = Run(
+        cfg=cfg, device=device, run_dir=Path(cfg.run.output_dir), ds_config=ds_config, tokenizer=tokenizer, facts=facts,
+        train_set=train_set, eval_set=eval_set, routes=routes, reward=reward, hashes={}, fingerprint={}, resume_from=None,
+        started=started,
+    )  # fmt: skip
+    run.prompt_batch(0)  # refuses batch sizes and domain weights that do not fit
+    if cfg.run.dry_run:
+        say(preflight.dry_run_report(cfg, train_set, tokenizer, facts, world_size=distributed.world_size()))
+        sys.exit(0)
+
+    preflight.check_output_dir(run.run_dir, cfg.run.resume)
+    hashes = {t.name: checkpoint.content_hash(t.model) for t in cfg.teachers}
+    fingerprint = _fingerprint(cfg, hashes, train_set.content_hash)
+    resume_from = checkpoint.find(run.run_dir, cfg.run.resume)
+    if resume_from is not None:
+        checkpoint.check_fingerprint(resume_from, fingerprint)
+    checkpoint.set_aside_newer(run.run_dir, resume_from)
+    distributed.die_with_launcher()
+    if distributed.rank() == 0:
+        write_run_files(run.run_dir, config.to_dict(cfg), sys.argv)
+    setup_logging(run.run_dir)
+    say(f"resumes from {resume_from}" if resume_from else "starts fresh")
+    _say_counts(train_set, eval_set)
+    return dataclasses.replace(run, hashes=hashes, fingerprint=fingerprint, resume_from=resume_from)
+
+
+def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
+    """What must not change under a resumed run, by content: a renamed directory is the same model."""
+    return {
+        "student": checkpoint.content_hash(cfg.model.student_model),  # its tokenizer included
+        "teachers": {t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.weight} for t in cfg.teachers},
+        "data": data_hash,
+        "loss": dataclasses.asdict(cfg.loss),
+        "optim": dataclasses.asdict(cfg.optim),
+        "rollout": dataclasses.asdict(cfg.rollout),
+        "domain_weights": cfg.data.domain_weights,
+        "num_steps": cfg.run.num_steps,  # the learning rate depends on it
+        "seed": cfg.run.seed,
+    }
+
+
+def _say_counts(*prompt_sets: data.PromptSet | None) -> None:
+    for name, prompt_set in zip(("training", "held-out"), prompt_sets, strict=True):
+        if prompt_set is None:
+            continue
+        counts = ", ".join(f"{domain} {count}" for domain, count in prompt_set.counts.items())
+        overlong = sum(prompt_set.overlong.values())
+        say(f"{name} prompts: {counts}" + (f"; {overlong} over-long ones dropped or cut" if overlong else ""))
+
+
+def build_teachers(run: Run) -> list[ColocatedTeacher]:
+    """Every teacher's engine and head on this rank, each put to sleep as soon as it stands."""
+    teachers = []
+    for spec in run.cfg.teachers:
+        with distributed.agree_on_error(f"building teacher {spec.name}"):
+            engine = HiddenStateEngine(
+                spec.name, spec.model, tokenizer=run.cfg.model.student_model,
+                kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, **run.engine_options,
+            )  # fmt: skip
+            teachers.append(ColocatedTeacher(spec, engine, load_head(spec.model)))
+            teachers[-1].sleep()
+    return teachers
+
+
+def build_rollout_engine(run: Run) -> RolloutEngine:
+    """The sampler on this rank. It sleeps, without weights, until the first push."""
+    with distributed.agree_on_error("building the rollout engine"):
+        engine = RolloutEngine(
+            run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,
+            **run.engine_options,
+        )  # fmt: skip
+        engine.sleep()
+    return engine
+
+
+def restore(run: Run, student: Student, metrics: Metrics) -> LoopState:
+    """The state to go on from: the checkpoint's, or a fresh one. Collective."""
+    if run.resume_from is None:
+        metrics.truncate(-1)
+        return LoopState()
+    student.load_shards(run.resume_from)
+    state = checkpoint.load_state(run.resume_from)
+    metrics.truncate(state.step)
+    return state
+
+
+# ---- Evaluation and report -------------------------------------------------------------------------------------------
+
+
+def evaluate_teachers(run: Run) -> evaluation.Scores:
+    """What the teachers score on the held-out prompts; before any engine of this process is built."""
+    return evaluation.evaluate_teachers(
+        run.cfg.teachers, run.routes, run.eval_prompts, run.judge, run_dir=run.run_dir,
+        hashes={**run.hashes, "eval_data": run.eval_set.content_hash if run.eval_set else ""},
+        sampling=run.writing_options,
+    )  # fmt: skip
+
+
+def evaluate(run: Run, rollout_engine: RolloutEngine, metrics: Metrics, step: int) -> None:
+    """Held-out scores of the student after `step` steps, kept for the report; nothing without `--eval_data`."""
+    if run.eval_prompts:
+        with metrics.timed("eval"):
+            scores = evaluation.evaluate_student(rollout_engine, run.eval_prompts, run.judge, metrics)
+        evaluation.remember(run.run_dir, step, scores)
+
+
+def finish(run: Run, student: Student, teacher_scores: evaluation.Scores) -> None:
+    """The Hugging Face export and, with held-out prompts, the report. Collective."""
+    model_dir = run.run_dir / "model"
+    generation_config = student.model.generation_config
+    generation_config.eos_token_id = list(run.facts.student.eos_ids)
+    checkpoint.export_huggingface(
+        model_dir, student.model, run.tokenizer, student.named_full_parameters(), generation_config
+    )
+    say(f"model: {model_dir}")
+    before = evaluation.recall(run.run_dir, 0)
+    after = evaluation.recall(run.run_dir, run.cfg.run.num_steps)
+    if before is None or after is None:
+        return
+    result = report.recovery_report(
+        before, after, teacher_scores, steps=run.cfg.run.num_steps, wall_s=round(time.time() - run.started, 1)
+    )
+    if distributed.rank() == 0:
+        report.write_report(run.run_dir, result)
+    say(report.render_report(result))
+
+
+# ---- What a step leaves behind ---------------------------------------------------------------------------------------
+
+
+def log_step(
+    run: Run, metrics: Metrics, state: LoopState, rollouts: Sequence[Rollout], *, num_loss_tokens: int, seconds: float
+) -> None:
+    """Throughput, memory, and what the rollouts of the step looked like."""
+    for r in rollouts:
+        for suffix in ("", f"/{r.prompt.domain}"):
+            metrics.add(f"rollout/response_tokens{suffix}", len(r.response_ids))
+            metrics.add(f"rollout/truncated{suffix}", float(r.finish_reason == "length"))
+            if r.reward is not None:
+                metrics.add(f"rollout/reward{suffix}", r.reward)
+        metrics.add("rollout/prompt_tokens", len(r.prompt.token_ids))
+        metrics.add("staleness/policy_lag", state.step - 1 - r.policy_version)
+    own = sum(len(r.response_ids) for r in rollouts)
+    for domain in run.domains:
+        metrics.add(
+            f"distill/token_share/{domain}", sum(len(r.response_ids) for r in rollouts if r.prompt.domain == domain), own
+        )
+    metrics.add("optim/loss_tokens", num_loss_tokens)
+    metrics.add("perf/tokens_per_second", num_loss_tokens / seconds)
+    metrics.add("perf/samples_per_second", len(rollouts) * distributed.world_size() / seconds)
+    for key, value in memory().items():
+        metrics.add_max(key, value)
+    every = run.cfg.run.rollout_every
+    if every and ((state.step - 1) % every == 0 or state.step == run.cfg.run.num_steps):
+        _log_samples(run, metrics, state.step, rollouts)
+
+
+def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:
+    metrics.histogram("rollout/response_tokens", [len(r.response_ids) for r in rollouts], step)
+    rows = [
+        {
+            "prompt_id": r.prompt.prompt_id,
+            "domain": r.prompt.domain,
+            "source": r.source,
+            "prompt": run.tokenizer.decode(r.prompt.token_ids),
+            "response": run.tokenizer.decode(r.response_ids),
+            "answer": r.prompt.answer,
+            "finish_reason": r.finish_reason,
+            "policy_version": r.policy_version,
+            "reward": r.reward,
+        }
+        for r in rollouts[: run.cfg.run.rollout_samples]
+    ]
+    write_rollouts(run.run_dir, step, rows)
+    for index, row in enumerate(rows):
+        metrics.text(f"rollout/sample_{index}", f"[{row['domain']}] {row['prompt']}\n{row['response']}", step)
+
+
+def log_mismatch(metrics: Metrics, student: Student, micro_batches: Sequence[MicroBatch], temperature: float) -> None:
+    """Parity: the student's log-probabilities of what its sampler wrote, before this step's update. Collective."""
+    for mb in micro_batches:
+        logprobs_N = student.logprobs(mb, temperature)
+        on_policy_N = mb.at_loss_tokens(mb.on_policy_B)
+        log_ratio_N = (logprobs_N - mb.at_loss_tokens(mb.rollout_logprobs_BS))[on_policy_N]  # trainer over sampler
+        count = len(log_ratio_N)
+        metrics.add("mismatch/k1", -log_ratio_N.sum(), count)
+        metrics.add("mismatch/k3", (log_ratio_N.exp() - log_ratio_N - 1).sum(), count)
+        metrics.add("mismatch/abs_mean", log_ratio_N.abs().sum(), count)
+        if count:
+            metrics.add_max("mismatch/abs_max", log_ratio_N.abs().max())

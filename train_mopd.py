@@ -1,0 +1,214 @@
+"""Multi-teacher On-Policy Distillation (MOPD).
+
+The student p writes its own answers y ~ p(.|x). The domain of the prompt x names its teacher q (or several, with weights
+w_i that sum to 1), the teacher says what it would have written at each of those very tokens, and the student moves toward it:
+
+    L = 1/N  sum_{y ~ p}  sum_t  w_is(t) * [ sum_i w_i D(p(.|x, y_<t), q_i(.|x, y_<t))  -  alpha * A_task(y) * log p(y_t) ]
+
+N counts the response tokens of all ranks. D is by default the reverse KL over the full vocabulary, computed from cached
+teacher hidden states; `--loss reverse_kl_pg` replaces the bracket by the policy gradient of the same reverse KL,
+
+    -( sg[log q(y_t) - log p(y_t)] + alpha * A_task(y) ) * log p(y_t)
+
+Papers: on-policy distillation, GKD (arXiv 2306.13649); routed teachers with a policy gradient, MiMo-V2-Flash
+(arXiv 2601.02780 Eq. 5-9). Student, its sampler and all teachers share the same GPUs and are awake in turn.
+
+    deepspeed train_mopd.py --student_model S --teacher math=T1 --teacher code=T2 --data train.jsonl --output_dir runs/first
+
+B sequences, S padded length, N loss tokens of a micro-batch, C tokens of a chunk of them, V vocabulary.
+"""
+
+import functools
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from opd import checkpoint, config, distributed, evaluation, rewards, weight_sync
+from opd.colocation import Colocation
+from opd.distillation import compare, payload_of
+from opd.losses import distillation_advantage, importance_weights, policy_gradient_loss
+from opd.metrics import Metrics
+from opd.padding import count_loss_tokens, make_micro_batches
+from opd.rollout import with_rewards
+from opd.run import (
+    Run,
+    build_rollout_engine,
+    build_teachers,
+    evaluate,
+    evaluate_teachers,
+    finish,
+    log_mismatch,
+    log_step,
+    prepare,
+    restore,
+    user_errors,
+)
+from opd.student import Student, learning_rate_at
+from opd.teachers import TeacherPool
+from opd.types import MicroBatch, Rollout
+
+# ---- Config ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    model: config.ModelConfig = field(default_factory=config.ModelConfig)
+    teacher: config.TeacherConfig = field(default_factory=config.TeacherConfig)
+    data: config.DataConfig = field(default_factory=config.DataConfig)
+    rollout: config.RolloutConfig = field(default_factory=config.RolloutConfig)
+    loss: config.LossConfig = field(default_factory=config.LossConfig)
+    batch: config.BatchConfig = field(default_factory=config.BatchConfig)
+    optim: config.OptimConfig = field(default_factory=config.OptimConfig)
+    run: config.RunConfig = field(default_factory=config.RunConfig)
+    teachers: tuple[config.TeacherSpec, ...] = ()
+
+    def validate(self) -> None:
+        config.validate_common(self)
+
+
+# ---- The algorithm ---------------------------------------------------------------------------------------------------
+
+
+def token_loss(
+    logits_CV: Tensor, rows: slice, mb: MicroBatch, logprobs_N: Tensor | None, *, teachers: TeacherPool, cfg: config.LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each token of a chunk, [C], and what to log about it. `rows` are the chunk's tokens among the N."""
+    seen = compare(logits_CV, rows, mb, head_of=teachers.head, shared_vocab=teachers.shared_vocab, cfg=cfg)
+    stats = seen.stats
+    old_logprobs_C = mb.at_loss_tokens(mb.rollout_logprobs_BS)[rows]
+    task_advantages_C = cfg.reward_weight * mb.at_loss_tokens(mb.task_advantages_B)[rows]
+    policy_gradient = functools.partial(
+        policy_gradient_loss, seen.student_logprobs_C, old_logprobs_C,
+        clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
+    )  # fmt: skip
+
+    if cfg.loss == "reverse_kl_pg":
+        advantages_C = distillation_advantage(seen.student_logprobs_C, seen.teacher_logprobs_C, clip=cfg.advantage_clip)
+        stats["distill/advantage_abs"] = advantages_C.abs()
+        limit = float("inf") if cfg.advantage_clip is None else cfg.advantage_clip
+        stats["distill/clip_fraction"] = (stats["distill/k1"].abs() > limit).float()
+        loss_C = policy_gradient(advantages_C + task_advantages_C)
+    else:
+        loss_C = seen.divergence_C
+        if cfg.reward_weight > 0:
+            task_loss_C = policy_gradient(task_advantages_C)
+            stats["loss/task"] = task_loss_C.detach()
+            loss_C = loss_C + task_loss_C
+
+    if cfg.is_mode != "none":
+        weights_C = importance_weights_of(mb, logprobs_N, cfg)[rows]
+        stats["mismatch/weight_mean"], stats["mismatch/weight_zero_fraction"] = weights_C, (weights_C == 0).float()
+        loss_C = weights_C * loss_C
+    stats["loss/total"] = loss_C.detach()
+    return loss_C, stats
+
+
+def importance_weights_of(mb: MicroBatch, logprobs_N: Tensor, cfg: config.LossConfig) -> Tensor:
+    """Trainer over sampler, [N]: the engine that sampled is not quite the model that trains."""
+    logprobs_BS = torch.zeros_like(mb.rollout_logprobs_BS).masked_scatter(mb.loss_mask_BS, logprobs_N)
+    weights_BS = importance_weights(
+        logprobs_BS, mb.rollout_logprobs_BS, mb.loss_mask_BS,
+        mode=cfg.is_mode, level=cfg.is_level, low=cfg.is_low, high=cfg.is_high,
+    )  # fmt: skip
+    return mb.at_loss_tokens(weights_BS)
+
+
+def add_task_rewards(rollouts: list[Rollout], judge: evaluation.Judge, group_size: int) -> list[Rollout]:
+    """A reward per response and its advantage over the other responses to the same prompt."""
+    scores = [judge(r.prompt, r.response_ids) for r in rollouts]
+    return with_rewards(rollouts, scores, rewards.group_relative_advantages(scores, group_size))
+
+
+# ---- Main ------------------------------------------------------------------------------------------------------------
+
+
+def main(run: Run) -> None:
+    # Setup and Data: `prepare` did both; the configuration, models, prompts and routes of `run` fit together.
+    cfg = run.cfg
+    metrics = Metrics(run.run_dir, num_steps=cfg.run.num_steps, domains=run.domains)
+    teacher_scores = evaluate_teachers(run)  # in a child process that is gone before the engines below exist
+
+    # Student, Rollout engine, Teachers: all on this rank's GPU, each asleep until its phase
+    student = Student(cfg.model, cfg.optim, run.ds_config, loss_chunk_mib=cfg.loss.loss_chunk_mib, device=run.device)
+    rollout_engine = build_rollout_engine(run)
+    engines = build_teachers(run)
+    teachers = TeacherPool(
+        engines, run.routes, cfg.loss,
+        payload=payload_of(cfg.loss), shared_vocab=run.facts.shared_vocab, device=run.device,
+    )  # fmt: skip
+    colocation = Colocation(rollout_engine, student, engines, run.run_dir / "ledger.jsonl")
+    loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
+    logprob_temperature = None if cfg.loss.is_mode == "none" else cfg.rollout.temperature
+
+    # Resume
+    state = restore(run, student, metrics)
+    with colocation.phase("sync"):
+        state.policy_version = weight_sync.push(student, rollout_engine, version=state.step)
+    if state.step == 0 and run.eval_prompts:
+        with colocation.phase("rollout"):
+            evaluate(run, rollout_engine, metrics, 0)
+        metrics.flush(0)
+
+    # Loop
+    for step in range(state.step, cfg.run.num_steps):
+        started = time.perf_counter()
+        with colocation.step(step), metrics.timed("step"):
+            prompts = run.prompt_batch(step)  # P prompts of this rank, mixed domains
+
+            with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
+                rollouts = rollout_engine.generate(prompts, step)  # P * G responses, stamped with the policy version
+                if cfg.loss.reward_weight > 0:
+                    rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
+
+            with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
+                scores = teachers.score(rollouts)  # by each rollout's own domain
+
+            micro_batches = make_micro_batches(
+                rollouts, scores, micro_batch_size=cfg.batch.micro_batch_size, pad_id=run.facts.pad_id,
+                domains=run.domains, device=run.device,
+            )  # fmt: skip
+            num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
+
+            with colocation.phase("train"), metrics.timed("train"):
+                if cfg.run.parity_every and step % cfg.run.parity_every == 0:
+                    log_mismatch(metrics, student, micro_batches, cfg.rollout.temperature)
+                for mb in micro_batches:
+                    out = student.loss(mb, loss_of_token, domains=run.domains, logprob_temperature=logprob_temperature)
+                    scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
+                    student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
+                    metrics.merge(out.metrics)
+                teachers.release_head()
+                learning_rate = learning_rate_at(step, cfg.run.num_steps, cfg.optim)
+                grad_norm = student.step(learning_rate)
+
+            with colocation.phase("sync"), metrics.timed("sync"):
+                state.policy_version = weight_sync.push(student, rollout_engine, version=step + 1)
+
+        state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
+        metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
+        seconds = time.perf_counter() - started
+        log_step(run, metrics, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
+        if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
+            with colocation.phase("rollout"):
+                evaluate(run, rollout_engine, metrics, state.step)
+        if is_due(state.step, cfg.run.save_every, cfg.run.num_steps):
+            with metrics.timed("checkpoint"):
+                checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
+        metrics.flush(state.step)
+
+    # Finish
+    metrics.close()
+    finish(run, student, teacher_scores)
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+if __name__ == "__main__":
+    with user_errors():  # one line and exit status 2, before a weight is loaded
+        run = prepare(config.parse(Config))
+    with distributed.exit_together():
+        main(run)
