@@ -35,17 +35,19 @@ from opd.rollout import with_rewards
 from opd.run import (
     Run,
     build_rollout_engine,
+    build_student,
     build_teachers,
     evaluate,
     evaluate_teachers,
     finish,
+    is_due,
     log_mismatch,
     log_step,
     prepare,
     restore,
     user_errors,
 )
-from opd.student import Student, learning_rate_at
+from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch, Rollout
 
@@ -72,7 +74,13 @@ class Config:
 
 
 def token_loss(
-    logits_CV: Tensor, rows: slice, mb: MicroBatch, logprobs_N: Tensor | None, *, teachers: TeacherPool, cfg: config.LossConfig
+    logits_CV: Tensor,
+    rows: slice,
+    mb: MicroBatch,
+    logprobs_N: Tensor | None,
+    *,
+    teachers: TeacherPool,
+    cfg: config.LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each token of a chunk, [C], and what to log about it. `rows` are the chunk's tokens among the N."""
     seen = compare(logits_CV, rows, mb, head_of=teachers.head, shared_vocab=teachers.shared_vocab, cfg=cfg)
@@ -131,7 +139,7 @@ def main(run: Run) -> None:
     teacher_scores = evaluate_teachers(run)  # in a child process that is gone before the engines below exist
 
     # Student, Rollout engine, Teachers: all on this rank's GPU, each asleep until its phase
-    student = Student(cfg.model, cfg.optim, run.ds_config, loss_chunk_mib=cfg.loss.loss_chunk_mib, device=run.device)
+    student = build_student(run)
     rollout_engine = build_rollout_engine(run)
     engines = build_teachers(run)
     teachers = TeacherPool(
@@ -201,10 +209,6 @@ def main(run: Run) -> None:
     # Finish
     metrics.close()
     finish(run, student, teacher_scores)
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def resolve_teachers(flags: list[str]) -> tuple[TeacherSpec, ...]:
     specs = []
     for value in flags:
         name, equals, model = value.partition("=")
-        if equals and not name or equals and not model:
+        if (equals and not name) or (equals and not model):
             raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH")
         specs.append(TeacherSpec(name, model, (name,)) if equals else TeacherSpec("default", value, "*"))
     return tuple(specs)

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from torch import Tensor, nn
 
 from opd.config import OptimConfig
 
 
 def _import_deepspeed():
-    if not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    if on_cpu:
+        # DeepSpeed 0.19.8 compiles a shared-memory reduction on first use, for a minute or more, under a lock file that a
+        # killed rank leaves behind for every later run to wait on. Without it gloo reduces.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -29,7 +29,9 @@ def init(local_rank: int = -1) -> torch.device:
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -154,7 +156,10 @@ def _launcher_chain() -> list[int]:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         except OSError:
             break
-        if not any(name in command for name in ("deepspeed", "torchrun", "torch/distributed", "torch.distributed", "accelerate")):
+        if not any(
+            name in command
+            for name in ("deepspeed", "torchrun", "torch/distributed", "torch.distributed", "accelerate")
+        ):
             break
         chain.append(pid)
         pid = _parent_of(pid)

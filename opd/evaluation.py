@@ -8,8 +8,8 @@ from opd import distributed
 from opd.config import TeacherSpec
 from opd.data import PromptSet
 from opd.metrics import Metrics
-from opd.run_files import replace_text
 from opd.rollout import RolloutEngine, write_with_model
+from opd.run_files import replace_text
 from opd.types import Prompt
 
 Scores = dict[str, list[float]]  # domain -> the score of each prompt, in prompt order

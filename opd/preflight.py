@@ -116,10 +116,12 @@ def _check_weights(flag: str, path: str) -> None:
         raise ValueError(f"{flag} {path}: no .safetensors weights in the directory{hint}")
 
 
-def _eos_ids(path: str, model_config: PreTrainedConfig, tokenizer) -> tuple[int, ...]:
+def _eos_ids(flag: str, path: str, model_config: PreTrainedConfig, tokenizer) -> tuple[int, ...]:
     try:
-        generation = GenerationConfig.from_pretrained(path, local_files_only=Path(path).is_dir()).eos_token_id
-    except OSError:  # most base models have none
+        generation = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError as error:  # many base models have no such file, but a broken one must not pass for none
+        if (Path(path) / "generation_config.json").exists():
+            raise ValueError(f"{flag} {path}: cannot load its generation_config.json: {one_line(error)}") from None
         generation = None
     candidates = (generation, model_config.get_text_config().eos_token_id, tokenizer.eos_token_id)
     eos = next((e for e in candidates if e is not None and e != []), ())
@@ -157,7 +159,7 @@ def _read_model(flag: str, path: str, tokenizer, trust_remote_code: bool) -> Mod
         )
     head = model.get_output_embeddings()
     _check_head(flag, path, model_config, head)
-    eos_ids = _eos_ids(path, model_config, tokenizer)
+    eos_ids = _eos_ids(flag, path, model_config, tokenizer)
     text_config = model_config.get_text_config()
     if not eos_ids or not all(0 <= e < head.weight.shape[0] for e in eos_ids):
         raise ValueError(f"{flag} {path}: EOS token {list(eos_ids)} is not one of its {head.weight.shape[0]} tokens")

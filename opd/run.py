@@ -5,6 +5,7 @@ Nothing here knows a loss. `prepare` finds every mistake of the user before a we
 
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -149,9 +150,12 @@ def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
     """What must not change under a resumed run, by content: a renamed directory is the same model."""
     return {
         "student": checkpoint.content_hash(cfg.model.student_model),  # its tokenizer included
-        "teachers": {t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.weight} for t in cfg.teachers},
+        "teachers": {
+            t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.weight} for t in cfg.teachers
+        },
         "data": data_hash,
         "loss": dataclasses.asdict(cfg.loss),
+        "algorithm": dataclasses.asdict(cfg.gkd) if hasattr(cfg, "gkd") else {},
         "optim": dataclasses.asdict(cfg.optim),
         "rollout": dataclasses.asdict(cfg.rollout),
         "domain_weights": cfg.data.domain_weights,
@@ -169,11 +173,37 @@ def _say_counts(*prompt_sets: data.PromptSet | None) -> None:
         say(f"{name} prompts: {counts}" + (f"; {overlong} over-long ones dropped or cut" if overlong else ""))
 
 
+@contextmanager
+def _console_to_log(run_dir: Path):
+    """Sends this process's stdout and stderr, C++ warnings and progress bars included, to the rank's log for a while."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    console = {fd: os.dup(fd) for fd in (1, 2)}
+    with (run_dir / "logs" / f"rank_{distributed.rank()}.log").open("ab") as log:
+        for fd in console:
+            os.dup2(log.fileno(), fd)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, saved in console.items():
+            os.dup2(saved, fd)
+            os.close(saved)
+
+
+def build_student(run: Run) -> Student:
+    """The student under DeepSpeed. Collective: its weights are sharded while they load."""
+    cfg = run.cfg
+    with _console_to_log(run.run_dir):
+        return Student(cfg.model, cfg.optim, run.ds_config, loss_chunk_mib=cfg.loss.loss_chunk_mib, device=run.device)
+
+
 def build_teachers(run: Run) -> list[ColocatedTeacher]:
     """Every teacher's engine and head on this rank, each put to sleep as soon as it stands."""
     teachers = []
     for spec in run.cfg.teachers:
-        with distributed.agree_on_error(f"building teacher {spec.name}"):
+        with distributed.agree_on_error(f"building teacher {spec.name}"), _console_to_log(run.run_dir):
             engine = HiddenStateEngine(
                 spec.name, spec.model, tokenizer=run.cfg.model.student_model,
                 kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, **run.engine_options,
@@ -185,7 +215,7 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
 
 def build_rollout_engine(run: Run) -> RolloutEngine:
     """The sampler on this rank. It sleeps, without weights, until the first push."""
-    with distributed.agree_on_error("building the rollout engine"):
+    with distributed.agree_on_error("building the rollout engine"), _console_to_log(run.run_dir):
         engine = RolloutEngine(
             run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,
             **run.engine_options,
@@ -203,6 +233,11 @@ def restore(run: Run, student: Student, metrics: Metrics) -> LoopState:
     state = checkpoint.load_state(run.resume_from)
     metrics.truncate(state.step)
     return state
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """After `step` optimizer steps: at the last one, and at every multiple of `every` above 0."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 # ---- Evaluation and report -------------------------------------------------------------------------------------------
@@ -264,7 +299,9 @@ def log_step(
     own = sum(len(r.response_ids) for r in rollouts)
     for domain in run.domains:
         metrics.add(
-            f"distill/token_share/{domain}", sum(len(r.response_ids) for r in rollouts if r.prompt.domain == domain), own
+            f"distill/token_share/{domain}",
+            sum(len(r.response_ids) for r in rollouts if r.prompt.domain == domain),
+            own,
         )
     metrics.add("optim/loss_tokens", num_loss_tokens)
     metrics.add("perf/tokens_per_second", num_loss_tokens / seconds)

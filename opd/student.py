@@ -140,9 +140,7 @@ class Student:
         self.sharded.load(directory)
 
 
-def summarise(
-    stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def summarise(stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """[N] statistics to (sum, count) under `key` and `key/domain`. NaN marks a token that a statistic does not cover."""
     metrics = {}
     for key, value_N in stats.items():

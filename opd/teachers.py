@@ -121,7 +121,9 @@ class TeacherPool:
         """One teacher's scores, all responses in one pass over its head."""
         for rollout, hidden_LH in zip(rollouts, states, strict=True):
             if not torch.isfinite(hidden_LH).all():
-                raise FloatingPointError(f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not finite")
+                raise FloatingPointError(
+                    f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not finite"
+                )
         if self.payload == "hidden":
             return [TeacherScores(teacher=name, weight=1.0, hidden=hidden_LH) for hidden_LH in states]
         head_VH = self.head(name)

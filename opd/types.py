@@ -41,7 +41,9 @@ class Rollout:
     prompt: Prompt
     source: RolloutSource
     response_ids: list[int]  # [L]
-    rollout_logprobs: list[float] | None  # [L] the sampler's, at the sampling temperature; None unless source is student
+    rollout_logprobs: (
+        list[float] | None
+    )  # [L] the sampler's, at the sampling temperature; None unless source is student
     finish_reason: FinishReason
     policy_version: int  # the student weights that sampled it
     reward: float | None = None  # the task reward, None when the run uses none

@@ -128,7 +128,9 @@ class _Engine:
 class GeneratorEngine(_Engine):
     """Samples responses, and takes new weights from the student."""
 
-    def __init__(self, model: str, *, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int, trust_remote_code: bool):
+    def __init__(
+        self, model: str, *, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int, trust_remote_code: bool
+    ):
         super().__init__(
             "rollout",
             model,

@@ -221,7 +221,7 @@ def test_one_teacher_for_everything_needs_no_domain_column(tmp_path):
 
 @pytest.fixture(scope="module")
 def prompt_set(tmp_path_factory):
-    rows = [row(f"{i}", domain="abc"[i % 7 // 3]) for i in range(37)]  # a 16, b 16, c 5
+    rows = [row(f"{i}", domain="abc"[i % 7 // 3]) for i in range(37)]  # a 17, b 15, c 5
     return load(write(tmp_path_factory.mktemp("data") / "a.jsonl", rows))
 
 
@@ -300,27 +300,38 @@ def test_domain_counts_follow_the_weights_at_every_step(prompt_set, prompts_per_
 def test_each_domain_walks_its_own_epochs(prompt_set):
     walk = [i for s in range(40) for i in batch(prompt_set, s, domain_weights=WEIGHTS)]
     for domain, size in prompt_set.counts.items():
-        # Inside a step the order is shuffled, so look at counts: whole epochs differ by one step's share at most.
+        # Without repeats inside an epoch no row can be two ahead of another; a step's order is shuffled, so count.
         ids = collections.Counter(i for i in walk if prompt_set.prompts[i].domain == domain)
         assert len(ids) == size and max(ids.values()) - min(ids.values()) <= 1, domain
 
 
-def test_many_uneven_domains(tmp_path):
-    names = [f"d{i}" for i in range(12)]
-    many = load(write(tmp_path / "a.jsonl", [row("a", domain=name) for name in names]))
-    weights = {name: 1.7**i for i, name in enumerate(names)}
-    seen, total = collections.Counter(), sum(weights.values())
-    for step in range(300):
-        ids = batch(many, step, prompts_per_step=3, domain_weights=weights)
+@pytest.mark.parametrize(
+    ("weights", "prompts_per_step"),
+    [
+        ([1.7**i for i in range(12)], 3),
+        ([24, 1, 20, 18, 1], 2),  # largest remainder first: no valid step 16
+        ([7, 7, 12, 8, 10], 1),  # heaviest first: no valid step 7
+        ([1, 13, 37, 14, 5], 3),  # lightest first: no valid step 2
+    ],
+)
+def test_many_uneven_domains(tmp_path, weights, prompts_per_step):
+    shares = {f"d{i:02}": weight / sum(weights) for i, weight in enumerate(weights)}
+    many = load(write(tmp_path / "a.jsonl", [row("a", domain=name) for name in shares]))
+    given = dict(zip(shares, weights, strict=True))
+    seen, total = collections.Counter(), 0
+    for step in range(150):
+        ids = batch(many, step, prompts_per_step=prompts_per_step, domain_weights=given)
         seen.update(many.prompts[i].domain for i in ids)
-        assert all(abs(seen[n] - 3 * (step + 1) * w / total) < 1 + 1e-9 for n, w in weights.items()), step
+        total += prompts_per_step
+        assert len(ids) == prompts_per_step
+        assert all(abs(seen[name] - total * share) < 1 + 1e-9 for name, share in shares.items()), step
 
 
 def test_bad_batches(prompt_set):
     with pytest.raises(ValueError, match="--prompts_per_step 8: must be a multiple of the 3 ranks"):
         batch(prompt_set, 0, world_size=3)
     for weights in ({"a": 1, "b": 1}, {"a": 1, "b": 1, "c": 1, "d": 1}, {"a": 1, "b": 1, "x": 1}):
-        with pytest.raises(ValueError, match="--domain_weights.*each of a, b, c"):
+        with pytest.raises(ValueError, match=r"--domain_weights.*each of a, b, c"):
             batch(prompt_set, 0, domain_weights=weights)
     with pytest.raises(ValueError, match="--domain_weights: at least one"):
         batch(prompt_set, 0, domain_weights={"a": 0, "b": 0, "c": 0})
@@ -347,9 +358,9 @@ def test_a_domain_only_in_the_held_out_set_needs_a_teacher_too(prompt_set, tmp_p
 
 
 def test_nothing_is_dropped_in_silence(prompt_set):
-    with pytest.raises(ValueError, match=r"no teacher for the domains b \(16 rows\), c \(5 rows\)"):
+    with pytest.raises(ValueError, match=r"no teacher for the domains b \(15 rows\), c \(5 rows\)"):
         routes((teacher("x", "a"),), [prompt_set])
-    with pytest.raises(ValueError, match=r"--teacher y: no row has the domain mth; the data has a \(16 rows\), b"):
+    with pytest.raises(ValueError, match=r"--teacher y: no row has the domain mth; the data has a \(17 rows\), b"):
         routes((teacher("x"), teacher("y", "mth")), [prompt_set])
     with pytest.raises(ValueError, match="--teacher rest: never used"):
         routes((teacher("x", "a", "b", "c"), teacher("rest")), [prompt_set])

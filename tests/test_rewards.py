@@ -42,7 +42,7 @@ def test_last_number(answer, text, reward):
 
 
 def test_a_reference_that_cannot_be_used_is_an_error():
-    with pytest.raises(ValueError, match="prompt 7 .*reference"):
+    with pytest.raises(ValueError, match=r"prompt 7 .*reference"):
         exact_match(prompt(None), "x")
     with pytest.raises(ValueError, match="no number in the answer of prompt 7"):
         last_number(prompt("none at all"), "72")

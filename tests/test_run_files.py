@@ -86,7 +86,7 @@ def test_libraries_write_to_the_log_and_not_to_the_console(tmp_path):
 
 
 def test_no_secret_reaches_the_run_directory(tmp_path, monkeypatch):
-    secrets = {"HF_TOKEN": "canary-one", "VLLM_API_KEY": "canary-two", "WANDB_API_KEY": "canary-three"}
+    secrets = {"HF_TOKEN": "canary-one", "VLLM_API_KEY": "canary2", "WANDB_API_KEY": "canary-three"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
@@ -99,7 +99,7 @@ def test_no_secret_reaches_the_run_directory(tmp_path, monkeypatch):
         "note": "x canary-one y",
     }
     argv = ["train.py", "--hf_token", "canary-eight", "--api-key=canary-nine", "--teacher", "m=http://u:canary-ten@h/?token=canary-eleven",
-            "--max_response_tokens", "64", "--domain_key", "data_source", "--note", "canary-two"]  # fmt: skip
+            "--max_response_tokens", "64", "--domain_key", "data_source", "--note", "canary-one"]  # fmt: skip
     write_run_files(tmp_path, config, argv)
 
     for path in tmp_path.rglob("*"):

@@ -1,11 +1,12 @@
 """Trains a tiny model under real DeepSpeed (ZeRO-3, gloo, CPU) and saves through `opd.checkpoint`.
 
-`checkpoint_worker.py JOB` is one rank of a launcher, or the only one. `checkpoint_worker.py serve` reads a JOB per line,
-forks the job's ranks, waits for them and answers with one line: exit statuses, standard error and the ranks' results. One
-process of it saves the import of torch for each of dozens of trials; the ranks are real processes all the same.
+`checkpoint_worker.py JOB` is one rank of a launcher, or the only one. `checkpoint_worker.py serve` reads a JOB per
+line, forks the job's ranks, waits for them and answers with one line: exit statuses, standard error, the ranks'
+results. That saves the import of torch in each of dozens of trials; the ranks are real processes all the same.
 
-A JOB is a JSON object: `run_dir`, `num_steps`, and optionally `resume` (default auto), `keep` (2), `world_size` (1, for
+A JOB is a JSON object: `run_dir`, `num_steps`, and optionally `resume` (default auto), `keep` (2), `world_size` (1; for
 `serve`), `fault` ("point:kill") with `fault_rank` and `strike_at` (the step whose save is struck), `full_disk_rank`.
+With `export_from` (a model directory) the job is one export of that model from under ZeRO-3.
 """
 
 import hashlib
@@ -22,15 +23,21 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import deepspeed.ops  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from opd import checkpoint, distributed  # noqa: E402
 from opd.config import OptimConfig  # noqa: E402
 from opd.deepspeed_engine import ShardedEngine  # noqa: E402
 from opd.types import LoopState  # noqa: E402
 
-RANK_DEADLINE = 400  # seconds, of which DeepSpeed's first run on a machine compiles for up to a hundred
+# DeepSpeed's shared-memory reduction is compiled on first use, for a minute or more, under a lock file that a killed
+# rank would leave behind for all later ones. Without it gloo reduces.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+RANK_DEADLINE = 300  # seconds; a rank that hangs is ended by SIGALRM and its trial fails
 
 
 class HeldErrors:
@@ -51,9 +58,14 @@ class HeldErrors:
             self.error = self.error or error
 
 
+def zero_3() -> ShardedEngine:
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    return ShardedEngine(ds_config, OptimConfig(), dtype=torch.float32)
+
+
 def build() -> ShardedEngine:
     torch.manual_seed(0)
-    sharded = ShardedEngine(json.loads((ROOT / "ds_configs/zero3.json").read_text()), OptimConfig(), dtype=torch.float32)
+    sharded = zero_3()
     sharded.attach(nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8)), ())
     sharded.engine.checkpoint_engine = HeldErrors(sharded.engine.checkpoint_engine)
     return sharded
@@ -134,6 +146,18 @@ def run(job: dict) -> dict:
     return {**result, "step": state.step, "tokens_seen": state.tokens_seen, "hash": state_hash(sharded)}
 
 
+def export(job: dict) -> dict:
+    distributed.init()
+    sharded = zero_3()
+    model = AutoModelForCausalLM.from_pretrained(job["export_from"], dtype=torch.float32)
+    sharded.attach(model, ())
+    tokenizer = AutoTokenizer.from_pretrained(job["export_from"])
+    partitioned = all(parameter.numel() == 0 for parameter in model.parameters())
+    tensors = sharded.named_full_parameters(model)
+    checkpoint.export_huggingface(Path(job["run_dir"]) / "model", model, tokenizer, tensors, model.generation_config)
+    return {"partitioned": partitioned}
+
+
 def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Path) -> None:
     """A forked rank. It never returns."""
     status = 1
@@ -145,7 +169,7 @@ def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Pa
         os.dup2(descriptor, 2)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.get("world_size", 1)))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        result_path.write_text(json.dumps(run(job)))
+        result_path.write_text(json.dumps(export(job) if "export_from" in job else run(job)))
         status = 0
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

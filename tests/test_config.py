@@ -1,0 +1,378 @@
+"""Flags, YAML files and what is wrong with them."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import pytest
+import yaml
+
+from opd.config import (
+    BatchConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    RunConfig,
+    TeacherConfig,
+    TeacherSpec,
+    groups_of,
+    load_ds_config,
+    pairs,
+    parse,
+    to_dict,
+    validate_common,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All groups; a script adds its own."""
+
+    model: ModelConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    loss: LossConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    run: RunConfig
+    teachers: tuple[TeacherSpec, ...] = ()
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+# The flags are a contract: a name that changes breaks somebody's command line. Add here, never rename.
+FLAGS = words("""
+student_model dtype gradient_checkpointing attn_implementation trust_remote_code
+teacher allow_template_mismatch
+data eval_data domain_key prompt_key answer_key response_key domain_weights max_prompt_tokens overlong_prompts
+prompts_per_step num_generations max_response_tokens temperature top_p top_k rollout_kv_cache_gib teacher_kv_cache_gib
+loss support support_k tail estimator jsd_beta skew_alpha loss_temperature advantage_clip clip_low clip_high dual_clip
+is_mode is_level is_low is_high reward_weight reward_fn loss_chunk_mib
+micro_batch_size
+learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm
+output_dir num_steps seed ds_config eval_every eval_max_prompts save_every keep_checkpoints parity_every rollout_samples
+rollout_every resume dry_run local_rank
+""")
+
+REQUIRED = ["--student_model", "s", "--data", "d.jsonl", "--output_dir", "o", "--teacher", "t"]
+
+
+def flags_of(config_class) -> list[str]:
+    return [f.name for group in groups_of(config_class).values() for f in dataclasses.fields(group)]
+
+
+def write_yaml(path, content) -> str:
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+def validated(*argv: str) -> Config:
+    config = parse(Config, [*REQUIRED, *argv])
+    validate_common(config)
+    return config
+
+
+def error(call, *args) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert message and "\n" not in message, message
+    return message
+
+
+def test_flags_are_frozen():
+    assert flags_of(Config) == FLAGS
+
+
+def test_every_flag_has_help():
+    for group in groups_of(Config).values():
+        for field in dataclasses.fields(group):
+            assert len(field.metadata.get("help", "")) > 10, field.name
+
+
+def test_defaults_are_valid_and_flags_become_values():
+    config = validated(
+        "--learning_rate", "1e-3", "--num-steps", "7", "--dry_run", "--jsd_beta=0.25", "--eval_data", "a", "b"
+    )
+    assert (config.optim.learning_rate, config.run.num_steps, config.run.dry_run) == (1e-3, 7, True)
+    assert config.loss.jsd_beta == 0.25 and config.data.eval_data == ["a", "b"]
+    assert config.loss.clip_low is None and config.run.seed == 0
+
+
+def test_the_command_line_wins_over_yaml(tmp_path):
+    path = write_yaml(
+        tmp_path / "c.yaml",
+        "seed: 3\nlearning_rate: 1e-4\ndata: [x, y]\ngradient_checkpointing: true\nadvantage_clip: null\n"
+        "teachers: [{name: math, model: m}]\n",
+    )
+    config = parse(Config, ["--config", path, "--seed", "5"])
+    assert (config.run.seed, config.optim.learning_rate, config.data.data) == (5, 1e-4, ["x", "y"])
+    assert config.model.gradient_checkpointing and config.loss.advantage_clip is None
+    config = parse(Config, [f"--config={path}", "--data", "z", "--gradient_checkpointing", "false", "--teacher", "t"])
+    assert config.data.data == ["z"] and not config.model.gradient_checkpointing and config.run.seed == 3
+    assert config.teachers == (TeacherSpec("default", "t", "*"),)
+
+
+def test_yaml_maps_become_pairs(tmp_path):
+    path = write_yaml(tmp_path / "c.yaml", {"domain_weights": {"math": 2, "code": 0.5}})
+    weights = parse(Config, ["--config", path]).data.domain_weights
+    assert pairs("domain_weights", weights) == {"math": 2.0, "code": 0.5}
+
+
+@pytest.mark.parametrize("value", ["math", "math=x", "=1", "math=-1", "math=nan", "math=inf"])
+def test_pairs_that_are_not(value):
+    assert f"--domain_weights {value}" in error(pairs, "domain_weights", [value])
+
+
+def test_a_domain_with_two_weights():
+    assert "math" in error(pairs, "domain_weights", ["math=1", "math=2"])
+
+
+def test_teachers_from_flags():
+    config = parse(Config, ["--teacher", "math=a/b", "--teacher", "code=c=d", "--teacher", "rest"])
+    assert config.teachers == (
+        TeacherSpec("math", "a/b", ("math",)),
+        TeacherSpec("code", "c=d", ("code",)),
+        TeacherSpec("default", "rest", "*"),
+    )
+    for value in ("=path", "name="):
+        assert f"--teacher {value}" in error(parse, Config, ["--teacher", value])
+
+
+def test_teachers_from_yaml(tmp_path):
+    entries = [
+        {"name": "a", "model": "m/a"},
+        {"name": "b", "model": "m/b", "domains": ["x", 7], "weight": 3},
+        {"name": "c", "model": "m/c", "domains": "*"},
+    ]
+    config = parse(Config, ["--config", write_yaml(tmp_path / "c.yaml", {"teachers": entries})])
+    assert config.teachers == (
+        TeacherSpec("a", "m/a", ("a",)),
+        TeacherSpec("b", "m/b", ("x", "7"), 3.0),
+        TeacherSpec("c", "m/c", "*"),
+    )
+
+
+BAD_TEACHERS = {
+    "must be a list": "math",
+    "needs at least `name` and `model`": [{"name": "a"}],
+    "unknown key `domain`; did you mean domains?": [{"name": "a", "model": "m", "domain": ["x"]}],
+    "domains must be a list": [{"name": "a", "model": "m", "domains": "math"}],
+    "weight must be a number": [{"name": "a", "model": "m", "weight": "big"}],
+}
+
+
+@pytest.mark.parametrize("message", BAD_TEACHERS)
+def test_bad_teachers_in_yaml(tmp_path, message):
+    path = write_yaml(tmp_path / "c.yaml", {"teachers": BAD_TEACHERS[message]})
+    found = error(parse, Config, ["--config", path])
+    assert message in found and "c.yaml" in found
+
+
+def test_teacher_and_teachers_in_one_file(tmp_path):
+    path = write_yaml(tmp_path / "c.yaml", {"teachers": [{"name": "a", "model": "m"}], "teacher": ["b=n"]})
+    assert "both `teacher` and `teachers`" in error(parse, Config, ["--config", path])
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([], "no teacher: give --teacher"),
+        (["math=a", "math=b"], "two teachers are called math"),
+        (["a", "b"], "two teachers are called default"),
+    ],
+)
+def test_teachers_that_do_not_go_together(specs, message):
+    argv = ["--student_model", "s", "--data", "d", "--output_dir", "o", *(x for s in specs for x in ("--teacher", s))]
+    assert message in error(validate_common, parse(Config, argv))
+
+
+def test_only_one_teacher_takes_the_rest():
+    config = dataclasses.replace(validated(), teachers=(TeacherSpec("a", "m", "*"), TeacherSpec("b", "m", "*")))
+    assert "only one teacher can take" in error(validate_common, config)
+    for weight in (0.0, -1.0, float("inf"), float("nan")):
+        config = dataclasses.replace(validated(), teachers=(TeacherSpec("a", "m", "*", weight),))
+        assert "weight" in error(validate_common, config)
+
+
+@pytest.mark.parametrize("missing", ["student_model", "data", "output_dir"])
+def test_required_flags(missing):
+    position = REQUIRED.index(f"--{missing}")
+    argv = REQUIRED[:position] + REQUIRED[position + 2 :]
+    assert f"--{missing} is required" in error(validate_common, parse(Config, argv))
+
+
+BAD_FLAGS = {
+    "--learningrate 1": ["--learningrate", "--learning_rate"],
+    "--suport full": ["--suport", "--support"],
+    "--nonsense 1": ["--nonsense"],
+    "--loss kl": ["--loss", "'kl'", "reverse_kl_pg"],
+    "--support some": ["--support", "'some'", "teacher_topk"],
+    "--tail none": ["--tail", "'none'", "bucket"],
+    "--estimator k4": ["--estimator", "'k4'"],
+    "--seed one": ["--seed", "'one'"],
+    "--learning_rate fast": ["--learning_rate", "'fast'"],
+    "--dry_run perhaps": ["--dry_run", "perhaps"],
+    "--num_steps": ["--num_steps", "expected one argument"],
+    "--num_steps 1.5": ["--num_steps", "'1.5'"],
+    "--config": ["--config", "expected one argument"],
+    "--seed 1 stray": ["stray"],
+}
+
+
+@pytest.mark.parametrize("argv", BAD_FLAGS)
+def test_bad_flags(argv):
+    message = error(parse, Config, [*REQUIRED, *words(argv)])
+    for part in BAD_FLAGS[argv]:
+        assert part in message, message
+
+
+BAD_YAML = {
+    "learning_rat: 1": ["unknown key `learning_rat`", "did you mean learning_rate?"],
+    "teacherz: [a]": ["unknown key `teacherz`", "did you mean teacher"],
+    "3: 4": ["unknown key `3`"],
+    "- a\n- b": ["expected `flag: value` lines"],
+    "a: [1": ["not a YAML file"],
+    "seed: one": ["--seed", "'one'"],
+    "loss: {a: 1}": ["--loss"],
+}
+
+
+@pytest.mark.parametrize("content", BAD_YAML)
+def test_bad_yaml(tmp_path, content):
+    message = error(parse, Config, ["--config", write_yaml(tmp_path / "c.yaml", content)])
+    for part in BAD_YAML[content]:
+        assert part in message, message
+
+
+def test_missing_yaml(tmp_path):
+    assert "no such file" in error(parse, Config, ["--config", str(tmp_path / "no.yaml")])
+    assert "c.yaml" in error(parse, Config, ["--config", write_yaml(tmp_path / "c.yaml", "") + "/x"])
+
+
+BAD_VALUES = [
+    ("--support_k 0", "--support_k 0: must be at least 1"),
+    ("--jsd_beta 0", "--jsd_beta 0.0: must lie inside (0, 1); for the limits"),
+    ("--jsd_beta 1", "--jsd_beta 1.0"),
+    ("--jsd_beta nan", "--jsd_beta nan: must be finite"),
+    ("--skew_alpha 1", "--skew_alpha 1.0: must lie inside"),
+    ("--estimator k1", "--estimator k1"),
+    ("--temperature 0", "--temperature 0.0: must be above 0"),
+    ("--temperature -1", "--temperature -1.0"),
+    ("--temperature inf", "--temperature inf: must be finite"),
+    ("--loss_temperature 0", "--loss_temperature 0.0"),
+    ("--top_p 0", "--top_p 0.0"),
+    ("--top_p 1.5", "--top_p 1.5: must be at most 1"),
+    ("--adam_beta1 1", "--adam_beta1 1.0"),
+    ("--domain_weights math", "--domain_weights math"),
+    ("--support sampled --loss jsd", "--support sampled: jsd"),
+    ("--loss reverse_kl_pg --support full", "--support full: reverse_kl_pg"),
+    ("--loss reverse_kl_pg --estimator k3", "--estimator k3: reverse_kl_pg"),
+    ("--loss reverse_kl_pg --loss_temperature 2", "--temperature 1.0"),
+    ("--clip_low 0.2", "--clip_low 0.2: only a policy gradient clips"),
+    ("--loss reverse_kl_pg --clip_high 0.2", "--clip_high: needs --clip_low"),
+    ("--loss reverse_kl_pg --dual_clip 3", "--dual_clip 3.0"),
+    ("--loss reverse_kl_pg --clip_low 0.2 --dual_clip 1", "--dual_clip 1.0: must be above 1"),
+    ("--is_low 3 --is_high 2", "--is_low 3.0"),
+    ("--reward_weight 0.5", "--num_generations"),
+    *(
+        (f"--{name} -1", f"--{name} -1")
+        for name in words(
+            "prompts_per_step num_generations max_prompt_tokens max_response_tokens micro_batch_size keep_checkpoints "
+            "loss_chunk_mib num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
+            "rollout_samples warmup_steps learning_rate weight_decay max_grad_norm min_lr_ratio top_k reward_weight "
+            "rollout_kv_cache_gib teacher_kv_cache_gib advantage_clip clip_low clip_high is_low is_high adam_eps "
+            "adam_beta1 adam_beta2"
+        )
+    ),
+    *((f"--{n} 0", f"--{n} 0") for n in words("prompts_per_step num_generations max_response_tokens micro_batch_size")),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_VALUES)
+def test_bad_values(argv, message):
+    config = parse(Config, [*REQUIRED, *words(argv)])
+    assert message in error(validate_common, config)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--loss reverse_kl_pg --clip_low 0.2 --clip_high 0.3 --dual_clip 3 --advantage_clip 5",
+        "--loss reverse_kl_pg --temperature 0.7 --loss_temperature 0.7",
+        "--loss jsd --jsd_beta 0.9 --support teacher_topk --support_k 1 --tail generalized",
+        "--support sampled --estimator k2",
+        "--reward_weight 0.5 --num_generations 2 --clip_low 0.2",
+    ],
+)
+def test_good_values(argv):
+    validated(*words(argv))
+
+
+def test_round_trip_through_yaml(tmp_path):
+    config = validated(
+        *words("--teacher math=m --domain_weights math=1 default=2 --adam_eps 1e-9 --eval_data e --dry_run"),
+        *words("--loss reverse_kl_pg --clip_low 0.2 --temperature 0.7 --loss_temperature 0.7 --trust_remote_code"),
+    )
+    path = write_yaml(tmp_path / "c.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    again = parse(Config, ["--config", path])
+    assert to_dict(again) == to_dict(config) and again.teachers == config.teachers
+    assert again.optim == config.optim and again.data == config.data and again.loss == config.loss
+    assert set(to_dict(config)) == set(FLAGS) - {"teacher"} | {"teachers"}
+
+
+def write_json(tmp_path, content) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def test_ds_config(tmp_path):
+    content = {"zero_optimization": {"stage": 3}, "communication_data_type": "fp32"}
+    assert load_ds_config(write_json(tmp_path, content)) == content
+    assert load_ds_config(write_json(tmp_path, {})) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "flag"),
+    [
+        ("train_batch_size", "--prompts_per_step"),
+        ("train_micro_batch_size_per_gpu", "--micro_batch_size"),
+        ("gradient_accumulation_steps", "--micro_batch_size"),
+        ("gradient_clipping", "--max_grad_norm"),
+        ("optimizer", "--learning_rate"),
+        ("scheduler", "--lr_schedule"),
+        ("fp16", "--dtype"),
+        ("bf16", "--dtype"),
+        ("bfloat16", "--dtype"),
+        ("amp", "--dtype"),
+        ("torch_autocast", "--dtype"),
+    ],
+)
+def test_ds_config_leaves_the_algorithm_to_flags(tmp_path, key, flag):
+    message = error(load_ds_config, write_json(tmp_path, {key: "auto"}))
+    assert f"`{key}`" in message and flag in message and "ds.json" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"zero_optimization": ', "not a JSON file"),
+        ("[]", "expected a JSON object"),
+        ({"zero_optimization": {"stage": 4}}, "stage must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "3"}}, "stage must be 0, 1, 2 or 3"),
+        ({"zero_optimization": 3}, "stage must be 0, 1, 2 or 3"),
+    ],
+)
+def test_broken_ds_config(tmp_path, content, message):
+    assert message in error(load_ds_config, write_json(tmp_path, content))
+
+
+def test_missing_ds_config(tmp_path):
+    assert "no such file" in error(load_ds_config, str(tmp_path / "no.json"))
+    assert "--ds_config" in error(load_ds_config, str(tmp_path))

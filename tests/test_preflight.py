@@ -1,0 +1,420 @@
+"""What is refused before a weight is loaded, with tiny real models and tokenizers."""
+
+import dataclasses
+import json
+import os
+import shutil
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GraniteConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from opd.config import (
+    BatchConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    RunConfig,
+    TeacherConfig,
+    TeacherSpec,
+    parse,
+    to_dict,
+)
+from opd.data import load_prompts
+from opd.preflight import check_models, check_output_dir, dry_run_report, load_tokenizer, memory_table
+
+TEMPLATE = (
+    "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
+VOCABULARY = (*SPECIAL, *string.ascii_lowercase, "?")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    loss: LossConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    run: RunConfig
+    teachers: tuple[TeacherSpec, ...] = ()
+
+
+def save_tokenizer(path: Path, tokens=VOCABULARY, eos="<eos>", chat_template=TEMPLATE) -> None:
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token=eos,
+        unk_token="?",
+        extra_special_tokens=["<user>", "<assistant>"],
+        chat_template=chat_template,
+    ).save_pretrained(path)
+
+
+def tiny(**changes) -> Qwen3Config:
+    values = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return Qwen3Config(**{**values, **changes})
+
+
+def save_model(path: Path, eos: int | list[int] | None = 1, tokenizer=None, **changes) -> str:
+    """A model directory. `eos` goes into the generation config; None writes no such file."""
+    model = Qwen3ForCausalLM(tiny(**changes))
+    model.generation_config = GenerationConfig(eos_token_id=eos)
+    model.save_pretrained(path)
+    if eos is None:
+        (path / "generation_config.json").unlink()
+    save_tokenizer(path, **(tokenizer or {}))
+    return str(path)
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("models") / "student")
+
+
+def make_config(student: str, teacher: str, *argv: str) -> Config:
+    ds_config = Path(__file__).parent.parent / "ds_configs" / "zero3.json"
+    required = f"--data d --output_dir o --ds_config {ds_config} --max_prompt_tokens 24 --max_response_tokens 40"
+    return parse(Config, ["--student_model", student, "--teacher", f"math={teacher}", *required.split(), *argv])
+
+
+def error(call, *args) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert message and "\n" not in message, message
+    return message
+
+
+def refusal(student: str, teacher: str, *argv: str) -> str:
+    return error(check_models, make_config(student, teacher, *argv))
+
+
+# ------------------------------------------------------------------------------------------- facts of good pairs
+
+
+def test_facts(student, tmp_path):
+    """The teacher is wider, deeper and has a padded vocabulary."""
+    teacher = save_model(
+        tmp_path / "t", hidden_size=32, num_hidden_layers=2, vocab_size=64, max_position_embeddings=128
+    )
+    facts = check_models(make_config(student, teacher))
+    assert facts.student.eos_ids == facts.teachers["math"].eos_ids == (1,)
+    assert facts.pad_id == 0 and facts.num_tokens == facts.shared_vocab == facts.student.vocab_size == len(VOCABULARY)
+    math = facts.teachers["math"]
+    assert (math.vocab_size, math.hidden_size, math.context) == (64, 32, 128)
+    assert (facts.student.hidden_size, facts.student.context) == (16, 64)
+    for fact in (facts.student, math):
+        model = AutoModelForCausalLM.from_pretrained(fact.path)
+        assert fact.num_parameters == model.num_parameters()
+        assert fact.head_parameters == model.lm_head.weight.numel()
+
+
+def test_tied_embeddings_count_once(tmp_path):
+    path = save_model(tmp_path / "t", tie_word_embeddings=True)
+    fact = check_models(make_config(path, path)).student
+    assert fact.num_parameters == AutoModelForCausalLM.from_pretrained(path).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("generation", "model", "eos_ids"),
+    [([1, 5], 1, (1, 5)), (None, [1, 6], (1, 6)), (None, 7, (7,)), (None, None, (1,))],
+)
+def test_eos_from_generation_config_then_config_then_tokenizer(tmp_path, generation, model, eos_ids):
+    path = save_model(tmp_path / "m", eos=generation, eos_token_id=model)
+    assert check_models(make_config(path, path)).student.eos_ids == eos_ids
+
+
+# ------------------------------------------------------------------------------------------------ bad pairs
+
+
+def test_another_tokenizer_of_the_same_size(student, tmp_path):
+    swapped = [*VOCABULARY]
+    swapped[10], swapped[11] = swapped[11], swapped[10]
+    teacher = save_model(tmp_path / "t", tokenizer={"tokens": swapped})
+    message = refusal(student, teacher, "--allow_template_mismatch")
+    assert "--teacher math" in message and "2 tokens differ, first 'g' (id 11, the student's 10)" in message
+
+
+def test_an_added_token(student, tmp_path):
+    teacher = save_model(tmp_path / "t", vocab_size=64)
+    tokenizer = load_tokenizer(teacher)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(teacher)
+    assert "1 tokens differ, first '<think>'" in refusal(student, teacher)
+
+
+def test_another_eos(student, tmp_path):
+    teacher = save_model(tmp_path / "t", eos=[3])
+    assert "its EOS is ['<assistant>'], the student's is ['<eos>']" in refusal(student, teacher)
+    assert "--allow_template_mismatch" in refusal(student, teacher)
+    facts = check_models(make_config(student, teacher, "--allow_template_mismatch"))
+    assert facts.student.eos_ids == (1,) and facts.teachers["math"].eos_ids == (3,)
+
+
+def test_another_chat_template(student, tmp_path):
+    teacher = save_model(tmp_path / "t", tokenizer={"chat_template": TEMPLATE + " "})
+    assert "its chat template is not the student's" in refusal(student, teacher)
+    check_models(make_config(student, teacher, "--allow_template_mismatch"))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_context(student, tmp_path, who):
+    short = save_model(tmp_path / "short", max_position_embeddings=63)
+    message = refusal(*((short, student) if who == "student" else (student, short)))
+    assert "--max_prompt_tokens 24 + --max_response_tokens 40" in message and "63 tokens" in message
+    assert ("--student_model" if who == "student" else "--teacher math") in message
+
+
+def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
+    path = save_model(tmp_path / "m", vocab_size=20)
+    assert f"ids up to {len(VOCABULARY) - 1}" in refusal(path, path)
+
+
+@pytest.mark.parametrize("eos", [99, []])
+def test_an_eos_that_is_no_token(tmp_path, eos):
+    path = save_model(tmp_path / "m", eos=eos, eos_token_id=None, tokenizer={"eos": None} if eos == [] else None)
+    assert "EOS token" in refusal(path, path)
+
+
+# ------------------------------------------------------------------------------------- models that cannot be used
+
+SMALL = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Gemma2Config(**SMALL, head_dim=8), "final_logit_softcapping = 30.0"),
+        (CohereConfig(**SMALL), "logit_scale = 0.0625"),
+        (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling = 8.0"),
+        (PhiConfig(**SMALL), "its lm_head has a bias"),
+        (BertConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}), "bias"),
+    ],
+)
+def test_logits_that_are_more_than_hidden_states_times_lm_head(student, tmp_path, config, message):
+    shutil.copytree(student, tmp_path / "t")
+    config.save_pretrained(tmp_path / "t")
+    found = refusal(student, str(tmp_path / "t"))
+    assert message in found and "--teacher math" in found
+
+
+def test_neutral_scaling_is_fine(student, tmp_path):
+    shutil.copytree(student, tmp_path / "t")
+    GraniteConfig(**SMALL, logits_scaling=1.0).save_pretrained(tmp_path / "t")
+    check_models(make_config(student, str(tmp_path / "t")))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_checkpoint_is_refused(student, tmp_path, file):
+    shutil.copytree(student, tmp_path / "t")
+    edit_json(tmp_path / "t" / file, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    (tmp_path / "t" / "evil.py").write_text("raise SystemExit('ran')\n")
+    for call in (lambda: refusal(student, str(tmp_path / "t")), lambda: error(load_tokenizer, str(tmp_path / "t"))):
+        assert "auto_map" in (message := call()) and "--trust_remote_code" in message
+
+
+def break_missing_directory(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def break_config(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+def break_no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def break_model_type(path: Path) -> None:
+    edit_json(path / "config.json", model_type="no-such-model")
+
+
+def break_encoder(path: Path) -> None:
+    edit_json(path / "config.json", model_type="vit")
+
+
+def break_no_tokenizer(path: Path) -> None:
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+
+
+def break_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").write_text("{")
+
+
+def break_no_weights(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def break_shard(path: Path) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}}))
+
+
+def break_generation_config(path: Path) -> None:
+    (path / "generation_config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_missing_directory, "no such model directory"),
+        (break_config, "config.json"),
+        (break_no_config, "config.json"),
+        (break_model_type, "no-such-model"),
+        (break_encoder, "cannot load its architecture"),
+        (break_no_tokenizer, "no tokenizer"),
+        (break_tokenizer, "tokenizer"),
+        (break_no_weights, "no .safetensors weights in the directory; convert the .bin files"),
+        (break_shard, "1 of 1 weight files are missing, first model-2-of-2.safetensors"),
+        (break_generation_config, "generation_config.json"),
+    ],
+)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_damaged_directories_name_the_flag(student, tmp_path, damage, message, who):
+    shutil.copytree(student, tmp_path / "m")
+    damage(tmp_path / "m")
+    damaged = str(tmp_path / "m")
+    found = refusal(*((damaged, student) if who == "student" else (student, damaged)))
+    assert message in found and damaged in found
+    assert found.startswith("--student_model" if who == "student" else "--teacher math")
+
+
+def test_a_file_is_not_a_model(student, tmp_path):
+    (tmp_path / "f").write_text("")
+    assert "no such model directory" in error(load_tokenizer, str(tmp_path / "f"))
+    assert "--teacher x" in error(lambda: load_tokenizer(str(tmp_path / "f"), flag="--teacher x"))
+
+
+# ---------------------------------------------------------------------------------------------------- dry run
+
+
+def test_dry_run_report_loads_no_weights(student, tmp_path):
+    model = tmp_path / "m"
+    shutil.copytree(student, model)
+    (model / "model.safetensors").write_bytes(b"not weights")  # whoever reads it fails
+    rows = [{"data_source": d, "prompt": p} for d, p in (("math", "abc"), ("math", "def"), ("code", "xyz"))]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(str(model), str(model), "--teacher", f"code={model}")
+    tokenizer = load_tokenizer(str(model))
+    facts = check_models(config)
+    prompts = load_prompts([str(tmp_path / "d.jsonl")], tokenizer, config.data, flag="--data")
+    report = dry_run_report(config, prompts, tokenizer, facts, world_size=2)
+    assert "[<user>]abc[<assistant>]<< the response starts here and ends with EOS: <eos> (1) >>" in report
+    assert "[<user>]xyz[<assistant>]" in report and "def" not in report.split("Prompts:")[1]
+    assert yaml.safe_load(report.split("\n\n")[0].removeprefix("Configuration\n")) == to_dict(config)
+    assert "math 2 (0 over-long)" in report and "2 ranks" in report and "total" in report
+
+
+def test_memory_follows_phases_and_sharding(student, tmp_path):
+    teacher = save_model(tmp_path / "t", hidden_size=32)
+    config = make_config(student, teacher, "--teacher", f"code={student}", "--dtype", "bfloat16")
+    facts = check_models(config)
+    size, large = facts.student.num_parameters, facts.teachers["math"]
+    gpu = dict(memory_table(config, facts, world_size=4, use_cuda=True))
+    assert gpu["student parameters"] == dict.fromkeys(("rollout", "score", "train", "sync"), size * 2 // 4)
+    assert gpu["optimizer states"] == {"rollout": 0, "score": 0, "train": size * 12 // 4, "sync": 0}
+    assert gpu["rollout engine weights"] == {"rollout": size * 2, "score": 0, "train": 0, "sync": size * 2}
+    assert gpu["largest teacher lm_head"]["train"] == large.head_parameters * 2
+    teachers = {name: row for name, row in gpu.items() if name.startswith("teacher")}
+    awake = large.num_parameters * 2 + 2**28
+    assert [row["score"] for row in teachers.values()] == [awake, 0]  # the largest one, not the sum
+    assert not any(row["train"] for row in teachers.values())
+    cpu = dict(memory_table(config, facts, world_size=4, use_cuda=False))
+    assert all(len(set(row.values())) == 1 and row["train"] > 0 for row in cpu.values())  # nothing sleeps
+
+
+@pytest.mark.parametrize(("stage", "shards"), [(0, (1, 1, 1)), (1, (1, 1, 4)), (2, (1, 4, 4)), (3, (4, 4, 4))])
+def test_memory_of_the_student_by_zero_stage(student, tmp_path, stage, shards):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    config = make_config(student, student, "--dtype", "float32", "--ds_config", str(tmp_path / "ds.json"))
+    facts = check_models(config)
+    size = facts.student.num_parameters
+    table = dict(memory_table(config, facts, world_size=4, use_cuda=True))
+    names = ("student parameters", "student gradients", "optimizer states")
+    assert [table[n]["train"] for n in names] == [size * b // s for b, s in zip((4, 4, 8), shards, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------- output directory
+
+
+def test_output_dir(student, tmp_path):
+    config = make_config(student, student)
+    run = tmp_path / "a" / "run"
+    check_output_dir(run, "never", config)
+    assert not run.exists()  # a check leaves nothing behind
+    run.mkdir(parents=True)
+    check_output_dir(run, "never", config)
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert "--resume auto" in error(check_output_dir, run, "never", config)
+    check_output_dir(run, "auto", config)
+    check_output_dir(run, "auto")
+    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=999))
+    check_output_dir(run, "auto", longer)
+    other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+    assert "holds another run (seed differ)" in error(check_output_dir, run, "auto", other)
+    (run / "config.yaml").write_text("- a")
+    assert "its config.yaml is not a run's" in error(check_output_dir, run, "auto", config)
+
+
+def test_output_dir_that_is_a_file(tmp_path):
+    (tmp_path / "f").write_text("")
+    for path in (tmp_path / "f", tmp_path / "f" / "run"):
+        assert "is a file" in error(check_output_dir, path, "auto")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_dir_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "no permission" in error(check_output_dir, tmp_path / "run", "auto")
