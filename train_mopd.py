@@ -146,7 +146,7 @@ def main(run: Run) -> None:
         engines, run.routes, cfg.loss,
         payload=payload_of(cfg.loss), shared_vocab=run.facts.shared_vocab, device=run.device,
     )  # fmt: skip
-    colocation = Colocation(rollout_engine, student, engines, run.run_dir / "ledger.jsonl")
+    colocation = Colocation(rollout_engine, student, engines, run.run_dir / "ledger.jsonl", distributed.rank())
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
     logprob_temperature = None if cfg.loss.is_mode == "none" else cfg.rollout.temperature
 

@@ -34,11 +34,14 @@ FOLLOWS = {
 class Colocation:
     """Enters and leaves phases; writes a line to `ledger.jsonl` at each entry and exit."""
 
-    def __init__(self, rollout_engine: Sleeper, student: Offloadable, teachers: list[Sleeper], ledger: Path | None):
+    def __init__(
+        self, rollout_engine: Sleeper, student: Offloadable, teachers: list[Sleeper], ledger: Path | None, rank: int = 0
+    ):
         self.rollout_engine = rollout_engine
         self.student = student
         self.teachers = teachers
         self.ledger = ledger
+        self.rank = rank
         self.last = "start"
         self._step = -1
 
@@ -89,6 +92,7 @@ class Colocation:
             return
         cuda = torch.cuda.is_available()
         line = {
+            "rank": self.rank,
             "step": self._step,
             "phase": name,
             "event": event,

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,9 @@ class ModelConfig:
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
     attn_implementation: str = option("sdpa", "Attention of the Hugging Face student.")
-    trust_remote_code: bool = option(False, "Run model code that ships with a checkpoint. Off: such models are refused.")
+    trust_remote_code: bool = option(
+        False, "Run model code that ships with a checkpoint. Off: such models are refused."
+    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ class RolloutConfig:
     top_p: float = option(1.0, "Nucleus sampling; below 1 the sampler is no longer the student.")
     top_k: int = option(0, "Sample from the k likeliest tokens only; 0 is off.")
     rollout_kv_cache_gib: float = option(1.0, "KV cache of the rollout engine per GPU, GiB.")
-    teacher_kv_cache_gib: float = option(0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates.")
+    teacher_kv_cache_gib: float = option(
+        0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates."
+    )
 
 
 LossName = Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "reverse_kl_pg"]
@@ -155,7 +160,9 @@ class RunConfig:
     parity_every: int = option(10, "Compare rollout engine and student every n steps; 0 is never.")
     rollout_samples: int = option(4, "Responses written to rollouts/ and TensorBoard at each logged step.")
     rollout_every: int = option(10, "Write sample responses every n steps; 0 is never.")
-    resume: str = option("auto", "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path.")
+    resume: str = option(
+        "auto", "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path."
+    )
     dry_run: bool = option(False, "Print the resolved configuration, memory and two prompts; load no weights.")
     local_rank: int = option(-1, "Set by launchers.")
 
@@ -185,7 +192,9 @@ def teachers_from_yaml(entries: Any, path: str) -> tuple[TeacherSpec, ...]:
                 raise ValueError(f"{path}: teachers: {entry['name']}: unknown key `{key}`{nearest(key, known)}")
         domains = entry.get("domains", [entry["name"]])
         if domains != "*" and not (isinstance(domains, list) and domains):
-            raise ValueError(f"{path}: teachers: {entry['name']}: domains must be a list of names or '*', got {domains!r}")
+            raise ValueError(
+                f"{path}: teachers: {entry['name']}: domains must be a list of names or '*', got {domains!r}"
+            )
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"{path}: teachers: {entry['name']}: weight must be a number, got {weight!r}")
@@ -217,7 +226,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise ValueError(f"--config {path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
@@ -226,11 +235,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _as_argv(key: str, value: Any) -> list[str]:
+def _as_argv(key: str, value: Any, *, is_list: bool) -> list[str]:
+    """One YAML entry as command-line arguments, so that both are read by the same code. `--flag=value`: a value may be -1."""
     if value is None or value == []:
         return []
+    if not is_list:
+        if isinstance(value, dict | list):
+            raise ValueError(f"--{key}: one value expected, the YAML file has {value!r}")
+        return [f"--{key}={value}"]
     if isinstance(value, dict):
-        return [f"--{key}", *(f"{k}={v}" for k, v in value.items())]
+        value = [f"{k}={v}" for k, v in value.items()]
     return [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
 
 
@@ -240,13 +254,14 @@ def parse(config_class, argv: list[str] | None = None):
     The class is a frozen dataclass of groups plus a field `teachers: tuple[TeacherSpec, ...]`.
     Raises ValueError with one line for any mistake.
     """
-    argv = [part for a in (sys.argv[1:] if argv is None else argv) for part in (a.split("=", 1) if _is_flag(a) else [a])]
-    argv = ["--" + a[2:].replace("-", "_") if a.startswith("--") else a for a in argv]
+    argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
     groups = groups_of(config_class)
     parser = _Parser(list(groups.values()), allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", help="YAML file of the same flags; the command line overrides it.")
-    known = [f.name for group in groups.values() for f in dataclasses.fields(group)]
-    given = {a[2:].removeprefix("no_") for a in argv if a.startswith("--")}
+    fields = [f for group in groups.values() for f in dataclasses.fields(group)]
+    known = [f.name for f in fields]
+    lists = {f.name for f in fields if f.default_factory is not dataclasses.MISSING}
+    given = {a[2:].partition("=")[0].removeprefix("no_") for a in argv if a.startswith("--")}
 
     teachers: tuple[TeacherSpec, ...] = ()
     yaml_argv: list[str] = []
@@ -257,7 +272,7 @@ def parse(config_class, argv: list[str] | None = None):
         elif key not in known:
             raise ValueError(f"--config {path}: unknown key `{key}`{nearest(str(key), [*known, 'teachers'])}")
         elif key not in given:
-            yaml_argv += _as_argv(key, value)
+            yaml_argv += _as_argv(key, value, is_list=key in lists)
 
     namespace, unknown = parser.parse_known_args(yaml_argv + argv)
     if unknown:
@@ -273,13 +288,16 @@ def parse(config_class, argv: list[str] | None = None):
     return config_class(**built, teachers=teachers or resolve_teachers(values["teacher"]))
 
 
-def _is_flag(argument: str) -> bool:
-    """`--flag=value` is split, but `NAME=PATH` values are not flags."""
-    return argument.startswith("--") and "=" in argument
+def _underscored(argument: str) -> str:
+    """`--some-flag=a-b` is `--some_flag=a-b`."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else argument
 
 
 def _value_of(argv: list[str], flag: str) -> str | None:
     for index, argument in enumerate(argv):
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "=")
         if argument == flag:
             if index + 1 == len(argv):
                 raise ValueError(f"{flag}: expected one argument")
@@ -300,13 +318,16 @@ def pairs(flag: str, values: list[str]) -> dict[str, float]:
     """NAME=NUMBER pairs."""
     parsed = {}
     for value in values:
-        name, equals, number = value.partition("=")
+        name, _, number = value.partition("=")
         try:
-            parsed[name] = float(number)
+            weight = float(number)
         except ValueError:
-            equals = ""
-        if not equals or not name or parsed[name] < 0:
-            raise ValueError(f"--{flag} {value}: expected NAME=NUMBER with a number >= 0")
+            weight = math.nan
+        if not name or not 0 <= weight < math.inf:
+            raise ValueError(f"--{flag} {value}: expected NAME=NUMBER with a finite number >= 0")
+        if name in parsed:
+            raise ValueError(f"--{flag} {value}: {name} is given twice")
+        parsed[name] = weight
     return parsed
 
 
@@ -330,8 +351,10 @@ def validate_common(config) -> None:
     inside_unit = {"jsd_beta", "skew_alpha"}
     for name, value in to_dict(config).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            _require(value == value and abs(value) != float("inf"), f"--{name} {value}: must be finite")
-            _require(name not in minimum or value >= minimum[name], f"--{name} {value}: must be at least {minimum.get(name)}")
+            _require(math.isfinite(value), f"--{name} {value}: must be finite")
+            _require(
+                name not in minimum or value >= minimum[name], f"--{name} {value}: must be at least {minimum.get(name)}"
+            )
             _require(name not in above_zero or value > 0, f"--{name} {value}: must be above 0")
             _require(name not in inside_unit or 0 < value < 1, f"--{name} {value}: must lie inside (0, 1)" + (
                 "; for the limits use --loss forward_kl or reverse_kl" if name == "jsd_beta" else ""))  # fmt: skip
@@ -362,8 +385,10 @@ def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
     else:
         _require(loss.estimator != "k1", "--estimator k1: its gradient has no teacher in it outside a policy gradient; "
                  "use k3, or --loss reverse_kl_pg")  # fmt: skip
-        _require(loss.support != "sampled" or loss.loss == "reverse_kl",
-                 f"--support sampled: {loss.loss} has no estimator at the sampled token; use --loss reverse_kl or --support full")
+        _require(
+            loss.support != "sampled" or loss.loss == "reverse_kl",
+            f"--support sampled: {loss.loss} has no estimator at the sampled token; use --loss reverse_kl or --support full",
+        )
         for name in ("advantage_clip", "clip_low", "clip_high", "dual_clip"):
             _require(getattr(loss, name) is None or loss.reward_weight > 0,
                      f"--{name} {getattr(loss, name)}: only a policy gradient clips; use --loss reverse_kl_pg")  # fmt: skip
@@ -371,8 +396,10 @@ def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
     _require(loss.dual_clip is None or (loss.dual_clip > 1 and loss.clip_low is not None),
              f"--dual_clip {loss.dual_clip}: must be above 1, with --clip_low")  # fmt: skip
     _require(loss.is_low <= loss.is_high, f"--is_low {loss.is_low}: must not be above --is_high {loss.is_high}")
-    _require(loss.reward_weight == 0 or rollout.num_generations > 1,
-             f"--reward_weight {loss.reward_weight}: the advantage is relative to a group; set --num_generations to 2 or more")
+    _require(
+        loss.reward_weight == 0 or rollout.num_generations > 1,
+        f"--reward_weight {loss.reward_weight}: the advantage is relative to a group; set --num_generations to 2 or more",
+    )
     _require(loss.reward_weight == 0 or loss.loss_temperature == rollout.temperature,
              f"--loss_temperature {loss.loss_temperature}: the task reward's policy gradient needs --temperature "
              f"{rollout.temperature}")  # fmt: skip
@@ -388,6 +415,7 @@ _OWNED_BY_FLAGS = {
     "scheduler": "--lr_schedule and --warmup_steps",
     "fp16": "--dtype",
     "bf16": "--dtype",
+    "bfloat16": "--dtype",
     "torch_autocast": "--dtype",
     "amp": "--dtype",
 }
@@ -399,7 +427,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
         content = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise ValueError(f"--ds_config {path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"--ds_config {path}: not a JSON file: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"--ds_config {path}: expected a JSON object")

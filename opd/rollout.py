@@ -53,6 +53,7 @@ class RolloutEngine:
         The seed of a sample is a function of (seed, step, prompt, place in the global batch, sample): the same whatever
         the number of ranks and whatever else is in the batch.
         """
+        distributed.fault_point("rollout")
         place = [distributed.rank() + distributed.world_size() * i for i in range(len(prompts))]
         repeated = [(p, i, g) for p, i in zip(prompts, place, strict=True) for g in range(self.cfg.num_generations)]
         seeds = [distributed.fold_seed(self.seed, step, p.prompt_id, i, g, "rollout") for p, i, g in repeated]

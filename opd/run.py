@@ -130,7 +130,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         say(preflight.dry_run_report(cfg, train_set, tokenizer, facts, world_size=distributed.world_size()))
         sys.exit(0)
 
-    preflight.check_output_dir(run.run_dir, cfg.run.resume)
+    preflight.check_output_dir(run.run_dir, cfg.run.resume, cfg)
     hashes = {t.name: checkpoint.content_hash(t.model) for t in cfg.teachers}
     fingerprint = _fingerprint(cfg, hashes, train_set.content_hash)
     resume_from = checkpoint.find(run.run_dir, cfg.run.resume)

@@ -112,6 +112,7 @@ class Student:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient. A loss that is not finite stops all ranks before the weights are touched."""
+        distributed.fault_point("backward")
         (bad,) = distributed.all_reduce([float(not torch.isfinite(loss.detach()))], "max")
         if bad:
             raise FloatingPointError("the loss is not finite; the last checkpoint is whole")

@@ -1,0 +1,358 @@
+"""The trainers as a user starts them: subprocesses, launchers, kills, resumes, the export, and what bad input gets.
+
+Runs that do not depend on each other share the two cores two at a time; each starts real vLLM and DeepSpeed engines.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd import distributed
+from tests.test_metrics import documented_keys, undocumented
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+DEADLINE = 420  # seconds; a run takes 20 to 60 when the machine is idle
+pytestmark = pytest.mark.e2e
+
+LAUNCHERS = {
+    "python": [sys.executable],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "{ranks}", "--master_port", "{port}"],
+    "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "{ranks}", "--master-port", "{port}"],
+    "accelerate": [
+        *(str(BIN / "accelerate"), "launch", "--config_file", "ds_configs/accelerate.yaml"),
+        *("--num_processes", "{ranks}", "--main_process_port", "{port}"),
+    ],
+}
+
+
+def command(tiny, output_dir, *flags, script="train_mopd.py", launcher="python", ranks=1) -> list[str]:
+    teachers = [f"--teacher={name}={tiny.teachers[name]}" for name in tiny.teachers]
+    if script == "train_gkd.py":
+        teachers = [f"--teacher={next(iter(tiny.teachers.values()))}"]
+    start = [part.format(ranks=ranks, port=distributed.free_port()) for part in LAUNCHERS[launcher]]
+    return [
+        *(*start, script, "--student_model", str(tiny.student), *teachers, "--data", str(tiny.train)),
+        *("--output_dir", str(output_dir), "--num_steps", "2", "--prompts_per_step", "8", "--micro_batch_size", "3"),
+        *("--max_prompt_tokens", "16", "--max_response_tokens", "8", "--learning_rate", "1e-3"),
+        *("--rollout_kv_cache_gib", "0.05", "--teacher_kv_cache_gib", "0.05", "--parity_every", "1", *flags),
+    ]
+
+
+def start(arguments: list[str], **env) -> subprocess.CompletedProcess:
+    """Runs to the end; the output is in the error message if a test fails on it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+
+
+def succeed(arguments: list[str], **env) -> str:
+    done = start(arguments, **env)
+    assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+def at_most_two(jobs):
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda job: job(), jobs))
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [row["loss/total"] for row in metrics_of(run_dir) if row["step"] > 0]
+
+
+def parameter_hash(run_dir: Path) -> str:
+    """Every parameter of the exported model, bit for bit."""
+    digest = hashlib.sha256()
+    for path in sorted((run_dir / "model").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                digest.update(name.encode() + file.get_tensor(name).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- Same numbers whatever starts them -------------------------------------------------------------------------------
+
+MOPD_STARTS = [("python", 1), ("deepspeed", 1), ("deepspeed", 2), ("torchrun", 2), ("accelerate", 2)]
+GKD_STARTS = [("torchrun", 1), ("accelerate", 1), ("accelerate", 2), ("deepspeed", 2)]
+
+
+@pytest.mark.parametrize(
+    ("script", "starts", "flags"),
+    [
+        ("train_mopd.py", MOPD_STARTS, ()),
+        ("train_gkd.py", GKD_STARTS, ("--loss", "jsd", "--lmbda", "0.5", "--sft_alpha", "0.1", "--num_steps", "3")),
+    ],
+)
+def test_launchers_and_ranks_give_the_same_losses(tiny, tmp_path, script, starts, flags):
+    dirs = {s: tmp_path / f"{s[0]}_{s[1]}" for s in starts}
+    at_most_two(
+        [
+            lambda s=s, d=d: succeed(command(tiny, d, *flags, script=script, launcher=s[0], ranks=s[1]))
+            for s, d in dirs.items()
+        ]
+    )
+    reference = losses_of(dirs[starts[0]])
+    assert len(reference) == (3 if flags else 2) and all(loss > 1e-3 for loss in reference)
+    for started, run_dir in dirs.items():
+        assert losses_of(run_dir) == pytest.approx(reference, abs=1e-5), started
+    if script == "train_gkd.py":
+        shares = [row["distill/on_policy_share"] for row in metrics_of(dirs[starts[0]])]
+        assert set(shares) == {0.0, 1.0}, "seed 0 is meant to show both faces of the coin in three steps"
+
+
+# ---- A whole run, its directory and its export -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full_run(tiny, tmp_path_factory):
+    """Four steps with everything on, and its console output."""
+    run_dir = tmp_path_factory.mktemp("full") / "run"
+    flags = ("--num_steps", "4", "--save_every", "2", "--eval_every", "2", "--eval_data", str(tiny.eval))
+    return run_dir, succeed(command(tiny, run_dir, *flags)), flags
+
+
+def test_the_run_directory_is_complete(full_run):
+    run_dir, console, _ = full_run
+    expected = (
+        "config.yaml command.txt env.txt metrics.jsonl tb rollouts checkpoints/step_4/manifest.json model report.json"
+    )
+    for name in [*expected.split(), "ledger.jsonl", "logs/rank_0.log"]:
+        assert (run_dir / name).exists(), name
+    steps = [row["step"] for row in metrics_of(run_dir)]
+    assert steps == [0, 1, 2, 3, 4]
+    lines = [line for line in console.splitlines() if re.match(r"step \d+/4", line)]
+    assert len(lines) == 5, console
+    report = json.loads((run_dir / "report.json").read_text())
+    assert set(report["domains"]) == {"addition", "reversal"} and report["steps"] == 4
+    assert all(
+        set(d) >= {"student_before", "student_after", "teacher", "recovery", "ci95", "n"}
+        for d in report["domains"].values()
+    )
+
+
+def test_every_emitted_metric_is_documented(full_run):
+    run_dir, _, _ = full_run
+    emitted = {key for row in metrics_of(run_dir) for key in row} - {"step"}
+    assert not undocumented(emitted, documented_keys(ROOT / "docs" / "metrics.md"))
+    always = {
+        "loss/total/addition",
+        "distill/k1/reversal",
+        "mismatch/abs_max",
+        "eval/accuracy/addition",
+        "mem/host_rss_gib",
+    }
+    assert always <= emitted
+    parity = max(row["mismatch/abs_max"] for row in metrics_of(run_dir) if "mismatch/abs_max" in row)
+    assert parity < 1e-4, "the sampler's weights are not the student's"
+
+
+VLLM_SAMPLES = """
+import json, sys
+from opd import distributed
+from opd.vllm_engine import _import_vllm
+distributed.init()
+vllm = _import_vllm()
+llm = vllm.LLM(sys.argv[1], dtype="float32", max_model_len=64, kv_cache_memory_bytes=1 << 26, enforce_eager=True,
+               distributed_executor_backend="external_launcher")
+params = vllm.SamplingParams(max_tokens=48, temperature=1.0, n=32, seed=0)
+(output,) = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], params, use_tqdm=False)
+print("IDS", json.dumps([list(o.token_ids) for o in output.outputs]))
+"""
+
+
+def test_the_export_loads_and_stops_on_eos(full_run):
+    """Neither is told which token ends a response: both must learn it from the export. Nearly random weights soon say it."""
+    run_dir, _, _ = full_run
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
+    eos = tokenizer.eos_token_id
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+1="}], add_generation_prompt=True, return_dict=False
+    )
+    ids = torch.tensor([prompt] * 32)
+    torch.manual_seed(0)
+    sampled = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=True, top_k=0)
+    by_transformers = [row[len(prompt) :] for row in sampled.tolist()]
+    environment = {"PYTHONPATH": str(ROOT)}
+    console = succeed([sys.executable, "-c", VLLM_SAMPLES, str(run_dir / "model"), json.dumps(prompt)], **environment)
+    by_vllm = json.loads(next(line for line in console.splitlines() if line.startswith("IDS")).removeprefix("IDS"))
+    ended = [row[row.index(eos) + 1 :] for row in by_transformers if eos in row]
+    assert ended and all(set(rest) <= {tokenizer.pad_token_id} for rest in ended)
+    ended = [row for row in by_vllm if eos in row]
+    assert ended and all(row.index(eos) == len(row) - 1 for row in ended)
+
+
+def test_a_finished_run_resumes_to_nothing(tiny, full_run):
+    run_dir, _, flags = full_run
+    before, hashed = metrics_of(run_dir), parameter_hash(run_dir)
+    console = succeed(command(tiny, run_dir, *flags))
+    assert "resumes from" in console and metrics_of(run_dir) == before and parameter_hash(run_dir) == hashed
+
+
+def test_killed_in_a_save_and_resumed_equals_undisturbed(tiny, tmp_path, full_run):
+    undisturbed, _, flags = full_run
+    run_dir = tmp_path / "run"
+    killed = start(command(tiny, run_dir, *flags), OPD_FAULT="save.before_retention:kill")
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.name for p in (run_dir / "checkpoints").glob("step_*")] == ["step_2"]
+    console = succeed(command(tiny, run_dir, *flags))
+    assert f"resumes from {run_dir}/checkpoints/step_2" in console
+    assert parameter_hash(run_dir) == parameter_hash(undisturbed)
+    assert losses_of(run_dir) == losses_of(undisturbed)
+    assert [row["step"] for row in metrics_of(run_dir)] == [0, 1, 2, 3, 4]
+
+
+def test_other_losses_and_teacher_written_responses(tiny, tmp_path):
+    """Each form of the loss for two steps: policy gradient with rewards and weights, top-k supports, seq_kd."""
+    forms = {
+        "pg": ("--loss", "reverse_kl_pg", "--advantage_clip", "2", "--is_mode", "truncate", "--is_level", "sequence",
+               "--num_generations", "2", "--reward_weight", "0.5", "--clip_low", "0.2", "--dual_clip", "3"),
+        "topk": ("--loss", "skew_forward_kl", "--support", "teacher_topk", "--support_k", "4", "--domain_weights",
+                 "addition=3", "reversal=1"),
+    }  # fmt: skip
+    jobs = [lambda n=n, f=f: succeed(command(tiny, tmp_path / n, *f)) for n, f in forms.items()]
+    jobs.append(lambda: succeed(command(tiny, tmp_path / "seq_kd", "--seq_kd", "--lmbda", "0", script="train_gkd.py")))
+    at_most_two(jobs)
+    documented = documented_keys(ROOT / "docs" / "metrics.md")
+    for name in (*forms, "seq_kd"):
+        rows = metrics_of(tmp_path / name)
+        assert len(rows) == 2 and not undocumented({k for row in rows for k in row} - {"step"}, documented), name
+    pg, topk = metrics_of(tmp_path / "pg"), metrics_of(tmp_path / "topk")
+    assert {"distill/clip_fraction", "rollout/reward", "mismatch/weight_mean"} <= pg[0].keys()
+    assert 0 < topk[0]["distill/teacher_mass"] < 1
+    written = json.loads((tmp_path / "seq_kd" / "seq_kd.json").read_text())["responses"]
+    assert len(written) == sum(1 for _ in tiny.train.open())
+    assert metrics_of(tmp_path / "seq_kd")[0]["distill/on_policy_share"] == 0
+
+
+# ---- Failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", ["rollout", "backward"])
+def test_an_error_on_one_rank_ends_all(tiny, tmp_path, point):
+    """`rollout` is agreed on by all ranks; `backward` strikes inside a collective region."""
+    failed = start(
+        command(tiny, tmp_path / "run", launcher="torchrun", ranks=2), OPD_FAULT=f"{point}:raise", OPD_FAULT_RANK="1"
+    )
+    ended = time.time()
+    assert failed.returncode != 0
+    assert f"fault injected at {point}" in failed.stderr
+    if point == "rollout":
+        assert "rollout failed on rank 1: RuntimeError: fault injected at rollout" in failed.stderr
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert ended - (tmp_path / "run" / "ledger.jsonl").stat().st_mtime < 30, ledger[-1]
+
+
+def test_nothing_is_left_after_a_sigkill_of_the_launcher(tiny, tmp_path):
+    arguments = command(tiny, tmp_path / "run", "--num_steps", "100000", launcher="deepspeed", ranks=2)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPD_TEST_MARK": str(tmp_path)}
+    with (tmp_path / "out").open("wb") as out:
+        launcher = subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + DEADLINE
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()[-3000:]
+            time.sleep(0.2)
+        assert len(marked_processes(tmp_path)) >= 3
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 10
+        while marked_processes(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not marked_processes(tmp_path)
+    finally:
+        for pid in marked_processes(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+
+
+def marked_processes(mark: Path) -> list[int]:
+    """Processes that inherited our environment variable: the launcher, the ranks, and whatever they started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"OPD_TEST_MARK={mark}".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_bad_input_is_one_line_and_status_2(tiny, tmp_path):
+    """In a subprocess and once on two ranks; tests/test_preflight.py has the whole list of mistakes in process."""
+    typo = start(command(tiny, tmp_path / "a", "--learnin_rate", "1"))
+    assert typo.returncode == 2 and typo.stderr.strip().endswith("did you mean --learning_rate?"), typo.stderr
+    assert typo.stderr.strip().count("\n") == 0 and "Traceback" not in typo.stderr
+    arguments = command(tiny, tmp_path / "b", launcher="torchrun", ranks=2)
+    arguments = [a for a in arguments if not a.startswith("--teacher=reversal")]
+    orphan = start(arguments)
+    assert orphan.returncode != 0
+    mistakes = [line for line in orphan.stderr.splitlines() if line.startswith("error:")]
+    assert len(mistakes) == 1 and "reversal (" in mistakes[0], orphan.stderr[-2000:]
+    assert "exitcode  : 2" in orphan.stderr or "exitcode: 2" in orphan.stderr
+
+
+def test_dry_run_loads_nothing(tiny, tmp_path):
+    console = succeed(command(tiny, tmp_path / "run", "--dry_run"))
+    assert "student parameters" in console and "<assistant>" in console and not (tmp_path / "run").exists()
+
+
+# ---- Real data -------------------------------------------------------------------------------------------------------
+
+
+def test_two_steps_on_gsm8k_and_humaneval(byte_level, tmp_path):
+    """The published files where they are at hand, rows of their form where not; domains mixed in every step."""
+    shared = ROOT.parent / "shared" / "data"
+    sources = {"gsm8k": shared / "gsm8k" / "train.jsonl", "humaneval": shared / "humaneval" / "HumanEval.jsonl"}
+    own = {
+        "gsm8k": {"question": "Ann has 2 pens and buys 3. How many?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+        "humaneval": {
+            "task_id": "HumanEval/0", "prompt": "def one():\n    \"\"\"Return 1.\"\"\"\n", "entry_point": "one",
+            "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f() == 1\n",
+        },
+    }  # fmt: skip
+    for name, source in sources.items():
+        if not source.exists():
+            source = tmp_path / f"{name}.jsonl"
+            source.write_text("".join(json.dumps(own[name]) + "\n" for _ in range(16)))
+        succeed(
+            [
+                sys.executable,
+                "scripts/prepare_data.py",
+                name,
+                "--source",
+                str(source),
+                "--output_dir",
+                str(tmp_path / name),
+            ]
+        )
+    files = [str(tmp_path / name / "train.jsonl") for name in sources]
+    arguments = command(
+        byte_level, tmp_path / "run", "--data", *files, "--max_prompt_tokens", "512", "--overlong_prompts", "truncate"
+    )
+    arguments += ["--domain_weights", "gsm8k=1", "humaneval=1", "--reward_fn", "last_number", "--reward_weight", "0.1"]
+    succeed([*arguments, "--num_generations", "2"])
+    rows = metrics_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["distill/k1/gsm8k"] != 0 and row["distill/k1/humaneval"] != 0 for row in rows)
+    shutil.rmtree(tmp_path / "run")
