@@ -48,6 +48,7 @@ from opd.run_files import replace_text
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch
+from opd.validation import validate_common
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
@@ -76,7 +77,7 @@ class Config:
     teachers: tuple[config.TeacherSpec, ...] = ()
 
     def validate(self) -> None:
-        config.validate_common(self)
+        validate_common(self)
         gkd, loss = self.gkd, self.loss
         for ok, message in (
             (len(self.teachers) == 1, f"--teacher: train_gkd.py takes one teacher, got {len(self.teachers)}; use train_mopd.py"),

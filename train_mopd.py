@@ -50,6 +50,7 @@ from opd.run import (
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch, Rollout
+from opd.validation import validate_common
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
@@ -67,7 +68,7 @@ class Config:
     teachers: tuple[config.TeacherSpec, ...] = ()
 
     def validate(self) -> None:
-        config.validate_common(self)
+        validate_common(self)
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------

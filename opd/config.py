@@ -1,13 +1,12 @@
 """Configuration: each dataclass field is a flag and a YAML key, and its help text is its documentation.
 
-A script composes its Config from the groups below. `parse` reads `--config FILE` first and lets the command line win;
-`validate` is pure and raises one ValueError that names the flag, the value and the remedy. Nothing here imports torch.
+A script composes its Config from the groups below. `parse` reads `--config FILE` first and lets the command line win.
+Nothing here imports torch, and nothing checks a value: that is `opd/validation.py`.
 """
 
 import argparse
 import dataclasses
 import difflib
-import json
 import math
 import sys
 from dataclasses import dataclass, field
@@ -329,112 +328,3 @@ def pairs(flag: str, values: list[str]) -> dict[str, float]:
             raise ValueError(f"--{flag} {value}: {name} is given twice")
         parsed[name] = weight
     return parsed
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
-
-
-def validate_common(config) -> None:
-    """What both scripts check before anything is read but the configuration itself."""
-    for group, flag in ((config.model, "student_model"), (config.run, "output_dir"), (config.data, "data")):
-        _require(bool(getattr(group, flag)), f"--{flag} is required")
-    _validate_teachers(config.teachers)
-    minimum = {"support_k": 1, "prompts_per_step": 1, "num_generations": 1, "max_prompt_tokens": 1, "max_response_tokens": 1,
-               "micro_batch_size": 1, "keep_checkpoints": 1, "loss_chunk_mib": 1, "num_steps": 0, "seed": 0, "eval_every": 0,
-               "save_every": 0, "parity_every": 0, "eval_max_prompts": 0, "rollout_every": 0, "rollout_samples": 0,
-               "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "min_lr_ratio": 0, "top_k": 0,
-               "reward_weight": 0}  # fmt: skip
-    above_zero = {"temperature", "loss_temperature", "rollout_kv_cache_gib", "teacher_kv_cache_gib", "advantage_clip",
-                  "clip_low", "clip_high", "is_low", "is_high", "adam_eps", "top_p"}  # fmt: skip
-    inside_unit = {"jsd_beta", "skew_alpha"}
-    for name, value in to_dict(config).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            _require(math.isfinite(value), f"--{name} {value}: must be finite")
-            _require(
-                name not in minimum or value >= minimum[name], f"--{name} {value}: must be at least {minimum.get(name)}"
-            )
-            _require(name not in above_zero or value > 0, f"--{name} {value}: must be above 0")
-            _require(name not in inside_unit or 0 < value < 1, f"--{name} {value}: must lie inside (0, 1)" + (
-                "; for the limits use --loss forward_kl or reverse_kl" if name == "jsd_beta" else ""))  # fmt: skip
-    _require(config.rollout.top_p <= 1, f"--top_p {config.rollout.top_p}: must be at most 1")
-    for name in ("adam_beta1", "adam_beta2"):
-        _require(0 <= getattr(config.optim, name) < 1, f"--{name} {getattr(config.optim, name)}: must lie in [0, 1)")
-    pairs("domain_weights", config.data.domain_weights)
-    _validate_loss(config.loss, config.rollout)
-
-
-def _validate_teachers(teachers: tuple[TeacherSpec, ...]) -> None:
-    _require(bool(teachers), "no teacher: give --teacher NAME=PATH (or PATH), or `teachers` in the YAML file")
-    names = [spec.name for spec in teachers]
-    for spec in teachers:
-        _require(names.count(spec.name) == 1, f"--teacher: two teachers are called {spec.name}; names must differ")
-        _require(0 < spec.weight < float("inf"), f"teachers: {spec.name}: weight {spec.weight} must be above 0")
-    _require(sum(spec.domains == "*" for spec in teachers) <= 1, "teachers: only one teacher can take the domains '*'")
-
-
-def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
-    is_pg = loss.loss == "reverse_kl_pg"
-    if is_pg:
-        _require(loss.support in ("auto", "sampled"), f"--support {loss.support}: reverse_kl_pg uses the sampled token only; "
-                 "use --loss reverse_kl for a wider support")  # fmt: skip
-        _require(loss.estimator in ("auto", "k1"), f"--estimator {loss.estimator}: reverse_kl_pg uses k1")
-        _require(loss.loss_temperature == rollout.temperature, f"--loss_temperature {loss.loss_temperature}: a policy gradient "
-                 f"needs the sampling temperature, --temperature {rollout.temperature}")  # fmt: skip
-    else:
-        _require(loss.estimator != "k1", "--estimator k1: its gradient has no teacher in it outside a policy gradient; "
-                 "use k3, or --loss reverse_kl_pg")  # fmt: skip
-        _require(
-            loss.support != "sampled" or loss.loss == "reverse_kl",
-            f"--support sampled: {loss.loss} has no estimator at the sampled token; use --loss reverse_kl or --support full",
-        )
-        for name in ("advantage_clip", "clip_low", "clip_high", "dual_clip"):
-            _require(getattr(loss, name) is None or loss.reward_weight > 0,
-                     f"--{name} {getattr(loss, name)}: only a policy gradient clips; use --loss reverse_kl_pg")  # fmt: skip
-    _require(loss.clip_high is None or loss.clip_low is not None, "--clip_high: needs --clip_low")
-    _require(loss.dual_clip is None or (loss.dual_clip > 1 and loss.clip_low is not None),
-             f"--dual_clip {loss.dual_clip}: must be above 1, with --clip_low")  # fmt: skip
-    _require(loss.is_low <= loss.is_high, f"--is_low {loss.is_low}: must not be above --is_high {loss.is_high}")
-    _require(
-        loss.reward_weight == 0 or rollout.num_generations > 1,
-        f"--reward_weight {loss.reward_weight}: the advantage is relative to a group; set --num_generations to 2 or more",
-    )
-    _require(loss.reward_weight == 0 or loss.loss_temperature == rollout.temperature,
-             f"--loss_temperature {loss.loss_temperature}: the task reward's policy gradient needs --temperature "
-             f"{rollout.temperature}")  # fmt: skip
-
-
-# What a ds_config must not say, because a flag owns it.
-_OWNED_BY_FLAGS = {
-    "train_batch_size": "--prompts_per_step and --num_generations",
-    "train_micro_batch_size_per_gpu": "--micro_batch_size",
-    "gradient_accumulation_steps": "--micro_batch_size",
-    "gradient_clipping": "--max_grad_norm",
-    "optimizer": "--learning_rate and the AdamW flags",
-    "scheduler": "--lr_schedule and --warmup_steps",
-    "fp16": "--dtype",
-    "bf16": "--dtype",
-    "bfloat16": "--dtype",
-    "torch_autocast": "--dtype",
-    "amp": "--dtype",
-}
-
-
-def load_ds_config(path: str) -> dict[str, Any]:
-    """Reads a DeepSpeed configuration that holds sharding, offload and communication only."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"--ds_config {path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--ds_config {path}: not a JSON file: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--ds_config {path}: expected a JSON object")
-    for key in content:
-        if key in _OWNED_BY_FLAGS:
-            raise ValueError(f"--ds_config {path}: remove `{key}`; use {_OWNED_BY_FLAGS[key]}")
-    stage = content.get("zero_optimization", {})
-    if not isinstance(stage, dict) or stage.get("stage", 0) not in (0, 1, 2, 3):
-        raise ValueError(f"--ds_config {path}: zero_optimization.stage must be 0, 1, 2 or 3")
-    return content

@@ -16,9 +16,10 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from opd.config import load_ds_config, to_dict
+from opd.config import to_dict
 from opd.data import PromptSet
 from opd.rows import one_line
+from opd.validation import load_ds_config
 
 # What a model may do to its logits after the lm_head, and the values at which it does nothing.
 LOGIT_TRANSFORMS = {

@@ -22,6 +22,7 @@ from opd.rollout import RolloutEngine
 from opd.student import Student, resolve_dtype
 from opd.teachers import ColocatedTeacher, load_head
 from opd.types import LoopState, MicroBatch, Prompt, Rollout
+from opd.validation import load_ds_config
 from opd.vllm_engine import HiddenStateEngine
 
 
@@ -108,7 +109,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     started = time.time()
     cfg.validate()
     device = distributed.init(cfg.run.local_rank)
-    ds_config = config.load_ds_config(cfg.run.ds_config)
+    ds_config = load_ds_config(cfg.run.ds_config)
     reward = rewards.load_reward(cfg.loss.reward_fn)
     tokenizer = preflight.load_tokenizer(cfg.model.student_model, cfg.model.trust_remote_code)
     facts = preflight.check_models(cfg)

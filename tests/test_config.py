@@ -18,12 +18,11 @@ from opd.config import (
     TeacherConfig,
     TeacherSpec,
     groups_of,
-    load_ds_config,
     pairs,
     parse,
     to_dict,
-    validate_common,
 )
+from opd.validation import load_ds_config, validate_common
 
 
 @dataclass(frozen=True)

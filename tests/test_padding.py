@@ -1,0 +1,245 @@
+"""Rollouts to micro-batches and back: nothing is lost, nothing stands one place off, nothing is written to.
+
+B sequences, S padded length, L response length, N loss tokens, M loss tokens of one teacher, K support, H hidden size.
+"""
+
+import random
+
+import pytest
+import torch
+
+from opd import distributed
+from opd.padding import collate, count_loss_tokens, make_micro_batches
+from opd.types import MicroBatch, Prompt, Rollout, TeacherScores
+
+CPU = torch.device("cpu")
+DOMAINS = ["addition", "reversal", "both"]
+MIXTURES = {"addition": [("A", 1.0)], "reversal": [("B", 1.0)], "both": [("A", 0.3), ("B", 0.7)]}
+HIDDEN = {"A": 5, "B": 3}  # teachers of different sizes
+PAD, K = 39, 2
+
+
+def make_rollout(rng: random.Random, prompt_id: int, domain: str, source: str = "student") -> Rollout:
+    response_ids = [rng.randrange(40) for _ in range(rng.randint(1, 9))]
+    logprobs = [-rng.uniform(0.1, 5.0) for _ in response_ids] if source == "student" else None
+    return Rollout(
+        prompt=Prompt(prompt_id=prompt_id, domain=domain, token_ids=[rng.randrange(40) for _ in range(rng.randint(1, 7))]),
+        source=source,
+        response_ids=response_ids,
+        rollout_logprobs=logprobs,
+        finish_reason="stop",
+        policy_version=rng.randrange(9),
+        task_advantage=rng.uniform(-1, 1),
+    )  # fmt: skip
+
+
+def mark(prompt_id: int, t: int, teacher: str) -> float:
+    """A number that says which token of which response a teacher's score belongs to; exact in float32."""
+    return prompt_id * 100 + t * 10 + "AB".index(teacher)
+
+
+def make_scores(rollout: Rollout) -> tuple[TeacherScores, ...]:
+    scores = []
+    for teacher, weight in MIXTURES[rollout.prompt.domain]:
+        marks_L = torch.tensor([mark(rollout.prompt.prompt_id, t, teacher) for t in range(len(rollout.response_ids))])
+        scores.append(
+            TeacherScores(
+                teacher=teacher,
+                weight=weight,
+                sampled_logprobs=marks_L,
+                entropy=marks_L + 0.25,
+                topk_ids=marks_L.long()[:, None] + torch.arange(K),
+                topk_logprobs=marks_L[:, None] + torch.arange(K) / 4,
+                hidden=marks_L[:, None].repeat(1, HIDDEN[teacher]),
+            )
+        )
+    return tuple(scores)
+
+
+def random_batch(seed: int, count: int = 7):
+    rng = random.Random(seed)
+    sources = ("student", "student", "dataset", "teacher")
+    rollouts = [make_rollout(rng, i, rng.choice(DOMAINS), rng.choice(sources)) for i in range(count)]
+    rng.shuffle(rollouts)
+    return rollouts, [make_scores(r) for r in rollouts]
+
+
+def batches_of(rollouts, scores, size: int) -> list[MicroBatch]:
+    return make_micro_batches(rollouts, scores, micro_batch_size=size, pad_id=PAD, domains=DOMAINS, device=CPU)
+
+
+def rows_of(mb: MicroBatch) -> list[dict]:
+    """Every row back from the tensors alone. A row's raw sequence is its first input and then its labels."""
+    rows = []
+    for b in range(len(mb.input_ids_BS)):
+        length, mask_S = int(mb.attention_mask_BS[b].sum()), mb.loss_mask_BS[b]
+        assert mb.attention_mask_BS[b, :length].all(), "padding is on the right"
+        assert torch.equal(mb.input_ids_BS[b, 1:length], mb.labels_BS[b, : length - 1]), "a label is the next input"
+        assert (mb.input_ids_BS[b, length:] == PAD).all() and (mb.labels_BS[b, length:] == PAD).all()
+        assert not mask_S[length:].any()
+        assert (mb.rollout_logprobs_BS[b, ~mask_S] == 0).all()
+        raw = [int(mb.input_ids_BS[b, 0]), *mb.labels_BS[b, :length].tolist()]
+        response = mb.labels_BS[b, mask_S].tolist()
+        rows.append(
+            {
+                "prompt": raw[: len(raw) - len(response)],
+                "response": response,
+                "raw": raw,
+                "logprobs": mb.rollout_logprobs_BS[b, mask_S],
+                "advantage": float(mb.task_advantages_B[b]),
+                "domain": int(mb.domain_ids_B[b]),
+                "version": int(mb.policy_versions_B[b]),
+                "on_policy": bool(mb.on_policy_B[b]),
+            }
+        )
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_round_trip(seed):
+    rollouts, scores = random_batch(seed)
+    micro_batches = batches_of(rollouts, scores, size=1 + seed % 5)
+    rows = [row for mb in micro_batches for row in rows_of(mb)]
+    assert len(rows) == len(rollouts)
+    for rollout in rollouts:
+        raw = rollout.prompt.token_ids + rollout.response_ids
+        (row,) = [row for row in rows if row["raw"] == raw and row["prompt"] == rollout.prompt.token_ids]
+        assert row["response"] == rollout.response_ids
+        logprobs = rollout.rollout_logprobs or [0.0] * len(rollout.response_ids)
+        assert torch.equal(row["logprobs"], torch.tensor(logprobs))
+        assert row["advantage"] == pytest.approx(rollout.task_advantage)
+        assert row["domain"] == DOMAINS.index(rollout.prompt.domain)
+        assert row["version"] == rollout.policy_version
+        assert row["on_policy"] == (rollout.source == "student")
+
+
+def test_the_worked_example():
+    """Prompt [5, 6], response [7, 8]: the state of 6 predicts 7, the state of 7 predicts 8."""
+    rollout = Rollout(
+        prompt=Prompt(prompt_id=0, domain="addition", token_ids=[5, 6]), source="student", response_ids=[7, 8],
+        rollout_logprobs=[-0.5, -0.25], finish_reason="length", policy_version=3,
+    )  # fmt: skip
+    mb = collate([(rollout, make_scores(rollout))], pad_id=PAD, domains=DOMAINS, device=CPU)
+    assert mb.input_ids_BS.tolist() == [[5, 6, 7]]
+    assert mb.labels_BS.tolist() == [[6, 7, 8]]
+    assert mb.loss_mask_BS.tolist() == [[False, True, True]]
+    assert mb.rollout_logprobs_BS.tolist() == [[0.0, -0.5, -0.25]]
+    assert mb.at_loss_tokens(mb.labels_BS).tolist() == [7, 8]
+    assert mb.at_loss_tokens(mb.policy_versions_B).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counts(seed):
+    rollouts, scores = random_batch(seed)
+    micro_batches = batches_of(rollouts, scores, size=1 + seed % 4)
+    expected = sum(len(r.response_ids) for r in rollouts)
+    assert count_loss_tokens(micro_batches) == sum(mb.num_loss_tokens for mb in micro_batches) == expected
+    assert len(micro_batches) == -(-len(rollouts) // (1 + seed % 4))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_teacher_slices_point_at_their_tokens(seed):
+    """Row by row through the loss tokens, a slice holds the marks of exactly the responses that its teacher scored."""
+    rollouts, scores = random_batch(seed)
+    by_raw = {tuple(r.prompt.token_ids + r.response_ids): r for r in rollouts}
+    for mb in batches_of(rollouts, scores, size=3):
+        in_order = [by_raw[tuple(row["raw"])] for row in rows_of(mb)]
+        tokens_N = [(r, t) for r in in_order for t in range(len(r.response_ids))]  # row-major, as the loss mask
+        assert [r.response_ids[t] for r, t in tokens_N] == mb.at_loss_tokens(mb.labels_BS).tolist()
+        covered = torch.zeros(len(tokens_N))
+        for part in mb.teacher_slices:
+            expected = [
+                (n, mark(r.prompt.prompt_id, t, part.teacher), dict(MIXTURES[r.prompt.domain])[part.teacher])
+                for n, (r, t) in enumerate(tokens_N)
+                if part.teacher in dict(MIXTURES[r.prompt.domain])
+            ]
+            index, marks, weights = map(list, zip(*expected, strict=True))
+            marks_M = torch.tensor(marks)
+            assert part.token_index_M.tolist() == index  # complete and ascending
+            assert torch.equal(part.weights_M, torch.tensor(weights))
+            assert torch.equal(part.sampled_logprobs_M, marks_M)
+            assert torch.equal(part.entropy_M, marks_M + 0.25)
+            assert torch.equal(part.topk_ids_MK, marks_M.long()[:, None] + torch.arange(K))
+            assert torch.equal(part.topk_logprobs_MK, marks_M[:, None] + torch.arange(K) / 4)
+            assert torch.equal(part.hidden_MH, marks_M[:, None].expand(-1, HIDDEN[part.teacher]))
+            covered.index_add_(0, part.token_index_M, part.weights_M)
+        assert torch.allclose(covered, torch.ones_like(covered)), "the weights of each token sum to 1"
+
+
+def test_one_teacher_at_a_time_and_little_padding():
+    """Rollouts of one teacher come together, shortest first: its head is fetched once and rows are of like length."""
+    rollouts, scores = random_batch(3, count=12)
+    order = [row for mb in batches_of(rollouts, scores, size=1) for row in rows_of(mb)]
+    keys = [([name for name, _ in MIXTURES[DOMAINS[row["domain"]]]], len(row["raw"])) for row in order]
+    assert keys == sorted(keys)
+
+
+def test_the_order_of_the_rollouts_changes_nothing():
+    rollouts, scores = random_batch(5)
+    one = batches_of(rollouts, scores, size=2)
+    two = batches_of(rollouts[::-1], scores[::-1], size=2)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.input_ids_BS, b.input_ids_BS)
+        assert torch.equal(a.loss_mask_BS, b.loss_mask_BS)
+
+
+def test_a_filler_row_is_masked_but_can_be_computed():
+    mb = collate([], pad_id=PAD, domains=DOMAINS, device=CPU)
+    assert mb.input_ids_BS.shape == (1, 1) and mb.num_loss_tokens == 0
+    assert mb.attention_mask_BS.any(dim=1).all(), "attention over nothing is not defined"
+    assert mb.domain_ids_B.tolist() == [-1] and mb.on_policy_B.tolist() == [False]
+    assert mb.teacher_slices == ()
+    assert mb.at_loss_tokens(mb.labels_BS).shape == (0,)
+
+
+@pytest.mark.parametrize("own", [0, 1, 5])
+def test_a_rank_with_fewer_rollouts_gets_fillers(own, monkeypatch):
+    """Another rank has 4 micro-batches; two real ranks stand in test_distributed.py."""
+    monkeypatch.setattr(distributed, "all_reduce", lambda values, op="sum": [max(4, *values)] if op == "max" else values)
+    rollouts, scores = random_batch(1, count=own)
+    micro_batches = batches_of(rollouts, scores, size=2)
+    full = -(-own // 2)
+    assert len(micro_batches) == 4
+    assert [mb.num_loss_tokens > 0 for mb in micro_batches] == [True] * full + [False] * (4 - full)
+
+
+def test_missing_scores_are_refused():
+    rollouts, scores = random_batch(2)
+    scores[3] = ()
+    with pytest.raises(ValueError, match=rf"prompt {rollouts[3].prompt.prompt_id} .*no teacher scored it"):
+        batches_of(rollouts, scores, size=2)
+    with pytest.raises(ValueError):
+        batches_of(rollouts, scores[:-1], size=2)
+
+
+def test_scores_of_another_length_are_refused():
+    rollout = make_rollout(random.Random(0), 0, "addition")
+    longer = make_scores(Rollout(
+        prompt=rollout.prompt, source="dataset", response_ids=[*rollout.response_ids, 1], rollout_logprobs=None,
+        finish_reason="stop", policy_version=0,
+    ))  # fmt: skip
+    with pytest.raises(AssertionError, match=r"A\.sampled_logprobs has \d+ rows for \d+ response tokens"):
+        collate([(rollout, longer)], pad_id=PAD, domains=DOMAINS, device=CPU)
+
+
+def test_a_payload_that_was_not_asked_for_stays_none():
+    rollout = make_rollout(random.Random(0), 0, "addition")
+    scores = (TeacherScores(teacher="A", weight=1.0, hidden=torch.zeros(len(rollout.response_ids), 5)),)
+    (part,) = collate([(rollout, scores)], pad_id=PAD, domains=DOMAINS, device=CPU).teacher_slices
+    assert part.sampled_logprobs_M is part.entropy_M is part.topk_ids_MK is part.topk_logprobs_MK is None
+
+
+def test_nothing_is_written_to_the_arguments():
+    rollouts, scores = random_batch(4)
+    tokens = [(list(r.prompt.token_ids), list(r.response_ids), r.rollout_logprobs and list(r.rollout_logprobs)) for r in rollouts]
+    tensors = [
+        (tensor, tensor._version, tensor.clone())
+        for row in scores for score in row
+        for tensor in (score.sampled_logprobs, score.entropy, score.topk_ids, score.topk_logprobs, score.hidden)
+    ]  # fmt: skip
+    order = list(rollouts)
+    batches_of(rollouts, scores, size=3)
+    assert rollouts == order
+    assert tokens == [(r.prompt.token_ids, r.response_ids, r.rollout_logprobs) for r in rollouts]
+    for tensor, version, copy in tensors:
+        assert tensor._version == version and torch.equal(tensor, copy)
