@@ -93,7 +93,14 @@ def worker_environment(**more: str) -> dict[str, str]:
     """For subprocesses on the CPU: nothing of this process's ranks or faults, one thread each."""
     kept = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and not k.startswith("OPD_FAULT")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, **more}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": path,
+        **more,
+    }
 
 
 def _random_model(name: str, tokenizer, **changes) -> Qwen3ForCausalLM:

@@ -195,7 +195,9 @@ def test_a_filler_row_is_masked_but_can_be_computed():
 @pytest.mark.parametrize("own", [0, 1, 5])
 def test_a_rank_with_fewer_rollouts_gets_fillers(own, monkeypatch):
     """Another rank has 4 micro-batches; two real ranks stand in test_distributed.py."""
-    monkeypatch.setattr(distributed, "all_reduce", lambda values, op="sum": [max(4, *values)] if op == "max" else values)
+    monkeypatch.setattr(
+        distributed, "all_reduce", lambda values, op="sum": [max(4, *values)] if op == "max" else values
+    )
     rollouts, scores = random_batch(1, count=own)
     micro_batches = batches_of(rollouts, scores, size=2)
     full = -(-own // 2)
@@ -231,7 +233,10 @@ def test_a_payload_that_was_not_asked_for_stays_none():
 
 def test_nothing_is_written_to_the_arguments():
     rollouts, scores = random_batch(4)
-    tokens = [(list(r.prompt.token_ids), list(r.response_ids), r.rollout_logprobs and list(r.rollout_logprobs)) for r in rollouts]
+    tokens = [
+        (list(r.prompt.token_ids), list(r.response_ids), r.rollout_logprobs and list(r.rollout_logprobs))
+        for r in rollouts
+    ]
     tensors = [
         (tensor, tensor._version, tensor.clone())
         for row in scores for score in row

@@ -13,12 +13,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd import distributed
 from tests.test_metrics import documented_keys, undocumented
@@ -39,13 +44,48 @@ LAUNCHERS = {
 }
 
 
-def command(tiny, output_dir, *flags, script="train_mopd.py", launcher="python", ranks=1) -> list[str]:
-    teachers = [f"--teacher={name}={tiny.teachers[name]}" for name in tiny.teachers]
-    if script == "train_gkd.py":
-        teachers = [f"--teacher={next(iter(tiny.teachers.values()))}"]
+@dataclass(frozen=True)
+class Models:
+    student: Path
+    teachers: dict[str, Path]
+    train: Path
+    eval: Path
+
+
+@pytest.fixture(scope="session")
+def models(tiny) -> Models:
+    return Models(tiny.student, {domain: getattr(tiny, domain) for domain in tiny.domains}, tiny.train, tiny.eval)
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory) -> Models:
+    """Random models over bytes, which read any text."""
+    root = tmp_path_factory.mktemp("bytes")
+    byte_tokens = {char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=byte_tokens, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    for name, layers in (("student", 1), ("gsm8k", 2), ("humaneval", 1)):
+        torch.manual_seed(layers)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers, head_dim=32,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        )  # fmt: skip
+        Qwen3ForCausalLM(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    teachers = {domain: root / domain for domain in ("gsm8k", "humaneval")}
+    return Models(root / "student", teachers, root / "unused", root / "unused")
+
+
+def command(models: Models, output_dir, *flags, script="train_mopd.py", launcher="python", ranks=1) -> list[str]:
+    teachers = [f"--teacher={name}={path}" for name, path in models.teachers.items()]
+    if script == "train_gkd.py":  # one teacher for every domain; the answers are the dataset's responses
+        teachers = [f"--teacher={next(iter(models.teachers.values()))}", "--response_key=answer"]
     start = [part.format(ranks=ranks, port=distributed.free_port()) for part in LAUNCHERS[launcher]]
     return [
-        *(*start, script, "--student_model", str(tiny.student), *teachers, "--data", str(tiny.train)),
+        *(*start, script, "--student_model", str(models.student), *teachers, "--data", str(models.train)),
         *("--output_dir", str(output_dir), "--num_steps", "2", "--prompts_per_step", "8", "--micro_batch_size", "3"),
         *("--max_prompt_tokens", "16", "--max_response_tokens", "8", "--learning_rate", "1e-3"),
         *("--rollout_kv_cache_gib", "0.05", "--teacher_kv_cache_gib", "0.05", "--parity_every", "1", *flags),
@@ -102,11 +142,11 @@ GKD_STARTS = [("torchrun", 1), ("accelerate", 1), ("accelerate", 2), ("deepspeed
         ("train_gkd.py", GKD_STARTS, ("--loss", "jsd", "--lmbda", "0.5", "--sft_alpha", "0.1", "--num_steps", "3")),
     ],
 )
-def test_launchers_and_ranks_give_the_same_losses(tiny, tmp_path, script, starts, flags):
+def test_launchers_and_ranks_give_the_same_losses(models, tmp_path, script, starts, flags):
     dirs = {s: tmp_path / f"{s[0]}_{s[1]}" for s in starts}
     at_most_two(
         [
-            lambda s=s, d=d: succeed(command(tiny, d, *flags, script=script, launcher=s[0], ranks=s[1]))
+            lambda s=s, d=d: succeed(command(models, d, *flags, script=script, launcher=s[0], ranks=s[1]))
             for s, d in dirs.items()
         ]
     )
@@ -123,11 +163,11 @@ def test_launchers_and_ranks_give_the_same_losses(tiny, tmp_path, script, starts
 
 
 @pytest.fixture(scope="module")
-def full_run(tiny, tmp_path_factory):
+def full_run(models, tmp_path_factory):
     """Four steps with everything on, and its console output."""
     run_dir = tmp_path_factory.mktemp("full") / "run"
-    flags = ("--num_steps", "4", "--save_every", "2", "--eval_every", "2", "--eval_data", str(tiny.eval))
-    return run_dir, succeed(command(tiny, run_dir, *flags)), flags
+    flags = ("--num_steps", "4", "--save_every", "2", "--eval_every", "2", "--eval_data", str(models.eval))
+    return run_dir, succeed(command(models, run_dir, *flags)), flags
 
 
 def test_the_run_directory_is_complete(full_run):
@@ -201,27 +241,27 @@ def test_the_export_loads_and_stops_on_eos(full_run):
     assert ended and all(row.index(eos) == len(row) - 1 for row in ended)
 
 
-def test_a_finished_run_resumes_to_nothing(tiny, full_run):
+def test_a_finished_run_resumes_to_nothing(models, full_run):
     run_dir, _, flags = full_run
     before, hashed = metrics_of(run_dir), parameter_hash(run_dir)
-    console = succeed(command(tiny, run_dir, *flags))
+    console = succeed(command(models, run_dir, *flags))
     assert "resumes from" in console and metrics_of(run_dir) == before and parameter_hash(run_dir) == hashed
 
 
-def test_killed_in_a_save_and_resumed_equals_undisturbed(tiny, tmp_path, full_run):
+def test_killed_in_a_save_and_resumed_equals_undisturbed(models, tmp_path, full_run):
     undisturbed, _, flags = full_run
     run_dir = tmp_path / "run"
-    killed = start(command(tiny, run_dir, *flags), OPD_FAULT="save.before_retention:kill")
+    killed = start(command(models, run_dir, *flags), OPD_FAULT="save.before_retention:kill")
     assert killed.returncode == -signal.SIGKILL
     assert [p.name for p in (run_dir / "checkpoints").glob("step_*")] == ["step_2"]
-    console = succeed(command(tiny, run_dir, *flags))
+    console = succeed(command(models, run_dir, *flags))
     assert f"resumes from {run_dir}/checkpoints/step_2" in console
     assert parameter_hash(run_dir) == parameter_hash(undisturbed)
     assert losses_of(run_dir) == losses_of(undisturbed)
     assert [row["step"] for row in metrics_of(run_dir)] == [0, 1, 2, 3, 4]
 
 
-def test_other_losses_and_teacher_written_responses(tiny, tmp_path):
+def test_other_losses_and_teacher_written_responses(models, tmp_path):
     """Each form of the loss for two steps: policy gradient with rewards and weights, top-k supports, seq_kd."""
     forms = {
         "pg": ("--loss", "reverse_kl_pg", "--advantage_clip", "2", "--is_mode", "truncate", "--is_level", "sequence",
@@ -229,8 +269,10 @@ def test_other_losses_and_teacher_written_responses(tiny, tmp_path):
         "topk": ("--loss", "skew_forward_kl", "--support", "teacher_topk", "--support_k", "4", "--domain_weights",
                  "addition=3", "reversal=1"),
     }  # fmt: skip
-    jobs = [lambda n=n, f=f: succeed(command(tiny, tmp_path / n, *f)) for n, f in forms.items()]
-    jobs.append(lambda: succeed(command(tiny, tmp_path / "seq_kd", "--seq_kd", "--lmbda", "0", script="train_gkd.py")))
+    jobs = [lambda n=n, f=f: succeed(command(models, tmp_path / n, *f)) for n, f in forms.items()]
+    jobs.append(
+        lambda: succeed(command(models, tmp_path / "seq_kd", "--seq_kd", "--lmbda", "0", script="train_gkd.py"))
+    )
     at_most_two(jobs)
     documented = documented_keys(ROOT / "docs" / "metrics.md")
     for name in (*forms, "seq_kd"):
@@ -240,7 +282,7 @@ def test_other_losses_and_teacher_written_responses(tiny, tmp_path):
     assert {"distill/clip_fraction", "rollout/reward", "mismatch/weight_mean"} <= pg[0].keys()
     assert 0 < topk[0]["distill/teacher_mass"] < 1
     written = json.loads((tmp_path / "seq_kd" / "seq_kd.json").read_text())["responses"]
-    assert len(written) == sum(1 for _ in tiny.train.open())
+    assert len(written) == sum(1 for _ in models.train.open())
     assert metrics_of(tmp_path / "seq_kd")[0]["distill/on_policy_share"] == 0
 
 
@@ -248,10 +290,10 @@ def test_other_losses_and_teacher_written_responses(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("point", ["rollout", "backward"])
-def test_an_error_on_one_rank_ends_all(tiny, tmp_path, point):
+def test_an_error_on_one_rank_ends_all(models, tmp_path, point):
     """`rollout` is agreed on by all ranks; `backward` strikes inside a collective region."""
     failed = start(
-        command(tiny, tmp_path / "run", launcher="torchrun", ranks=2), OPD_FAULT=f"{point}:raise", OPD_FAULT_RANK="1"
+        command(models, tmp_path / "run", launcher="torchrun", ranks=2), OPD_FAULT=f"{point}:raise", OPD_FAULT_RANK="1"
     )
     ended = time.time()
     assert failed.returncode != 0
@@ -262,8 +304,8 @@ def test_an_error_on_one_rank_ends_all(tiny, tmp_path, point):
     assert ended - (tmp_path / "run" / "ledger.jsonl").stat().st_mtime < 30, ledger[-1]
 
 
-def test_nothing_is_left_after_a_sigkill_of_the_launcher(tiny, tmp_path):
-    arguments = command(tiny, tmp_path / "run", "--num_steps", "100000", launcher="deepspeed", ranks=2)
+def test_nothing_is_left_after_a_sigkill_of_the_launcher(models, tmp_path):
+    arguments = command(models, tmp_path / "run", "--num_steps", "100000", launcher="deepspeed", ranks=2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPD_TEST_MARK": str(tmp_path)}
     with (tmp_path / "out").open("wb") as out:
         launcher = subprocess.Popen(
@@ -298,12 +340,12 @@ def marked_processes(mark: Path) -> list[int]:
     return found
 
 
-def test_bad_input_is_one_line_and_status_2(tiny, tmp_path):
+def test_bad_input_is_one_line_and_status_2(models, tmp_path):
     """In a subprocess and once on two ranks; tests/test_preflight.py has the whole list of mistakes in process."""
-    typo = start(command(tiny, tmp_path / "a", "--learnin_rate", "1"))
+    typo = start(command(models, tmp_path / "a", "--learnin_rate", "1"))
     assert typo.returncode == 2 and typo.stderr.strip().endswith("did you mean --learning_rate?"), typo.stderr
     assert typo.stderr.strip().count("\n") == 0 and "Traceback" not in typo.stderr
-    arguments = command(tiny, tmp_path / "b", launcher="torchrun", ranks=2)
+    arguments = command(models, tmp_path / "b", launcher="torchrun", ranks=2)
     arguments = [a for a in arguments if not a.startswith("--teacher=reversal")]
     orphan = start(arguments)
     assert orphan.returncode != 0
@@ -312,8 +354,8 @@ def test_bad_input_is_one_line_and_status_2(tiny, tmp_path):
     assert "exitcode  : 2" in orphan.stderr or "exitcode: 2" in orphan.stderr
 
 
-def test_dry_run_loads_nothing(tiny, tmp_path):
-    console = succeed(command(tiny, tmp_path / "run", "--dry_run"))
+def test_dry_run_loads_nothing(models, tmp_path):
+    console = succeed(command(models, tmp_path / "run", "--dry_run"))
     assert "student parameters" in console and "<assistant>" in console and not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,474 @@
+"""Real vLLM engines against Hugging Face, in float32: what they sample, what they say, what they forget.
+
+One process with one generator and four teachers, started once. G samples, L response length, K support, V vocabulary,
+H hidden size.
+"""
+
+import gc
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from opd import distributed
+from opd.config import LossConfig, RolloutConfig, TeacherSpec
+from opd.distillation import compare
+from opd.fused_linear import fused_linear_loss
+from opd.padding import collate
+from opd.rollout import RolloutEngine
+from opd.teachers import ColocatedTeacher, TeacherPool, load_head
+from opd.types import Prompt, Rollout
+from opd.vllm_engine import HiddenStateEngine
+
+VOCAB = 40
+EOS, OTHER_STOP = 1, 20
+KV_GIB, MAX_LEN, MAX_TOKENS, SEED = 0.03, 320, 12, 7
+OPTIONS = {"dtype": "float32", "max_model_len": MAX_LEN, "trust_remote_code": False}
+TOLERANCE = 1e-4  # measured: below 1e-6
+
+
+# ---- One start for all -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tiny_tied):
+    """Hugging Face models by name, on the host."""
+    paths = {name: getattr(tiny, name) for name in ("student", "addition", "reversal", "padded")} | {"tied": tiny_tied}
+    return {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def process(device):
+    """This process as a rank; vLLM's own groups go with it."""
+    yield device
+    gc.collect()
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+@pytest.fixture(scope="module")
+def rollout_engine(process, tiny):
+    cfg = RolloutConfig(num_generations=2, max_response_tokens=MAX_TOKENS, rollout_kv_cache_gib=KV_GIB)
+    return RolloutEngine(str(tiny.student), cfg, eos_ids=(EOS, OTHER_STOP), seed=SEED, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def teachers(process, tiny, tiny_tied):
+    """Every teacher's engine and head, asleep, by name."""
+    paths = {"addition": tiny.addition, "reversal": tiny.reversal, "padded": tiny.padded, "tied": tiny_tied}
+    built = {}
+    for name, path in paths.items():
+        engine = HiddenStateEngine(name, str(path), tokenizer=str(tiny.student), kv_cache_gib=KV_GIB, **OPTIONS)
+        built[name] = ColocatedTeacher(TeacherSpec(name, str(path), (name,)), engine, load_head(str(path)))
+        built[name].sleep()
+    return built
+
+
+@pytest.fixture
+def prompts(tiny, tokenizer) -> list[Prompt]:
+    rows = [json.loads(line) for line in tiny.train.read_text().splitlines()][:8]
+    encode = tokenizer.apply_chat_template
+    return [
+        Prompt(
+            prompt_id=i,
+            domain=row["data_source"],
+            token_ids=encode(row["prompt"], add_generation_prompt=True, return_dict=False),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def written(prompts, *, longest=9) -> list[Rollout]:
+    """Responses of different lengths that need no sampler."""
+    generator = torch.Generator().manual_seed(0)
+    rollouts = []
+    for prompt in prompts:
+        length = int(torch.randint(1, longest + 1, (), generator=generator))
+        rollouts.append(
+            Rollout(
+                prompt=prompt, source="dataset", rollout_logprobs=None, finish_reason="length", policy_version=0,
+                response_ids=torch.randint(VOCAB, (length,), generator=generator).tolist(),
+            )  # fmt: skip
+        )
+    return rollouts
+
+
+@torch.no_grad()
+def logits_of(model, rollout) -> torch.Tensor:
+    """[L, V] at the places that predict the response."""
+    raw = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+    return model(raw).logits[0, len(rollout.prompt.token_ids) - 1 : -1].float()
+
+
+def logprobs_of(model, rollout, temperature=1.0) -> torch.Tensor:
+    """[L] of the response's own tokens."""
+    logprobs_LV = (logits_of(model, rollout) / temperature).log_softmax(-1)
+    return logprobs_LV.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+
+
+def gap(rollouts, model, temperature=1.0) -> float:
+    """Largest distance between what the sampler said and what the model says."""
+    return max(
+        float((torch.tensor(r.rollout_logprobs) - logprobs_of(model, r, temperature)).abs().max()) for r in rollouts
+    )
+
+
+def new_weights(model, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in model.named_parameters()
+    }
+
+
+# ---- The generator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_are_the_models(rollout_engine, reference, prompts, temperature, monkeypatch):
+    monkeypatch.setattr(rollout_engine, "cfg", replace(rollout_engine.cfg, temperature=temperature))
+    rollouts = rollout_engine.generate(prompts, step=0)
+    assert len(rollouts) == 2 * len(prompts)
+    assert [r.prompt for r in rollouts] == [p for p in prompts for _ in range(2)]
+    assert gap(rollouts, reference["student"], temperature) < TOLERANCE
+
+
+def test_new_weights_are_used_and_old_prefixes_forgotten(rollout_engine, reference, tiny, prompts):
+    """The long prompt fills whole cache blocks, so an old prefix that stayed would speak for the new weights."""
+    student = AutoModelForCausalLM.from_pretrained(tiny.student, dtype=torch.float32)
+    long_prompt = replace(prompts[0], token_ids=[3, *(i % 35 + 5 for i in range(300 - MAX_TOKENS)), 4])
+    before = rollout_engine.generate([long_prompt, *prompts], step=0)
+    assert gap(before, student) < TOLERANCE
+    assert {r.policy_version for r in before} == {rollout_engine.policy_version}
+    try:
+        for version, seed in ((5, 0), (6, 1)):
+            weights = new_weights(student, seed)
+            rollout_engine.load_weights(weights.items(), version)
+            student.load_state_dict(weights, strict=False)
+            after = rollout_engine.generate([long_prompt, *prompts], step=0)
+            assert gap(after, student) < TOLERANCE
+            assert {r.policy_version for r in after} == {version}
+        assert gap(before, student) > 0.01, "the weights did change"
+    finally:
+        rollout_engine.load_weights(reference["student"].named_parameters(), 0)
+    assert rollout_engine.generate(prompts, step=0) == rollout_engine.generate(prompts, step=0)
+    assert gap(rollout_engine.generate(prompts, step=0), reference["student"]) < TOLERANCE
+
+
+def test_a_failed_load_stamps_no_version(rollout_engine, reference):
+    def broken():
+        yield next(iter(reference["student"].named_parameters()))
+        raise RuntimeError("lost a rank")
+
+    version = rollout_engine.policy_version
+    try:
+        with pytest.raises(RuntimeError, match="lost a rank"):
+            rollout_engine.load_weights(broken(), version + 1)
+        assert rollout_engine.policy_version == version
+    finally:
+        rollout_engine.load_weights(reference["student"].named_parameters(), version)
+
+
+def test_a_sample_is_a_function_of_its_seed(rollout_engine, prompts):
+    """Not of what else is in the batch, nor of its place there; another seed is another sample."""
+    ids = [p.token_ids for p in prompts]
+
+    def sample(chosen, seeds):
+        samples = rollout_engine.engine.generate(
+            [ids[i] for i in chosen], seeds, (EOS,), max_tokens=MAX_TOKENS, temperature=1.0
+        )
+        return [s.token_ids for s in samples]
+
+    together = sample(range(8), list(range(8)))
+    assert sample(range(8), list(range(8))) == together
+    assert sample([5], [5]) == [together[5]]
+    assert sample([5, 2], [5, 2]) == [together[5], together[2]]
+    assert sample(range(8), list(range(50, 58))) != together
+    same_prompt = sample([0] * 6, list(range(6)))
+    assert len({tuple(s) for s in same_prompt}) > 3
+
+
+def test_rollout_seeds_follow_step_place_and_sample(rollout_engine, prompts, monkeypatch):
+    def responses(chosen, step):
+        return [r.response_ids for r in rollout_engine.generate(chosen, step)]
+
+    both = responses(prompts, 3)
+    assert responses(prompts, 3) == both
+    assert responses(prompts, 4) != both
+    assert both[0::2] != both[1::2], "the samples of one prompt have seeds of their own"
+    twice = responses([prompts[0]] * 2, 3)
+    assert twice[:2] != twice[2:], "a prompt that comes twice in a step is sampled anew"
+    # two ranks: prompts 1, 3, 5, 7 of the global batch lie on rank 1
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert responses(prompts[1::2], 3) == [both[2 * i + g] for i in (1, 3, 5, 7) for g in (0, 1)]
+
+
+def test_generation_stops_at_any_stop_token_and_keeps_it(rollout_engine, prompts):
+    """Two stop ids, as in a generation config with a list of them."""
+    rollouts = [r for step in range(6) for r in rollout_engine.generate(prompts, step)]
+    reasons = Counter()
+    for r in rollouts:
+        ids = r.response_ids
+        assert not {EOS, OTHER_STOP} & set(ids[:-1])
+        if r.finish_reason == "stop":
+            assert ids[-1] in (EOS, OTHER_STOP)
+        else:
+            assert len(ids) == MAX_TOKENS and ids[-1] not in (EOS, OTHER_STOP)
+        reasons[ids[-1] if r.finish_reason == "stop" else "length"] += 1
+    assert reasons[EOS] > 0 and reasons[OTHER_STOP] > 0 and reasons["length"] > 0, reasons
+
+
+def test_greedy_is_the_argmax_with_its_logprob(rollout_engine, reference, prompts):
+    rollouts = rollout_engine.generate_greedily(prompts)
+    for r in rollouts:
+        assert logits_of(reference["student"], r).argmax(-1).tolist() == r.response_ids
+    assert gap(rollouts, reference["student"]) < TOLERANCE
+    assert [r.response_ids for r in rollout_engine.generate_greedily(prompts)] == [r.response_ids for r in rollouts]
+
+
+def test_sleep_and_wake_keep_their_books(rollout_engine, reference, prompts):
+    rollout_engine.sleep()
+    assert not rollout_engine.awake
+    rollout_engine.sleep()  # nothing left to put to sleep
+    rollout_engine.wake(["weights"])
+    assert rollout_engine.awake and rollout_engine.engine._asleep == {"kv_cache"}
+    rollout_engine.load_weights(reference["student"].named_parameters(), 0)
+    rollout_engine.wake(["kv_cache"])
+    assert rollout_engine.engine._asleep == set()
+    assert gap(rollout_engine.generate(prompts, 0), reference["student"]) < TOLERANCE
+
+
+# ---- The teachers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["addition", "reversal", "padded", "tied"])
+def test_hidden_states_are_those_that_predict_the_response(teachers, reference, prompts, name):
+    rollouts = written(prompts)
+    teacher, model = teachers[name], reference[name]
+    teacher.wake()
+    states = teacher.hidden_states(rollouts)
+    teacher.sleep()
+    for rollout, state_LH in zip(rollouts, states, strict=True):
+        raw = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+        with torch.no_grad():
+            expected_SH = model.base_model(raw).last_hidden_state[0]
+        first = len(rollout.prompt.token_ids) - 1
+        assert state_LH.shape == (len(rollout.response_ids), model.config.hidden_size)
+        assert (state_LH.cpu() - expected_SH[first:-1]).abs().max() < TOLERANCE
+        logits_LV = state_LH.cpu() @ teacher.head_VH.T
+        assert (logits_LV - logits_of(model, rollout)).abs().max() < TOLERANCE
+
+
+def test_hidden_states_do_not_depend_on_the_batch(teachers, prompts):
+    rollouts = written(prompts)
+    together = teachers["addition"].hidden_states(rollouts)
+    (alone,) = teachers["addition"].hidden_states(rollouts[3:4])
+    assert (together[3] - alone).abs().max() < 1e-5
+
+
+def test_head_of_each_kind_of_checkpoint(tiny, tiny_tied, reference, tmp_path):
+    assert torch.equal(load_head(str(tiny.addition)), reference["addition"].lm_head.weight)
+    assert not torch.equal(load_head(str(tiny.addition)), reference["addition"].model.embed_tokens.weight)
+    assert torch.equal(load_head(str(tiny_tied)), reference["tied"].model.embed_tokens.weight)
+    assert load_head(str(tiny.padded)).shape == (64, 96)
+
+    reference["addition"].save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
+    assert torch.equal(load_head(str(tmp_path / "sharded")), reference["addition"].lm_head.weight)
+
+
+def test_a_tied_checkpoint_that_also_stores_a_head(tiny_tied, reference, tmp_path):
+    """The configuration decides: transformers would not read that head either."""
+    weights = load_file(tiny_tied / "model.safetensors")
+    save_file({**weights, "lm_head.weight": torch.zeros(VOCAB, 64)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_tied / "config.json").read_text())
+    assert torch.equal(load_head(str(tmp_path)), reference["tied"].model.embed_tokens.weight)
+
+
+def test_a_checkpoint_without_a_head_is_named(tiny, tmp_path):
+    save_file({"model.norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny.addition / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"{tmp_path}: none of lm_head.weight"):
+        load_head(str(tmp_path))
+
+
+# ---- The pool --------------------------------------------------------------------------------------------------------
+
+
+def pool_of(members, routes, payload="hidden", **loss) -> TeacherPool:
+    return TeacherPool(
+        members, {domain: tuple(route) for domain, route in routes.items()}, LossConfig(**loss), payload=payload,
+        shared_vocab=VOCAB, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )  # fmt: skip
+
+
+BY_DOMAIN = {"addition": [("addition", 1.0)], "reversal": [("reversal", 1.0)]}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("payload", ["sampled", "topk"])
+def test_scores_are_the_teachers_full_vocabulary_logprobs(teachers, reference, prompts, payload, temperature):
+    pool = pool_of(
+        [teachers["addition"], teachers["reversal"]], BY_DOMAIN, payload, support_k=5, loss_temperature=temperature
+    )
+    rollouts = written(prompts)
+    for rollout, (score,) in zip(rollouts, pool.score(rollouts), strict=True):
+        assert score.teacher == rollout.prompt.domain and score.weight == 1.0
+        logprobs_LV = (logits_of(reference[score.teacher], rollout) / temperature).log_softmax(-1)
+        sampled_L = logprobs_LV.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        assert (score.sampled_logprobs - sampled_L).abs().max() < TOLERANCE
+        assert (score.entropy + (logprobs_LV.exp() * logprobs_LV).sum(-1)).abs().max() < TOLERANCE
+        assert score.hidden is None
+        if payload == "topk":
+            top_LK, ids_LK = logprobs_LV.topk(5)
+            assert torch.equal(score.topk_ids, ids_LK)
+            assert (score.topk_logprobs - top_LK).abs().max() < TOLERANCE
+        else:
+            assert score.topk_ids is None
+
+
+def test_hidden_payload_says_it_all(teachers, reference, prompts):
+    pool = pool_of([teachers["addition"], teachers["reversal"]], BY_DOMAIN)
+    rollouts = written(prompts)
+    for rollout, (score,) in zip(rollouts, pool.score(rollouts), strict=True):
+        logits_LV = score.hidden.cpu() @ pool.head(score.teacher).cpu().T
+        assert (logits_LV - logits_of(reference[score.teacher], rollout)).abs().max() < TOLERANCE
+
+
+def test_every_teacher_wakes_at_most_once_and_alone(teachers, prompts, monkeypatch):
+    members = [teachers["addition"], teachers["reversal"], teachers["tied"]]
+    routes = {"addition": [("addition", 0.5), ("reversal", 0.5)], "reversal": [("reversal", 1.0)], "none": [("tied", 1.0)]}
+    wakes, awake_with = Counter(), []
+    for teacher in members:
+
+        def wake(tags=None, teacher=teacher, original=teacher.wake):
+            wakes[teacher.name] += 1
+            original(tags)
+            awake_with.append([t.name for t in members if t.awake])
+
+        monkeypatch.setattr(teacher, "wake", wake)
+    scores = pool_of(members, routes).score(written(prompts))
+    assert wakes == {"addition": 1, "reversal": 1}, "tied has no prompts and sleeps on"
+    assert awake_with == [["addition"], ["reversal"]]
+    assert not any(t.awake for t in members)
+    assert [[s.teacher for s in row] for row in scores] == [
+        ["addition", "reversal"] if p.domain == "addition" else ["reversal"] for p in prompts
+    ]
+
+
+def test_a_teacher_that_fails_is_put_to_sleep(teachers, prompts, monkeypatch):
+    monkeypatch.setattr(teachers["addition"], "hidden_states", lambda rollouts: [torch.full((1, 96), float("nan"))] * 8)
+    with pytest.raises(FloatingPointError, match="teacher addition: prompt 0: hidden states are not finite"):
+        pool_of([teachers["addition"]], {d: [("addition", 1.0)] for d in BY_DOMAIN}).score(written(prompts))
+
+    def fails(rollouts):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(teachers["addition"], "hidden_states", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pool_of([teachers["addition"]], {d: [("addition", 1.0)] for d in BY_DOMAIN}).score(written(prompts))
+    assert not teachers["addition"].awake
+
+
+def test_a_token_beyond_the_shared_vocabulary_is_refused(teachers, prompts):
+    rollouts = written(prompts)
+    rollouts[2] = replace(rollouts[2], response_ids=[3, VOCAB])
+    with pytest.raises(RuntimeError, match="prompt 2: the student wrote token 40, .* beyond the 40 tokens"):
+        pool_of([teachers["padded"]], {d: [("padded", 1.0)] for d in BY_DOMAIN}).score(rollouts)
+
+
+def test_one_head_is_resident(teachers):
+    pool = pool_of([teachers["padded"], teachers["tied"]], {})
+    assert pool.head("padded").shape == (VOCAB, 96)
+    assert pool.head("padded") is pool.head("padded")
+    assert pool.head("tied").shape == (VOCAB, 64)
+    assert pool._resident[0] == "tied"
+    pool.release_head()
+    assert pool._resident is None
+
+
+# ---- From teachers to the loss ---------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(members, routes, rollouts, payload, student, **loss):
+    """The summed loss of `rollouts` and its gradient with respect to the student's final hidden states [N, H]."""
+    cfg = LossConfig(**loss)
+    pool = pool_of(members, routes, payload, **loss)
+    scored = list(zip(rollouts, pool.score(rollouts), strict=True))
+    mb = collate(scored, pad_id=0, domains=list(routes), device=pool.device)
+    with torch.no_grad():
+        states_BSH = student.base_model(mb.input_ids_BS.cpu(), attention_mask=mb.attention_mask_BS.cpu()).last_hidden_state
+    hidden_NH = states_BSH.to(pool.device)[mb.loss_mask_BS].requires_grad_()
+
+    def token_loss(logits_CV, rows):
+        seen = compare(logits_CV, rows, mb, head_of=pool.head, shared_vocab=VOCAB, cfg=cfg)
+        return seen.divergence_C, {"teacher": seen.teacher_logprobs_C}
+
+    weight_VH = student.get_output_embeddings().weight.detach().to(pool.device)
+    loss_sum, stats = fused_linear_loss(hidden_NH, weight_VH, token_loss, chunk_bytes=VOCAB * 16 * 7)
+    loss_sum.backward()
+    return loss_sum.detach(), hidden_NH.grad, stats["teacher"]
+
+
+LOSSES = [
+    ("hidden", {"loss": "reverse_kl"}),
+    ("topk", {"loss": "forward_kl", "support": "teacher_topk", "support_k": 6}),
+    ("sampled", {"loss": "reverse_kl", "support": "sampled"}),
+]
+LOSS_IDS = ["full", "teacher_topk", "sampled"]
+
+
+def assert_same(one, two, tolerance):
+    for a, b in zip(one, two, strict=True):
+        assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
+
+
+@pytest.mark.parametrize(("payload", "loss"), LOSSES, ids=LOSS_IDS)
+def test_one_teacher_listed_twice_equals_one_teacher(teachers, reference, prompts, payload, loss):
+    addition = teachers["addition"]
+    first, second = (ColocatedTeacher(replace(addition.spec, name=n), addition.engine, addition.head_VH) for n in "ab")
+    once = {domain: [("addition", 1.0)] for domain in BY_DOMAIN}
+    twice = {"addition": [("a", 1.0)], "reversal": [("b", 1.0)]}
+    rollouts = written(prompts)
+    assert_same(
+        loss_and_gradient([addition], once, rollouts, payload, reference["student"], **loss),
+        loss_and_gradient([first, second], twice, rollouts, payload, reference["student"], **loss),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize(("payload", "loss"), LOSSES, ids=LOSS_IDS)
+def test_mixtures(teachers, reference, prompts, payload, loss):
+    """All weight on one teacher is routing; .3 and .7 are the weighted sum of both."""
+    members = [teachers["addition"], teachers["reversal"]]
+    rollouts = written(prompts)
+
+    def of(route):
+        routes = {domain: route for domain in BY_DOMAIN}
+        return loss_and_gradient(members, routes, rollouts, payload, reference["student"], **loss)
+
+    addition, reversal = of([("addition", 1.0)]), of([("reversal", 1.0)])
+    assert (addition[0] - reversal[0]).abs() > 0.1
+    assert_same(addition, of([("addition", 1.0), ("reversal", 0.0)]), 1e-6)
+    weighted = [0.3 * a + 0.7 * b for a, b in zip(addition, reversal, strict=True)]
+    assert_same(weighted, of([("addition", 0.3), ("reversal", 0.7)]), 1e-6)
+    assert_same(weighted, of([("reversal", 0.7), ("addition", 0.3)]), 1e-6)
+
+
+@pytest.mark.parametrize(("payload", "loss"), LOSSES, ids=LOSS_IDS)
+def test_a_padded_vocabulary_changes_nothing(teachers, reference, prompts, payload, loss):
+    """24 random rows more in the teacher's head; left in, they would take most of its probability."""
+    rollouts = written(prompts)
+    plain, padded = (
+        loss_and_gradient(
+            [teachers[name]], {d: [(name, 1.0)] for d in BY_DOMAIN}, rollouts, payload, reference["student"], **loss
+        )
+        for name in ("addition", "padded")
+    )
+    assert_same(plain, padded, 1e-5)
