@@ -224,10 +224,10 @@ def main(run: Run) -> None:
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)
+        metrics.flush(state.step)  # before the checkpoint: a step that can be resumed from has its line
         if is_due(state.step, cfg.run.save_every, cfg.run.num_steps):
             with metrics.timed("checkpoint"):
                 checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
-        metrics.flush(state.step)
 
     # Finish
     metrics.close()

@@ -34,7 +34,7 @@ class RolloutEngine:
         self.policy_version = 0
         self.engine = GeneratorEngine(
             model, dtype=dtype, max_model_len=max_model_len, kv_cache_gib=cfg.rollout_kv_cache_gib, seed=seed,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, enforce_eager=cfg.enforce_eager,
         )  # fmt: skip
 
     @property
@@ -113,7 +113,7 @@ def write_with_model(model: str, prompts: Sequence[Prompt], *, log: Path, **samp
 
     Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine that generates would cost
     the trainer a KV cache and an `lm_head` for the whole run. `sampling` is what `GeneratorEngine.generate` takes, plus
-    dtype, max_model_len, kv_cache_gib, eos_ids, seed and trust_remote_code. Raises RuntimeError with the end of the
+    dtype, max_model_len, kv_cache_gib, eos_ids, seed, trust_remote_code and enforce_eager. Raises RuntimeError with the end of the
     child's log if it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -149,7 +149,7 @@ def _child_main() -> None:
     job = json.loads(Path(args.request).read_text())
     engine = GeneratorEngine(
         job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], kv_cache_gib=job["kv_cache_gib"],
-        seed=job["seed"], trust_remote_code=job["trust_remote_code"],
+        seed=job["seed"], trust_remote_code=job["trust_remote_code"], enforce_eager=job["enforce_eager"],
     )  # fmt: skip
     samples = engine.generate(
         [item["token_ids"] for item in job["prompts"]],

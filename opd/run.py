@@ -71,6 +71,7 @@ class Run:
             "eos_ids": self.facts.student.eos_ids,
             "max_tokens": self.cfg.rollout.max_response_tokens,
             "seed": self.cfg.run.seed,
+            "enforce_eager": self.cfg.rollout.enforce_eager,
         }
 
     def judge(self, prompt: Prompt, response_ids: list[int]) -> float:

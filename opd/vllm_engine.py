@@ -72,7 +72,7 @@ class Sample:
 class _Engine:
     """An in-process vLLM engine that sleeps and wakes without touching the others of this process."""
 
-    def __init__(self, name: str, model: str, *, sleep_level: int, kv_cache_gib: float, **options):
+    def __init__(self, name: str, model: str, *, sleep_level: int, kv_cache_gib: float, enforce_eager: bool, **options):
         self.name = name
         self.sleep_level = sleep_level
         table = _allocation_table()
@@ -80,7 +80,7 @@ class _Engine:
         self.llm = _import_vllm().LLM(
             model=model,
             distributed_executor_backend="external_launcher",
-            enforce_eager=True,
+            enforce_eager=enforce_eager or table is None,
             enable_sleep_mode=table is not None,
             kv_cache_memory_bytes=int(kv_cache_gib * GIB),
             disable_log_stats=True,
@@ -92,6 +92,10 @@ class _Engine:
     @property
     def awake(self) -> bool:
         return "weights" not in self._asleep
+
+    def _require_awake(self) -> None:
+        """A request to a sleeping engine would wait for ever: vllm 0.32 stops its scheduler, without an error."""
+        assert not self._asleep, f"{self.name}: {' and '.join(sorted(self._asleep))} asleep; wake it first"
 
     @contextmanager
     def _own_allocations(self):
@@ -129,12 +133,14 @@ class GeneratorEngine(_Engine):
     """Samples responses, and takes new weights from the student."""
 
     def __init__(
-        self, model: str, *, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int, trust_remote_code: bool
-    ):
+        self, model: str, *, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int, trust_remote_code: bool,
+        enforce_eager: bool = False,
+    ):  # fmt: skip
         super().__init__(
             "rollout",
             model,
             sleep_level=2,
+            enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -152,6 +158,7 @@ class GeneratorEngine(_Engine):
 
         `temperature=0` is greedy; its log-probabilities are then those at temperature 1.
         """
+        self._require_awake()
         vllm = _import_vllm()
         params = [
             vllm.SamplingParams(
@@ -191,6 +198,7 @@ class HiddenStateEngine(_Engine):
             name,
             model,
             sleep_level=1,
+            enforce_eager=True,  # a prefill gains nothing from CUDA graphs
             tokenizer=tokenizer,  # vLLM's pooling entry point insists on one; it never sees text
             kv_cache_gib=kv_cache_gib,
             dtype=dtype,
@@ -204,6 +212,7 @@ class HiddenStateEngine(_Engine):
 
     def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
+        self._require_awake()
         outputs = self.llm.encode(
             [{"prompt_token_ids": ids} for ids in sequences],
             pooling_task="token_embed",

@@ -390,9 +390,9 @@ def test_content_hash_of_a_hub_id_needs_no_network(tmp_path, monkeypatch):
     assert checkpoint.content_hash("someone/model") == "someone/model"
     commit = "0123456789" * 4
     repository = tmp_path / "models--someone--model"
-    for file, content in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
+    for file, text in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
         (repository / file).parent.mkdir(parents=True)
-        (repository / file).write_text(content)
+        (repository / file).write_text(text)
     assert checkpoint.content_hash("someone/model") == f"someone/model@{commit}"
 
 

@@ -267,9 +267,22 @@ def test_hidden_states_are_those_that_predict_the_response(teachers, reference, 
 
 def test_hidden_states_do_not_depend_on_the_batch(teachers, prompts):
     rollouts = written(prompts)
+    teachers["addition"].wake()
     together = teachers["addition"].hidden_states(rollouts)
     (alone,) = teachers["addition"].hidden_states(rollouts[3:4])
+    teachers["addition"].sleep()
     assert (together[3] - alone).abs().max() < 1e-5
+
+
+def test_a_sleeping_engine_refuses_work(teachers, rollout_engine, prompts):
+    """vLLM itself would wait for ever."""
+    with pytest.raises(AssertionError, match="addition: kv_cache and weights asleep; wake it first"):
+        teachers["addition"].hidden_states(written(prompts))
+    rollout_engine.sleep()
+    rollout_engine.wake(["weights"])
+    with pytest.raises(AssertionError, match="rollout: kv_cache asleep"):
+        rollout_engine.generate(prompts, 0)
+    rollout_engine.wake()
 
 
 def test_head_of_each_kind_of_checkpoint(tiny, tiny_tied, reference, tmp_path):

@@ -205,7 +205,7 @@ def test_ds_configs_hold_sharding_only(path):
 
 
 def code_blocks(text: str, language: str = r"\w*") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.M | re.S)
 
 
 def launches(text: str) -> list[tuple[str, list[str]]]:

@@ -262,14 +262,22 @@ def test_killed_in_a_save_and_resumed_equals_undisturbed(models, tmp_path, full_
 
 
 def test_other_losses_and_teacher_written_responses(models, tmp_path):
-    """Each form of the loss for two steps: policy gradient with rewards and weights, top-k supports, seq_kd."""
+    """Two steps each: policy gradient with rewards and weights, a mixture in bfloat16 under ZeRO-2, top-k, seq_kd."""
+    mixture = tmp_path / "mixture.yaml"
+    both = [{"name": f"{n}_{d}", "model": str(models.teachers[d]), "domains": ["addition", "reversal"], "weight": w}
+            for n, d, w in (("first", "addition", 3), ("second", "reversal", 1))]  # fmt: skip
+    mixture.write_text(json.dumps({"teachers": both}))
     forms = {
         "pg": ("--loss", "reverse_kl_pg", "--advantage_clip", "2", "--is_mode", "truncate", "--is_level", "sequence",
                "--num_generations", "2", "--reward_weight", "0.5", "--clip_low", "0.2", "--dual_clip", "3"),
+        "mixed": ("--dtype", "bfloat16", "--gradient_checkpointing", "--ds_config", "ds_configs/zero2.json",
+                  "--config", str(mixture)),
         "topk": ("--loss", "skew_forward_kl", "--support", "teacher_topk", "--support_k", "4", "--domain_weights",
                  "addition=3", "reversal=1"),
     }  # fmt: skip
-    jobs = [lambda n=n, f=f: succeed(command(models, tmp_path / n, *f)) for n, f in forms.items()]
+    commands = {name: command(models, tmp_path / name, *flags) for name, flags in forms.items()}
+    commands["mixed"] = [a for a in commands["mixed"] if not a.startswith("--teacher=")]
+    jobs = [lambda a=a: succeed(a) for a in commands.values()]
     jobs.append(
         lambda: succeed(command(models, tmp_path / "seq_kd", "--seq_kd", "--lmbda", "0", script="train_gkd.py"))
     )
