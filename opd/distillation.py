@@ -53,7 +53,8 @@ def compare(
     labels_C = mb.at_loss_tokens(mb.labels_BS)[rows]
     student_logprobs_C = gather_logprobs(logits_CV / cfg.loss_temperature, labels_C)
     zero_C = torch.zeros_like(student_logprobs_C)
-    divergence_C, teacher_logprobs_C = zero_C, zero_C
+    divergence_C = zero_C + student_logprobs_C[:0].sum()  # connected: no teacher speaks about a filler
+    teacher_logprobs_C = zero_C
     stats = {key: zero_C for key in _stat_keys(cfg)}
     for part, index_M in _parts(mb, rows):
         covers_all = len(index_M) == len(labels_C)

@@ -194,6 +194,9 @@ class HiddenStateEngine(_Engine):
         self, name: str, model: str, *, tokenizer: str, dtype: str, max_model_len: int, kv_cache_gib: float,
         trust_remote_code: bool,
     ):  # fmt: skip
+        _import_vllm()
+        from vllm.config import PoolerConfig
+
         super().__init__(
             name,
             model,
@@ -206,7 +209,7 @@ class HiddenStateEngine(_Engine):
             trust_remote_code=trust_remote_code,
             runner="pooling",
             convert="embed",
-            pooler_config=_import_vllm().config.PoolerConfig(task="token_embed", use_activation=False),
+            pooler_config=PoolerConfig(task="token_embed", use_activation=False),
             enable_prefix_caching=False,
         )
 

@@ -94,8 +94,8 @@ def written(prompts, *, longest=9) -> list[Rollout]:
             Rollout(
                 prompt=prompt, source="dataset", rollout_logprobs=None, finish_reason="length", policy_version=0,
                 response_ids=torch.randint(VOCAB, (length,), generator=generator).tolist(),
-            )  # fmt: skip
-        )
+            )
+        )  # fmt: skip
     return rollouts
 
 
@@ -392,7 +392,7 @@ def test_a_teacher_that_fails_is_put_to_sleep(teachers, prompts, monkeypatch):
 def test_a_token_beyond_the_shared_vocabulary_is_refused(teachers, prompts):
     rollouts = written(prompts)
     rollouts[2] = replace(rollouts[2], response_ids=[3, VOCAB])
-    with pytest.raises(RuntimeError, match="prompt 2: the student wrote token 40, .* beyond the 40 tokens"):
+    with pytest.raises(RuntimeError, match=r"prompt 2: the student wrote token 40, .* beyond the 40 tokens"):
         pool_of([teachers["padded"]], {d: [("padded", 1.0)] for d in BY_DOMAIN}).score(rollouts)
 
 

@@ -1,0 +1,434 @@
+"""Where a chunk of student logits meets its teachers, and the loss that train_mopd.py makes of it, in float64.
+
+Everything is compared with sums written out token by token in probabilities, not in logarithms as the code does.
+
+B sequences, S padded length, L response length, N loss tokens, C tokens of a chunk, K support, V vocabulary, H hidden.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from opd.config import LossConfig, TeacherSpec
+from opd.distillation import compare, payload_of, support_of
+from opd.losses import DIVERGENCES, TAILS
+from opd.padding import collate
+from opd.student import summarise
+from opd.teachers import ColocatedTeacher, TeacherPool
+from opd.types import Prompt, Rollout, TeacherScores
+from train_mopd import token_loss
+
+CPU = torch.device("cpu")
+DOMAINS = ["addition", "reversal", "both"]
+MIXTURES = {"addition": [("A", 1.0)], "reversal": [("B", 1.0)], "both": [("A", 0.25), ("B", 0.75)]}
+HIDDEN = {"A": 5, "B": 3}
+VOCAB, STUDENT_ROWS, K = 11, 13, 4  # the student's vocabulary is padded by two rows
+CHUNKS = [1, 3, 5, 1000]
+
+
+def randn(*shape, seed, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+HEADS = {name: randn(VOCAB, size, seed=size) for name, size in HIDDEN.items()}
+
+
+class Batch:
+    """Six responses of three domains, all teachers' logits of every token, and the student's."""
+
+    def __init__(self, temperature=1.0, payload="hidden"):
+        domains = ("addition", "both", "reversal", "both", "addition", "reversal")
+        lengths = [1 + (i * 3) % 5 for i in range(len(domains))]
+        self.logits_NV = randn(sum(lengths), STUDENT_ROWS, seed=7, scale=2.0).requires_grad_()
+        logits = self.logits_NV.detach()[:, :VOCAB].split(lengths)
+        self.rollouts = [self._rollout(i, domain, logits[i]) for i, domain in enumerate(domains)]
+        self.hidden = {
+            (r.prompt.prompt_id, name): randn(len(r.response_ids), size, seed=10 * r.prompt.prompt_id + size)
+            for r in self.rollouts for name, size in HIDDEN.items()
+        }  # fmt: skip
+        scored = [(r, self._scores(r, payload, temperature)) for r in self.rollouts]
+        self.mb = collate(scored, pad_id=0, domains=DOMAINS, device=CPU)
+        self.tokens = [(r, t) for r in self.rollouts for t in range(len(r.response_ids))]  # the N, in their order
+
+    def _rollout(self, i, domain, logits_LV):
+        """The sampler is near the student, but it is not the student."""
+        generator = torch.Generator().manual_seed(i)
+        ids_L = torch.randint(VOCAB, logits_LV.shape[:1], generator=generator)
+        logprobs_L = logits_LV.log_softmax(-1).gather(-1, ids_L[:, None])[:, 0]
+        logprobs_L += 0.4 * torch.randn(ids_L.shape, generator=generator)
+        return Rollout(
+            prompt=Prompt(prompt_id=i, domain=domain, token_ids=[1] * (1 + i % 3)), source="student",
+            response_ids=ids_L.tolist(), finish_reason="stop", rollout_logprobs=logprobs_L.tolist(), policy_version=0,
+            task_advantage=(i - 2.5) / 2,
+        )  # fmt: skip
+
+    def teacher_logits(self, rollout, name):
+        return self.hidden[rollout.prompt.prompt_id, name] @ HEADS[name].T
+
+    def _scores(self, rollout, payload, temperature):
+        scores = []
+        for name, weight in MIXTURES[rollout.prompt.domain]:
+            logprobs_LV = (self.teacher_logits(rollout, name) / temperature).log_softmax(-1)
+            sampled_L = logprobs_LV.gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+            top_LK, ids_LK = logprobs_LV.topk(K)
+            content = {
+                "hidden": {"hidden": self.hidden[rollout.prompt.prompt_id, name]},
+                "topk": {"topk_ids": ids_LK, "topk_logprobs": top_LK},
+                "sampled": {},
+            }[payload]
+            if payload != "hidden":
+                entropy_L = -(logprobs_LV.exp() * logprobs_LV).sum(-1)
+                content |= {"sampled_logprobs": sampled_L, "entropy": entropy_L}
+            scores.append(TeacherScores(teacher=name, weight=weight, **content))
+        return tuple(scores)
+
+    def teachers_of(self, n, temperature):
+        """(weight, probabilities [V]) of every teacher of token n."""
+        rollout, t = self.tokens[n]
+        return [
+            (weight, (self.teacher_logits(rollout, name)[t] / temperature).softmax(-1))
+            for name, weight in MIXTURES[rollout.prompt.domain]
+        ]
+
+    def student_of(self, n, temperature):
+        """The student's probabilities [V] of token n, without its padding rows, differentiable."""
+        return (self.logits_NV[n, :VOCAB] / temperature).softmax(-1)
+
+    def label(self, n):
+        rollout, t = self.tokens[n]
+        return rollout.response_ids[t]
+
+
+def in_chunks(function, count, chunk):
+    """`function(rows) -> (loss_C, {name: stat_C})` over slices of `chunk` tokens, put together again."""
+    parts = [function(slice(i, min(i + chunk, count))) for i in range(0, count, chunk)]
+    stats = {key: torch.cat([part[1][key] for part in parts]) for key in parts[0][1]}
+    return torch.cat([part[0] for part in parts]), stats
+
+
+def run_compare(batch, cfg, chunk):
+    def one(rows):
+        seen = compare(batch.logits_NV[rows], rows, batch.mb, head_of=HEADS.get, shared_vocab=VOCAB, cfg=cfg)
+        extra = {"student": seen.student_logprobs_C, "teacher": seen.teacher_logprobs_C}
+        return (torch.zeros(0) if seen.divergence_C is None else seen.divergence_C), {**seen.stats, **extra}
+
+    return in_chunks(one, len(batch.tokens), chunk)
+
+
+def gradient(values, batch):
+    (grad,) = torch.autograd.grad(values.sum(), batch.logits_NV, retain_graph=True)
+    return grad
+
+
+def close(actual, expected, tolerance=1e-10):
+    assert actual.shape == expected.shape
+    assert torch.allclose(actual.double(), expected.double(), rtol=tolerance, atol=tolerance), (
+        (actual - expected).abs().max()
+    )
+
+
+# ---- Divergences, written out ----------------------------------------------------------------------------------------
+
+
+def naive_divergence(p, q, cfg, tail="exact"):
+    """D(student p, teacher q) over outcomes with these probabilities; with a tail, p and q are a support's."""
+    if tail == "bucket":
+        p, q = (torch.cat([x, 1 - x.sum(0, keepdim=True)]) for x in (p, q))
+    elif tail == "renormalize":
+        p, q = p / p.sum(), q / q.sum()
+    jsd = cfg.jsd_beta * q + (1 - cfg.jsd_beta) * p
+    a = cfg.skew_alpha
+    parts = {
+        "forward_kl": [(1, q, p)],
+        "reverse_kl": [(1, p, q)],
+        "jsd": [(cfg.jsd_beta, q, jsd), (1 - cfg.jsd_beta, p, jsd)],
+        "skew_forward_kl": [(1, q, a * q + (1 - a) * p)],
+        "skew_reverse_kl": [(1, p, a * p + (1 - a) * q)],
+    }[cfg.loss]
+    total = 0.0
+    for weight, x, y in parts:
+        total = total + weight * (x * (x / y).log()).sum()
+        if tail == "generalized":
+            total = total + weight * (y - x).sum()
+    return total
+
+
+def naive_losses(batch, cfg, of_teacher):
+    """[N] of sum_i w_i of_teacher(p, q_i, label)."""
+    return torch.stack(
+        [
+            sum(
+                w * of_teacher(batch.student_of(n, cfg.loss_temperature), q, batch.label(n))
+                for w, q in batch.teachers_of(n, cfg.loss_temperature)
+            )
+            for n in range(len(batch.tokens))
+        ]
+    )
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("loss", DIVERGENCES)
+def test_full_support(loss, temperature, chunk):
+    cfg = LossConfig(loss=loss, support="full", jsd_beta=0.3, skew_alpha=0.2, loss_temperature=temperature)
+    batch = Batch(temperature)
+    actual, _ = run_compare(batch, cfg, chunk)
+    expected = naive_losses(batch, cfg, lambda p, q, label: naive_divergence(p, q, cfg))
+    close(actual, expected)
+    close(gradient(actual, batch), gradient(expected, batch))
+    assert (gradient(actual, batch)[:, VOCAB:] == 0).all(), "the padding has no part in it"
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("loss", DIVERGENCES)
+def test_teacher_topk_support(loss, tail, temperature, chunk):
+    cfg = LossConfig(
+        loss=loss,
+        support="teacher_topk",
+        support_k=K,
+        tail=tail,
+        jsd_beta=0.3,
+        skew_alpha=0.2,
+        loss_temperature=temperature,
+    )
+    batch = Batch(temperature, "topk")
+    actual, stats = run_compare(batch, cfg, chunk)
+
+    def on_support(value):
+        def of_teacher(p, q, label):
+            ids_K = q.topk(K).indices
+            return value(p[ids_K], q[ids_K])
+
+        return naive_losses(batch, cfg, of_teacher)
+
+    expected = on_support(lambda p, q: naive_divergence(p, q, cfg, tail))
+    close(actual, expected)
+    close(gradient(actual, batch), gradient(expected, batch))
+    close(stats["distill/student_mass"], on_support(lambda p, q: p.sum()))
+    close(stats["distill/teacher_mass"], on_support(lambda p, q: q.sum()))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("estimator", ["auto", "k2", "k3"])
+def test_sampled_support(estimator, temperature, chunk):
+    cfg = LossConfig(loss="reverse_kl", support="sampled", estimator=estimator, loss_temperature=temperature)
+    batch = Batch(temperature, "sampled")
+    actual, _ = run_compare(batch, cfg, chunk)
+
+    def of_teacher(p, q, label):
+        ratio = q[label] / p[label]
+        return ratio.log().square() / 2 if estimator == "k2" else ratio - 1 - ratio.log()
+
+    expected = naive_losses(batch, cfg, of_teacher)
+    close(actual, expected)
+    close(gradient(actual, batch), gradient(expected, batch))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("support", "payload"), [("full", "hidden"), ("teacher_topk", "topk"), ("sampled", "sampled")])
+def test_what_is_watched(support, payload, chunk):
+    """Log-probabilities and statistics, at the loss temperature; those of several teachers are weighted sums."""
+    cfg = LossConfig(support=support, support_k=K, loss_temperature=1.7)
+    batch = Batch(1.7, payload)
+    _, stats = run_compare(batch, cfg, chunk)
+
+    def entropy(p):
+        return -(p * p.log()).sum()
+
+    student = torch.stack([batch.student_of(n, 1.7)[batch.label(n)].log() for n in range(len(batch.tokens))])
+    teacher = naive_losses(batch, cfg, lambda p, q, label: q[label].log())
+    close(stats["student"], student)
+    close(stats["teacher"], teacher)
+    close(stats["distill/k1"], student - teacher)
+    close(stats["distill/k3"], naive_losses(batch, cfg, lambda p, q, y: q[y] / p[y] - 1 - (q[y] / p[y]).log()))
+    close(stats["distill/teacher_entropy"], naive_losses(batch, cfg, lambda p, q, label: entropy(q)))
+    close(stats["distill/student_entropy"], naive_losses(batch, cfg, lambda p, q, label: entropy(p)))
+    assert not any(value.requires_grad for key, value in stats.items() if key.startswith("distill/"))
+    assert stats["student"].requires_grad and not stats["teacher"].requires_grad
+
+
+def test_auto_support_and_payload():
+    def of(**loss):
+        cfg = LossConfig(**loss)
+        return support_of(cfg), payload_of(cfg)
+
+    assert of() == ("full", "hidden")
+    assert of(loss="jsd") == ("full", "hidden")
+    assert of(loss="reverse_kl_pg") == ("sampled", "sampled")
+    assert of(loss="forward_kl", support="teacher_topk") == ("teacher_topk", "topk")
+    assert of(support="sampled") == ("sampled", "sampled")
+
+
+def test_nothing_is_written_to_the_arguments():
+    for support, payload in (("full", "hidden"), ("teacher_topk", "topk"), ("sampled", "sampled")):
+        batch = Batch(payload=payload)
+        tensors = [batch.logits_NV, *HEADS.values(), *(v for v in vars_of(batch.mb) if isinstance(v, torch.Tensor))]
+        for part in batch.mb.teacher_slices:
+            tensors += [v for v in vars_of(part) if isinstance(v, torch.Tensor)]
+        assert len(tensors) > 15
+        before = [(t, t._version, t.detach().clone()) for t in tensors]
+        loss_C, _ = run_compare(batch, LossConfig(support=support, support_k=K), 3)
+        loss_C.sum().backward()
+        for tensor, version, copy in before:
+            assert tensor._version == version and torch.equal(tensor.detach(), copy)
+
+
+def vars_of(item):
+    return [getattr(item, name) for name in item.__slots__]
+
+
+# ---- The loss of train_mopd.py ---------------------------------------------------------------------------------------
+
+
+def run_token_loss(batch, cfg, chunk=3, logprobs_N=None):
+    teachers = [ColocatedTeacher(TeacherSpec(name, name, "*"), None, HEADS[name]) for name in HEADS]
+    pool = TeacherPool(teachers, {}, cfg, payload=payload_of(cfg), shared_vocab=VOCAB, device=CPU)
+
+    def one(rows):
+        return token_loss(batch.logits_NV[rows], rows, batch.mb, logprobs_N, teachers=pool, cfg=cfg)
+
+    return in_chunks(one, len(batch.tokens), chunk)
+
+
+def sampled_logprobs(batch, temperature=1.0):
+    """(student's [N], differentiable; teachers' weighted [N])"""
+    cfg = LossConfig(loss_temperature=temperature)
+    student = torch.stack([batch.student_of(n, temperature)[batch.label(n)].log() for n in range(len(batch.tokens))])
+    return student, naive_losses(batch, cfg, lambda p, q, label: q[label].log()).detach()
+
+
+def task_advantages(batch):
+    return torch.tensor([r.task_advantage for r, _ in batch.tokens], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_policy_gradient(temperature, chunk):
+    """The gradient is -(t - s) grad log p, with t the mixture's weighted log-probability."""
+    cfg = LossConfig(loss="reverse_kl_pg", loss_temperature=temperature)
+    batch = Batch(temperature, "sampled")
+    loss_N, stats = run_token_loss(batch, cfg, chunk)
+    s, t = sampled_logprobs(batch, temperature)
+    advantages = (t - s).detach()
+    close(loss_N, -advantages * s)
+    close(gradient(loss_N, batch), gradient(-advantages * s, batch))
+    close(stats["distill/k1"], s - t)
+    close(stats["distill/advantage_abs"], advantages.abs())
+    assert (stats["distill/clip_fraction"] == 0).all()
+
+
+def test_policy_gradient_advantage_clip():
+    cfg = LossConfig(loss="reverse_kl_pg", advantage_clip=1.0)
+    batch = Batch(payload="sampled")
+    loss_N, stats = run_token_loss(batch, cfg)
+    s, t = sampled_logprobs(batch)
+    outside = (t - s).detach().abs() > 1.0
+    assert 0 < outside.sum() < len(outside)
+    expected = -(t - s).detach().clamp(-1, 1) * s
+    close(gradient(loss_N, batch), gradient(expected, batch))
+    close(stats["distill/clip_fraction"], outside)
+    close(stats["distill/k1"], s - t)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_policy_gradient_with_a_ppo_clip(dual_clip):
+    """The ratio is against the sampler's log-probabilities of the same tokens."""
+    cfg = LossConfig(loss="reverse_kl_pg", clip_low=0.2, clip_high=0.5, dual_clip=dual_clip, reward_weight=0.5)
+    batch = Batch(payload="sampled")
+    loss_N, _ = run_token_loss(batch, cfg)
+    s, t = sampled_logprobs(batch)
+    old = torch.cat([torch.tensor(r.rollout_logprobs) for r in batch.rollouts]).double()
+    ratios, advantages = (s - old).exp(), (t - s).detach() + 0.5 * task_advantages(batch)
+    expected, clipped = [], 0
+    for ratio, advantage in zip(ratios, advantages, strict=True):
+        bounded = min(max(ratio.item(), 0.8), 1.5)
+        value = max(-advantage * ratio, -advantage * bounded, key=torch.Tensor.item)
+        clipped += bounded != ratio.item()
+        if dual_clip and advantage < 0:
+            value = min(value, -advantage * dual_clip, key=torch.Tensor.item)
+        expected.append(value)
+    assert 0 < clipped < len(expected)
+    close(loss_N, torch.stack(expected))
+    close(gradient(loss_N, batch), gradient(torch.stack(expected), batch))
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(
+    ("loss", "support", "payload"),
+    [("reverse_kl", "full", "hidden"), ("jsd", "teacher_topk", "topk"), ("reverse_kl_pg", "auto", "sampled")],
+)
+def test_task_reward_adds_its_policy_gradient(loss, support, payload, chunk):
+    cfg = LossConfig(loss=loss, support=support, support_k=K)
+    batch = Batch(payload=payload)
+    plain, _ = run_token_loss(batch, cfg, chunk)
+    mixed, stats = run_token_loss(batch, replace(cfg, reward_weight=0.75), chunk)
+    task = -0.75 * task_advantages(batch) * sampled_logprobs(batch)[0]
+    close(mixed, plain + task)
+    close(gradient(mixed, batch), gradient(plain, batch) + gradient(task, batch))
+    close(stats["loss/total"], mixed)
+    if loss != "reverse_kl_pg":
+        close(stats["loss/task"], task)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize(("loss", "payload"), [("reverse_kl", "hidden"), ("reverse_kl_pg", "sampled")])
+def test_importance_weights_scale_the_loss(loss, payload, level, mode, chunk):
+    cfg = LossConfig(loss=loss, is_mode=mode, is_level=level, is_low=0.5, is_high=1.5, reward_weight=0.3)
+    batch = Batch(payload=payload)
+    trainer_N = sampled_logprobs(batch)[0].detach().float()
+    weighted, stats = run_token_loss(batch, cfg, chunk, logprobs_N=trainer_N)
+    plain, _ = run_token_loss(batch, replace(cfg, is_mode="none"), chunk)
+
+    expected, offset = [], 0
+    for r in batch.rollouts:
+        L = len(r.response_ids)
+        log_ratios = [float(trainer_N[offset + t]) - r.rollout_logprobs[t] for t in range(L)]
+        offset += L
+        if level == "sequence":
+            log_ratios = [sum(log_ratios)] * L
+        elif level == "geometric":
+            log_ratios = [sum(log_ratios) / L] * L
+        ratios = [math.exp(x) for x in log_ratios]
+        expected += [min(x, 1.5) if mode == "truncate" else x if 0.5 <= x <= 1.5 else 0.0 for x in ratios]
+    weights_N = torch.tensor(expected, dtype=torch.float64)
+    assert len(set(expected)) > 3
+    close(stats["mismatch/weight_mean"], weights_N, 1e-5)
+    close(stats["mismatch/weight_zero_fraction"], weights_N == 0)
+    close(weighted, weights_N * plain, 1e-5)
+    close(gradient(weighted, batch), weights_N[:, None] * gradient(plain, batch), 1e-5)
+    close(stats["loss/total"], weighted)
+
+
+def test_statistics_are_summed_overall_and_per_domain():
+    batch = Batch()
+    domain_ids_N = batch.mb.at_loss_tokens(batch.mb.domain_ids_B)
+    values_N = torch.arange(len(batch.tokens), dtype=torch.float64)
+    values_N[3] = torch.nan  # a token that the statistic does not cover
+    sums = summarise({"loss/total": values_N}, domain_ids_N, DOMAINS)
+    covered = [(n, r.prompt.domain) for n, (r, _) in enumerate(batch.tokens) if n != 3]
+    assert [float(x) for x in sums["loss/total"]] == [sum(n for n, _ in covered), len(covered)]
+    for domain in DOMAINS:
+        mine = [n for n, d in covered if d == domain]
+        assert [float(x) for x in sums[f"loss/total/{domain}"]] == [sum(mine), len(mine)]
+    assert set(sums) == {"loss/total", *(f"loss/total/{d}" for d in DOMAINS)}
+
+
+def test_a_filler_gives_a_connected_zero():
+    """A rank that has run out of rollouts runs the same backward."""
+    filler = collate([], pad_id=0, domains=DOMAINS, device=CPU)
+    logits_0V = torch.zeros(0, STUDENT_ROWS, dtype=torch.float64, requires_grad=True)
+    for cfg in (LossConfig(), LossConfig(loss="reverse_kl_pg"), LossConfig(support="teacher_topk", is_mode="mask")):
+        pool = TeacherPool([], {}, cfg, payload=payload_of(cfg), shared_vocab=VOCAB, device=CPU)
+        loss_0, stats = token_loss(logits_0V, slice(0, 0), filler, torch.zeros(0), teachers=pool, cfg=cfg)
+        assert loss_0.shape == (0,) and loss_0.requires_grad
+        loss_0.sum().backward()
+        assert stats.keys() == run_token_loss(
+            Batch(payload=payload_of(cfg)), cfg, logprobs_N=torch.zeros(len(Batch().tokens))
+        )[1].keys()  # fmt: skip
