@@ -159,8 +159,10 @@ def main(run: Run) -> None:
     if cfg.gkd.seq_kd and cfg.gkd.lmbda < 1:
         run = with_teacher_responses(run)
 
-    # Student, Rollout engine, Teacher: all on this rank's GPU, each asleep until its phase
+    # Student and Resume, Rollout engine, Teacher: all on this rank's GPU, each asleep until its phase
     student = build_student(run)
+    state = restore(run, student, metrics)
+    student.offload()  # its optimizer states make room for the engines
     rollout_engine = build_rollout_engine(run)
     engines = build_teachers(run)
     teachers = TeacherPool(
@@ -170,8 +172,7 @@ def main(run: Run) -> None:
     colocation = Colocation(rollout_engine, student, engines, run.run_dir / "ledger.jsonl", distributed.rank())
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg)
 
-    # Resume
-    state = restore(run, student, metrics)
+    # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
         state.policy_version = weight_sync.push(student, rollout_engine, version=state.step)
     if state.step == 0 and run.eval_prompts:
@@ -196,8 +197,8 @@ def main(run: Run) -> None:
                 scores = teachers.score(rollouts)
 
             micro_batches = make_micro_batches(
-                rollouts, scores, micro_batch_size=cfg.batch.micro_batch_size, pad_id=run.facts.pad_id,
-                domains=run.domains, device=run.device,
+                rollouts, scores,
+                micro_batch_size=cfg.batch.micro_batch_size, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 

@@ -139,8 +139,10 @@ def main(run: Run) -> None:
     metrics = Metrics(run.run_dir, num_steps=cfg.run.num_steps, domains=run.domains)
     teacher_scores = evaluate_teachers(run)  # in a child process that is gone before the engines below exist
 
-    # Student, Rollout engine, Teachers: all on this rank's GPU, each asleep until its phase
+    # Student and Resume, Rollout engine, Teachers: all on this rank's GPU, each asleep until its phase
     student = build_student(run)
+    state = restore(run, student, metrics)
+    student.offload()  # its optimizer states make room for the engines
     rollout_engine = build_rollout_engine(run)
     engines = build_teachers(run)
     teachers = TeacherPool(
@@ -151,8 +153,7 @@ def main(run: Run) -> None:
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
     logprob_temperature = None if cfg.loss.is_mode == "none" else cfg.rollout.temperature
 
-    # Resume
-    state = restore(run, student, metrics)
+    # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
         state.policy_version = weight_sync.push(student, rollout_engine, version=state.step)
     if state.step == 0 and run.eval_prompts:
@@ -175,8 +176,8 @@ def main(run: Run) -> None:
                 scores = teachers.score(rollouts)  # by each rollout's own domain
 
             micro_batches = make_micro_batches(
-                rollouts, scores, micro_batch_size=cfg.batch.micro_batch_size, pad_id=run.facts.pad_id,
-                domains=run.domains, device=run.device,
+                rollouts, scores,
+                micro_batch_size=cfg.batch.micro_batch_size, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, content hashes of a run's inputs, and the Hugging Face export.
+"""Checkpoints that are whole or absent, and what a resumed run must not change.
 
 A checkpoint is a directory `checkpoints/step_N` with a `manifest.json`: format version, step, number of ranks,
 fingerprint of the run, and the size and SHA-256 of every file. It is written under a temporary name, synced to the
@@ -7,7 +7,6 @@ never touches an older one. Nothing is loaded before all hashes were checked. Ou
 shards are pickles, and the hashes cover them.
 """
 
-import copy
 import dataclasses
 import fcntl
 import hashlib
@@ -17,13 +16,10 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import huggingface_hub
-from torch import Tensor
 
 from opd.distributed import agree_on_error, broadcast_object, fault_point, gather_objects, rank, world_size
 from opd.types import LoopState
@@ -48,15 +44,6 @@ FAULT_POINTS = (
     "save.mid_retention",
 )
 
-_SAMPLED_ABOVE = 64 << 20
-_SAMPLE_BLOCK = 1 << 20
-_SAMPLES = 64
-_CONTENT_SUFFIXES = (
-    *(".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"),
-    *(".safetensors", ".bin", ".pt", ".pth"),
-    *(".jsonl", ".parquet", ".arrow", ".csv"),
-)
-
 
 # ---- save ------------------------------------------------------------------------------------------------------------
 
@@ -77,9 +64,9 @@ def save(
     if broadcast_object(final.exists()):
         _, reason = _verify(final)
         if reason is None:
-            _warn(f"{final} exists already and is whole; it is kept and nothing is written")
+            warn(f"{final} exists already and is whole; it is kept and nothing is written")
             return final
-        _warn(f"{final} is damaged and will be replaced: {reason}")
+        warn(f"{final} is damaged and will be replaced: {reason}")
 
     with _temporary(final) as tmp:
         manifest = {"version": VERSION, "step": state.step, "world_size": world_size(), "fingerprint": fingerprint}
@@ -133,7 +120,7 @@ def _write_files(tmp: Path, state: LoopState, save_shards: Callable[[Path], None
     with agree_on_error("syncing the files"):
         found = [{"file": str(p.relative_to(tmp)), "size": p.stat().st_size} for p in tmp.rglob("*") if p.is_file()]
         for entry in _share(found):
-            _fsync(tmp / entry["file"])
+            fsync(tmp / entry["file"])
             entries.append({**entry, "sha256": _sha256(tmp / entry["file"])})
         fault_point("save.files_synced")
     return sorted((e for part in gather_objects(entries) for e in part), key=lambda e: e["file"])
@@ -153,7 +140,7 @@ def _write_manifest(tmp: Path, manifest: dict[str, Any]) -> None:
                 fault_point("save.manifest_written")
                 os.fsync(file.fileno())
             for directory in (tmp, *(p for p in tmp.rglob("*") if p.is_dir())):
-                _fsync(directory)
+                fsync(directory)
 
 
 def _publish(tmp: Path, final: Path) -> None:
@@ -164,7 +151,7 @@ def _publish(tmp: Path, final: Path) -> None:
                 shutil.rmtree(_to_trash(final), ignore_errors=True)
             os.rename(tmp, final)
             fault_point("save.renamed")
-            _fsync(final.parent)
+            fsync(final.parent)
 
 
 def _retain(checkpoints: Path, step: int, keep: int) -> None:
@@ -174,7 +161,7 @@ def _retain(checkpoints: Path, step: int, keep: int) -> None:
         try:
             trash = _to_trash(path)
         except OSError as error:  # the new checkpoint is in place; the next save tries again
-            _warn(f"could not delete {path}: {error}")
+            warn(f"could not delete {path}: {error}")
             continue
         fault_point("save.mid_retention")
         shutil.rmtree(trash, ignore_errors=True)
@@ -204,7 +191,7 @@ def find(run_dir: Path, resume: str) -> Path | None:
             return path
         if resume != "auto":
             raise ValueError(f"--resume {path}: not a whole checkpoint: {reason}; name another, or use --resume auto")
-        _warn(f"skipped {path}: {reason}")
+        warn(f"skipped {path}: {reason}")
     return None
 
 
@@ -223,7 +210,7 @@ def set_aside_newer(run_dir: Path, resumed: Path | None) -> None:
                 target = checkpoints / "aside" / f"{path.name}.{secrets.token_hex(4)}"
                 target.parent.mkdir(exist_ok=True)
                 os.rename(path, target)
-                _warn(f"{path} is not part of this run's past; moved to {target}")
+                warn(f"{path} is not part of this run's past; moved to {target}")
 
 
 def load_state(path: Path) -> LoopState:
@@ -335,7 +322,7 @@ def _to_trash(path: Path) -> Path:
     """Renames before deleting: a directory that is half deleted must not look like a checkpoint."""
     trash = path.with_name(f".trash_{path.name}.{secrets.token_hex(4)}")
     os.rename(path, trash)
-    _fsync(path.parent)
+    fsync(path.parent)
     return trash
 
 
@@ -356,7 +343,8 @@ def _share(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda e: (-e["size"], e["file"]))[rank() :: world_size()]
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until a file, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -369,59 +357,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Tells the user on rank 0's stderr: what was skipped or kept is never silent."""
     if rank() == 0:
         print(f"WARNING: checkpoint: {message}", file=sys.stderr, flush=True)
 
 
-# ---- content hashes --------------------------------------------------------------------------------------------------
-
-
-def content_hash(path_or_id: str) -> str:
-    """What a model or data set is, for the fingerprint of a run. No network.
-
-    A file: its SHA-256. A directory: SHA-256 over the sorted names, sizes and contents of its configuration, tokenizer,
-    weight and data files (top level only for a model directory, one with a config.json). Of files above 64 MiB, 64
-    evenly spaced blocks of 1 MiB stand for the content, first and last included, so that 60 GB hash in seconds: the
-    weights of another training run are seen, an edit of a few bytes between the blocks is not. A hub id that is no
-    local path: the id and, if the local cache has it, `@commit`; so call it after loading, when the cache has it.
-    Raises ValueError for a directory without such files, and for what is neither a path nor a hub id.
-    """
-    path = Path(path_or_id)
-    if path.is_file():
-        return _sha256(path)
-    if path.is_dir():
-        return _directory_hash(path)
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(path_or_id, "config.json")
-    except huggingface_hub.errors.HFValidationError:
-        raise ValueError(f"{path_or_id}: no such file or directory, and not a hub id either") from None
-    return f"{path_or_id}@{Path(cached).parent.name}" if isinstance(cached, str) else path_or_id
-
-
-def _directory_hash(directory: Path) -> str:
-    found = directory.iterdir() if (directory / "config.json").exists() else directory.rglob("*")
-    names = {str(p.relative_to(directory)): p for p in found if p.is_file() and p.suffix in _CONTENT_SUFFIXES}
-    names = {name: p for name, p in names.items() if not any(part.startswith(".") for part in Path(name).parts)}
-    if not names:
-        raise ValueError(f"{directory}: holds no model and no data files")
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(f"{name}\0{names[name].stat().st_size}\0".encode())
-        _update_with_content(digest, names[name])
-    return digest.hexdigest()
-
-
-def _update_with_content(digest, path: Path) -> None:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if size <= _SAMPLED_ABOVE:
-            while block := file.read(_SAMPLE_BLOCK):
-                digest.update(block)
-            return
-        for i in range(_SAMPLES):
-            file.seek(i * (size - _SAMPLE_BLOCK) // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BLOCK))
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -437,74 +379,3 @@ def _short(value: Any) -> str:
     if re.fullmatch(r"[0-9a-f]{32,}", text):
         return text[:12]
     return text if len(text) <= 60 else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
-
-
-# ---- export ----------------------------------------------------------------------------------------------------------
-
-
-def export_huggingface(
-    path: Path, model, tokenizer, named_tensors: Iterable[tuple[str, Tensor]], generation_config
-) -> None:
-    """Writes a directory that transformers and vLLM load; an older one at `path` gives way to a finished one only.
-
-    Collective: every rank iterates `named_tensors` (under ZeRO-3 the iterator gathers), rank 0 keeps host copies in the
-    tensors' own dtype. Names are those of `model.named_parameters()`; of tied weights either name, or both. `model` is
-    the transformers model; its own parameters may be partitioned. Raises RuntimeError on every rank if rank 0 fails.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in named_tensors:
-        if rank() == 0:
-            tensors[name] = tensor.detach().to("cpu", copy=True)
-    with agree_on_error(f"export to {path}"):
-        if rank() == 0:
-            _export_from_rank_0(Path(path), model, tokenizer, _checkpoint_tensors(model, tensors), generation_config)
-
-
-def _checkpoint_tensors(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One tensor per tied group, under the name that loaders expect, and the persistent buffers."""
-    result = dict(tensors)
-    for alias, source in model.all_tied_weights_keys.items():
-        if alias in result:
-            tensor = result.pop(alias)
-            result.setdefault(source, tensor)
-    parameters = {name for name, _ in model.named_parameters()}
-    assert parameters == result.keys(), f"names differ from the model's: {sorted(parameters ^ result.keys())[:4]}"
-    aliases = model.all_tied_weights_keys
-    result.update({n: b.cpu() for n, b in model.state_dict().items() if n not in parameters and n not in aliases})
-    return result
-
-
-def _export_from_rank_0(path: Path, model, tokenizer, tensors: dict[str, Tensor], generation_config) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (*path.parent.glob(f".tmp_{path.name}.*"), *path.parent.glob(f".old_{path.name}.*")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    tmp, old = (path.with_name(f".{kind}_{path.name}.{secrets.token_hex(4)}") for kind in ("tmp", "old"))
-    own_generation_config = model.generation_config
-    try:
-        model.generation_config = _storable(generation_config, tokenizer)  # save_pretrained writes the model's own
-        model.save_pretrained(tmp, state_dict=tensors, max_shard_size="5GB")
-        tokenizer.save_pretrained(tmp)
-        for file in (*tmp.iterdir(), tmp):
-            _fsync(file)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(tmp, path)
-        _fsync(path.parent)
-    finally:
-        model.generation_config = own_generation_config
-        shutil.rmtree(tmp, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _storable(generation_config, tokenizer):
-    """A copy with an EOS token, which stops generation in transformers and vLLM, and that transformers will write."""
-    config = copy.deepcopy(generation_config)
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
-    try:
-        config.validate(strict=True)
-    except ValueError as error:  # some published models carry sampling hints that transformers refuses to write
-        _warn(f"export: generation_config.json keeps the token ids only: {' '.join(str(error).split())[:200]}")
-        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = type(config)(**ids)
-    return config

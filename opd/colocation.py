@@ -57,9 +57,9 @@ class Colocation:
         if self.last not in FOLLOWS[name]:
             raise RuntimeError(f"phase {name} after {self.last}: allowed after {', '.join(FOLLOWS[name])}")
         started = time.perf_counter()
-        self._enter(name)
-        self._record(name, "enter", 0.0)
         try:
+            self._enter(name)
+            self._record(name, "enter", 0.0)
             yield
         except BaseException:
             self._sleep_all()

@@ -27,6 +27,8 @@ def option(default: Any, help: str, **metadata):
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The student, and what all models share."""
+
     student_model: str = option("", "Student: a Hugging Face model directory or hub id. Required.")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Computation type of student and engines; auto is bfloat16 on a GPU and float32 on a CPU."
@@ -40,6 +42,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
+    """Teachers on the command line; `teachers` of the YAML file is the long form."""
+
     teacher: list[str] = option(
         [],
         "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. The YAML key `teachers` "
@@ -63,6 +67,8 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Prompt files and their columns."""
+
     data: list[str] = option([], "Training prompts: JSONL or parquet files, directories or hub ids. Required.")
     eval_data: list[str] = option([], "Held-out prompts with answers. Without it there is no evaluation.")
     domain_key: str = option("data_source", "Column that names a row's domain.")
@@ -78,6 +84,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    """Prompts of a step, sampling of responses, and the engines' KV caches."""
+
     prompts_per_step: int = option(64, "Prompts in one optimizer step, over all ranks.")
     num_generations: int = option(1, "Responses per prompt.")
     max_response_tokens: int = option(1024, "Longest response, in tokens; a longer one is truncated and counted.")
@@ -98,6 +106,8 @@ LossName = Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_r
 
 @dataclass(frozen=True)
 class LossConfig:
+    """The loss of a token."""
+
     loss: LossName = option(
         "reverse_kl", "Divergence from the teacher, or reverse_kl_pg: the policy gradient of the reverse KL."
     )
@@ -125,19 +135,25 @@ class LossConfig:
     is_low: float = option(0.5, "Lower bound of the mask mode.")
     is_high: float = option(5.0, "Upper bound of both modes.")
     reward_weight: float = option(0.0, "Weight of the group-relative task advantage; 0 is pure distillation.")
-    reward_fn: str = option(
-        "exact_match", "Task reward: exact_match, last_number, or module:function(prompt, text) -> float."
+    reward_fn: list[str] = option(
+        ["exact_match"],
+        "Task reward, for training and evaluation: exact_match, last_number, or module:function(prompt, text) -> float. "
+        "DOMAIN=REWARD sets one domain's.",
     )
     loss_chunk_mib: int = option(256, "Memory for the logits of one chunk of loss tokens, MiB.")
 
 
 @dataclass(frozen=True)
 class BatchConfig:
+    """How a step is cut into micro-batches."""
+
     micro_batch_size: int = option(8, "Sequences in one forward and backward pass per rank.")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """AdamW and its learning rate."""
+
     learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine"] = option("cosine", "Decay after the warm-up.")
     warmup_steps: int = option(0, "Steps of linear warm-up.")
@@ -151,6 +167,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
+    """The run directory, and what happens how often."""
+
     output_dir: str = option("", "Run directory. Required.")
     num_steps: int = option(100, "Optimizer steps.")
     seed: int = option(0, "Seed of data order and sampling.")
@@ -206,6 +224,7 @@ def teachers_from_yaml(entries: Any, path: str) -> tuple[TeacherSpec, ...]:
 
 
 def nearest(name: str, known: list[str]) -> str:
+    """A remedy to append to a message: the known name most like `name`, or nothing if none is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -48,6 +48,26 @@ def complete_ds_config(ds_config: dict[str, Any], optim: OptimConfig, *, dtype: 
     }
 
 
+class _HeldErrors:
+    """A DeepSpeed checkpoint engine that keeps a write error until DeepSpeed's collectives are over.
+
+    In DeepSpeed 0.19.8 a rank whose disk is full leaves `save_checkpoint` between two barriers, and the others wait.
+    """
+
+    def __init__(self, writer):
+        self.writer = writer
+        self.error: Exception | None = None
+
+    def __getattr__(self, name):
+        return getattr(self.writer, name)
+
+    def save(self, state_dict, path):
+        try:
+            self.writer.save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.error = self.error or error
+
+
 class ShardedEngine:
     """A module under ZeRO 0-3 with AdamW: backward over any number of micro-batches, step, gather, save, load.
 
@@ -75,6 +95,8 @@ class ShardedEngine:
         )
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self.engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=self.config)
+        self.engine.checkpoint_engine = _HeldErrors(self.engine.checkpoint_engine)
+        self.engine._copy_recovery_script = lambda directory: None  # rank 0 alone could fail in it, between collectives
         if self.stage == 3:
             for parameter in external_parameters:
                 self._deepspeed.zero.register_external_parameter(self.engine.module, parameter)
@@ -124,7 +146,11 @@ class ShardedEngine:
 
     def save(self, directory: Path) -> None:
         """DeepSpeed's shards under `directory`/shards. Its `latest` file is written without a barrier, so it is not used."""
+        writer = self.engine.checkpoint_engine
+        writer.error = None
         self.engine.save_checkpoint(str(directory), tag="shards", save_latest=False)
+        if writer.error is not None:
+            raise writer.error
 
     def load(self, directory: Path) -> None:
         """Raises if DeepSpeed finds nothing: by itself it would start fresh without a word."""

@@ -41,14 +41,17 @@ def init(local_rank: int = -1) -> torch.device:
 
 
 def rank() -> int:
+    """This process's rank; 0 before `init` unless a launcher has set it."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Number of ranks; 1 before `init` unless a launcher has set it."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def barrier() -> None:
+    """Waits until every rank has arrived."""
     if world_size() > 1:
         dist.barrier()
 
@@ -130,6 +133,7 @@ def fold_seed(*parts) -> int:
 
 
 def free_port() -> int:
+    """A TCP port of the loopback interface that nothing uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -22,9 +22,8 @@ def make_micro_batches(
     micro_batch_size: int,
     pad_id: int,
     domains: Sequence[str],
-    device: torch.device,
 ) -> list[MicroBatch]:
-    """Right-padded micro-batches, the same number on every rank; ranks with fewer rollouts get fully masked ones.
+    """Right-padded micro-batches on the host, the same number on every rank; ranks with fewer rollouts get fully masked ones.
 
     Rollouts are ordered by teacher and then by length: little padding, and one teacher's head is needed at a time. Losses
     are sums over tokens divided by one global count, so neither the order nor the split changes a gradient.
@@ -37,7 +36,7 @@ def make_micro_batches(
     count = -(-len(scored) // micro_batch_size)
     (most,) = distributed.all_reduce([count], "max")
     groups = [scored[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(int(most))]
-    return [collate(group, pad_id=pad_id, domains=domains, device=device) for group in groups]
+    return [collate(group, pad_id=pad_id, domains=domains) for group in groups]
 
 
 def count_loss_tokens(micro_batches: Sequence[MicroBatch]) -> int:
@@ -46,7 +45,7 @@ def count_loss_tokens(micro_batches: Sequence[MicroBatch]) -> int:
     return int(total)
 
 
-def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str], device: torch.device) -> MicroBatch:
+def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) -> MicroBatch:
     """One micro-batch; an empty `scored` gives a single fully masked row, so that its loss is a connected zero.
 
     Example: prompt [5, 6], response [7, 8] -> input [5, 6, 7], labels [6, 7, 8], loss mask [0, 1, 1].
@@ -71,16 +70,16 @@ def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str], de
     if not scored:
         attention_mask_BS[:, 0] = True  # attention over nothing is not defined
     return MicroBatch(
-        input_ids_BS=input_ids_BS.to(device),
-        labels_BS=labels_BS.to(device),
-        attention_mask_BS=attention_mask_BS.to(device),
-        loss_mask_BS=loss_mask_BS.to(device),
-        rollout_logprobs_BS=rollout_logprobs_BS.to(device),
-        task_advantages_B=_per_row([r.task_advantage for r, _ in scored], 0.0, torch.float32, device),
-        domain_ids_B=_per_row([domains.index(r.prompt.domain) for r, _ in scored], -1, torch.long, device),
-        policy_versions_B=_per_row([r.policy_version for r, _ in scored], 0, torch.long, device),
-        on_policy_B=_per_row([r.rollout_logprobs is not None for r, _ in scored], False, torch.bool, device),
-        teacher_slices=_teacher_slices(scored, device),
+        input_ids_BS=input_ids_BS,
+        labels_BS=labels_BS,
+        attention_mask_BS=attention_mask_BS,
+        loss_mask_BS=loss_mask_BS,
+        rollout_logprobs_BS=rollout_logprobs_BS,
+        task_advantages_B=_per_row([r.task_advantage for r, _ in scored], 0.0, torch.float32),
+        domain_ids_B=_per_row([domains.index(r.prompt.domain) for r, _ in scored], -1, torch.long),
+        policy_versions_B=_per_row([r.policy_version for r, _ in scored], 0, torch.long),
+        on_policy_B=_per_row([r.rollout_logprobs is not None for r, _ in scored], False, torch.bool),
+        teacher_slices=_teacher_slices(scored),
     )
 
 
@@ -88,11 +87,11 @@ def _length(rollout: Rollout) -> int:
     return len(rollout.prompt.token_ids) + len(rollout.response_ids)
 
 
-def _per_row(values: list, filler, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values or [filler], dtype=dtype, device=device)
+def _per_row(values: list, filler, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values or [filler], dtype=dtype)
 
 
-def _teacher_slices(scored: Sequence[Scored], device: torch.device) -> tuple[TeacherSlice, ...]:
+def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
     """Groups the rows' scores by teacher. Row by row, the loss tokens are the responses, one after the other."""
     parts: dict[str, list[tuple[Tensor, TeacherScores]]] = {}
     offset = 0
@@ -107,7 +106,7 @@ def _teacher_slices(scored: Sequence[Scored], device: torch.device) -> tuple[Tea
 
     def joined(rows: list[TeacherScores], name: str) -> Tensor | None:
         values = [getattr(score, name) for score in rows]
-        return None if values[0] is None else torch.cat(values).to(device)
+        return None if values[0] is None else torch.cat(values)
 
     slices = []
     for teacher, entries in parts.items():
@@ -116,8 +115,8 @@ def _teacher_slices(scored: Sequence[Scored], device: torch.device) -> tuple[Tea
         slices.append(
             TeacherSlice(
                 teacher=teacher,
-                token_index_M=torch.cat(indices).to(device),
-                weights_M=torch.cat(weights).to(device),
+                token_index_M=torch.cat(indices),
+                weights_M=torch.cat(weights),
                 sampled_logprobs_M=joined(rows, "sampled_logprobs"),
                 entropy_M=joined(rows, "entropy"),
                 topk_ids_MK=joined(rows, "topk_ids"),

@@ -115,6 +115,7 @@ def write_report(run_dir: Path, report: dict[str, Any]) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Prints the report of the run directory in `argv`; returns the exit status."""
     if len(argv) != 1:
         print("usage: python -m opd.report RUN_DIR", file=sys.stderr)
         return 2

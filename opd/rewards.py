@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 
 from opd.types import Prompt
@@ -46,7 +46,8 @@ def last_number(prompt: Prompt, text: str) -> float:
     reference = _last_number(_reference(prompt).rpartition("####")[2])
     if reference is None:
         raise ValueError(
-            f"--reward_fn last_number: no number in the answer of prompt {prompt.prompt_id}: {prompt.answer!r:.80}"
+            f"--reward_fn last_number: no number in the answer of prompt {prompt.prompt_id}: {prompt.answer!r:.80}; "
+            f"give the domain another reward, {prompt.domain}=REWARD"
         )
     return float(_last_number(text) == reference)
 
@@ -89,6 +90,38 @@ def load_reward(name: str) -> Reward:
         return number
 
     return reward
+
+
+def _reward_names(values: Sequence[str], domains: Iterable[str]) -> dict[str, str]:
+    """Domain -> name of its reward: `DOMAIN=REWARD` for one domain, `REWARD` for all others."""
+    general = [value for value in values if "=" not in value]
+    if len(general) > 1:
+        raise ValueError(f"--reward_fn {' '.join(general)}: one reward for all domains; give others as DOMAIN=REWARD")
+    names = dict.fromkeys(domains, general[0] if general else "")
+    for value in values:
+        domain, equals, name = value.partition("=")
+        if equals and domain not in names:
+            raise ValueError(f"--reward_fn {value}: the data has no domain {domain}, only {', '.join(names)}")
+        if equals:
+            names[domain] = name
+    missing = [domain for domain, name in names.items() if not name]
+    if missing:
+        raise ValueError(f"--reward_fn: no reward for the domain {', '.join(missing)}; add DOMAIN=REWARD")
+    return names
+
+
+def load_rewards(values: Sequence[str], domains: Iterable[str]) -> Reward:
+    """One reward that asks each prompt's own domain. ValueError for an unknown domain, or one without a reward."""
+    by_domain = {domain: load_reward(name) for domain, name in _reward_names(values, domains).items()}
+    return lambda prompt, text: by_domain[prompt.domain](prompt, text)
+
+
+def check_answers(prompts: Iterable[Prompt], values: Sequence[str], domains: Iterable[str]) -> None:
+    """Asks the built-in rewards about every reference now, so that one they cannot read does not end a run midway."""
+    names = _reward_names(values, domains)
+    for prompt in prompts:
+        if names[prompt.domain] in BUILT_IN:
+            BUILT_IN[names[prompt.domain]](prompt, "")
 
 
 def group_relative_advantages(rewards: list[float], group_size: int) -> list[float]:

@@ -102,6 +102,7 @@ def dataset_rollouts(prompts: Sequence[Prompt], eos_ids: tuple[int, ...], policy
 
 
 def with_rewards(rollouts: Sequence[Rollout], rewards: Sequence[float], advantages: Sequence[float]) -> list[Rollout]:
+    """Copies of `rollouts` that carry their task rewards and advantages."""
     return [
         replace(rollout, reward=reward, task_advantage=advantage)
         for rollout, reward, advantage in zip(rollouts, rewards, advantages, strict=True)
@@ -113,8 +114,8 @@ def write_with_model(model: str, prompts: Sequence[Prompt], *, log: Path, **samp
 
     Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine that generates would cost
     the trainer a KV cache and an `lm_head` for the whole run. `sampling` is what `GeneratorEngine.generate` takes, plus
-    dtype, max_model_len, kv_cache_gib, eos_ids, seed, trust_remote_code and enforce_eager. Raises RuntimeError with the end of the
-    child's log if it fails.
+    dtype, max_model_len, kv_cache_gib, eos_ids, seed, trust_remote_code and enforce_eager. Raises RuntimeError with the
+    end of the child's log if it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from opd import checkpoint, config, data, distributed, evaluation, preflight, report, rewards
+from opd import checkpoint, config, content, data, distributed, evaluation, export, preflight, report, rewards
 from opd.metrics import Metrics, memory, say, setup_logging, write_rollouts, write_run_files
 from opd.rollout import RolloutEngine
 from opd.student import Student, resolve_dtype
-from opd.teachers import ColocatedTeacher, load_head
+from opd.teachers import ColocatedTeacher, find_head, load_head
 from opd.types import LoopState, MicroBatch, Prompt, Rollout
 from opd.validation import load_ds_config
 from opd.vllm_engine import HiddenStateEngine
@@ -110,8 +110,32 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     started = time.time()
     cfg.validate()
     device = distributed.init(cfg.run.local_rank)
+    with distributed.agree_on_error("checking the inputs"):
+        run = _read_inputs(cfg, device, need_response)
+    if cfg.run.dry_run:
+        say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, world_size=distributed.world_size()))
+        sys.exit(0)
+
+    hashes = {t.name: content.content_hash(t.model) for t in cfg.teachers}
+    fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)
+    resume_from = checkpoint.find(run.run_dir, cfg.run.resume)
+    if resume_from is not None:  # the fingerprint compares contents, so models and data may have moved
+        checkpoint.check_fingerprint(resume_from, fingerprint)
+    else:
+        preflight.check_output_dir(run.run_dir, cfg.run.resume, cfg)
+    checkpoint.set_aside_newer(run.run_dir, resume_from)
+    distributed.die_with_launcher()
+    if distributed.rank() == 0:
+        write_run_files(run.run_dir, config.to_dict(cfg), sys.argv)
+    setup_logging(run.run_dir)
+    say(f"resumes from {resume_from}" if resume_from else "starts fresh")
+    _say_counts(run.train_set, run.eval_set)
+    return dataclasses.replace(run, hashes=hashes, fingerprint=fingerprint, resume_from=resume_from, started=started)
+
+
+def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
+    """Models' configurations, tokenizer, prompts and routes, each checked against the others; no collective."""
     ds_config = load_ds_config(cfg.run.ds_config)
-    reward = rewards.load_reward(cfg.loss.reward_fn)
     tokenizer = preflight.load_tokenizer(cfg.model.student_model, cfg.model.trust_remote_code)
     facts = preflight.check_models(cfg)
     takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
@@ -122,44 +146,36 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     )  # fmt: skip
     eval_set = load(cfg.data.eval_data, flag="--eval_data", need_answer=True) if cfg.data.eval_data else None
     routes = data.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
+    reward = rewards.load_rewards(cfg.loss.reward_fn, routes)
+    for spec in cfg.teachers:
+        find_head(spec.model)
     run = Run(
         cfg=cfg, device=device, run_dir=Path(cfg.run.output_dir), ds_config=ds_config, tokenizer=tokenizer, facts=facts,
         train_set=train_set, eval_set=eval_set, routes=routes, reward=reward, hashes={}, fingerprint={}, resume_from=None,
-        started=started,
+        started=0.0,
     )  # fmt: skip
     run.prompt_batch(0)  # refuses batch sizes and domain weights that do not fit
-    if cfg.run.dry_run:
-        say(preflight.dry_run_report(cfg, train_set, tokenizer, facts, world_size=distributed.world_size()))
-        sys.exit(0)
+    judged = [*run.eval_prompts, *(train_set.prompts if cfg.loss.reward_weight > 0 else ())]
+    rewards.check_answers(judged, cfg.loss.reward_fn, routes)
+    return run
 
-    preflight.check_output_dir(run.run_dir, cfg.run.resume, cfg)
-    hashes = {t.name: checkpoint.content_hash(t.model) for t in cfg.teachers}
-    fingerprint = _fingerprint(cfg, hashes, train_set.content_hash)
-    resume_from = checkpoint.find(run.run_dir, cfg.run.resume)
-    if resume_from is not None:
-        checkpoint.check_fingerprint(resume_from, fingerprint)
-    checkpoint.set_aside_newer(run.run_dir, resume_from)
-    distributed.die_with_launcher()
-    if distributed.rank() == 0:
-        write_run_files(run.run_dir, config.to_dict(cfg), sys.argv)
-    setup_logging(run.run_dir)
-    say(f"resumes from {resume_from}" if resume_from else "starts fresh")
-    _say_counts(train_set, eval_set)
-    return dataclasses.replace(run, hashes=hashes, fingerprint=fingerprint, resume_from=resume_from)
+
+# May change under a resumed run, say after it ran out of memory: they decide what fits, not what is computed.
+_MEMORY_ONLY = ("rollout_kv_cache_gib", "teacher_kv_cache_gib", "enforce_eager", "loss_chunk_mib")
 
 
 def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
     """What must not change under a resumed run, by content: a renamed directory is the same model."""
     return {
-        "student": checkpoint.content_hash(cfg.model.student_model),  # its tokenizer included
+        "student": content.content_hash(cfg.model.student_model),  # its tokenizer included
         "teachers": {
             t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.weight} for t in cfg.teachers
         },
         "data": data_hash,
-        "loss": dataclasses.asdict(cfg.loss),
+        "loss": {k: v for k, v in dataclasses.asdict(cfg.loss).items() if k not in _MEMORY_ONLY},
         "algorithm": dataclasses.asdict(cfg.gkd) if hasattr(cfg, "gkd") else {},
         "optim": dataclasses.asdict(cfg.optim),
-        "rollout": dataclasses.asdict(cfg.rollout),
+        "rollout": {k: v for k, v in dataclasses.asdict(cfg.rollout).items() if k not in _MEMORY_ONLY},
         "domain_weights": cfg.data.domain_weights,
         "num_steps": cfg.run.num_steps,  # the learning rate depends on it
         "seed": cfg.run.seed,
@@ -267,7 +283,7 @@ def finish(run: Run, student: Student, teacher_scores: evaluation.Scores) -> Non
     model_dir = run.run_dir / "model"
     generation_config = student.model.generation_config
     generation_config.eos_token_id = list(run.facts.student.eos_ids)
-    checkpoint.export_huggingface(
+    export.export_huggingface(
         model_dir, student.model, run.tokenizer, student.named_full_parameters(), generation_config
     )
     say(f"model: {model_dir}")
@@ -339,7 +355,7 @@ def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollo
 def log_mismatch(metrics: Metrics, student: Student, micro_batches: Sequence[MicroBatch], temperature: float) -> None:
     """Parity: the student's log-probabilities of what its sampler wrote, before this step's update. Collective."""
     for mb in micro_batches:
-        logprobs_N = student.logprobs(mb, temperature)
+        logprobs_N = student.logprobs(mb, temperature).cpu()
         on_policy_N = mb.at_loss_tokens(mb.on_policy_B)
         log_ratio_N = (logprobs_N - mb.at_loss_tokens(mb.rollout_logprobs_BS))[on_policy_N]  # trainer over sampler
         count = len(log_ratio_N)

@@ -213,6 +213,7 @@ def parse_row(line: str) -> dict[str, Any] | None:
 
 
 def append_text(path: Path, text: str) -> None:
+    """Appends and waits until the text is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)

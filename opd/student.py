@@ -90,6 +90,7 @@ class Student:
         if model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.device = device
+        _switch_off_dropout(self.model)
         self.model.train()
         wrapped = _ModelWithLoss(self.model, loss_chunk_mib << 20)
         self.engine = self.sharded.attach(wrapped, (self.model.get_output_embeddings().weight,))
@@ -102,13 +103,14 @@ class Student:
         `logprob_temperature` asks for a first pass that hands `token_loss` the labels' log-probabilities [N] at that
         temperature: sequence-level importance weights need all of them before the first token's loss.
         """
+        mb = mb.to(self.device)
         loss_sum, stats = self.engine(mb, token_loss, logprob_temperature)
         return LossOutput(loss_sum, summarise(stats, mb.at_loss_tokens(mb.domain_ids_B), domains))
 
     @torch.no_grad()
     def logprobs(self, mb: MicroBatch, temperature: float) -> Tensor:
         """The labels' log-probabilities [N], float32, under the current weights."""
-        return self.engine(mb, None, temperature)
+        return self.engine(mb.to(self.device), None, temperature)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient. A loss that is not finite stops all ranks before the weights are touched."""
@@ -139,6 +141,15 @@ class Student:
 
     def load_shards(self, directory: Path) -> None:
         self.sharded.load(directory)
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """The student that trains is the student that samples, and vLLM knows no dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 def summarise(stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -22,14 +22,14 @@ from opd.vllm_engine import HiddenStateEngine
 HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight")
 
 
-def load_head(model_dir: str) -> Tensor:
-    """The output projection [V, H] from the safetensors of a checkpoint: `lm_head`, or the tied embedding.
+def find_head(model: str) -> tuple[Path, str]:
+    """(file, tensor name) of a checkpoint's output projection: `lm_head`, or the tied embedding.
 
-    One tensor is read, whatever the size of the model. Raises ValueError naming the directory.
+    `model` is a directory or a hub id, which is fetched. Raises ValueError if its safetensors hold neither.
     """
-    root = Path(model_dir)
+    root = Path(model)
     if not root.is_dir():
-        root = Path(snapshot_download(model_dir, allow_patterns=["*.safetensors", "*.json"]))
+        root = Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
     index = root / "model.safetensors.index.json"
     if index.exists():
         files = json.loads(index.read_text())["weight_map"]
@@ -37,12 +37,17 @@ def load_head(model_dir: str) -> Tensor:
         with safe_open(root / "model.safetensors", framework="pt") as file:
             files = dict.fromkeys(file.keys(), "model.safetensors")
     tied = json.loads((root / "config.json").read_text()).get("tie_word_embeddings", False)
-    names = HEAD_NAMES[1:] + HEAD_NAMES[:1] if tied else HEAD_NAMES
-    for name in names:
+    for name in HEAD_NAMES[1:] + HEAD_NAMES[:1] if tied else HEAD_NAMES:
         if name in files:
-            with safe_open(root / files[name], framework="pt") as file:
-                return file.get_tensor(name)
-    raise ValueError(f"{model_dir}: none of {', '.join(HEAD_NAMES)} in its safetensors")
+            return root / files[name], name
+    raise ValueError(f"--teacher {model}: none of {', '.join(HEAD_NAMES)} in its safetensors")
+
+
+def load_head(model: str) -> Tensor:
+    """The output projection [V, H], in the checkpoint's dtype. One tensor is read, whatever the size of the model."""
+    path, name = find_head(model)
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 class ColocatedTeacher:

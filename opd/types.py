@@ -13,9 +13,10 @@ Alignment
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 RolloutSource = Literal["student", "dataset", "teacher"]
@@ -108,11 +109,27 @@ class MicroBatch:
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask_BS.sum())
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on another device. A step's teacher states wait on the host for their turn."""
+        return _moved(self, device)
+
     def at_loss_tokens(self, values: Tensor) -> Tensor:
         """[B, S] or [B] values at the N loss tokens."""
         if values.ndim == 1:
             values = values[:, None].expand(self.loss_mask_BS.shape)
         return values[self.loss_mask_BS]
+
+
+def _moved(item, device: torch.device):
+    """A dataclass with its tensors, and those of its tuples of dataclasses, on `device`."""
+    moved = {}
+    for entry in fields(item):
+        value = getattr(item, entry.name)
+        if isinstance(value, Tensor):
+            moved[entry.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, tuple):
+            moved[entry.name] = tuple(_moved(part, device) for part in value)
+    return replace(item, **moved)
 
 
 @dataclass(slots=True)

@@ -52,6 +52,7 @@ class _AllocationTable(dict):
 def _allocation_table() -> _AllocationTable | None:
     if not torch.cuda.is_available():
         return None
+    _import_vllm()
     from vllm.device_allocator.cumem import CuMemAllocator
 
     allocator = CuMemAllocator.get_instance()

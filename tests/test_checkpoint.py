@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from opd import checkpoint
+from opd import checkpoint, content, export
 from opd.checkpoint import FAULT_POINTS
 from opd.types import LoopState
 
@@ -339,32 +339,32 @@ def test_content_hash_follows_what_a_model_is(tmp_path):
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(b"weights")
     (model / "tokenizer.json").write_text("{}")
-    before = checkpoint.content_hash(str(model))
+    before = content.content_hash(str(model))
     assert len(before) == 64
     for ignored in ("README.md", "runs/events.json", ".cache.json"):
         (model / ignored).write_text("something")
-    assert checkpoint.content_hash(str(model)) == before
+    assert content.content_hash(str(model)) == before
     seen = {before}
     for name in ("model.safetensors", "tokenizer.json", "config.json", "new.py"):
         (model / name).write_text("changed")
-        seen.add(checkpoint.content_hash(str(model)))
+        seen.add(content.content_hash(str(model)))
     (model / "new.py").rename(model / "other.py")
-    seen.add(checkpoint.content_hash(str(model)))
+    seen.add(content.content_hash(str(model)))
     assert len(seen) == 6
-    assert checkpoint.content_hash(str(model.rename(tmp_path / "moved"))) in seen
+    assert content.content_hash(str(model.rename(tmp_path / "moved"))) in seen
 
 
 def test_content_hash_of_data_and_of_nothing(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "rows.jsonl").write_text("1\n")
-    assert checkpoint.content_hash(str(tmp_path / "part" / "rows.jsonl")) == hashlib.sha256(b"1\n").hexdigest()
-    before = checkpoint.content_hash(str(tmp_path))
+    assert content.content_hash(str(tmp_path / "part" / "rows.jsonl")) == hashlib.sha256(b"1\n").hexdigest()
+    before = content.content_hash(str(tmp_path))
     (tmp_path / "part" / "rows.jsonl").write_text("2\n")
-    assert checkpoint.content_hash(str(tmp_path)) != before
+    assert content.content_hash(str(tmp_path)) != before
     (tmp_path / "nothing").mkdir()
     for wrong in ("nothing", "missing/deep/path"):
         with pytest.raises(ValueError, match=wrong):
-            checkpoint.content_hash(str(tmp_path / wrong))
+            content.content_hash(str(tmp_path / wrong))
 
 
 def test_content_hash_samples_large_files(tmp_path):
@@ -372,28 +372,28 @@ def test_content_hash_samples_large_files(tmp_path):
     path = tmp_path / "model.safetensors"
     with open(path, "wb") as file:
         file.truncate(size)
-    seen = {checkpoint.content_hash(str(tmp_path))}
+    seen = {content.content_hash(str(tmp_path))}
     for offset in (0, size - 1, (size - (1 << 20)) // 3 + 5):  # the first, the last and the 22nd block
         with open(path, "r+b") as file:
             file.seek(offset)
             file.write(b"x")
-        seen.add(checkpoint.content_hash(str(tmp_path)))
+        seen.add(content.content_hash(str(tmp_path)))
     with open(path, "ab") as file:
         file.write(b"\0")
-    seen.add(checkpoint.content_hash(str(tmp_path)))
+    seen.add(content.content_hash(str(tmp_path)))
     assert len(seen) == 5
 
 
 def test_content_hash_of_a_hub_id_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
-    assert checkpoint.content_hash("someone/model") == "someone/model"
+    assert content.content_hash("someone/model") == "someone/model"
     commit = "0123456789" * 4
     repository = tmp_path / "models--someone--model"
     for file, text in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
         (repository / file).parent.mkdir(parents=True)
         (repository / file).write_text(text)
-    assert checkpoint.content_hash("someone/model") == f"someone/model@{commit}"
+    assert content.content_hash("someone/model") == f"someone/model@{commit}"
 
 
 # ---- Export ----------------------------------------------------------------------------------------------------------
@@ -438,7 +438,7 @@ def test_an_export_loads_computes_the_same_and_stops_on_its_eos(tied, tmp_path):
     end = next(t for t in text[1:] if t != text[0])  # a token that greedy decoding reaches, but not at once
     generation_config = GenerationConfig(eos_token_id=[end, 38], pad_token_id=39)
     named = one_at_a_time(model.named_parameters(remove_duplicate=False))  # both names of a tied weight
-    checkpoint.export_huggingface(path, model, make_tokenizer(), named, generation_config)
+    export.export_huggingface(path, model, make_tokenizer(), named, generation_config)
 
     assert model.generation_config is own
     assert [p.name for p in path.parent.iterdir()] == ["model"]
@@ -456,7 +456,7 @@ def test_an_export_gets_an_eos_and_drops_hints_that_cannot_be_written(tmp_path, 
     model = make_model(tied=True)
     hints = GenerationConfig(pad_token_id=39)
     hints.temperature = 0.3  # without do_sample: transformers refuses to write it
-    checkpoint.export_huggingface(tmp_path / "model", model, make_tokenizer(), model.named_parameters(), hints)
+    export.export_huggingface(tmp_path / "model", model, make_tokenizer(), model.named_parameters(), hints)
     stored = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (stored["eos_token_id"], stored["pad_token_id"], stored.get("temperature")) == (38, 39, None)
     assert hints.eos_token_id is None and hints.temperature == 0.3
@@ -466,13 +466,13 @@ def test_an_export_gets_an_eos_and_drops_hints_that_cannot_be_written(tmp_path, 
 def test_a_failed_export_leaves_the_old_one_and_the_next_replaces_it(tmp_path):
     path, tokenizer, generation_config = tmp_path / "model", make_tokenizer(), GenerationConfig(eos_token_id=38)
     first, second = make_model(tied=True), make_model(tied=True, seed=1)
-    checkpoint.export_huggingface(path, first, tokenizer, first.named_parameters(), generation_config)
+    export.export_huggingface(path, first, tokenizer, first.named_parameters(), generation_config)
     (path / "stale").touch()
     incomplete = list(second.named_parameters())[:-1]
     with pytest.raises(RuntimeError, match=r"export to .*model\.norm\.weight"):
-        checkpoint.export_huggingface(path, second, tokenizer, incomplete, generation_config)
+        export.export_huggingface(path, second, tokenizer, incomplete, generation_config)
     assert (path / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["model"]
-    checkpoint.export_huggingface(path, second, tokenizer, second.named_parameters(), generation_config)
+    export.export_huggingface(path, second, tokenizer, second.named_parameters(), generation_config)
     assert not (path / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["model"]
     assert torch.equal(load_file(path / "model.safetensors")["model.embed_tokens.weight"], second.lm_head.weight)
 
@@ -480,7 +480,7 @@ def test_a_failed_export_leaves_the_old_one_and_the_next_replaces_it(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_export_from_under_zero_3_equals_the_model(tied, serve, tmp_path):
     model, source = make_model(tied), tmp_path / "source"
-    checkpoint.export_huggingface(
+    export.export_huggingface(
         source, model, make_tokenizer(), model.named_parameters(), GenerationConfig(eos_token_id=38)
     )
     answer = serve(tmp_path, export_from=str(source), world_size=2)

@@ -49,7 +49,7 @@ class Batch:
             for r in self.rollouts for name, size in HIDDEN.items()
         }  # fmt: skip
         scored = [(r, self._scores(r, payload, temperature)) for r in self.rollouts]
-        self.mb = collate(scored, pad_id=0, domains=DOMAINS, device=CPU)
+        self.mb = collate(scored, pad_id=0, domains=DOMAINS)
         self.tokens = [(r, t) for r in self.rollouts for t in range(len(r.response_ids))]  # the N, in their order
 
     def _rollout(self, i, domain, logits_LV):
@@ -422,7 +422,7 @@ def test_statistics_are_summed_overall_and_per_domain():
 
 def test_a_filler_gives_a_connected_zero():
     """A rank that has run out of rollouts runs the same backward."""
-    filler = collate([], pad_id=0, domains=DOMAINS, device=CPU)
+    filler = collate([], pad_id=0, domains=DOMAINS)
     logits_0V = torch.zeros(0, STUDENT_ROWS, dtype=torch.float64, requires_grad=True)
     for cfg in (LossConfig(), LossConfig(loss="reverse_kl_pg"), LossConfig(support="teacher_topk", is_mode="mask")):
         pool = TeacherPool([], {}, cfg, payload=payload_of(cfg), shared_vocab=VOCAB, device=CPU)

@@ -356,7 +356,11 @@ def test_hidden_payload_says_it_all(teachers, reference, prompts):
 
 def test_every_teacher_wakes_at_most_once_and_alone(teachers, prompts, monkeypatch):
     members = [teachers["addition"], teachers["reversal"], teachers["tied"]]
-    routes = {"addition": [("addition", 0.5), ("reversal", 0.5)], "reversal": [("reversal", 1.0)], "none": [("tied", 1.0)]}
+    routes = {
+        "addition": [("addition", 0.5), ("reversal", 0.5)],
+        "reversal": [("reversal", 1.0)],
+        "none": [("tied", 1.0)],
+    }
     wakes, awake_with = Counter(), []
     for teacher in members:
 
@@ -414,10 +418,11 @@ def loss_and_gradient(members, routes, rollouts, payload, student, **loss):
     cfg = LossConfig(**loss)
     pool = pool_of(members, routes, payload, **loss)
     scored = list(zip(rollouts, pool.score(rollouts), strict=True))
-    mb = collate(scored, pad_id=0, domains=list(routes), device=pool.device)
+    mb = collate(scored, pad_id=0, domains=list(routes))
     with torch.no_grad():
-        states_BSH = student.base_model(mb.input_ids_BS.cpu(), attention_mask=mb.attention_mask_BS.cpu()).last_hidden_state
-    hidden_NH = states_BSH.to(pool.device)[mb.loss_mask_BS].requires_grad_()
+        states_BSH = student.base_model(mb.input_ids_BS, attention_mask=mb.attention_mask_BS).last_hidden_state
+    hidden_NH = states_BSH[mb.loss_mask_BS].to(pool.device).requires_grad_()
+    mb = mb.to(pool.device)
 
     def token_loss(logits_CV, rows):
         seen = compare(logits_CV, rows, mb, head_of=pool.head, shared_vocab=VOCAB, cfg=cfg)

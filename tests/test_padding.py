@@ -12,7 +12,6 @@ from opd import distributed
 from opd.padding import collate, count_loss_tokens, make_micro_batches
 from opd.types import MicroBatch, Prompt, Rollout, TeacherScores
 
-CPU = torch.device("cpu")
 DOMAINS = ["addition", "reversal", "both"]
 MIXTURES = {"addition": [("A", 1.0)], "reversal": [("B", 1.0)], "both": [("A", 0.3), ("B", 0.7)]}
 HIDDEN = {"A": 5, "B": 3}  # teachers of different sizes
@@ -65,7 +64,7 @@ def random_batch(seed: int, count: int = 7):
 
 
 def batches_of(rollouts, scores, size: int) -> list[MicroBatch]:
-    return make_micro_batches(rollouts, scores, micro_batch_size=size, pad_id=PAD, domains=DOMAINS, device=CPU)
+    return make_micro_batches(rollouts, scores, micro_batch_size=size, pad_id=PAD, domains=DOMAINS)
 
 
 def rows_of(mb: MicroBatch) -> list[dict]:
@@ -119,7 +118,7 @@ def test_the_worked_example():
         prompt=Prompt(prompt_id=0, domain="addition", token_ids=[5, 6]), source="student", response_ids=[7, 8],
         rollout_logprobs=[-0.5, -0.25], finish_reason="length", policy_version=3,
     )  # fmt: skip
-    mb = collate([(rollout, make_scores(rollout))], pad_id=PAD, domains=DOMAINS, device=CPU)
+    mb = collate([(rollout, make_scores(rollout))], pad_id=PAD, domains=DOMAINS)
     assert mb.input_ids_BS.tolist() == [[5, 6, 7]]
     assert mb.labels_BS.tolist() == [[6, 7, 8]]
     assert mb.loss_mask_BS.tolist() == [[False, True, True]]
@@ -184,7 +183,7 @@ def test_the_order_of_the_rollouts_changes_nothing():
 
 
 def test_a_filler_row_is_masked_but_can_be_computed():
-    mb = collate([], pad_id=PAD, domains=DOMAINS, device=CPU)
+    mb = collate([], pad_id=PAD, domains=DOMAINS)
     assert mb.input_ids_BS.shape == (1, 1) and mb.num_loss_tokens == 0
     assert mb.attention_mask_BS.any(dim=1).all(), "attention over nothing is not defined"
     assert mb.domain_ids_B.tolist() == [-1] and mb.on_policy_B.tolist() == [False]
@@ -205,6 +204,20 @@ def test_a_rank_with_fewer_rollouts_gets_fillers(own, monkeypatch):
     assert [mb.num_loss_tokens > 0 for mb in micro_batches] == [True] * full + [False] * (4 - full)
 
 
+def test_a_micro_batch_moves_as_a_whole():
+    (mb,) = batches_of(*random_batch(6), size=7)
+    assert len(mb.teacher_slices) == 2
+    moved = mb.to(torch.device("meta"))
+    for before, after in ((mb, moved), *zip(mb.teacher_slices, moved.teacher_slices, strict=True)):
+        for name in before.__slots__:
+            value = getattr(before, name)
+            if isinstance(value, torch.Tensor):
+                assert value.device.type == "cpu" and getattr(after, name).is_meta, name
+                assert getattr(after, name).shape == value.shape
+    back = mb.to(torch.device("cpu"))
+    assert torch.equal(back.labels_BS, mb.labels_BS) and back.teacher_slices[1].teacher == mb.teacher_slices[1].teacher
+
+
 def test_missing_scores_are_refused():
     rollouts, scores = random_batch(2)
     scores[3] = ()
@@ -221,13 +234,13 @@ def test_scores_of_another_length_are_refused():
         finish_reason="stop", policy_version=0,
     ))  # fmt: skip
     with pytest.raises(AssertionError, match=r"A\.sampled_logprobs has \d+ rows for \d+ response tokens"):
-        collate([(rollout, longer)], pad_id=PAD, domains=DOMAINS, device=CPU)
+        collate([(rollout, longer)], pad_id=PAD, domains=DOMAINS)
 
 
 def test_a_payload_that_was_not_asked_for_stays_none():
     rollout = make_rollout(random.Random(0), 0, "addition")
     scores = (TeacherScores(teacher="A", weight=1.0, hidden=torch.zeros(len(rollout.response_ids), 5)),)
-    (part,) = collate([(rollout, scores)], pad_id=PAD, domains=DOMAINS, device=CPU).teacher_slices
+    (part,) = collate([(rollout, scores)], pad_id=PAD, domains=DOMAINS).teacher_slices
     assert part.sampled_logprobs_M is part.entropy_M is part.topk_ids_MK is part.topk_logprobs_MK is None
 
 

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from opd import checkpoint, distributed  # noqa: E402
+from opd import checkpoint, distributed, export  # noqa: E402
 from opd.config import OptimConfig  # noqa: E402
 from opd.deepspeed_engine import ShardedEngine  # noqa: E402
 from opd.types import LoopState  # noqa: E402
@@ -142,7 +142,7 @@ def run(job: dict) -> dict:
     return {**result, "step": state.step, "tokens_seen": state.tokens_seen, "hash": state_hash(sharded)}
 
 
-def export(job: dict) -> dict:
+def export_job(job: dict) -> dict:
     distributed.init()
     sharded = zero_3()
     model = AutoModelForCausalLM.from_pretrained(job["export_from"], dtype=torch.float32)
@@ -150,7 +150,7 @@ def export(job: dict) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(job["export_from"])
     partitioned = all(parameter.numel() == 0 for parameter in model.parameters())
     tensors = sharded.named_full_parameters(model)
-    checkpoint.export_huggingface(Path(job["run_dir"]) / "model", model, tokenizer, tensors, model.generation_config)
+    export.export_huggingface(Path(job["run_dir"]) / "model", model, tokenizer, tensors, model.generation_config)
     return {"partitioned": partitioned}
 
 
@@ -165,7 +165,7 @@ def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Pa
         os.dup2(descriptor, 2)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.get("world_size", 1)))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        result_path.write_text(json.dumps(export(job) if "export_from" in job else run(job)))
+        result_path.write_text(json.dumps(export_job(job) if "export_from" in job else run(job)))
         status = 0
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
