@@ -111,8 +111,12 @@ class ShardedEngine:
         """One optimizer step; returns the gradient norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        # DeepSpeed 0.19.8 knows no norm where it wraps no optimizer, in ZeRO 0 with float32; there all ranks hold the sum.
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if self.stage == 0 else None
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        known = self.engine.get_global_grad_norm()
+        return float(norm if known is None else known)
 
     @contextmanager
     def gathered(self, parameters: list[Tensor]) -> Iterator[None]:

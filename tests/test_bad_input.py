@@ -1,0 +1,153 @@
+"""Every mistake of a user through the door that users take: one line on stderr, status 2, and no weight loaded."""
+
+import json
+import shutil
+
+import pytest
+
+import train_gkd
+import train_mopd
+from opd import config
+from opd.run import prepare, user_errors
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def arguments(tiny, output_dir) -> list[str]:
+    return [
+        *("--student_model", str(tiny.student), "--data", str(tiny.train), "--output_dir", str(output_dir)),
+        *(f"--teacher=addition={tiny.addition}", f"--teacher=reversal={tiny.reversal}"),
+        *("--prompts_per_step", "8", "--max_prompt_tokens", "16", "--max_response_tokens", "8"),
+    ]
+
+
+def mistake(capsys, argv: list[str], script=train_mopd) -> str:
+    """The one line that `argv` gets."""
+    with pytest.raises(SystemExit) as stopped, user_errors():
+        cfg = config.parse(script.Config, argv)
+        prepare(cfg, need_response=script is train_gkd)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+FLAGS = {
+    "--learnin_rate 1": ["--learnin_rate", "--learning_rate"],
+    "--loss kl": ["--loss", "kl", "reverse_kl"],
+    "--support half": ["--support", "half", "teacher_topk"],
+    "--tail cut": ["--tail", "cut", "bucket"],
+    "--support_k 0": ["--support_k 0", "at least 1"],
+    "--jsd_beta 1": ["--jsd_beta 1", "(0, 1)", "forward_kl"],
+    "--estimator k1": ["--estimator k1", "reverse_kl_pg"],
+    "--loss reverse_kl_pg --support full": ["--support full", "reverse_kl"],
+    "--temperature 0": ["--temperature 0", "above 0"],
+    "--loss reverse_kl_pg --temperature 0.7": ["--loss_temperature 1.0", "--temperature 0.7"],
+    "--micro_batch_size -1": ["--micro_batch_size -1"],
+    "--max_response_tokens -8": ["--max_response_tokens -8"],
+    "--num_steps -1": ["--num_steps -1"],
+    "--reward_weight 1": ["--reward_weight", "--num_generations"],
+    "--max_response_tokens 4096": ["--max_prompt_tokens 16 + --max_response_tokens 4096", "--student_model", "512"],
+    "--data nowhere.jsonl": ["--data", "nowhere.jsonl"],
+    "--domain_key topic": ["--domain_key", "topic", "data_source"],
+    "--domain_weights addition=1": ["--domain_weights", "reversal"],
+    "--ds_config nowhere.json": ["--ds_config nowhere.json"],
+    "--reward_fn nowhere:function": ["--reward_fn nowhere:function"],
+    "--reward_fn poetry=exact_match exact_match": ["--reward_fn", "poetry"],
+    "--resume nowhere": ["--resume nowhere"],
+    "--teacher addition=elsewhere": ["--teacher", "two teachers are called addition"],
+    "--teacher third=/no/such/model": ["--teacher third", "/no/such/model"],
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags(tiny, tmp_path, capsys, flags):
+    line = mistake(capsys, [*arguments(tiny, tmp_path / "run"), *flags.split()])
+    assert all(part in line for part in FLAGS[flags]), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_teacher_and_a_domain_without_one(tiny, tmp_path, capsys):
+    argv = arguments(tiny, tmp_path / "run")
+    assert "--teacher NAME=PATH" in mistake(capsys, [a for a in argv if not a.startswith("--teacher")])
+    line = mistake(capsys, [a for a in argv if not a.startswith("--teacher=reversal")])
+    assert "reversal (32 rows)" in line and "addition" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["empty"]),
+        ('{"prompt": "a"\n', ["line 1", "not JSON"]),
+        ('{"x": 1}\n', ["line 1", "data_source", "--domain_key"]),
+    ],
+)
+def test_data_files(tiny, tmp_path, capsys, text, parts):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    line = mistake(capsys, [*arguments(tiny, tmp_path / "run"), "--data", str(path)])
+    assert "bad.jsonl" in line and all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("{", ["not a JSON file"]),
+        ('{"optimizer": {}}', ["optimizer", "--learning_rate"]),
+        ('{"gradient_clipping": 1}', ["gradient_clipping", "--max_grad_norm"]),
+        ('{"train_batch_size": 8}', ["train_batch_size", "--prompts_per_step"]),
+        ('{"bf16": {"enabled": true}}', ["bf16", "--dtype"]),
+    ],
+)
+def test_ds_config(tiny, tmp_path, capsys, content, parts):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    line = mistake(capsys, [*arguments(tiny, tmp_path / "run"), "--ds_config", str(path)])
+    assert "--ds_config" in line and all(part in line for part in parts), line
+
+
+def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
+    """Other words, another end of a response, another template; the last two can be allowed."""
+    changed = tmp_path / "teacher"
+    argv = [*arguments(tiny, tmp_path / "run"), "--dry_run"]
+    argv[argv.index(f"--teacher=addition={tiny.addition}")] = f"--teacher=addition={changed}"
+
+    shutil.copytree(tiny.addition, changed)
+    words = json.loads((changed / "tokenizer.json").read_text())
+    vocab = words["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (changed / "tokenizer.json").write_text(json.dumps(words))
+    line = mistake(capsys, argv)
+    assert "--teacher addition" in line and "tokenizer is not the student's" in line
+
+    shutil.copyfile(tiny.addition / "tokenizer.json", changed / "tokenizer.json")
+    generation = json.loads((changed / "generation_config.json").read_text())
+    (changed / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": 7}))
+    line = mistake(capsys, argv)
+    assert "its EOS is" in line and "--allow_template_mismatch" in line
+    with pytest.raises(SystemExit) as stopped:
+        prepare(config.parse(train_mopd.Config, [*argv, "--allow_template_mismatch"]))
+    assert stopped.value.code == 0  # the dry run ends there
+
+
+def test_an_output_directory_of_another_run(tiny, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    cfg = config.parse(train_mopd.Config, arguments(tiny, tmp_path / "run"))
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps({**config.to_dict(cfg), "student_model": "another"}))
+    line = mistake(capsys, arguments(tiny, tmp_path / "run"))
+    assert "--output_dir" in line and "another run" in line
+
+
+GKD = {
+    "--teacher third=elsewhere": ["train_gkd.py takes one teacher"],
+    "--lmbda 1.5": ["--lmbda 1.5"],
+    "--loss reverse_kl_pg": ["train_mopd.py"],
+    "--lmbda 0.5": ["response"],  # the rows have no such column
+}
+
+
+@pytest.mark.parametrize("flags", GKD)
+def test_train_gkd(tiny, tmp_path, capsys, flags):
+    argv = [a for a in arguments(tiny, tmp_path / "run") if not a.startswith("--teacher=")]
+    line = mistake(capsys, [*argv, f"--teacher={tiny.addition}", *flags.split()], train_gkd)
+    assert all(part in line for part in GKD[flags]), line
