@@ -38,13 +38,12 @@ from opd.run import (
     evaluate_teachers,
     finish,
     is_due,
-    log_mismatch,
-    log_step,
     prepare,
     restore,
     user_errors,
 )
 from opd.run_files import replace_text
+from opd.step_log import log_mismatch, log_step
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch

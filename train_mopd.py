@@ -41,12 +41,11 @@ from opd.run import (
     evaluate_teachers,
     finish,
     is_due,
-    log_mismatch,
-    log_step,
     prepare,
     restore,
     user_errors,
 )
+from opd.step_log import log_mismatch, log_step
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch, Rollout

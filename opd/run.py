@@ -8,7 +8,6 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 
 from opd import checkpoint, config, content, data, distributed, evaluation, export, preflight, report, rewards
-from opd.metrics import Metrics, memory, say, setup_logging, write_rollouts, write_run_files
+from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.rollout import RolloutEngine
 from opd.student import Student, resolve_dtype
 from opd.teachers import ColocatedTeacher, find_head, load_head
-from opd.types import LoopState, MicroBatch, Prompt, Rollout
+from opd.types import LoopState, Prompt
 from opd.validation import load_ds_config
 from opd.vllm_engine import HiddenStateEngine
 
@@ -297,70 +296,3 @@ def finish(run: Run, student: Student, teacher_scores: evaluation.Scores) -> Non
     if distributed.rank() == 0:
         report.write_report(run.run_dir, result)
     say(report.render_report(result))
-
-
-# ---- What a step leaves behind ---------------------------------------------------------------------------------------
-
-
-def log_step(
-    run: Run, metrics: Metrics, state: LoopState, rollouts: Sequence[Rollout], *, num_loss_tokens: int, seconds: float
-) -> None:
-    """Throughput, memory, and what the rollouts of the step looked like."""
-    for r in rollouts:
-        for suffix in ("", f"/{r.prompt.domain}"):
-            metrics.add(f"rollout/response_tokens{suffix}", len(r.response_ids))
-            metrics.add(f"rollout/truncated{suffix}", float(r.finish_reason == "length"))
-            if r.reward is not None:
-                metrics.add(f"rollout/reward{suffix}", r.reward)
-        metrics.add("rollout/prompt_tokens", len(r.prompt.token_ids))
-        metrics.add("staleness/policy_lag", state.step - 1 - r.policy_version)
-    own = sum(len(r.response_ids) for r in rollouts)
-    for domain in run.domains:
-        metrics.add(
-            f"distill/token_share/{domain}",
-            sum(len(r.response_ids) for r in rollouts if r.prompt.domain == domain),
-            own,
-        )
-    metrics.add("optim/loss_tokens", num_loss_tokens)
-    metrics.add("perf/tokens_per_second", num_loss_tokens / seconds)
-    metrics.add("perf/samples_per_second", len(rollouts) * distributed.world_size() / seconds)
-    for key, value in memory().items():
-        metrics.add_max(key, value)
-    every = run.cfg.run.rollout_every
-    if every and ((state.step - 1) % every == 0 or state.step == run.cfg.run.num_steps):
-        _log_samples(run, metrics, state.step, rollouts)
-
-
-def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:
-    metrics.histogram("rollout/response_tokens", [len(r.response_ids) for r in rollouts], step)
-    rows = [
-        {
-            "prompt_id": r.prompt.prompt_id,
-            "domain": r.prompt.domain,
-            "source": r.source,
-            "prompt": run.tokenizer.decode(r.prompt.token_ids),
-            "response": run.tokenizer.decode(r.response_ids),
-            "answer": r.prompt.answer,
-            "finish_reason": r.finish_reason,
-            "policy_version": r.policy_version,
-            "reward": r.reward,
-        }
-        for r in rollouts[: run.cfg.run.rollout_samples]
-    ]
-    write_rollouts(run.run_dir, step, rows)
-    for index, row in enumerate(rows):
-        metrics.text(f"rollout/sample_{index}", f"[{row['domain']}] {row['prompt']}\n{row['response']}", step)
-
-
-def log_mismatch(metrics: Metrics, student: Student, micro_batches: Sequence[MicroBatch], temperature: float) -> None:
-    """Parity: the student's log-probabilities of what its sampler wrote, before this step's update. Collective."""
-    for mb in micro_batches:
-        logprobs_N = student.logprobs(mb, temperature).cpu()
-        on_policy_N = mb.at_loss_tokens(mb.on_policy_B)
-        log_ratio_N = (logprobs_N - mb.at_loss_tokens(mb.rollout_logprobs_BS))[on_policy_N]  # trainer over sampler
-        count = len(log_ratio_N)
-        metrics.add("mismatch/k1", -log_ratio_N.sum(), count)
-        metrics.add("mismatch/k3", (log_ratio_N.exp() - log_ratio_N - 1).sum(), count)
-        metrics.add("mismatch/abs_mean", log_ratio_N.abs().sum(), count)
-        if count:
-            metrics.add_max("mismatch/abs_max", log_ratio_N.abs().max())

@@ -1,0 +1,76 @@
+"""What a step leaves behind: throughput, memory, what the rollouts looked like, and how far sampler and student are apart.
+
+N loss tokens of a micro-batch.
+"""
+
+from collections.abc import Sequence
+
+from opd import distributed
+from opd.metrics import Metrics, memory, write_rollouts
+from opd.run import Run
+from opd.student import Student
+from opd.types import LoopState, MicroBatch, Rollout
+
+
+def log_step(
+    run: Run, metrics: Metrics, state: LoopState, rollouts: Sequence[Rollout], *, num_loss_tokens: int, seconds: float
+) -> None:
+    """Throughput, memory, and what the rollouts of the step looked like."""
+    for r in rollouts:
+        for suffix in ("", f"/{r.prompt.domain}"):
+            metrics.add(f"rollout/response_tokens{suffix}", len(r.response_ids))
+            metrics.add(f"rollout/truncated{suffix}", float(r.finish_reason == "length"))
+            if r.reward is not None:
+                metrics.add(f"rollout/reward{suffix}", r.reward)
+        metrics.add("rollout/prompt_tokens", len(r.prompt.token_ids))
+        metrics.add("staleness/policy_lag", state.step - 1 - r.policy_version)
+    own = sum(len(r.response_ids) for r in rollouts)
+    for domain in run.domains:
+        metrics.add(
+            f"distill/token_share/{domain}",
+            sum(len(r.response_ids) for r in rollouts if r.prompt.domain == domain),
+            own,
+        )
+    metrics.add("optim/loss_tokens", num_loss_tokens)
+    metrics.add("perf/tokens_per_second", num_loss_tokens / seconds)
+    metrics.add("perf/samples_per_second", len(rollouts) * distributed.world_size() / seconds)
+    for key, value in memory().items():
+        metrics.add_max(key, value)
+    every = run.cfg.run.rollout_every
+    if every and ((state.step - 1) % every == 0 or state.step == run.cfg.run.num_steps):
+        _log_samples(run, metrics, state.step, rollouts)
+
+
+def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:
+    metrics.histogram("rollout/response_tokens", [len(r.response_ids) for r in rollouts], step)
+    rows = [
+        {
+            "prompt_id": r.prompt.prompt_id,
+            "domain": r.prompt.domain,
+            "source": r.source,
+            "prompt": run.tokenizer.decode(r.prompt.token_ids),
+            "response": run.tokenizer.decode(r.response_ids),
+            "answer": r.prompt.answer,
+            "finish_reason": r.finish_reason,
+            "policy_version": r.policy_version,
+            "reward": r.reward,
+        }
+        for r in rollouts[: run.cfg.run.rollout_samples]
+    ]
+    write_rollouts(run.run_dir, step, rows)
+    for index, row in enumerate(rows):
+        metrics.text(f"rollout/sample_{index}", f"[{row['domain']}] {row['prompt']}\n{row['response']}", step)
+
+
+def log_mismatch(metrics: Metrics, student: Student, micro_batches: Sequence[MicroBatch], temperature: float) -> None:
+    """Parity: the student's log-probabilities of what its sampler wrote, before this step's update. Collective."""
+    for mb in micro_batches:
+        logprobs_N = student.logprobs(mb, temperature).cpu()
+        on_policy_N = mb.at_loss_tokens(mb.on_policy_B)
+        log_ratio_N = (logprobs_N - mb.at_loss_tokens(mb.rollout_logprobs_BS))[on_policy_N]  # trainer over sampler
+        count = len(log_ratio_N)
+        metrics.add("mismatch/k1", -log_ratio_N.sum(), count)
+        metrics.add("mismatch/k3", (log_ratio_N.exp() - log_ratio_N - 1).sum(), count)
+        metrics.add("mismatch/abs_mean", log_ratio_N.abs().sum(), count)
+        if count:
+            metrics.add_max("mismatch/abs_max", log_ratio_N.abs().max())
