@@ -5,6 +5,7 @@ Nothing here knows a loss. `prepare` finds every mistake of the user before a we
 
 import dataclasses
 import functools
+import json
 import os
 import sys
 import time
@@ -286,6 +287,10 @@ def finish(run: Run, student: Student, teacher_scores: evaluation.Scores) -> Non
         model_dir, student.model, run.tokenizer, student.named_full_parameters(), generation_config
     )
     say(f"model: {model_dir}")
+    path = run.run_dir / "report.json"
+    if path.exists() and run.resume_from and checkpoint.load_state(run.resume_from).step == run.cfg.run.num_steps:
+        say(report.render_report(json.loads(path.read_text())))  # this process had nothing left to do
+        return
     before = evaluation.recall(run.run_dir, 0)
     after = evaluation.recall(run.run_dir, run.cfg.run.num_steps)
     if before is None or after is None:
