@@ -28,7 +28,7 @@ fi
 echo "setup: $ROUTE route into $VENV"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 rm -f "$STAMP"
-install() { "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+install() { "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "$@"; }
 
 install setuptools==78.1.1 wheel
 echo "setup: torch"
