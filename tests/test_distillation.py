@@ -335,7 +335,7 @@ def test_policy_gradient_advantage_clip():
     close(stats["distill/k1"], s - t)
 
 
-@pytest.mark.parametrize("dual_clip", [None, 1.5])
+@pytest.mark.parametrize("dual_clip", [None, 1.1])
 def test_policy_gradient_with_a_ppo_clip(dual_clip):
     """The ratio is against the sampler's log-probabilities of the same tokens."""
     cfg = LossConfig(loss="reverse_kl_pg", clip_low=0.2, clip_high=0.5, dual_clip=dual_clip, reward_weight=0.5)
@@ -344,15 +344,17 @@ def test_policy_gradient_with_a_ppo_clip(dual_clip):
     s, t = sampled_logprobs(batch)
     old = torch.cat([torch.tensor(r.rollout_logprobs) for r in batch.rollouts]).double()
     ratios, advantages = (s - old).exp(), (t - s).detach() + 0.5 * task_advantages(batch)
-    expected, clipped = [], 0
+    expected, clipped, bounded_twice = [], 0, 0
     for ratio, advantage in zip(ratios, advantages, strict=True):
         bounded = min(max(ratio.item(), 0.8), 1.5)
         value = max(-advantage * ratio, -advantage * bounded, key=torch.Tensor.item)
         clipped += bounded != ratio.item()
         if dual_clip and advantage < 0:
+            bounded_twice += value > -advantage * dual_clip
             value = min(value, -advantage * dual_clip, key=torch.Tensor.item)
         expected.append(value)
     assert 0 < clipped < len(expected)
+    assert dual_clip is None or 0 < bounded_twice < len(expected)
     close(loss_N, torch.stack(expected))
     close(gradient(loss_N, batch), gradient(torch.stack(expected), batch))
 

@@ -223,7 +223,11 @@ def test_missing_scores_are_refused():
     scores[3] = ()
     with pytest.raises(ValueError, match=rf"prompt {rollouts[3].prompt.prompt_id} .*no teacher scored it"):
         batches_of(rollouts, scores, size=2)
-    with pytest.raises(ValueError):
+
+
+def test_rollouts_and_scores_come_in_pairs():
+    rollouts, scores = random_batch(2)
+    with pytest.raises(ValueError, match="shorter"):
         batches_of(rollouts, scores[:-1], size=2)
 
 

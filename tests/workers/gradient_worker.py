@@ -28,7 +28,8 @@ DOMAINS = ["addition", "reversal", "both"]
 MIXTURES = {"addition": [("A", 1.0)], "reversal": [("B", 1.0)], "both": [("A", 0.25), ("B", 0.75)]}
 HIDDEN = {"A": 24, "B": 16}
 LOSSES = {
-    "full": LossConfig(reward_weight=0.5),
+    "full": LossConfig(),
+    "task": LossConfig(reward_weight=0.5),
     "pg": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, is_mode="truncate", is_level="geometric", is_high=1.2),
 }
 # With such an epsilon the first step of Adam is -lr * g / (|g| + 1): a smooth function of the gradient, not its sign.
