@@ -268,7 +268,6 @@ def make_demo(out: Path, seed: int) -> dict:
     """Train, save and measure everything; returns the figures of ``demo.json``."""
     start = time.monotonic()
     rng = random.Random(seed)
-    tokenizer = make_tokenizer()
     rows = {skill: make_rows(skill, rng) for skill in SKILLS}
     evals = {skill: rows[skill][:EVAL_PROMPTS] for skill in SKILLS}
     pools = {skill: rows[skill][EVAL_PROMPTS:] for skill in SKILLS}
