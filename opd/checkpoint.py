@@ -227,7 +227,7 @@ def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
         if name not in saved or name not in now or saved[name] != now[name]:
             raise ValueError(
                 f"--resume: `{name}` differs from the checkpoint: {there} there, {here} now; "
-                f"restore it, or start anew with --resume never or another --output_dir ({path})"
+                f"restore it, or start anew in another --output_dir ({path})"
             )
 
 

@@ -21,6 +21,7 @@ def option(default: Any, help: str, **metadata):
     """A field with its help text; a list default is copied."""
     metadata["help"] = help
     if isinstance(default, list):
+        metadata.setdefault("action", "append")  # `--data a b` and `--data a --data b` are the same
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -48,7 +49,6 @@ class TeacherConfig:
         [],
         "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. The YAML key `teachers` "
         "is the long form: a list of {name, model, domains: [..] or '*', weight}.",
-        action="append",
     )
     allow_template_mismatch: bool = option(
         False, "Accept a teacher whose EOS token or chat template differs from the student's."
@@ -192,9 +192,12 @@ def resolve_teachers(flags: list[str]) -> tuple[TeacherSpec, ...]:
     specs = []
     for value in flags:
         name, equals, model = value.partition("=")
-        if (equals and not name) or (equals and not model):
+        if not equals or "/" in name:  # a path may hold an equals sign, a name no slash
+            specs.append(TeacherSpec("default", value, "*"))
+        elif name and model:
+            specs.append(TeacherSpec(name, model, (name,)))
+        else:
             raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH")
-        specs.append(TeacherSpec(name, model, (name,)) if equals else TeacherSpec("default", value, "*"))
     return tuple(specs)
 
 
@@ -295,12 +298,18 @@ def parse(config_class, argv: list[str] | None = None):
         elif key not in given:
             yaml_argv += _as_argv(key, value, is_list=key in lists)
 
+    for action in parser._actions:
+        if action.dest in lists:
+            action.default = None  # argparse would append to the default
     namespace, unknown = parser.parse_known_args(yaml_argv + argv)
     if unknown:
         flag = unknown[0]
         raise ValueError(f"unknown flag {flag}{nearest(flag, ['--' + k for k in known])}")
     values = vars(namespace)
-    values["teacher"] = [v for part in values["teacher"] for v in (part if isinstance(part, list) else [part])]
+    for f in fields:
+        if f.name in lists:
+            given_values = values[f.name]
+            values[f.name] = f.default_factory() if given_values is None else [v for part in given_values for v in part]
     if values["teacher"] and teachers:
         raise ValueError(f"--config {path}: both `teacher` and `teachers`; keep one")
     built = {

@@ -75,6 +75,8 @@ def _render(where: str, row: dict[str, Any], key: str, tokenizer) -> str:
     """The text that is tokenised: the chat template's, with the beginning of the answer; else the prompt as it is."""
     prompt = _column(where, row, key, "--prompt_key")
     messages = _messages(where, prompt, key)
+    if any("\ud800" <= char <= "\udfff" for message in messages for char in str(message.get("content", ""))):
+        raise ValueError(f"{where}: column `{key}`: half a surrogate pair, which is no character; mend the row")
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise ValueError(f"{where}: column `{key}` holds messages and the tokenizer has no chat template; use text")

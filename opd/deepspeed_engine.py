@@ -48,6 +48,17 @@ def complete_ds_config(ds_config: dict[str, Any], optim: OptimConfig, *, dtype: 
     }
 
 
+def check_ds_config(path: str, ds_config: dict[str, Any]) -> None:
+    """Lets DeepSpeed itself read the sharding section; ValueError with one line for what it does not know."""
+    _import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+    except ValueError as error:
+        raise ValueError(f"--ds_config {path}: zero_optimization: {' '.join(str(error).split())[:300]}") from None
+
+
 class _HeldErrors:
     """A DeepSpeed checkpoint engine that keeps a write error until DeepSpeed's collectives are over.
 

@@ -33,6 +33,12 @@ def init(local_rank: int = -1) -> torch.device:
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
     use_cuda = torch.cuda.is_available()
+    if (
+        not use_cuda and "OMP_NUM_THREADS" not in os.environ
+    ):  # ranks that share the cores must not each take all of them
+        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
     if use_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():

@@ -63,7 +63,7 @@ def _import(name: str) -> Reward:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
+    except Exception as error:  # the user's module may fail in any way
         raise ValueError(f"--reward_fn {name}: cannot import {module_name}: {' '.join(str(error).split())}") from None
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -27,7 +27,7 @@ def _read_json(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".json" and next((line for line in lines if line.strip()), b"").lstrip().startswith(b"["):
         try:
             yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(json.loads(b"\n".join(lines)), 1))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{flag} {path}: not JSON: {one_line(error)}") from None
         return
     for number, line in enumerate(lines, 1):
@@ -36,7 +36,7 @@ def _read_json(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield where, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {one_line(error)}; every line must be one JSON object") from None
 
 

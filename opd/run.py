@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from opd import checkpoint, config, content, data, distributed, evaluation, export, preflight, report, rewards
+from opd.deepspeed_engine import check_ds_config
 from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.rollout import RolloutEngine
 from opd.student import Student, resolve_dtype
@@ -118,6 +119,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
 
     hashes = {t.name: content.content_hash(t.model) for t in cfg.teachers}
     fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)
+    fingerprint["eval"] = _asked(run)
     resume_from = checkpoint.find(run.run_dir, cfg.run.resume)
     if resume_from is not None:  # the fingerprint compares contents, so models and data may have moved
         checkpoint.check_fingerprint(resume_from, fingerprint)
@@ -147,8 +149,9 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     eval_set = load(cfg.data.eval_data, flag="--eval_data", need_answer=True) if cfg.data.eval_data else None
     routes = data.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
     reward = rewards.load_rewards(cfg.loss.reward_fn, routes)
-    for spec in cfg.teachers:
-        find_head(spec.model)
+    for model in (cfg.model.student_model, *(spec.model for spec in cfg.teachers)):
+        find_head(model)
+    check_ds_config(cfg.run.ds_config, ds_config)
     run = Run(
         cfg=cfg, device=device, run_dir=Path(cfg.run.output_dir), ds_config=ds_config, tokenizer=tokenizer, facts=facts,
         train_set=train_set, eval_set=eval_set, routes=routes, reward=reward, hashes={}, fingerprint={}, resume_from=None,
@@ -261,11 +264,17 @@ def is_due(step: int, every: int, last: int) -> bool:
 # ---- Evaluation and report -------------------------------------------------------------------------------------------
 
 
+def _asked(run: Run) -> str:
+    """What decides held-out scores beside the model, as text: kept scores are good for the same question only."""
+    data_hash = run.eval_set.content_hash if run.eval_set else ""
+    return json.dumps([data_hash, run.cfg.run.eval_max_prompts, run.cfg.loss.reward_fn, run.writing_options])
+
+
 def evaluate_teachers(run: Run) -> evaluation.Scores:
     """What the teachers score on the held-out prompts; before any engine of this process is built."""
     return evaluation.evaluate_teachers(
         run.cfg.teachers, run.routes, run.eval_prompts, run.judge, run_dir=run.run_dir,
-        hashes={**run.hashes, "eval_data": run.eval_set.content_hash if run.eval_set else ""},
+        hashes={**run.hashes, "asked": _asked(run)},
         sampling=run.writing_options,
     )  # fmt: skip
 

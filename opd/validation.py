@@ -3,6 +3,7 @@
 Pure but for `load_ds_config`, which reads one file. What needs models or data is in `opd/preflight.py`.
 """
 
+import difflib
 import json
 import math
 from pathlib import Path
@@ -38,6 +39,7 @@ def validate_common(config) -> None:
             _require(name not in above_zero or value > 0, f"--{name} {value}: must be above 0")
             _require(name not in inside_unit or 0 < value < 1, f"--{name} {value}: must lie inside (0, 1)" + (
                 "; for the limits use --loss forward_kl or reverse_kl" if name == "jsd_beta" else ""))  # fmt: skip
+    _require(config.optim.min_lr_ratio <= 1, f"--min_lr_ratio {config.optim.min_lr_ratio}: must be at most 1")
     _require(config.rollout.top_p <= 1, f"--top_p {config.rollout.top_p}: must be at most 1")
     for name in ("adam_beta1", "adam_beta2"):
         _require(0 <= getattr(config.optim, name) < 1, f"--{name} {getattr(config.optim, name)}: must lie in [0, 1)")
@@ -65,6 +67,10 @@ def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
     else:
         _require(loss.estimator != "k1", "--estimator k1: its gradient has no teacher in it outside a policy gradient; "
                  "use k3, or --loss reverse_kl_pg")  # fmt: skip
+        _require(
+            loss.estimator == "auto" or loss.support == "sampled",
+            f"--estimator {loss.estimator}: only --support sampled estimates; the other supports are exact",
+        )
         _require(
             loss.support != "sampled" or loss.loss == "reverse_kl",
             f"--support sampled: {loss.loss} has no estimator at the sampled token; use --loss reverse_kl or --support full",
@@ -114,7 +120,10 @@ def load_ds_config(path: str) -> dict[str, Any]:
     for key in content:
         if key in _OWNED_BY_FLAGS:
             raise ValueError(f"--ds_config {path}: remove `{key}`; use {_OWNED_BY_FLAGS[key]}")
+        typo = difflib.get_close_matches(key, ["zero_optimization"], n=1, cutoff=0.8)
+        if typo and key != typo[0]:
+            raise ValueError(f"--ds_config {path}: unknown key `{key}`; did you mean {typo[0]}?")
     stage = content.get("zero_optimization", {})
-    if not isinstance(stage, dict) or stage.get("stage", 0) not in (0, 1, 2, 3):
+    if not isinstance(stage, dict) or stage.get("stage", 0) not in (0, 1, 2, 3) or stage.get("stage") is True:
         raise ValueError(f"--ds_config {path}: zero_optimization.stage must be 0, 1, 2 or 3")
     return content

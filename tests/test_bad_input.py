@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("device")
 
 def arguments(tiny, output_dir) -> list[str]:
     return [
-        *("--student_model", str(tiny.student), "--data", str(tiny.train), "--output_dir", str(output_dir)),
+        *("--student_model", str(tiny.student), "--output_dir", str(output_dir)),
+        *("--data", str(tiny.train)),
         *(f"--teacher=addition={tiny.addition}", f"--teacher=reversal={tiny.reversal}"),
         *("--prompts_per_step", "8", "--max_prompt_tokens", "16", "--max_response_tokens", "8"),
     ]
@@ -85,7 +86,9 @@ def test_no_teacher_and_a_domain_without_one(tiny, tmp_path, capsys):
 def test_data_files(tiny, tmp_path, capsys, text, parts):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
-    line = mistake(capsys, [*arguments(tiny, tmp_path / "run"), "--data", str(path)])
+    argv = arguments(tiny, tmp_path / "run")
+    argv[argv.index(str(tiny.train))] = str(path)
+    line = mistake(capsys, argv)
     assert "bad.jsonl" in line and all(part in line for part in parts), line
 
 

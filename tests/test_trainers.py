@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -48,13 +48,15 @@ LAUNCHERS = {
 class Models:
     student: Path
     teachers: dict[str, Path]
-    train: Path
+    train: tuple[str, ...]
     eval: Path
 
 
 @pytest.fixture(scope="session")
 def models(tiny) -> Models:
-    return Models(tiny.student, {domain: getattr(tiny, domain) for domain in tiny.domains}, tiny.train, tiny.eval)
+    return Models(
+        tiny.student, {domain: getattr(tiny, domain) for domain in tiny.domains}, (str(tiny.train),), tiny.eval
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +78,7 @@ def byte_level(tmp_path_factory) -> Models:
         Qwen3ForCausalLM(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     teachers = {domain: root / domain for domain in ("gsm8k", "humaneval")}
-    return Models(root / "student", teachers, root / "unused", root / "unused")
+    return Models(root / "student", teachers, (), root / "unused")
 
 
 def command(models: Models, output_dir, *flags, script="train_mopd.py", launcher="python", ranks=1) -> list[str]:
@@ -85,7 +87,7 @@ def command(models: Models, output_dir, *flags, script="train_mopd.py", launcher
         teachers = [f"--teacher={next(iter(models.teachers.values()))}", "--response_key=answer"]
     start = [part.format(ranks=ranks, port=distributed.free_port()) for part in LAUNCHERS[launcher]]
     return [
-        *(*start, script, "--student_model", str(models.student), *teachers, "--data", str(models.train)),
+        *(*start, script, "--student_model", str(models.student), *teachers, "--data", *models.train),
         *("--output_dir", str(output_dir), "--num_steps", "2", "--prompts_per_step", "8", "--micro_batch_size", "3"),
         *("--max_prompt_tokens", "16", "--max_response_tokens", "8", "--learning_rate", "1e-3"),
         *("--rollout_kv_cache_gib", "0.05", "--teacher_kv_cache_gib", "0.05", "--parity_every", "1", *flags),
@@ -261,7 +263,7 @@ def test_killed_in_a_save_and_resumed_equals_undisturbed(models, tmp_path, full_
     assert [row["step"] for row in metrics_of(run_dir)] == [0, 1, 2, 3, 4]
 
 
-def test_other_losses_and_teacher_written_responses(models, tmp_path):
+def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     """Two steps each: policy gradient with rewards and weights, a mixture in bfloat16 under ZeRO-2, top-k, seq_kd."""
     mixture = tmp_path / "mixture.yaml"
     both = [{"name": f"{n}_{d}", "model": str(models.teachers[d]), "domains": ["addition", "reversal"], "weight": w}
@@ -279,18 +281,26 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path):
     commands["mixed"] = [a for a in commands["mixed"] if not a.startswith("--teacher=")]
     jobs = [lambda a=a: succeed(a) for a in commands.values()]
     jobs.append(
-        lambda: succeed(command(models, tmp_path / "seq_kd", "--seq_kd", "--lmbda", "0", script="train_gkd.py"))
+        lambda: succeed(
+            command(
+                models, tmp_path / "seq_kd", "--seq_kd", "--lmbda", "0", "--sft_alpha", "0.1", script="train_gkd.py"
+            )
+        )
     )
     at_most_two(jobs)
     documented = documented_keys(ROOT / "docs" / "metrics.md")
     for name in (*forms, "seq_kd"):
         rows = metrics_of(tmp_path / name)
         assert len(rows) == 2 and not undocumented({k for row in rows for k in row} - {"step"}, documented), name
+    runs = [full_run[0], *(tmp_path / name for name in (*forms, "seq_kd"))]
+    emitted = {key for run_dir in runs for row in metrics_of(run_dir) for key in row}
+    never = {key for key, pattern in documented.items() if not any(map(pattern.fullmatch, emitted))}
+    assert all(key.startswith("mem/gpu") for key in never), f"documented, but no run emits {never}"
     pg, topk = metrics_of(tmp_path / "pg"), metrics_of(tmp_path / "topk")
     assert {"distill/clip_fraction", "rollout/reward", "mismatch/weight_mean"} <= pg[0].keys()
     assert 0 < topk[0]["distill/teacher_mass"] < 1
     written = json.loads((tmp_path / "seq_kd" / "seq_kd.json").read_text())["responses"]
-    assert len(written) == sum(1 for _ in models.train.open())
+    assert len(written) == len(Path(models.train[0]).read_text().splitlines())
     assert metrics_of(tmp_path / "seq_kd")[0]["distill/on_policy_share"] == 0
 
 
@@ -384,7 +394,8 @@ def test_two_steps_on_gsm8k_and_humaneval(byte_level, tmp_path):
     for name, source in sources.items():
         if not source.exists():
             source = tmp_path / f"{name}.jsonl"
-            source.write_text("".join(json.dumps(own[name]) + "\n" for _ in range(16)))
+            rows = [json.dumps(own[name]).replace("Ann", f"Ann {i}").replace("one", f"one_{i}") for i in range(64)]
+            source.write_text("\n".join(rows))
         succeed(
             [
                 sys.executable,
@@ -397,10 +408,10 @@ def test_two_steps_on_gsm8k_and_humaneval(byte_level, tmp_path):
             ]
         )
     files = [str(tmp_path / name / "train.jsonl") for name in sources]
-    arguments = command(
-        byte_level, tmp_path / "run", "--data", *files, "--max_prompt_tokens", "512", "--overlong_prompts", "truncate"
-    )
-    arguments += ["--domain_weights", "gsm8k=1", "humaneval=1", "--reward_fn", "last_number", "--reward_weight", "0.1"]
+    models = replace(byte_level, train=files)
+    arguments = command(models, tmp_path / "run", "--max_prompt_tokens", "512", "--overlong_prompts", "truncate")
+    arguments += ["--domain_weights", "gsm8k=1", "humaneval=1", "--reward_weight", "0.1"]
+    arguments += ["--reward_fn", "gsm8k=last_number", "exact_match"]
     succeed([*arguments, "--num_generations", "2"])
     rows = metrics_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
