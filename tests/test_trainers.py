@@ -274,8 +274,8 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
                "--num_generations", "2", "--reward_weight", "0.5", "--clip_low", "0.2", "--dual_clip", "3"),
         "mixed": ("--dtype", "bfloat16", "--gradient_checkpointing", "--ds_config", "ds_configs/zero2.json",
                   "--config", str(mixture)),
-        "topk": ("--num_generations", "2", "--reward_weight", "0.2", "--loss", "skew_forward_kl", "--support", "teacher_topk", "--support_k", "4", "--domain_weights",
-                 "addition=3", "reversal=1"),
+        "topk": ("--num_generations", "2", "--reward_weight", "0.2", "--loss", "skew_forward_kl", "--support", "teacher_topk",
+                 "--support_k", "4", "--domain_weights", "addition=3", "reversal=1"),
     }  # fmt: skip
     commands = {name: command(models, tmp_path / name, *flags) for name, flags in forms.items()}
     commands["mixed"] = [a for a in commands["mixed"] if not a.startswith("--teacher=")]
