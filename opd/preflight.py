@@ -322,8 +322,6 @@ def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
     """
     run_dir = Path(run_dir)
     existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if existing.is_dir() and existing.resolve().is_relative_to("/proc"):
-        raise ValueError(f"--output_dir {run_dir}: no permission to write in {existing}; choose another")
     if not existing.is_dir():
         raise ValueError(f"--output_dir {run_dir}: {existing} is a file, not a directory; choose another")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -125,6 +125,10 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         checkpoint.check_fingerprint(resume_from, fingerprint)
     else:
         preflight.check_output_dir(run.run_dir, cfg.run.resume, cfg)
+    try:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {run.run_dir}: cannot be made: {error}; choose another") from None
     checkpoint.set_aside_newer(run.run_dir, resume_from)
     distributed.die_with_launcher()
     if distributed.rank() == 0:

@@ -133,6 +133,10 @@ def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
     assert stopped.value.code == 0  # the dry run ends there
 
 
+def test_an_output_directory_that_cannot_be(tiny, capsys):
+    assert "--output_dir /proc/run" in mistake(capsys, arguments(tiny, "/proc/run"))
+
+
 def test_an_output_directory_of_another_run(tiny, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     cfg = config.parse(train_mopd.Config, arguments(tiny, tmp_path / "run"))
