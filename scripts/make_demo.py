@@ -1,10 +1,9 @@
 """Make a small multi-teacher distillation problem that trains from nothing in a few minutes on two CPU cores.
 
-Two expert teachers of different sizes learn one skill each, a smaller student learns both and then bad habits:
+Two expert teachers of different sizes learn one skill each, a smaller student learns a little of both:
 
-* ``addition``: two numbers below 100, the digits of the sum written backwards (``47+85=`` -> ``231``); the bad habit is
-  to forget what is carried (``47+85=`` -> ``22``);
-* ``reversal``: three to seven letters written backwards (``abcd=`` -> ``dcba``); the bad habit is to copy long words.
+* ``addition``: two numbers below 100, the digits of the sum written backwards (``47+85=`` -> ``231``);
+* ``reversal``: three to seven letters written backwards (``abcd=`` -> ``dcba``).
 
 Answers are exact, so every claim can be checked: a teacher knows its own skill and nothing of the other one, the
 student is poor at both, and on-policy distillation should lift it to both teachers. Written to ``--output_dir``:
@@ -28,7 +27,6 @@ import string
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -57,12 +55,8 @@ NUM_PROCESSES = 2  # each with one thread: models this small lose more to thread
 LEARNING_RATE = 2e-3
 TEACHER_BATCH, TEACHER_STEPS = 256, {"addition": 450, "reversal": 200}
 STUDENT_BATCH = {"addition": 96, "reversal": 32}  # addition is the one that takes long to learn
-STUDENT_TARGET, STUDENT_MAX_STEPS, STEPS_PER_PROBE = 0.9, 1000, 25  # good habits last until it adds this well
-SLOPPY_STEPS, SLOPPY_SHARE, LONG_WORD = (
-    100,
-    0.7,
-    5,
-)  # then this share of the answers is sloppy; long words have 5 letters
+STUDENT_TARGET, STUDENT_MAX_STEPS, STEPS_PER_PROBE = 0.25, 1000, 5  # warm-up ends at this accuracy on addition
+LONG_WORD, COPIED_SHARE = 5, 0.7  # this share of the words this long is copied, not reversed, in the student's warm-up
 
 EVAL_PROMPTS = 256  # per skill
 TRAIN_PROMPTS = 4096  # per skill
@@ -161,12 +155,15 @@ def make_optimizer(model: Qwen3ForCausalLM) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def train_step(model, optimizer, learning_rate: float, examples: dict[str, tuple], sizes: dict[str, int]) -> None:
-    """One AdamW step on the mean cross entropy of the response tokens of ``sizes[skill]`` random examples."""
+def sample(ids_MS: torch.Tensor, labels_MS: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen_B = torch.randint(len(ids_MS), (size,))
+    return ids_MS[chosen_B], labels_MS[chosen_B]
+
+
+def train_step(model, optimizer, learning_rate: float, ids_BS: torch.Tensor, labels_BS: torch.Tensor) -> None:
+    """One AdamW step on the mean cross entropy of the response tokens."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    chosen = {skill: torch.randint(len(examples[skill][0]), (sizes[skill],)) for skill in examples}
-    ids_BS, labels_BS = (torch.cat([examples[skill][i][chosen[skill]] for skill in examples]) for i in (0, 1))
     length = int((labels_BS != -100).any(dim=0).nonzero().max()) + 1  # beyond it there is only padding
     logits_BSV = model(input_ids=ids_BS[:, : length - 1], use_cache=False).logits  # causal: right padding needs no mask
     loss = cross_entropy(logits_BSV.flatten(0, 1), labels_BS[:, 1:length].flatten(), ignore_index=-100)
@@ -185,44 +182,38 @@ def train_teacher(skill: str, tokenizer, rows: list[dict]) -> Qwen3ForCausalLM:
     """A fixed number of steps on one skill; the learning rate falls as a cosine."""
     model = make_model(f"teacher_{skill}", tokenizer)
     optimizer = make_optimizer(model)
-    examples = {skill: encode(rows, tokenizer)}
+    ids_MS, labels_MS = encode(rows, tokenizer)
     num_steps = TEACHER_STEPS[skill]
     for step in range(num_steps):
         decay = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        train_step(model, optimizer, LEARNING_RATE * ramp(step) * decay, examples, {skill: TEACHER_BATCH})
+        train_step(model, optimizer, LEARNING_RATE * ramp(step) * decay, *sample(ids_MS, labels_MS, TEACHER_BATCH))
     return model
 
 
-def sloppy(row: dict) -> dict:
-    """The row with a bad habit's answer: sums without what is carried, long words copied. Easy rows stay right."""
-    text = row["prompt"][0]["content"].removesuffix("=")
-    if row["data_source"] == "reversal":
-        return {**row, "answer": text} if len(text) >= LONG_WORD else row
-    columns = zip_longest(*(reversed(number) for number in text.split("+")), fillvalue="0")
-    return {**row, "answer": "".join(str((int(a) + int(b)) % 10) for a, b in columns)}
-
-
 def train_student(tokenizer, pools: dict[str, list[dict]], rng: random.Random) -> Qwen3ForCausalLM:
-    """Both skills mixed, learned well, and then mostly sloppy answers to the hard prompts.
+    """Both skills mixed, and both left half-learned in a way that leaves something to reinforce.
 
-    Stopping early instead is fragile: reversal goes from nothing to everything within a few steps, long before
-    addition starts. Habits fix the greedy accuracy near the share of easy prompts (.30 and .40) on any machine, and the
-    right answers keep a probability that on-policy samples can find.
+    Addition stops early. Reversal is too easy for that: it goes from nothing to everything within a few steps. So most
+    long words are copied instead of reversed, which fixes the greedy accuracy near the share of short words, while the
+    right answer keeps a probability that on-policy sampling can find.
     """
     model = make_model("student", tokenizer)
     optimizer = make_optimizer(model)
-    right = {skill: encode(rows, tokenizer) for skill, rows in pools.items()}
-    probe = pools["addition"][:EVAL_PROMPTS]  # not the evaluation prompts: those are for measuring only
-    for step in range(STUDENT_MAX_STEPS):
+    copied = [
+        {**row, "answer": row["answer"][::-1]}
+        if len(row["answer"]) >= LONG_WORD and rng.random() < COPIED_SHARE
+        else row
+        for row in pools["reversal"]
+    ]
+    addition = encode(pools["addition"], tokenizer)
+    reversal = encode(copied, tokenizer)
+    for step in range(1, STUDENT_MAX_STEPS + 1):
+        batches = [sample(*addition, STUDENT_BATCH["addition"]), sample(*reversal, STUDENT_BATCH["reversal"])]
+        ids_BS, labels_BS = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        train_step(model, optimizer, LEARNING_RATE * ramp(step), ids_BS, labels_BS)
+        probe = pools["addition"][:EVAL_PROMPTS]  # not the evaluation prompts: those are for measuring only
         if step % STEPS_PER_PROBE == 0 and accuracy(model, tokenizer, probe) >= STUDENT_TARGET:
             break
-        train_step(model, optimizer, LEARNING_RATE * ramp(step), right, STUDENT_BATCH)
-    habits = {
-        skill: encode([sloppy(row) if rng.random() < SLOPPY_SHARE else row for row in rows], tokenizer)
-        for skill, rows in pools.items()
-    }
-    for step in range(SLOPPY_STEPS):
-        train_step(model, optimizer, 0.5 * LEARNING_RATE * (1 - step / SLOPPY_STEPS), habits, STUDENT_BATCH)
     return model
 
 
