@@ -326,7 +326,7 @@ def test_the_fingerprint_names_the_first_field_that_differs(tmp_path):
     for message, change in expected.items():
         with pytest.raises(ValueError) as caught:
             checkpoint.check_fingerprint(path, {**fingerprint, **change})
-        assert message in str(caught.value) and "another --output_dir or another --output_dir" in str(caught.value)
+        assert message in str(caught.value) and "start anew in another --output_dir" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
