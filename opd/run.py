@@ -271,7 +271,8 @@ def is_due(step: int, every: int, last: int) -> bool:
 def _asked(run: Run) -> str:
     """What decides held-out scores beside the model, as text: kept scores are good for the same question only."""
     data_hash = run.eval_set.content_hash if run.eval_set else ""
-    return json.dumps([data_hash, run.cfg.run.eval_max_prompts, run.cfg.loss.reward_fn, run.writing_options])
+    answers = {k: run.writing_options[k] for k in ("dtype", "max_model_len", "eos_ids", "max_tokens")}  # not what fits
+    return json.dumps([data_hash, run.cfg.run.eval_max_prompts, run.cfg.loss.reward_fn, answers])
 
 
 def evaluate_teachers(run: Run) -> evaluation.Scores:

@@ -7,7 +7,7 @@ import pytest
 
 import train_gkd
 import train_mopd
-from opd import config
+from opd import config, run
 from opd.run import prepare, user_errors
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -143,6 +143,30 @@ def test_an_output_directory_of_another_run(tiny, tmp_path, capsys):
     (tmp_path / "run" / "config.yaml").write_text(json.dumps({**config.to_dict(cfg), "student_model": "another"}))
     line = mistake(capsys, arguments(tiny, tmp_path / "run"))
     assert "--output_dir" in line and "another run" in line
+
+
+def test_what_a_resume_may_change(tiny, tmp_path, device):
+    """Memory settings may: they are what somebody changes after running out of it. The held-out question may not."""
+
+    def identity(*flags):
+        cfg = config.parse(
+            train_mopd.Config, [*arguments(tiny, tmp_path / "run"), "--eval_data", str(tiny.eval), *flags]
+        )
+        inputs = run._read_inputs(cfg, device, need_response=False)
+        return run._fingerprint(cfg, {"addition": "a", "reversal": "r"}, "data"), run._asked(inputs)
+
+    first = identity()
+    memory = (
+        "--rollout_kv_cache_gib",
+        "0.5",
+        "--teacher_kv_cache_gib",
+        "0.5",
+        "--loss_chunk_mib",
+        "8",
+        "--enforce_eager",
+    )
+    assert identity(*memory) == first
+    assert identity("--eval_max_prompts", "2")[1] != first[1] and identity("--learning_rate", "1")[0] != first[0]
 
 
 GKD = {
