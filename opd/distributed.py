@@ -46,6 +46,12 @@ def init(local_rank: int = -1) -> torch.device:
     return PartialState(cpu=not use_cuda).device
 
 
+def leave() -> None:
+    """Parts from the other ranks, whose threads a plain exit of the interpreter would now and then abort on (SIGABRT)."""
+    if world_size() > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     """This process's rank; 0 before `init` unless a launcher has set it."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
@@ -123,6 +129,7 @@ def exit_together():
     """
     try:
         yield
+        leave()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:

@@ -100,7 +100,13 @@ def user_errors():
     except ValueError as error:
         if distributed.rank() == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # rank 0 speaks first: launchers end all ranks when one has left
+        distributed.leave()
         sys.exit(2)
+    except SystemExit:  # a dry run has nothing left to do
+        distributed.leave()
+        raise
 
 
 def prepare(cfg, *, need_response: bool = False) -> Run:

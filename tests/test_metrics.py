@@ -80,6 +80,7 @@ row = metrics.flush(1)
 write_rollouts(Path("run"), 1, [{"rank": rank}])
 Path(f"row_{rank}.json").write_text(json.dumps(row))
 metrics.close()
+distributed.leave()
 """
 
 

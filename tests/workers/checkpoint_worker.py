@@ -190,3 +190,4 @@ if __name__ == "__main__":
         serve()
     else:
         print("RESULT " + json.dumps(run(json.loads(sys.argv[1]))), flush=True)
+        distributed.leave()

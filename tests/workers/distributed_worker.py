@@ -101,9 +101,11 @@ def main() -> None:
     args = parser.parse_args()
     distributed.init(args.local_rank)
     if args.mode == "agree":
-        agree(args.out)
-        micro_batches(args.out)
-        dist.destroy_process_group()
+        with distributed.exit_together():
+            agree(args.out)
+            micro_batches(args.out)
+        left = {"group": dist.is_initialized()}
+        (args.out / f"left_{os.environ['RANK']}.json").write_text(json.dumps(left))
     elif args.mode == "crash":
         crash(args.out)
     else:
