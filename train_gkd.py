@@ -26,6 +26,7 @@ from torch import Tensor
 from opd import checkpoint, config, distributed, weight_sync
 from opd.colocation import Colocation
 from opd.distillation import compare, payload_of
+from opd.logits import LogitsChunk
 from opd.metrics import Metrics, say
 from opd.padding import count_loss_tokens, make_micro_batches
 from opd.rollout import dataset_rollouts, write_with_model
@@ -97,10 +98,10 @@ class Config:
 
 
 def token_loss(
-    logits_CV: Tensor, rows: slice, mb: MicroBatch, logprobs_N: None, *, teachers: TeacherPool, cfg: Config
+    logits: LogitsChunk, rows: slice, mb: MicroBatch, logprobs_N: None, *, teachers: TeacherPool, cfg: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each token of a chunk, [C], and what to log about it. `rows` are the chunk's tokens among the N."""
-    seen = compare(logits_CV, rows, mb, head_of=teachers.head, shared_vocab=teachers.shared_vocab, cfg=cfg.loss)
+    seen = compare(logits, rows, mb, head_of=teachers.head, cfg=cfg.loss)
     stats = seen.stats
     loss_C = seen.divergence_C
     if cfg.gkd.sft_alpha > 0:
@@ -166,10 +167,12 @@ def main(run: Run) -> None:
     engines = build_teachers(run)
     teachers = TeacherPool(
         engines, run.routes, cfg.loss,
-        payload=payload_of(cfg.loss), shared_vocab=run.facts.shared_vocab, device=run.device,
+        payload=payload_of(cfg.loss), cache_bytes=cfg.rollout.teacher_cache_bytes, shared_vocab=run.facts.shared_vocab,
+        device=run.device,
     )  # fmt: skip
     colocation = Colocation(rollout_engine, student, engines, run.run_dir / "ledger.jsonl", distributed.rank())
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg)
+    inner_updates = cfg.batch.inner_updates
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
@@ -197,21 +200,25 @@ def main(run: Run) -> None:
 
             micro_batches = make_micro_batches(
                 rollouts, scores,
-                micro_batch_size=cfg.batch.micro_batch_size, pad_id=run.facts.pad_id, domains=run.domains,
+                micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
+                packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
                 if on_policy and cfg.run.parity_every and step % cfg.run.parity_every == 0:
                     log_mismatch(metrics, student, micro_batches, cfg.rollout.temperature)
-                for mb in micro_batches:
-                    out = student.loss(mb, loss_of_token, domains=run.domains)  # a sum over loss tokens
-                    scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
-                    student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
-                    metrics.merge(out.metrics)
+                for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
+                    for mb in micro_batches:
+                        out = student.loss(mb, loss_of_token, domains=run.domains)  # a sum over loss tokens
+                        scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
+                        student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
+                        metrics.merge(out.metrics)
+                    learning_rate = learning_rate_at(
+                        step * inner_updates + update, cfg.run.num_steps * inner_updates, cfg.optim
+                    )
+                    grad_norm = student.step(learning_rate)
                 teachers.release_head()
-                learning_rate = learning_rate_at(step, cfg.run.num_steps, cfg.optim)
-                grad_norm = student.step(learning_rate)
 
             with colocation.phase("sync"), metrics.timed("sync"):
                 state.policy_version = weight_sync.push(student, rollout_engine, version=step + 1)

@@ -28,7 +28,8 @@ from torch import Tensor
 from opd import checkpoint, config, distributed, evaluation, rewards, weight_sync
 from opd.colocation import Colocation
 from opd.distillation import compare, payload_of
-from opd.losses import distillation_advantage, importance_weights, policy_gradient_loss
+from opd.logits import LogitsChunk
+from opd.losses import MAX_LOG_RATIO, distillation_advantage, importance_weights, policy_gradient_loss
 from opd.metrics import Metrics
 from opd.padding import count_loss_tokens, make_micro_batches
 from opd.rollout import with_rewards
@@ -74,7 +75,7 @@ class Config:
 
 
 def token_loss(
-    logits_CV: Tensor,
+    logits: LogitsChunk,
     rows: slice,
     mb: MicroBatch,
     logprobs_N: Tensor | None,
@@ -83,7 +84,7 @@ def token_loss(
     cfg: config.LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each token of a chunk, [C], and what to log about it. `rows` are the chunk's tokens among the N."""
-    seen = compare(logits_CV, rows, mb, head_of=teachers.head, shared_vocab=teachers.shared_vocab, cfg=cfg)
+    seen = compare(logits, rows, mb, head_of=teachers.head, cfg=cfg)
     stats = seen.stats
     old_logprobs_C = mb.at_loss_tokens(mb.rollout_logprobs_BS)[rows]
     task_advantages_C = cfg.reward_weight * mb.at_loss_tokens(mb.task_advantages_B)[rows]
@@ -91,6 +92,11 @@ def token_loss(
         policy_gradient_loss, seen.student_logprobs_C, old_logprobs_C,
         clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
     )  # fmt: skip
+
+    if cfg.clip_low is not None:
+        low, high = 1 - cfg.clip_low, 1 + (cfg.clip_high or cfg.clip_low)
+        ratio_C = (seen.student_logprobs_C.detach() - old_logprobs_C).exp()
+        stats["distill/ratio_clip_fraction"] = ((ratio_C < low) | (ratio_C > high)).float()
 
     if cfg.loss == "reverse_kl_pg":
         advantages_C = distillation_advantage(seen.student_logprobs_C, seen.teacher_logprobs_C, clip=cfg.advantage_clip)
@@ -108,6 +114,8 @@ def token_loss(
     if cfg.is_mode != "none":
         weights_C = importance_weights_of(mb, logprobs_N, cfg)[rows]
         stats["mismatch/weight_mean"], stats["mismatch/weight_zero_fraction"] = weights_C, (weights_C == 0).float()
+        stats["mismatch/weight_cut_fraction"] = (weights_C >= cfg.is_high).float()
+        stats["mismatch/clamp_fraction"] = ((logprobs_N[rows] - old_logprobs_C).abs() > MAX_LOG_RATIO).float()
         loss_C = weights_C * loss_C
     stats["loss/total"] = loss_C.detach()
     return loss_C, stats
@@ -146,11 +154,13 @@ def main(run: Run) -> None:
     engines = build_teachers(run)
     teachers = TeacherPool(
         engines, run.routes, cfg.loss,
-        payload=payload_of(cfg.loss), shared_vocab=run.facts.shared_vocab, device=run.device,
+        payload=payload_of(cfg.loss), cache_bytes=cfg.rollout.teacher_cache_bytes, shared_vocab=run.facts.shared_vocab,
+        device=run.device,
     )  # fmt: skip
     colocation = Colocation(rollout_engine, student, engines, run.run_dir / "ledger.jsonl", distributed.rank())
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
     logprob_temperature = None if cfg.loss.is_mode == "none" else cfg.rollout.temperature
+    inner_updates = cfg.batch.inner_updates
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
@@ -176,21 +186,27 @@ def main(run: Run) -> None:
 
             micro_batches = make_micro_batches(
                 rollouts, scores,
-                micro_batch_size=cfg.batch.micro_batch_size, pad_id=run.facts.pad_id, domains=run.domains,
+                micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
+                packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
                 if cfg.run.parity_every and step % cfg.run.parity_every == 0:
                     log_mismatch(metrics, student, micro_batches, cfg.rollout.temperature)
-                for mb in micro_batches:
-                    out = student.loss(mb, loss_of_token, domains=run.domains, logprob_temperature=logprob_temperature)
-                    scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
-                    student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
-                    metrics.merge(out.metrics)
+                for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
+                    for mb in micro_batches:
+                        out = student.loss(
+                            mb, loss_of_token, domains=run.domains, logprob_temperature=logprob_temperature
+                        )
+                        scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
+                        student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
+                        metrics.merge(out.metrics)
+                    learning_rate = learning_rate_at(
+                        step * inner_updates + update, cfg.run.num_steps * inner_updates, cfg.optim
+                    )
+                    grad_norm = student.step(learning_rate)
                 teachers.release_head()
-                learning_rate = learning_rate_at(step, cfg.run.num_steps, cfg.optim)
-                grad_norm = student.step(learning_rate)
 
             with colocation.phase("sync"), metrics.timed("sync"):
                 state.policy_version = weight_sync.push(student, rollout_engine, version=step + 1)

@@ -99,6 +99,10 @@ class RolloutConfig:
     teacher_kv_cache_gib: float = option(
         0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates."
     )
+    teacher_cache_bytes: int = option(
+        16 << 30,
+        "Host memory of a rank for the teachers' hidden states of a step, bytes; beyond it tokens are scored on support_k.",
+    )
 
 
 LossName = Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "reverse_kl_pg"]
@@ -111,12 +115,12 @@ class LossConfig:
     loss: LossName = option(
         "reverse_kl", "Divergence from the teacher, or reverse_kl_pg: the policy gradient of the reverse KL."
     )
-    support: Literal["auto", "full", "teacher_topk", "sampled"] = option(
+    support: Literal["auto", "full", "union_topk", "teacher_topk", "sampled"] = option(
         "auto", "Tokens the loss sums over at each position; auto is full, and sampled for reverse_kl_pg."
     )
-    support_k: int = option(64, "Size of the teacher_topk support.")
+    support_k: int = option(64, "Tokens that each side brings to the supports teacher_topk and union_topk.")
     tail: Literal["bucket", "generalized", "renormalize", "truncate"] = option(
-        "bucket", "What happens to the mass outside the teacher_topk support."
+        "bucket", "What happens to the mass outside a top-k support."
     )
     estimator: Literal["auto", "k1", "k2", "k3"] = option(
         "auto", "Estimate of the reverse KL at the sampled token; auto is k3, and k1 for reverse_kl_pg."
@@ -140,14 +144,20 @@ class LossConfig:
         "Task reward, for training and evaluation: exact_match, last_number, or module:function(prompt, text) -> float. "
         "DOMAIN=REWARD sets one domain's.",
     )
-    loss_chunk_mib: int = option(256, "Memory for the logits of one chunk of loss tokens, MiB.")
+    overlap_k: int = option(16, "Top tokens of both sides that the overlap diagnostics compare; 0 is off.")
+    loss_chunk_bytes: int = option(256 << 20, "Memory for the logits of one chunk of loss tokens, bytes.")
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How a step is cut into micro-batches."""
+    """How a step is cut into micro-batches, and how often it is trained on."""
 
     micro_batch_size: int = option(8, "Sequences in one forward and backward pass per rank.")
+    max_tokens_per_micro_batch: int = option(
+        0, "Cut micro-batches by tokens, padding included, instead of sequences; 0 is off."
+    )
+    packing: bool = option(False, "Put a micro-batch's sequences end to end instead of padding them.")
+    inner_updates: int = option(1, "Optimizer steps on each batch of rollouts; the teachers score it once.")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opd import diagnostics
 from opd.config import LossConfig
-from opd.losses import divergence, kl_estimate, support_divergence
-from opd.topk import gather_logprobs, upcast
+from opd.heads import OutputHead
+from opd.logits import LogitsChunk
+from opd.losses import kl_estimate, support_divergence
+from opd.topk import union_support, upcast
 from opd.types import MicroBatch, TeacherPayload, TeacherSlice
 
-HeadOf = Callable[[str], Tensor]  # teacher name -> its head [V, H] on the device
+HeadOf = Callable[[str], OutputHead]  # teacher name -> its head on the device, cut to the shared vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,19 @@ class Comparison:
     divergence_C: Tensor | None  # None for the policy gradient, which has none
     student_logprobs_C: Tensor  # of the sampled token, differentiable
     teacher_logprobs_C: Tensor  # of the sampled token: sum_i w_i log q_i
-    stats: dict[str, Tensor]  # metric key -> [C], detached
+    stats: dict[str, Tensor]  # metric key -> [C], detached; NaN where a token is not covered
+
+
+@dataclass(frozen=True, slots=True)
+class _Against:
+    """One teacher's part of the comparison, for M tokens; the teacher's top tokens are at hand unless only one was sent."""
+
+    divergence_M: Tensor
+    teacher_logprobs_M: Tensor
+    teacher_entropy_M: Tensor
+    topk_ids_MK: Tensor | None = None
+    topk_logprobs_MK: Tensor | None = None
+    support_mass_M: tuple[Tensor, Tensor] | None = None  # student's and teacher's
 
 
 def support_of(cfg: LossConfig) -> str:
@@ -41,41 +56,51 @@ def support_of(cfg: LossConfig) -> str:
 
 def payload_of(cfg: LossConfig) -> TeacherPayload:
     """What the loss needs from a teacher: the smallest thing that keeps it exact."""
-    payloads: dict[str, TeacherPayload] = {"full": "hidden", "teacher_topk": "topk", "sampled": "sampled"}
+    payloads: dict[str, TeacherPayload] = {
+        "full": "hidden", "union_topk": "topk+hidden", "teacher_topk": "topk", "sampled": "sampled",
+    }  # fmt: skip
     return payloads[support_of(cfg)]
 
 
-def compare(
-    logits_CV: Tensor, rows: slice, mb: MicroBatch, *, head_of: HeadOf, shared_vocab: int, cfg: LossConfig
-) -> Comparison:
+def compare(logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf, cfg: LossConfig) -> Comparison:
     """Compares a chunk of student logits (tokens `rows` of N) with every teacher that speaks about them."""
-    logits_CV = logits_CV[:, :shared_vocab]
     labels_C = mb.at_loss_tokens(mb.labels_BS)[rows]
-    student_logprobs_C = gather_logprobs(logits_CV / cfg.loss_temperature, labels_C)
-    zero_C = torch.zeros_like(student_logprobs_C)
-    divergence_C = zero_C + student_logprobs_C[:0].sum()  # connected: no teacher speaks about a filler
-    teacher_logprobs_C = zero_C
-    stats = {key: zero_C for key in _stat_keys(cfg)}
+    student_logprobs_C = logits.logprobs(labels_C)
+    divergence_C = teacher_logprobs_C = torch.zeros_like(student_logprobs_C)
+    student_topk_CK = None
+    if support_of(cfg) != "sampled" and cfg.overlap_k > 0:
+        student_topk_CK = logits.top_k(min(cfg.overlap_k, logits.vocab))
+    stats = diagnostics.Average(diagnostics.keys_of(cfg, support_of(cfg)), student_logprobs_C)
     for part, index_M in _parts(mb, rows):
-        covers_all = len(index_M) == len(labels_C)
-        logits_MV = logits_CV if covers_all else logits_CV[index_M]
-        student_M = student_logprobs_C if covers_all else student_logprobs_C[index_M]
-        divergence_M, teacher_M, part_stats = _against(part, logits_MV, student_M, labels_C[index_M], head_of, cfg)
-        divergence_C = divergence_C.index_add(0, index_M, part.weights_M * divergence_M)
-        teacher_logprobs_C = teacher_logprobs_C.index_add(0, index_M, part.weights_M * teacher_M)
-        for key, value_M in part_stats.items():
-            stats[key] = stats[key].index_add(0, index_M, part.weights_M * value_M.detach())
+        # None is all of the chunk, the usual case: micro-batches are ordered by teacher.
+        index = None if len(index_M) == len(labels_C) else index_M
+        against = _against(part, logits, labels_C[index_M], index, head_of, cfg)
+        divergence_C = divergence_C.index_add(0, index_M, part.weights_M * against.divergence_M)
+        teacher_logprobs_C = teacher_logprobs_C.index_add(0, index_M, part.weights_M * against.teacher_logprobs_M)
+        with torch.no_grad():
+            values = {
+                "distill/spilled": torch.full_like(against.teacher_entropy_M, float(part.hidden_MH is None)),
+                "distill/teacher_entropy": against.teacher_entropy_M,
+                "distill/entropy_gap": (against.teacher_entropy_M - logits.entropy_C[index_M]).abs(),
+                "distill/k3": kl_estimate(student_logprobs_C[index_M], against.teacher_logprobs_M, estimator="k3"),
+            }
+            if against.support_mass_M is not None:
+                values["distill/student_mass"], values["distill/teacher_mass"] = against.support_mass_M
+            if student_topk_CK is not None and against.topk_ids_MK is not None:
+                K = student_topk_CK.shape[1]
+                ids_MK = against.topk_ids_MK[:, :K]
+                values |= diagnostics.overlap_of(
+                    student_topk_CK[index_M], ids_MK, logits.gather(ids_MK, index), against.topk_logprobs_MK[:, :K]
+                )
+            stats.add(index_M, part.weights_M, {key: values[key] for key in values.keys() & stats.sums.keys()})
     with torch.no_grad():
-        stats["distill/k1"] = student_logprobs_C - teacher_logprobs_C
-        stats["distill/student_entropy"] = _entropy(logits_CV / cfg.loss_temperature)
-    return Comparison(
-        None if cfg.loss == "reverse_kl_pg" else divergence_C, student_logprobs_C, teacher_logprobs_C, stats
-    )
-
-
-def _stat_keys(cfg: LossConfig) -> tuple[str, ...]:
-    keys = ("distill/k3", "distill/teacher_entropy")
-    return (*keys, "distill/student_mass", "distill/teacher_mass") if support_of(cfg) == "teacher_topk" else keys
+        found = stats.values()
+        found["distill/k1"] = student_logprobs_C - teacher_logprobs_C
+        found["distill/advantage_abs"] = found["distill/k1"].abs()
+        found["distill/student_entropy"] = logits.entropy_C
+        found |= diagnostics.by_position("distill/k1", found["distill/k1"], mb.response_thirds_N[rows])
+    is_pg = cfg.loss == "reverse_kl_pg"
+    return Comparison(None if is_pg else divergence_C, student_logprobs_C, teacher_logprobs_C, found)
 
 
 def _parts(mb: MicroBatch, rows: slice) -> Iterator[tuple[TeacherSlice, Tensor]]:
@@ -83,56 +108,63 @@ def _parts(mb: MicroBatch, rows: slice) -> Iterator[tuple[TeacherSlice, Tensor]]
     for whole in mb.teacher_slices:
         bounds = torch.tensor([rows.start, rows.stop], device=whole.token_index_M.device)
         start, stop = torch.searchsorted(whole.token_index_M, bounds).tolist()
-        if start == stop:
-            continue
-
-        def cut(values: Tensor | None, start=start, stop=stop) -> Tensor | None:
-            return None if values is None else values[start:stop]
-
-        part = TeacherSlice(
-            teacher=whole.teacher,
-            token_index_M=cut(whole.token_index_M),
-            weights_M=cut(whole.weights_M),
-            sampled_logprobs_M=cut(whole.sampled_logprobs_M),
-            entropy_M=cut(whole.entropy_M),
-            topk_ids_MK=cut(whole.topk_ids_MK),
-            topk_logprobs_MK=cut(whole.topk_logprobs_MK),
-            hidden_MH=cut(whole.hidden_MH),
-        )
-        yield part, part.token_index_M - rows.start
+        if start < stop:
+            part = whole.cut(start, stop)
+            yield part, part.token_index_M - rows.start
 
 
 def _against(
-    part: TeacherSlice, logits_MV: Tensor, student_M: Tensor, labels_M: Tensor, head_of: HeadOf, cfg: LossConfig
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(divergence [M], the teacher's log-probability of the sampled token [M], statistics) for one teacher."""
+    part: TeacherSlice, logits: LogitsChunk, labels_M: Tensor, index_M: Tensor | None, head_of: HeadOf, cfg: LossConfig
+) -> _Against:
+    """One teacher on the support that the loss asks for, or on its top-k where the cache had no room for hidden states."""
     support = support_of(cfg)
-    form = {"kind": cfg.loss, "jsd_beta": cfg.jsd_beta, "skew_alpha": cfg.skew_alpha}
-    stats = {}
-    if support == "full":
-        head_VH = head_of(part.teacher)
-        with torch.no_grad():
-            teacher_logits_MV = upcast(F.linear(part.hidden_MH.to(head_VH.dtype), head_VH))
-            teacher_M = gather_logprobs(teacher_logits_MV / cfg.loss_temperature, labels_M)
-            stats["distill/teacher_entropy"] = _entropy(teacher_logits_MV / cfg.loss_temperature)
-        divergence_M = divergence(logits_MV, teacher_logits_MV, temperature=cfg.loss_temperature, **form)
-    else:
-        teacher_M = part.sampled_logprobs_M
-        stats["distill/teacher_entropy"] = part.entropy_M
-        if support == "teacher_topk":
-            student_MK = gather_logprobs(logits_MV / cfg.loss_temperature, part.topk_ids_MK)
-            divergence_M = support_divergence(student_MK, part.topk_logprobs_MK, tail=cfg.tail, **form)
-            stats["distill/student_mass"] = student_MK.exp().sum(-1)
-            stats["distill/teacher_mass"] = part.topk_logprobs_MK.exp().sum(-1)
-        elif cfg.loss == "reverse_kl_pg":
+    if support == "full" and part.hidden_MH is not None:
+        head = head_of(part.teacher)
+        seen = logits.divergence(
+            part.hidden_MH.to(head.weight_VH.dtype), head, labels_M, index_M,
+            kind=cfg.loss, jsd_beta=cfg.jsd_beta, skew_alpha=cfg.skew_alpha, topk=min(cfg.overlap_k, logits.vocab),
+        )  # fmt: skip
+        return _Against(
+            seen.divergence_M, seen.sampled_logprobs_M, seen.entropy_M, seen.topk_ids_MK, seen.topk_logprobs_MK
+        )
+    if support == "sampled":
+        student_M = logits.logprobs(labels_M, index_M)
+        if cfg.loss == "reverse_kl_pg":
             divergence_M = torch.zeros_like(student_M)
         else:
             estimator = "k3" if cfg.estimator == "auto" else cfg.estimator
-            divergence_M = kl_estimate(student_M, teacher_M, estimator=estimator)
-    stats["distill/k3"] = kl_estimate(student_M.detach(), teacher_M, estimator="k3")
-    return divergence_M, teacher_M, stats
+            divergence_M = kl_estimate(student_M, part.sampled_logprobs_M, estimator=estimator)
+        return _Against(divergence_M, part.sampled_logprobs_M, part.entropy_M)
+    ids_MK, teacher_MK, repeated_MK = part.topk_ids_MK, part.topk_logprobs_MK, None
+    if support == "union_topk" and part.hidden_MH is not None:
+        ids_MK, teacher_MK, repeated_MK = _union(part, logits, index_M, head_of(part.teacher), cfg)
+    student_MK = logits.logprobs(ids_MK, index_M)
+    if repeated_MK is not None:  # an empty slot on both sides
+        student_MK = student_MK.masked_fill(repeated_MK, -torch.inf)
+        teacher_MK = teacher_MK.masked_fill(repeated_MK, -torch.inf)
+    divergence_M = support_divergence(
+        student_MK, teacher_MK, kind=cfg.loss, tail=cfg.tail, jsd_beta=cfg.jsd_beta, skew_alpha=cfg.skew_alpha
+    )
+    mass = (student_MK.detach().exp().sum(-1), teacher_MK.exp().sum(-1))
+    return _Against(
+        divergence_M, part.sampled_logprobs_M, part.entropy_M, part.topk_ids_MK, part.topk_logprobs_MK, mass
+    )
 
 
-def _entropy(logits_NV: Tensor) -> Tensor:
-    logprobs_NV = logits_NV.log_softmax(-1)
-    return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+@torch.no_grad()
+def _union(
+    part: TeacherSlice, logits: LogitsChunk, index_M: Tensor | None, head: OutputHead, cfg: LossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, teacher's log-probabilities, is a repetition), each [M, 2K]: the teacher's top-k and the student's, of now.
+
+    The teacher's logits at the student's tokens are K products of a hidden state with rows of the head, not V of them.
+    """
+    K = part.topk_ids_MK.shape[1]
+    student_ids_MK = logits.top_k(K, index_M)
+    weight_MKH = F.embedding(student_ids_MK, head.weight_VH)
+    z_MK = torch.einsum("mh,mkh->mk", part.hidden_MH.to(weight_MKH.dtype), weight_MKH)
+    if head.bias_V is not None:
+        z_MK = z_MK + head.bias_V[student_ids_MK]
+    theirs_MK = head.form(upcast(z_MK)) / cfg.loss_temperature - part.logsumexp_M.unsqueeze(-1)
+    ids_MJ, repeated_MJ = union_support(part.topk_ids_MK, student_ids_MK)
+    return ids_MJ, torch.cat([part.topk_logprobs_MK, theirs_MK], dim=-1), repeated_MJ

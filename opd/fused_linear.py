@@ -3,7 +3,9 @@
 Logits are the largest tensor of a language model: 8,192 tokens on a vocabulary of 151,936 are 5 GB in float32, and a
 divergence holds several of that size. Here the tokens are taken a chunk at a time over the whole vocabulary, and since
 a loss is a sum over tokens, a chunk's gradient is complete as soon as its logits are: both gradients are computed in
-the forward, and nothing of the vocabulary's size waits for the backward but the gradient of the weight itself.
+the forward, at the products of the naive form and no more, and nothing of the vocabulary's size waits for the backward
+but the gradient of the weight itself. (A form that throws the logits away and projects again in the backward pays two
+to four products for it; see docs/benchmarks.md.)
 
 Shape legend: N tokens, C tokens of one chunk, H hidden size, V vocabulary, K support size.
 """
@@ -12,18 +14,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opd.losses import divergence
-from opd.topk import upcast
+from opd import kernels
+from opd.heads import LogitForm, OutputHead
+from opd.logits import LogitsChunk, project
 
-TokenLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
+TokenLoss = Callable[[LogitsChunk, slice], tuple[Tensor, dict[str, Tensor]]]
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
-# How many tensors of the logits' size a token loss is reckoned to hold at once, when chunk_bytes becomes tokens.
-LIVE_BUFFERS = 4
+# Tensors of a chunk's logits' size that exist at once: the student's logits and a teacher's.
+LIVE_BUFFERS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,32 +41,39 @@ class HiddenScores:
 
 def fused_linear_loss(
     hidden_NH: Tensor,
-    weight_VH: Tensor,
+    head: OutputHead,
     token_loss: TokenLoss,
     *,
-    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab: int | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens of `token_loss(hidden @ weight.T + bias)`: `(loss_sum [], stats: name -> detached [N])`.
+    """Sum over tokens of `token_loss`: `(loss_sum [], stats: name -> detached [N])`.
 
-    `token_loss(logits_CV, rows)` gets a chunk's logits (float32; float64 if the inputs are) and the slice of N they
-    stand for, and returns `(loss_C, {name: stat_C})`, the same names for every chunk. It may be anything differentiable
-    in the logits that treats tokens one by one. Other tensors it closes over get no gradient.
+    `token_loss(logits, rows)` gets a chunk of logits to read from, `head(hidden) / temperature` over the first `vocab`
+    tokens (all by default), and the slice of N it stands for; it returns `(loss_C, {name: stat_C})`, the same names for
+    every chunk. It may be any differentiable function of its readings that treats tokens one by one; other tensors it
+    closes over get no gradient. One stat is added: `has_gradient`, whether the loss of a token depends on its logits.
 
     Gradients go to hidden, weight and bias, each only if it asks for one (a frozen head costs no weight gradient), in
     their own shape and dtype; the weight's is accumulated in float32 or float64. With N == 0, token_loss sees one chunk
     of no rows and the result is a zero connected to all three, so ranks with and without tokens run the same
     collectives. Half precision: use bfloat16; float16 gradients are formed before any loss scale and can underflow.
+    The backward may run once: it hands the gradients over instead of copying them.
     """
+    weight_VH, bias_V = head.weight_VH, head.bias_V
     assert hidden_NH.ndim == weight_VH.ndim == 2 and hidden_NH.shape[1] == weight_VH.shape[1], (
         f"hidden {hidden_NH.shape}, weight {weight_VH.shape}"
     )
     assert hidden_NH.dtype == weight_VH.dtype, f"hidden {hidden_NH.dtype}, weight {weight_VH.dtype}"
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be greater than 0")
     inputs = (hidden_NH, weight_VH, bias_V)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    loss_sum, stats, gradients = _run_chunks(*inputs, token_loss, wanted, chunk_bytes)
+    pieces = _ChunkedLoss(hidden_NH, head, vocab or len(weight_VH), temperature, wanted)
+    loss_sum, stats = pieces.run(token_loss, chunk_bytes)
     if any(wanted):
-        loss_sum = _PrecomputedGradients.apply(*inputs, loss_sum, *gradients)
+        loss_sum = _PrecomputedGradients.apply(*inputs, loss_sum, pieces.gradients())
     return loss_sum, stats
 
 
@@ -90,19 +99,19 @@ def fused_linear_divergence(
     assert len(hidden_NH) == len(teacher_hidden_NH), f"student {hidden_NH.shape}, teacher {teacher_hidden_NH.shape}"
     assert weights_N is None or weights_N.shape == hidden_NH.shape[:1], f"{weights_N.shape} for {hidden_NH.shape}"
     shared_vocab = min(len(weight_VH), len(teacher_weight_VH))
+    teacher = OutputHead(teacher_weight_VH[:shared_vocab])
 
-    def token_loss(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            teacher_logits_CV = F.linear(teacher_hidden_NH[rows], teacher_weight_VH[:shared_vocab])
-        divergence_C = divergence(
-            logits_CV, teacher_logits_CV, kind=kind, jsd_beta=jsd_beta, skew_alpha=skew_alpha, temperature=temperature
-        )
-        loss_C = divergence_C if weights_N is None else divergence_C * weights_N[rows].detach()
-        return loss_C, {"divergence": divergence_C}
+    def token_loss(logits: LogitsChunk, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        states_CH = teacher_hidden_NH[rows].to(teacher_weight_VH.dtype)
+        labels_C = torch.zeros(len(logits), dtype=torch.long, device=hidden_NH.device)
+        seen = logits.divergence(states_CH, teacher, labels_C, kind=kind, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
+        loss_C = seen.divergence_M if weights_N is None else seen.divergence_M * weights_N[rows].detach()
+        return loss_C, {"divergence": seen.divergence_M}
 
-    # Unless it must be cut, the parameter itself goes in: the backward of a slice would copy the whole gradient.
-    student_weight_VH = weight_VH if len(weight_VH) == shared_vocab else weight_VH[:shared_vocab]
-    return fused_linear_loss(hidden_NH, student_weight_VH, token_loss, chunk_bytes=chunk_bytes)
+    return fused_linear_loss(
+        hidden_NH, OutputHead(weight_VH), token_loss,
+        temperature=temperature, vocab=shared_vocab, chunk_bytes=chunk_bytes,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -113,13 +122,15 @@ def score_hidden(
     *,
     support_k: int = 0,
     bias_V: Tensor | None = None,
+    form: LogitForm = LogitForm(),  # noqa: B008 - frozen
     temperature: float = 1.0,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> HiddenScores:
-    """Scores of `labels_N` (int64, in 0..V-1) under softmax((hidden @ weight.T + bias) / temperature); no gradient.
+    """Scores of `labels_N` (int64, in 0..V-1) under the head's softmax at `temperature`; no gradient.
 
-    `logsumexp_N` and `entropy_N` are at that temperature too. `support_k` > 0 adds the top-k, descending. Raises
-    ValueError for a support_k outside 0..V or a temperature that is not positive.
+    `logsumexp_N` and `entropy_N` are at that temperature too. `support_k` > 0 adds the top-k, descending. All of it is
+    read from a tile of the logits while it is in cache. Raises ValueError for a support_k outside 0..V or a temperature
+    that is not positive.
     """
     if not 0 <= support_k <= len(weight_VH):
         raise ValueError(f"support_k={support_k}: must be between 0 and the vocabulary size {len(weight_VH)}")
@@ -127,14 +138,22 @@ def score_hidden(
         raise ValueError(f"temperature={temperature}: must be greater than 0")
     assert labels_N.shape == hidden_NH.shape[:1], f"labels {labels_N.shape}, hidden {hidden_NH.shape}"
 
+    head = OutputHead(weight_VH, bias_V, form)
     columns: list[list[Tensor]] = [[], [], [], [], []]
-    for rows in _chunks(hidden_NH, weight_VH, chunk_bytes):
-        logits_CV = upcast(F.linear(hidden_NH[rows], weight_VH, bias_V))
-        if temperature != 1.0:
-            logits_CV /= temperature
-        chunk = _score_chunk(logits_CV, labels_N[rows], support_k)
-        for column, value in zip(columns, chunk, strict=True):
-            column.append(value)
+    room_CV = None
+    for chunk in _chunks(len(hidden_NH), weight_VH, chunk_bytes, buffers=1):
+        if room_CV is None:
+            room_CV = _room(weight_VH, chunk.stop - chunk.start)
+        logits_CV = project(hidden_NH[chunk], head, temperature, out=room_CV[: chunk.stop - chunk.start])
+        labels_C = labels_N[chunk].unsqueeze(-1)
+        for rows in kernels.tiles(logits_CV):
+            logits_TV = logits_CV[rows]
+            logsumexp_T, entropy_T = kernels.statistics(logits_TV)
+            top_TK, ids_TK = kernels.top_k(logits_TV, support_k)
+            sampled_T = logits_TV.gather(-1, labels_C[rows]).squeeze(-1)
+            row = (sampled_T - logsumexp_T, logsumexp_T, entropy_T, ids_TK, top_TK - logsumexp_T.unsqueeze(-1))
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
     sampled_N, logsumexp_N, entropy_N, ids_NK, logprobs_NK = (torch.cat(column) for column in columns)
     return HiddenScores(
         sampled_logprobs_N=sampled_N.float(),
@@ -145,106 +164,107 @@ def score_hidden(
     )
 
 
-def _score_chunk(logits_CV: Tensor, labels_C: Tensor, support_k: int) -> tuple[Tensor, ...]:
-    """(sampled logprob, logsumexp, entropy, top-k ids, top-k logprobs); overwrites its own logits and takes one exp.
-
-    With x = logits - max and Z = sum e^x: logprob = x - log Z, entropy = log Z - sum(x e^x) / Z.
-    """
-    max_C1 = logits_CV.amax(dim=-1, keepdim=True)
-    x_CV = logits_CV.sub_(max_C1)
-    exp_CV = x_CV.exp()
-    z_C1 = exp_CV.sum(dim=-1, keepdim=True)
-    entropy_C = (z_C1.log() - exp_CV.mul_(x_CV).sum(dim=-1, keepdim=True) / z_C1).squeeze(-1)
-    top_x_CK, top_ids_CK = x_CV.topk(support_k, dim=-1)
-    sampled_C = (x_CV.gather(-1, labels_C.unsqueeze(-1)) - z_C1.log()).squeeze(-1)
-    return sampled_C, (max_C1 + z_C1.log()).squeeze(-1), entropy_C, top_ids_CK, top_x_CK - z_C1.log()
-
-
 class _PrecomputedGradients(torch.autograd.Function):
-    """Hands out `loss_sum` with gradients that are known already; the backward only scales them."""
+    """Hands out `loss_sum` with gradients that are known already; the backward scales them in place and gives them away."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, loss_sum, *gradients):
-        ctx.save_for_backward(*gradients)
+    def forward(ctx, hidden_NH, weight_VH, bias_V, loss_sum, gradients):
+        ctx.gradients = gradients  # not saved tensors: what autograd may keep as `.grad` need not be copied into it
         return loss_sum.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss_sum):
-        scaled = [None if gradient is None else gradient * grad_loss_sum for gradient in ctx.saved_tensors]
-        return *scaled, None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the backward of a fused loss runs once: its gradients have been handed over")
+        return *(None if gradient is None else gradient.mul_(grad_loss_sum) for gradient in gradients), None, None
 
 
-@torch.no_grad()
-def _run_chunks(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    token_loss: TokenLoss,
-    wanted: list[bool],
-    chunk_bytes: int,
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
-    """(loss_sum, stats, gradients of hidden, weight and bias); a gradient that is not `wanted` is None."""
-    accumulate_dtype = upcast(weight_VH.new_empty(0)).dtype
-    grad_hidden_NH = torch.zeros_like(hidden_NH) if wanted[0] else None
-    grad_weight_VH = torch.zeros_like(weight_VH, dtype=accumulate_dtype) if wanted[1] else None
-    grad_bias_V = torch.zeros_like(bias_V, dtype=accumulate_dtype) if wanted[2] else None
-    losses: list[Tensor] = []
-    stats: dict[str, list[Tensor]] = {}
+class _ChunkedLoss:
+    """One pass over the chunks: losses and stats per token, gradients of hidden, weight and bias where wanted."""
 
-    for rows in _chunks(hidden_NH, weight_VH, chunk_bytes):
-        hidden_CH = hidden_NH[rows]
-        loss_C, chunk_stats, dlogits_CV = _chunk_loss(
-            upcast(F.linear(hidden_CH, weight_VH, bias_V)), rows, token_loss, any(wanted)
+    def __init__(self, hidden_NH: Tensor, head: OutputHead, vocab: int, temperature: float, wanted: list[bool]):
+        self.hidden_NH, self.temperature, self.wanted = hidden_NH.detach(), temperature, wanted
+        weight_VH, bias_V = head.weight_VH.detach(), None if head.bias_V is None else head.bias_V.detach()
+        self.head = OutputHead(weight_VH[:vocab], None if bias_V is None else bias_V[:vocab], head.form)
+        wide = _wide(weight_VH)
+        # Rows beyond `vocab` exist in the gradients, and stay zero.
+        self.grad_hidden_NH = torch.zeros_like(self.hidden_NH) if wanted[0] else None
+        self.grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if wanted[1] else None
+        self.grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if wanted[2] else None
+
+    @torch.no_grad()
+    def run(self, token_loss: TokenLoss, chunk_bytes: int) -> tuple[Tensor, dict[str, Tensor]]:
+        losses: list[Tensor] = []
+        stats: dict[str, list[Tensor]] = {}
+        weight_VH, room_2CV = self.head.weight_VH, None
+        for rows in _chunks(len(self.hidden_NH), weight_VH, chunk_bytes, LIVE_BUFFERS):
+            size = rows.stop - rows.start
+            if room_2CV is None:  # asked for once: fresh memory costs a page fault every 4 KiB
+                room_2CV = _room(weight_VH, 2, size)
+            logits_CV = project(self.hidden_NH[rows], self.head, self.temperature, out=room_2CV[0, :size])
+            loss_C, chunk_stats = self._chunk(logits_CV, room_2CV[1, :size], rows, token_loss)
+            losses.append(loss_C)
+            assert not stats or stats.keys() == chunk_stats.keys(), f"stats {set(stats)}, then {set(chunk_stats)}"
+            for name, stat_C in chunk_stats.items():
+                stats.setdefault(name, []).append(stat_C.detach())
+        # One sum over all tokens, not a sum of chunk sums: the value does not depend on where the chunks end.
+        return torch.cat(losses).sum(), {name: torch.cat(parts) for name, parts in stats.items()}
+
+    def _chunk(
+        self, logits_CV: Tensor, room_CV: Tensor, rows: slice, token_loss: TokenLoss
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = LogitsChunk(
+            logits_CV,
+            form=self.head.form,
+            temperature=self.temperature,
+            want_gradient=any(self.wanted),
+            room_CV=room_CV,
         )
-        losses.append(loss_C)
-        assert not stats or stats.keys() == chunk_stats.keys(), f"stats {set(stats)}, then {set(chunk_stats)}"
-        for name, stat_C in chunk_stats.items():
-            stats.setdefault(name, []).append(stat_C.detach())
-        if grad_bias_V is not None:
-            grad_bias_V += dlogits_CV.sum(dim=0)
-        if grad_hidden_NH is not None or grad_weight_VH is not None:
-            dlogits_CV = dlogits_CV.to(weight_VH.dtype)
-        if grad_hidden_NH is not None:
-            torch.mm(dlogits_CV, weight_VH, out=grad_hidden_NH[rows])
-        if grad_weight_VH is not None:
-            _add_outer(grad_weight_VH, dlogits_CV, hidden_CH)
-        del dlogits_CV  # or it would lie beside the next chunk's logits
+        if not any(self.wanted):
+            return token_loss(logits, rows)
+        with torch.enable_grad():
+            loss_C, stats = token_loss(logits, rows)
+        dlogits_CV, active_C = logits.gradient(loss_C)
+        self._accumulate(dlogits_CV, rows)
+        return loss_C.detach(), {**stats, "has_gradient": active_C.float()}
 
-    # Cast here, not in the backward: what waits for it is then no larger than the weight.
-    gradients = [
-        None if gradient is None else gradient.to(weight_VH.dtype)
-        for gradient in (grad_hidden_NH, grad_weight_VH, grad_bias_V)
-    ]
-    # One sum over all tokens, not a sum of chunk sums: the value does not depend on where the chunks end.
-    return torch.cat(losses).sum(), {name: torch.cat(parts) for name, parts in stats.items()}, gradients
+    def _accumulate(self, dlogits_CV: Tensor, rows: slice) -> None:
+        weight_VH = self.head.weight_VH
+        if self.grad_bias_V is not None:
+            self.grad_bias_V[: len(weight_VH)] += dlogits_CV.sum(dim=0, dtype=self.grad_bias_V.dtype)
+        dlogits_CV = dlogits_CV.to(weight_VH.dtype)
+        if self.grad_hidden_NH is not None:
+            torch.mm(dlogits_CV, weight_VH, out=self.grad_hidden_NH[rows])
+        if self.grad_weight_VH is None:
+            return
+        total_VH, hidden_CH = self.grad_weight_VH[: len(weight_VH)], self.hidden_NH[rows]
+        if total_VH.dtype == hidden_CH.dtype:
+            total_VH.addmm_(dlogits_CV.t(), hidden_CH)
+        else:  # addmm does not mix dtypes
+            total_VH += dlogits_CV.t() @ hidden_CH
 
-
-def _chunk_loss(
-    logits_CV: Tensor, rows: slice, token_loss: TokenLoss, want_gradient: bool
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """(loss_C, stats, dlogits_CV or None) of one chunk; on return, dlogits is all that is left of the logits' size."""
-    if not want_gradient:
-        return *token_loss(logits_CV, rows), None
-    with torch.enable_grad():
-        logits_CV.requires_grad_(True)
-        loss_C, chunk_stats = token_loss(logits_CV, rows)
-        (dlogits_CV,) = torch.autograd.grad(loss_C.sum(), logits_CV)
-    return loss_C.detach(), {name: stat_C.detach() for name, stat_C in chunk_stats.items()}, dlogits_CV
+    def gradients(self) -> list[Tensor | None]:
+        """Of hidden, weight and bias, in the model's dtype: what waits for the backward is no larger than the weight."""
+        found = (self.grad_hidden_NH, self.grad_weight_VH, self.grad_bias_V)
+        self.grad_hidden_NH = self.grad_weight_VH = self.grad_bias_V = None
+        return [None if gradient is None else gradient.to(self.head.weight_VH.dtype) for gradient in found]
 
 
-def _add_outer(total_VH: Tensor, dlogits_CV: Tensor, hidden_CH: Tensor) -> None:
-    """total += dlogits.T @ hidden, in total's precision (addmm does not mix dtypes)."""
-    if total_VH.dtype == hidden_CH.dtype:
-        total_VH.addmm_(dlogits_CV.t(), hidden_CH)
-    else:
-        total_VH += dlogits_CV.t() @ hidden_CH
+def _wide(tensor: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _chunks(hidden_NH: Tensor, weight_VH: Tensor, chunk_bytes: int) -> Iterator[slice]:
+def _room(weight_VH: Tensor, *shape: int) -> Tensor:
+    """Memory for logits, [*shape, V] in float32 or float64."""
+    return weight_VH.new_empty(*shape, len(weight_VH), dtype=_wide(weight_VH))
+
+
+def _chunks(num_tokens: int, weight_VH: Tensor, chunk_bytes: int, buffers: int) -> Iterator[slice]:
     """Slices of N, each as many tokens as chunk_bytes affords, at least 1; one empty slice when N is 0."""
-    num_tokens = len(hidden_NH)
-    bytes_per_token = len(weight_VH) * upcast(weight_VH.new_empty(0)).element_size() * LIVE_BUFFERS
+    bytes_per_token = len(weight_VH) * _wide(weight_VH).itemsize * buffers
     chunk_tokens = max(1, chunk_bytes // bytes_per_token)
     for start in range(0, max(num_tokens, 1), chunk_tokens):
         yield slice(start, min(start + chunk_tokens, num_tokens))

@@ -14,28 +14,49 @@ from opd.types import MicroBatch, Rollout, TeacherScores, TeacherSlice
 
 Scored = tuple[Rollout, tuple[TeacherScores, ...]]
 
+# What a micro-batch costs beside its tokens (weights are gathered and read, kernels started), in full micro-batches. A
+# guess, but not a delicate one: it says how much padding is worth a micro-batch more.
+FIXED_COST = 0.25
+
+# Fields of TeacherScores with one row per response token, and what they are called in a TeacherSlice.
+PAYLOAD = {
+    "sampled_logprobs": "sampled_logprobs_M",
+    "entropy": "entropy_M",
+    "logsumexp": "logsumexp_M",
+    "topk_ids": "topk_ids_MK",
+    "topk_logprobs": "topk_logprobs_MK",
+    "hidden": "hidden_MH",
+}
+
 
 def make_micro_batches(
     rollouts: Sequence[Rollout],
     scores: Sequence[tuple[TeacherScores, ...]],
     *,
     micro_batch_size: int,
+    max_tokens: int = 0,
+    packed: bool = False,
     pad_id: int,
     domains: Sequence[str],
 ) -> list[MicroBatch]:
-    """Right-padded micro-batches on the host, the same number on every rank; ranks with fewer rollouts get fully masked ones.
+    """Right-padded micro-batches on the host, the same number on every rank; ranks with fewer get fully masked ones.
 
-    Rollouts are ordered by teacher and then by length: little padding, and one teacher's head is needed at a time. Losses
+    Rollouts are ordered by teacher and then by length: little padding, and one teacher's head is needed at a time. A
+    micro-batch is `micro_batch_size` of them; or, with `max_tokens` > 0, as many as fit that many tokens: rows times the
+    longest, both after the shift, or, for a student that runs its rows `packed` into one, the sum of lengths. Losses
     are sums over tokens divided by one global count, so neither the order nor the split changes a gradient.
-    Collective. Raises ValueError if a rollout has no scores.
+    Collective. Raises ValueError if a rollout has no scores, or is longer than `max_tokens`.
     """
     scored = sorted(
         zip(rollouts, scores, strict=True),
         key=lambda item: ([score.teacher for score in item[1]], _length(item[0]), item[0].prompt.prompt_id),
     )
-    count = -(-len(scored) // micro_batch_size)
-    (most,) = distributed.all_reduce([count], "max")
-    groups = [scored[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(int(most))]
+    if max_tokens:
+        groups = _cut_by_tokens(scored, max_tokens, packed)
+    else:
+        groups = [scored[i : i + micro_batch_size] for i in range(0, len(scored), micro_batch_size)]
+    (most,) = distributed.all_reduce([len(groups)], "max")
+    groups += [[]] * (int(most) - len(groups))
     return [collate(group, pad_id=pad_id, domains=domains) for group in groups]
 
 
@@ -91,9 +112,42 @@ def _per_row(values: list, filler, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values or [filler], dtype=dtype)
 
 
+def _cut_by_tokens(scored: list[Scored], max_tokens: int, packed: bool) -> list[list[Scored]]:
+    """Runs of neighbours of at most `max_tokens` each: of all such cuts, the one that costs least.
+
+    A greedy cut has the fewest runs, since a part of a run that fits fits too, but it fills short rows up with long ones.
+    8 rows of 10 tokens and 2 of 100 fit 1,000 tokens in one piece; cut in two, they are 280.
+    """
+    lengths = [_length(rollout) - 1 for rollout, _ in scored]
+    best = [(0.0, 0)]  # of the first 0, 1, 2, ... rows: (tokens to compute and fixed costs, where the last run starts)
+    for end, length in enumerate(lengths, 1):
+        if length > max_tokens:
+            raise ValueError(
+                f"--max_tokens_per_micro_batch {max_tokens}: prompt {scored[end - 1][0].prompt.prompt_id} and its response "
+                f"need {length}; give at least that, or lower --max_prompt_tokens or --max_response_tokens"
+            )
+        options, widest, total = [], 0, 0
+        for start in range(end - 1, -1, -1):
+            widest, total = max(widest, lengths[start]), total + lengths[start]
+            tokens = total if packed else widest * (end - start)
+            if tokens > max_tokens:
+                break
+            options.append((best[start][0] + tokens + FIXED_COST * max_tokens, start))
+        best.append(min(options))
+    runs, end = [], len(scored)
+    while end > 0:
+        start = best[end][1]
+        runs.append(scored[start:end])
+        end = start
+    return runs[::-1]
+
+
 def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
-    """Groups the rows' scores by teacher. Row by row, the loss tokens are the responses, one after the other."""
-    parts: dict[str, list[tuple[Tensor, TeacherScores]]] = {}
+    """Groups the rows' scores by teacher and by what the teacher gave: a cache that is full gives less for some rows.
+
+    Row by row, the loss tokens are the responses, one after the other.
+    """
+    parts: dict[tuple[str, ...], list[tuple[Tensor, TeacherScores]]] = {}
     offset = 0
     for rollout, row_scores in scored:
         L = len(rollout.response_ids)
@@ -101,34 +155,33 @@ def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
             raise ValueError(f"prompt {rollout.prompt.prompt_id} ({rollout.prompt.domain}): no teacher scored it")
         for score in row_scores:
             _check_aligned(score, L, rollout)
-            parts.setdefault(score.teacher, []).append((torch.arange(offset, offset + L), score))
+            given = tuple(name for name in PAYLOAD if getattr(score, name) is not None)
+            parts.setdefault((score.teacher, *given), []).append((torch.arange(offset, offset + L), score))
         offset += L
-
-    def joined(rows: list[TeacherScores], name: str) -> Tensor | None:
-        values = [getattr(score, name) for score in rows]
-        return None if values[0] is None else torch.cat(values)
-
-    slices = []
-    for teacher, entries in parts.items():
-        indices, rows = [index for index, _ in entries], [score for _, score in entries]
-        weights = [torch.full((len(index),), score.weight) for index, score in entries]
-        slices.append(
-            TeacherSlice(
-                teacher=teacher,
-                token_index_M=torch.cat(indices),
-                weights_M=torch.cat(weights),
-                sampled_logprobs_M=joined(rows, "sampled_logprobs"),
-                entropy_M=joined(rows, "entropy"),
-                topk_ids_MK=joined(rows, "topk_ids"),
-                topk_logprobs_MK=joined(rows, "topk_logprobs"),
-                hidden_MH=joined(rows, "hidden"),
-            )
+    return tuple(
+        TeacherSlice(
+            teacher=teacher,
+            token_index_M=_host_cat([index for index, _ in entries]),
+            weights_M=_host_cat([torch.full((len(index),), score.weight) for index, score in entries]),
+            **{
+                PAYLOAD[name]: _host_cat([getattr(score, name) for _, score in entries]) if name in given else None
+                for name in PAYLOAD
+            },
         )
-    return tuple(slices)
+        for (teacher, *given), entries in parts.items()
+    )
+
+
+def _host_cat(values: list[Tensor]) -> Tensor:
+    """Joined along the first axis, in page-locked memory where there is a GPU: its copy from there blocks nobody."""
+    if not torch.cuda.is_available():
+        return torch.cat(values)
+    shape = (sum(len(value) for value in values), *values[0].shape[1:])
+    return torch.cat(values, out=torch.empty(shape, dtype=values[0].dtype, pin_memory=True))
 
 
 def _check_aligned(score: TeacherScores, L: int, rollout: Rollout) -> None:
-    for name in ("sampled_logprobs", "entropy", "topk_ids", "topk_logprobs", "hidden"):
+    for name in PAYLOAD:
         value = getattr(score, name)
         assert value is None or len(value) == L, (
             f"prompt {rollout.prompt.prompt_id}: {score.teacher}.{name} has {len(value)} rows for {L} response tokens"

@@ -18,19 +18,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from opd.config import to_dict
 from opd.data import PromptSet
+from opd.heads import logit_form, weights_beside_the_head
 from opd.rows import one_line
 from opd.validation import load_ds_config
-
-# What a model may do to its logits after the lm_head, and the values at which it does nothing.
-LOGIT_TRANSFORMS = {
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-    "output_multiplier": (None, 1),
-    "logits_mup_width_multiplier": (None, 1),
-}
 
 # Keys that make a run another run. With --resume auto, everything else may change between two starts.
 RUN_IDENTITY = ("student_model", "teachers", "data", "domain_key", "loss", "seed")
@@ -129,17 +119,19 @@ def _eos_ids(flag: str, path: str, model_config: PreTrainedConfig, tokenizer) ->
     return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def _check_head(flag: str, path: str, model_config: PreTrainedConfig, head: torch.nn.Module | None) -> None:
-    """Scores are `hidden @ lm_head.T`; a model that does more to its logits would be scored wrongly, in silence."""
-    reason = "scores are computed from hidden states and the lm_head, so choose a model without it"
-    for part in (model_config, model_config.get_text_config()):
-        for name, neutral in LOGIT_TRANSFORMS.items():
-            if getattr(part, name, None) not in neutral:
-                raise ValueError(f"{flag} {path}: its logits are changed by {name} = {getattr(part, name)}; {reason}")
-    if head is None:
-        raise ValueError(f"{flag} {path}: {model_config.model_type} has no lm_head; give a causal language model")
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"{flag} {path}: its lm_head has a bias; {reason}")
+def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
+    """Scores are computed from hidden states and the head; a model that does more would be scored wrongly, in silence."""
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{flag} {path}: {model.config.model_type} has no lm_head; give a causal language model")
+    try:
+        logit_form(model.config)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: {error}") from None
+    if names := weights_beside_the_head(model):
+        raise ValueError(
+            f"{flag} {path}: {model.config.model_type} has weights between its hidden states and its lm_head ({names[0]}), "
+            "which scores from hidden states do not reproduce; choose a causal language model without them"
+        )
 
 
 def _read_model(flag: str, path: str, tokenizer, trust_remote_code: bool) -> ModelFact:
@@ -158,8 +150,8 @@ def _read_model(flag: str, path: str, tokenizer, trust_remote_code: bool) -> Mod
             "architecture",
             lambda: AutoModelForCausalLM.from_config(model_config, dtype="float32", **options),
         )
+    _check_head(flag, path, model)
     head = model.get_output_embeddings()
-    _check_head(flag, path, model_config, head)
     eos_ids = _eos_ids(flag, path, model_config, tokenizer)
     text_config = model_config.get_text_config()
     if not eos_ids or not all(0 <= e < head.weight.shape[0] for e in eos_ids):
@@ -247,7 +239,7 @@ def memory_table(config, facts: ModelFacts, *, world_size: int, use_cuda: bool) 
         ("student parameters", size * width // shard[3], everywhere),
         ("student gradients", size * width // shard[2], ("train",)),
         ("optimizer states", size * (12 if is_bf16 else 8) // shard[1], ("train",)),
-        ("logits of one chunk", config.loss.loss_chunk_mib * 2**20, ("score", "train")),
+        ("logits of one chunk", config.loss.loss_chunk_bytes, ("score", "train")),
         ("largest teacher lm_head", max(heads), ("score", "train")),
         ("rollout engine weights", size * width, ("rollout", "sync")),
         ("rollout KV cache", int(config.rollout.rollout_kv_cache_gib * 2**30), ("rollout",)),

@@ -18,10 +18,11 @@ import torch
 
 from opd import checkpoint, config, content, data, distributed, evaluation, export, preflight, report, rewards
 from opd.deepspeed_engine import check_ds_config
+from opd.heads import find_head, load_head
 from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.rollout import RolloutEngine
-from opd.student import Student, resolve_dtype
-from opd.teachers import ColocatedTeacher, find_head, load_head
+from opd.student import LossSettings, Student, resolve_dtype
+from opd.teachers import ColocatedTeacher
 from opd.types import LoopState, Prompt
 from opd.validation import load_ds_config
 from opd.vllm_engine import HiddenStateEngine
@@ -173,8 +174,8 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     return run
 
 
-# May change under a resumed run, say after it ran out of memory: they decide what fits, not what is computed.
-_MEMORY_ONLY = ("rollout_kv_cache_gib", "teacher_kv_cache_gib", "enforce_eager", "loss_chunk_mib")
+# May change under a resumed run, say after it ran out of memory: they decide what fits or is shown, not what is computed.
+_WITHOUT_EFFECT = ("rollout_kv_cache_gib", "teacher_kv_cache_gib", "enforce_eager", "loss_chunk_bytes", "overlap_k")
 
 
 def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
@@ -185,12 +186,13 @@ def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
             t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.weight} for t in cfg.teachers
         },
         "data": data_hash,
-        "loss": {k: v for k, v in dataclasses.asdict(cfg.loss).items() if k not in _MEMORY_ONLY},
+        "loss": {k: v for k, v in dataclasses.asdict(cfg.loss).items() if k not in _WITHOUT_EFFECT},
         "algorithm": dataclasses.asdict(cfg.gkd) if hasattr(cfg, "gkd") else {},
         "optim": dataclasses.asdict(cfg.optim),
-        "rollout": {k: v for k, v in dataclasses.asdict(cfg.rollout).items() if k not in _MEMORY_ONLY},
+        "rollout": {k: v for k, v in dataclasses.asdict(cfg.rollout).items() if k not in _WITHOUT_EFFECT},
         "domain_weights": cfg.data.domain_weights,
         "num_steps": cfg.run.num_steps,  # the learning rate depends on it
+        "inner_updates": cfg.batch.inner_updates,
         "seed": cfg.run.seed,
     }
 
@@ -227,7 +229,11 @@ def build_student(run: Run) -> Student:
     """The student under DeepSpeed. Collective: its weights are sharded while they load."""
     cfg = run.cfg
     with _console_to_log(run.run_dir):
-        return Student(cfg.model, cfg.optim, run.ds_config, loss_chunk_mib=cfg.loss.loss_chunk_mib, device=run.device)
+        settings = LossSettings(
+            temperature=cfg.loss.loss_temperature, shared_vocab=run.facts.shared_vocab,
+            chunk_bytes=cfg.loss.loss_chunk_bytes, packing=cfg.batch.packing,
+        )  # fmt: skip
+        return Student(cfg.model, cfg.optim, run.ds_config, settings=settings, device=run.device)
 
 
 def build_teachers(run: Run) -> list[ColocatedTeacher]:

@@ -5,6 +5,7 @@ B sequences, S padded length, N loss tokens of a micro-batch, C tokens of one ch
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,10 +16,25 @@ from opd import distributed
 from opd.config import ModelConfig, OptimConfig
 from opd.deepspeed_engine import ShardedEngine
 from opd.fused_linear import fused_linear_loss, score_hidden
+from opd.heads import OutputHead, logit_form
+from opd.logits import LogitsChunk
 from opd.types import LossOutput, MicroBatch
 
-# (logits_CV, rows, micro_batch, logprobs_N or None) -> (loss_C, {metric key: value_C})
-TokenLoss = Callable[[Tensor, slice, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+# (logits, rows, micro_batch, logprobs_N or None) -> (loss_C, {metric key: value_C})
+TokenLoss = Callable[[LogitsChunk, slice, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+
+# Statistics whose sums per domain are shares of the whole batch: statistic -> metric.
+SHARES = {"distill/advantage_abs": "distill/advantage_share", "distill/has_gradient": "distill/gradient_token_share"}
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How the student forms the logits of its loss."""
+
+    temperature: float = 1.0
+    shared_vocab: int | None = None  # tokens that all models know; None is all of the student's
+    chunk_bytes: int = 256 << 20
+    packing: bool = False  # sequences of a micro-batch end to end, without padding
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -46,38 +62,48 @@ class _ModelWithLoss(nn.Module):
     `lm_head.weight` itself, not its output; so the loss lives here and the weight is registered as external.
     """
 
-    def __init__(self, model: nn.Module, chunk_bytes: int):
+    def __init__(self, model: nn.Module, settings: LossSettings):
         super().__init__()
-        self.model = model
-        self.chunk_bytes = chunk_bytes
+        self.model, self.settings = model, settings
+        self.form = logit_form(model.config)
 
     def forward(self, mb: MicroBatch, token_loss: TokenLoss | None, logprob_temperature: float | None):
         """With `token_loss`: (loss_sum [], stats key -> [N]). Without: the labels' log-probabilities [N], no gradient."""
-        states_BSH = self.model.base_model(
-            input_ids=mb.input_ids_BS, attention_mask=mb.attention_mask_BS, use_cache=False
-        ).last_hidden_state
-        hidden_NH = states_BSH[mb.loss_mask_BS]
-        head = self.model.get_output_embeddings()
+        hidden_NH = self._hidden_states(mb)
+        linear, settings = self.model.get_output_embeddings(), self.settings
+        head = OutputHead(linear.weight, getattr(linear, "bias", None), self.form)
         logprobs_N = None
         if logprob_temperature is not None:
-            with torch.no_grad():
-                logprobs_N = score_hidden(
-                    hidden_NH.detach(), head.weight, mb.at_loss_tokens(mb.labels_BS), bias_V=head.bias,
-                    temperature=logprob_temperature, chunk_bytes=self.chunk_bytes,
-                ).sampled_logprobs_N  # fmt: skip
+            logprobs_N = score_hidden(
+                hidden_NH.detach(), head.weight_VH, mb.at_loss_tokens(mb.labels_BS), bias_V=head.bias_V, form=head.form,
+                temperature=logprob_temperature, chunk_bytes=settings.chunk_bytes,
+            ).sampled_logprobs_N  # fmt: skip
         if token_loss is None:
             return logprobs_N
-        return fused_linear_loss(
-            hidden_NH, head.weight, lambda logits_CV, rows: token_loss(logits_CV, rows, mb, logprobs_N),
-            bias_V=head.bias, chunk_bytes=self.chunk_bytes,
+        loss_sum, stats = fused_linear_loss(
+            hidden_NH, head, lambda logits, rows: token_loss(logits, rows, mb, logprobs_N),
+            temperature=settings.temperature, vocab=settings.shared_vocab, chunk_bytes=settings.chunk_bytes,
         )  # fmt: skip
+        stats["distill/has_gradient"] = stats.pop("has_gradient")
+        return loss_sum, stats
+
+    def _hidden_states(self, mb: MicroBatch) -> Tensor:
+        """[N, H] at the loss tokens, in row-major order, padded or packed."""
+        if not self.settings.packing:
+            inputs = {"input_ids": mb.input_ids_BS, "attention_mask": mb.attention_mask_BS}
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state[mb.loss_mask_BS]
+        # Without a mask, positions that start again at 0 tell transformers where the next sequence begins.
+        real_BS = mb.attention_mask_BS
+        inputs = {"input_ids": mb.input_ids_BS[real_BS], "position_ids": (real_BS.cumsum(-1) - 1)[real_BS]}
+        inputs = {name: row_T.unsqueeze(0) for name, row_T in inputs.items()}
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state[0, mb.loss_mask_BS[real_BS]]
 
 
 class Student:
     """Owns the model and its optimizer. Every method but `learning_rate_at` is collective under ZeRO-3."""
 
     def __init__(
-        self, model: ModelConfig, optim: OptimConfig, ds_config: dict, *, loss_chunk_mib: int, device: torch.device
+        self, model: ModelConfig, optim: OptimConfig, ds_config: dict, *, settings: LossSettings, device: torch.device
     ):
         dtype = resolve_dtype(model.dtype)
         self.sharded = ShardedEngine(ds_config, optim, dtype=dtype)
@@ -92,8 +118,8 @@ class Student:
         self.device = device
         _switch_off_dropout(self.model)
         self.model.train()
-        wrapped = _ModelWithLoss(self.model, loss_chunk_mib << 20)
-        self.engine = self.sharded.attach(wrapped, (self.model.get_output_embeddings().weight,))
+        wrapped = _ModelWithLoss(self.model, settings)
+        self.engine = self.sharded.attach(wrapped, tuple(self.model.get_output_embeddings().parameters()))
 
     def loss(
         self, mb: MicroBatch, token_loss: TokenLoss, *, domains: list[str], logprob_temperature: float | None = None
@@ -153,7 +179,10 @@ def _switch_off_dropout(model: nn.Module) -> None:
 
 
 def summarise(stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """[N] statistics to (sum, count) under `key` and `key/domain`. NaN marks a token that a statistic does not cover."""
+    """[N] statistics to (sum, count) under `key` and `key/domain`. NaN marks a token that a statistic does not cover.
+
+    Those of SHARES give, beside their means, each domain's share of the sum.
+    """
     metrics = {}
     for key, value_N in stats.items():
         covered_N = ~torch.isnan(value_N)
@@ -162,4 +191,6 @@ def summarise(stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]
         for index, domain in enumerate(domains):
             here_N = covered_N & (domain_ids_N == index)
             metrics[f"{key}/{domain}"] = ((value_N * here_N).sum(), here_N.sum())
+            if key in SHARES:
+                metrics[f"{SHARES[key]}/{domain}"] = ((value_N * here_N).sum(), value_N.sum())
     return metrics

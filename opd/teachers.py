@@ -3,59 +3,26 @@
 L response length, K support size, V vocabulary, H teacher hidden size.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor
 
 from opd.config import LossConfig, TeacherSpec
 from opd.fused_linear import score_hidden
+from opd.heads import OutputHead
+from opd.metrics import say
 from opd.types import Rollout, TeacherPayload, TeacherScores
 from opd.vllm_engine import HiddenStateEngine
-
-HEAD_NAMES = ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight")
-
-
-def find_head(model: str) -> tuple[Path, str]:
-    """(file, tensor name) of a checkpoint's output projection: `lm_head`, or the tied embedding.
-
-    `model` is a directory or a hub id, which is fetched. Raises ValueError if its safetensors hold neither.
-    """
-    root = Path(model)
-    if not root.is_dir():
-        root = Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
-    index = root / "model.safetensors.index.json"
-    if index.exists():
-        files = json.loads(index.read_text())["weight_map"]
-    else:
-        with safe_open(root / "model.safetensors", framework="pt") as file:
-            files = dict.fromkeys(file.keys(), "model.safetensors")
-    tied = json.loads((root / "config.json").read_text()).get("tie_word_embeddings", False)
-    for name in HEAD_NAMES[1:] + HEAD_NAMES[:1] if tied else HEAD_NAMES:
-        if name in files:
-            return root / files[name], name
-    raise ValueError(f"--teacher {model}: none of {', '.join(HEAD_NAMES)} in its safetensors")
-
-
-def load_head(model: str) -> Tensor:
-    """The output projection [V, H], in the checkpoint's dtype. One tensor is read, whatever the size of the model."""
-    path, name = find_head(model)
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 class ColocatedTeacher:
     """One teacher on this rank's GPU: asleep but while it scores. Its head stays on the host and visits the GPU."""
 
-    def __init__(self, spec: TeacherSpec, engine: HiddenStateEngine, head_VH: Tensor):
-        self.name, self.spec, self.engine = spec.name, spec, engine
-        self.head_VH = head_VH.pin_memory() if torch.cuda.is_available() else head_VH
+    def __init__(self, spec: TeacherSpec, engine: HiddenStateEngine, head: OutputHead):
+        self.name, self.spec, self.engine, self.head = spec.name, spec, engine, head.pinned()
 
     @property
     def awake(self) -> bool:
@@ -73,23 +40,39 @@ class ColocatedTeacher:
         return [state[len(r.prompt.token_ids) - 1 :] for r, state in zip(rollouts, states, strict=True)]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """Rollouts that one teacher reads in one go, by their place among all, and what is kept of its hidden states."""
+
+    indices: list[int]
+    weights: list[float]
+    payload: TeacherPayload
+
+
 class TeacherPool:
-    """Scores each rollout with the teachers of its own domain. One teacher, many and mixtures are the same path."""
+    """Scores each rollout with the teachers of its own domain. One teacher, many and mixtures are the same path.
+
+    Hidden states wait on the host until the loss needs them. Where a step's would pass `cache_bytes`, the rest is scored
+    at once and only its top-k is kept: the loss of those tokens is then the divergence on `support_k` tokens with its tail.
+    """
 
     def __init__(
         self, teachers: Sequence[ColocatedTeacher], routes: dict[str, tuple[tuple[str, float], ...]],
-        cfg: LossConfig, *, payload: TeacherPayload, shared_vocab: int, device: torch.device,
+        cfg: LossConfig, *, payload: TeacherPayload, cache_bytes: int, shared_vocab: int, device: torch.device,
     ):  # fmt: skip
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.routes, self.cfg, self.payload, self.device = routes, cfg, payload, device
+        self.cache_bytes = cache_bytes
         self.shared_vocab = shared_vocab  # padded vocabularies differ; what they share is what the tokenizer can say
-        self._resident: tuple[str, Tensor] | None = None
+        self.spilled_tokens = 0  # of the last `score`
+        self._warned = False
+        self._resident: tuple[str, OutputHead] | None = None
 
-    def head(self, name: str) -> Tensor:
-        """The teacher's head [V, H] on the device, cut to the shared vocabulary. One is resident at a time."""
+    def head(self, name: str) -> OutputHead:
+        """The teacher's head on the device, cut to the shared vocabulary. One is resident at a time."""
         if self._resident is None or self._resident[0] != name:
             self._resident = None  # free the last one before the next arrives
-            self._resident = (name, self.teachers[name].head_VH[: self.shared_vocab].to(self.device, non_blocking=True))
+            self._resident = (name, self.teachers[name].head.cut(self.shared_vocab).to(self.device))
         return self._resident[1]
 
     def release_head(self) -> None:
@@ -107,45 +90,93 @@ class TeacherPool:
         for index, rollout in enumerate(rollouts):
             for name, weight in self.routes[rollout.prompt.domain]:
                 work[name].append((index, weight))
+        share = self._share_that_fits(rollouts, work)
         scores: list[list[TeacherScores]] = [[] for _ in rollouts]
+        self.spilled_tokens = 0
         for name, teacher in self.teachers.items():
             if not work[name]:
                 continue
-            mine = [rollouts[index] for index, _ in work[name]]
             teacher.wake()
             try:
-                states = teacher.hidden_states(mine)
+                for job in self._jobs(name, rollouts, work[name], share):
+                    mine = [rollouts[index] for index in job.indices]
+                    found = self._score(name, mine, teacher.hidden_states(mine), job.payload)
+                    for index, weight, score in zip(job.indices, job.weights, found, strict=True):
+                        scores[index].append(replace(score, weight=weight))
             finally:
                 teacher.sleep()
-            for (index, weight), score in zip(work[name], self._score(name, mine, states), strict=True):
-                scores[index].append(replace(score, weight=weight))
         self.release_head()
         return [tuple(row) for row in scores]
 
-    def _score(self, name: str, rollouts: Sequence[Rollout], states: Sequence[Tensor]) -> list[TeacherScores]:
+    def _bytes_of(self, name: str, rollout: Rollout) -> int:
+        weight_VH = self.teachers[name].head.weight_VH
+        return len(rollout.response_ids) * weight_VH.shape[1] * weight_VH.element_size()
+
+    def _share_that_fits(self, rollouts: Sequence[Rollout], work: dict[str, list[tuple[int, float]]]) -> float:
+        """Part of each teacher's hidden states that the cache holds: the same for all, so that none is spilled alone."""
+        if "hidden" not in self.payload:
+            return 1.0
+        needed = sum(self._bytes_of(name, rollouts[index]) for name, mine in work.items() for index, _ in mine)
+        share = min(1.0, self.cache_bytes / max(1, needed))
+        if share < 1.0 and not self._warned:
+            self._warned = True
+            say(
+                f"warning: --teacher_cache_bytes {self.cache_bytes} holds {share:.0%} of a step's teacher hidden states "
+                f"({needed} bytes on this rank); the other tokens are trained on the teacher's top {self._k} tokens "
+                f"(--tail {self.cfg.tail}) instead of --support {'full' if self.payload == 'hidden' else 'union_topk'}"
+            )
+        return share
+
+    def _jobs(
+        self, name: str, rollouts: Sequence[Rollout], mine: list[tuple[int, float]], share: float
+    ) -> Iterator[_Job]:
+        """First what is kept in full, then the rest in pieces no larger than that, because it lies there while it is scored."""
+        sizes = [self._bytes_of(name, rollouts[index]) for index, _ in mine]
+        room = share * sum(sizes)
+        start, payload, filled = 0, self.payload, 0.0
+        for end, size in enumerate(sizes):
+            if share < 1.0 and filled + size > room and end >= start:
+                if end > start:
+                    yield _Job([i for i, _ in mine[start:end]], [w for _, w in mine[start:end]], payload)
+                start, payload, filled = end, "topk", 0.0
+            filled += size
+            if payload != self.payload:
+                self.spilled_tokens += len(rollouts[mine[end][0]].response_ids)
+        yield _Job([i for i, _ in mine[start:]], [w for _, w in mine[start:]], payload)
+
+    @property
+    def _k(self) -> int:
+        return min(self.cfg.support_k, self.shared_vocab)
+
+    def _score(
+        self, name: str, rollouts: Sequence[Rollout], states: Sequence[Tensor], payload: TeacherPayload
+    ) -> list[TeacherScores]:
         """One teacher's scores, all responses in one pass over its head."""
         for rollout, hidden_LH in zip(rollouts, states, strict=True):
             if not torch.isfinite(hidden_LH).all():
                 raise FloatingPointError(
                     f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not finite"
                 )
-        if self.payload == "hidden":
+        if payload == "hidden":
             return [TeacherScores(teacher=name, weight=1.0, hidden=hidden_LH) for hidden_LH in states]
-        head_VH = self.head(name)
+        head = self.head(name)
         labels_N = torch.tensor([token for r in rollouts for token in r.response_ids], device=self.device)
         result = score_hidden(
-            torch.cat(list(states)).to(self.device, head_VH.dtype), head_VH, labels_N,
-            support_k=min(self.cfg.support_k, len(head_VH)) if self.payload == "topk" else 0,
-            temperature=self.cfg.loss_temperature, chunk_bytes=self.cfg.loss_chunk_mib << 20,
+            torch.cat(list(states)).to(self.device, head.weight_VH.dtype), head.weight_VH, labels_N,
+            support_k=0 if payload == "sampled" else self._k, bias_V=head.bias_V, form=head.form,
+            temperature=self.cfg.loss_temperature, chunk_bytes=self.cfg.loss_chunk_bytes,
         )  # fmt: skip
         lengths = [len(r.response_ids) for r in rollouts]
         fields = {
             "sampled_logprobs": result.sampled_logprobs_N,
             "entropy": result.entropy_N,
+            "logsumexp": result.logsumexp_N,
             "topk_ids": result.topk_ids_NK,
             "topk_logprobs": result.topk_logprobs_NK,
         }
         parts = {key: value.cpu().split(lengths) for key, value in fields.items() if value is not None}
+        if payload == "topk+hidden":
+            parts["hidden"] = states
         return [
             TeacherScores(teacher=name, weight=1.0, **{key: part[i] for key, part in parts.items()})
             for i in range(len(rollouts))

@@ -21,7 +21,8 @@ from torch import Tensor
 
 RolloutSource = Literal["student", "dataset", "teacher"]
 FinishReason = Literal["stop", "length"]
-TeacherPayload = Literal["sampled", "topk", "hidden"]  # what a loss needs from a teacher, in ascending size
+# What a loss needs from a teacher, in ascending size; "topk+hidden" is both.
+TeacherPayload = Literal["sampled", "topk", "hidden", "topk+hidden"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,9 @@ class TeacherScores:
     weight: float  # share of this teacher in the prompt's mixture; the weights of a rollout sum to 1
     sampled_logprobs: Tensor | None = None  # [L] float32, log q(response_ids[t]); None where `hidden` says it all
     entropy: Tensor | None = None  # [L] float32, nats; likewise
+    logsumexp: Tensor | None = (
+        None  # [L] float32, of the teacher's logits: from it, hidden states give any log-probability
+    )
     topk_ids: Tensor | None = None  # [L, K] int64, descending
     topk_logprobs: Tensor | None = None  # [L, K] float32
     hidden: Tensor | None = None  # [L, H] the hidden states that predict each response token
@@ -85,9 +89,15 @@ class TeacherSlice:
     weights_M: Tensor  # float32
     sampled_logprobs_M: Tensor | None  # float32
     entropy_M: Tensor | None  # float32
+    logsumexp_M: Tensor | None  # float32
     topk_ids_MK: Tensor | None
     topk_logprobs_MK: Tensor | None
     hidden_MH: Tensor | None
+
+    def cut(self, start: int, stop: int) -> "TeacherSlice":
+        """Entries `start` to `stop` of the M, as views."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "teacher"}
+        return replace(self, **{name: None if t is None else t[start:stop] for name, t in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +118,13 @@ class MicroBatch:
     @property
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask_BS.sum())
+
+    @property
+    def response_thirds_N(self) -> Tensor:
+        """0, 1 or 2: whether a loss token stands in the front, the middle or the tail of its own response."""
+        position_BS = self.loss_mask_BS.cumsum(-1) - 1
+        length_B1 = self.loss_mask_BS.sum(-1, keepdim=True).clamp(min=1)
+        return self.at_loss_tokens(3 * position_BS // length_B1)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on another device. A step's teacher states wait on the host for their turn."""

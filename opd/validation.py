@@ -23,10 +23,11 @@ def validate_common(config) -> None:
         _require(bool(getattr(group, flag)), f"--{flag} is required")
     _validate_teachers(config.teachers)
     minimum = {"support_k": 1, "prompts_per_step": 1, "num_generations": 1, "max_prompt_tokens": 1, "max_response_tokens": 1,
-               "micro_batch_size": 1, "keep_checkpoints": 1, "loss_chunk_mib": 1, "num_steps": 0, "seed": 0, "eval_every": 0,
+               "micro_batch_size": 1, "keep_checkpoints": 1, "loss_chunk_bytes": 1, "inner_updates": 1,
+               "num_steps": 0, "seed": 0, "eval_every": 0,
                "save_every": 0, "parity_every": 0, "eval_max_prompts": 0, "rollout_every": 0, "rollout_samples": 0,
                "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "min_lr_ratio": 0, "top_k": 0,
-               "reward_weight": 0}  # fmt: skip
+               "reward_weight": 0, "overlap_k": 0, "max_tokens_per_micro_batch": 0, "teacher_cache_bytes": 0}  # fmt: skip
     above_zero = {"temperature", "loss_temperature", "rollout_kv_cache_gib", "teacher_kv_cache_gib", "advantage_clip",
                   "clip_low", "clip_high", "is_low", "is_high", "adam_eps", "top_p"}  # fmt: skip
     inside_unit = {"jsd_beta", "skew_alpha"}
@@ -45,6 +46,7 @@ def validate_common(config) -> None:
         _require(0 <= getattr(config.optim, name) < 1, f"--{name} {getattr(config.optim, name)}: must lie in [0, 1)")
     pairs("domain_weights", config.data.domain_weights)
     _validate_loss(config.loss, config.rollout)
+    _validate_batch(config)
 
 
 def _validate_teachers(teachers: tuple[TeacherSpec, ...]) -> None:
@@ -89,6 +91,20 @@ def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
     _require(loss.reward_weight == 0 or loss.loss_temperature == rollout.temperature,
              f"--loss_temperature {loss.loss_temperature}: the task reward's policy gradient needs --temperature "
              f"{rollout.temperature}")  # fmt: skip
+
+
+def _validate_batch(config) -> None:
+    batch, loss = config.batch, config.loss
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens - 1
+    budget = batch.max_tokens_per_micro_batch
+    _require(budget == 0 or budget >= longest, f"--max_tokens_per_micro_batch {budget}: one sequence can have {longest} "
+             "tokens (--max_prompt_tokens + --max_response_tokens - 1); allow at least as many")  # fmt: skip
+    if batch.inner_updates > 1 and (loss.loss == "reverse_kl_pg" or loss.reward_weight > 0):
+        counted = (loss.clip_low is not None) + (loss.is_mode != "none")
+        _require(counted > 0, f"--inner_updates {batch.inner_updates}: after the first, a policy gradient is off-policy; set "
+                 "--is_mode truncate, or --clip_low for a PPO ratio")  # fmt: skip
+        _require(counted < 2, f"--inner_updates {batch.inner_updates}: --clip_low and --is_mode would both weigh a token by "
+                 "its ratio to the sampler; keep one")  # fmt: skip
 
 
 # What a ds_config must not say, because a flag owns it.

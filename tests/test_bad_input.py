@@ -161,7 +161,7 @@ def test_what_a_resume_may_change(tiny, tmp_path, device):
         "0.5",
         "--teacher_kv_cache_gib",
         "0.5",
-        "--loss_chunk_mib",
+        "--loss_chunk_bytes",
         "8",
         "--enforce_eager",
     )

@@ -265,7 +265,7 @@ BAD_VALUES = [
         (f"--{name} -1", f"--{name} -1")
         for name in words(
             "prompts_per_step num_generations max_prompt_tokens max_response_tokens micro_batch_size keep_checkpoints "
-            "loss_chunk_mib num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
+            "loss_chunk_bytes num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
             "rollout_samples warmup_steps learning_rate weight_decay max_grad_norm min_lr_ratio top_k reward_weight "
             "rollout_kv_cache_gib teacher_kv_cache_gib advantage_clip clip_low clip_high is_low is_high adam_eps "
             "adam_beta1 adam_beta2"

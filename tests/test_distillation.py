@@ -11,8 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from opd import diagnostics
 from opd.config import LossConfig, TeacherSpec
 from opd.distillation import compare, payload_of, support_of
+from opd.heads import LogitForm, OutputHead
+from opd.logits import LogitsChunk
 from opd.losses import DIVERGENCES, TAILS
 from opd.padding import collate
 from opd.student import summarise
@@ -76,11 +79,17 @@ class Batch:
             content = {
                 "hidden": {"hidden": self.hidden[rollout.prompt.prompt_id, name]},
                 "topk": {"topk_ids": ids_LK, "topk_logprobs": top_LK},
+                "topk+hidden": {
+                    "topk_ids": ids_LK,
+                    "topk_logprobs": top_LK,
+                    "hidden": self.hidden[rollout.prompt.prompt_id, name],
+                },
                 "sampled": {},
             }[payload]
             if payload != "hidden":
                 entropy_L = -(logprobs_LV.exp() * logprobs_LV).sum(-1)
-                content |= {"sampled_logprobs": sampled_L, "entropy": entropy_L}
+                logsumexp_L = (self.teacher_logits(rollout, name) / temperature).logsumexp(-1)
+                content |= {"sampled_logprobs": sampled_L, "entropy": entropy_L, "logsumexp": logsumexp_L}
             scores.append(TeacherScores(teacher=name, weight=weight, **content))
         return tuple(scores)
 
@@ -108,11 +117,31 @@ def in_chunks(function, count, chunk):
     return torch.cat([part[0] for part in parts]), stats
 
 
+def head_of(name):
+    return OutputHead(HEADS[name])
+
+
+def chunk_of(batch, rows, cfg):
+    """The student's logits as the fused loss hands them out: at the loss temperature, without the padding."""
+    logits_CV = batch.logits_NV.detach()[rows, :VOCAB] / cfg.loss_temperature
+    return LogitsChunk(logits_CV, form=LogitForm(), temperature=cfg.loss_temperature, want_gradient=True)
+
+
+def attached(batch, rows, chunk, loss_C):
+    """loss_C, differentiable in the batch's logits with the gradient that the chunk worked out."""
+    grad_CV = torch.zeros_like(batch.logits_NV[rows])
+    grad_CV[:, :VOCAB] = chunk.gradient(loss_C)[0]
+    logits_CV = batch.logits_NV[rows]
+    return loss_C.detach() + ((logits_CV - logits_CV.detach()) * grad_CV).sum(-1)
+
+
 def run_compare(batch, cfg, chunk):
     def one(rows):
-        seen = compare(batch.logits_NV[rows], rows, batch.mb, head_of=HEADS.get, shared_vocab=VOCAB, cfg=cfg)
+        logits = chunk_of(batch, rows, cfg)
+        seen = compare(logits, rows, batch.mb, head_of=head_of, cfg=cfg)
         extra = {"student": seen.student_logprobs_C, "teacher": seen.teacher_logprobs_C}
-        return (torch.zeros(0) if seen.divergence_C is None else seen.divergence_C), {**seen.stats, **extra}
+        loss_C = torch.zeros(0) if seen.divergence_C is None else attached(batch, rows, logits, seen.divergence_C)
+        return loss_C, {**seen.stats, **extra}
 
     return in_chunks(one, len(batch.tokens), chunk)
 
@@ -212,6 +241,87 @@ def test_teacher_topk_support(loss, tail, temperature, chunk):
     close(stats["distill/teacher_mass"], on_support(lambda p, q: q.sum()))
 
 
+@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("loss", DIVERGENCES)
+def test_union_topk_support(loss, tail, temperature, chunk):
+    cfg = LossConfig(
+        loss=loss,
+        support="union_topk",
+        support_k=K,
+        tail=tail,
+        jsd_beta=0.3,
+        skew_alpha=0.2,
+        loss_temperature=temperature,
+    )
+    batch = Batch(temperature, "topk+hidden")
+    actual, stats = run_compare(batch, cfg, chunk)
+    sizes = set()
+
+    def on_support(value):
+        def of_teacher(p, q, label):
+            ids = sorted({*q.topk(K).indices.tolist(), *p.topk(K).indices.tolist()})
+            sizes.add(len(ids))
+            return value(p[ids], q[ids])
+
+        return naive_losses(batch, cfg, of_teacher)
+
+    expected = on_support(lambda p, q: naive_divergence(p, q, cfg, tail))
+    assert len(sizes) > 1 and min(sizes) >= K, "the unions differ in size"
+    close(actual, expected)
+    close(gradient(actual, batch), gradient(expected, batch))
+    close(stats["distill/student_mass"], on_support(lambda p, q: p.sum()))
+    close(stats["distill/teacher_mass"], on_support(lambda p, q: q.sum()))
+
+
+@pytest.mark.parametrize("support", ["full", "union_topk"])
+def test_tokens_that_the_cache_spilled_use_the_teachers_top_k(support):
+    cfg = LossConfig(support=support, support_k=K)
+    kept, spilled = Batch(payload=payload_of(cfg)), Batch(payload="topk")
+    mixed = Batch(payload=payload_of(cfg))
+    rows = [
+        (r, (spilled if i % 2 else kept)._scores(r, "topk" if i % 2 else payload_of(cfg), 1.0))
+        for i, r in enumerate(mixed.rollouts)
+    ]
+    mixed.mb = collate(rows, pad_id=0, domains=DOMAINS)
+    actual, stats = run_compare(mixed, cfg, 3)
+    whole, _ = run_compare(kept, cfg, 1000)
+    topk, _ = run_compare(spilled, LossConfig(support="teacher_topk", support_k=K), 1000)
+    odd_N = torch.tensor([r.prompt.prompt_id % 2 == 1 for r, _ in mixed.tokens])
+    close(actual, torch.where(odd_N, topk, whole))
+    close(gradient(actual, mixed), torch.where(odd_N[:, None], gradient(topk, spilled), gradient(whole, kept)))
+    close(stats["distill/spilled"], odd_N)
+
+
+def test_overlap_by_hand():
+    """Top 2 of the student (0, 1), of the teacher (1, 2): one in common, so the renormalised sides agree there."""
+    cfg = LossConfig(overlap_k=2)
+    found = diagnostics.overlap_of(
+        torch.tensor([[0, 1], [0, 1], [0, 1]]), torch.tensor([[1, 2], [2, 3], [1, 0]]),
+        torch.tensor([[0.3, 0.1], [0.1, 0.1], [0.3, 0.6]]).log(), torch.tensor([[0.5, 0.4], [0.5, 0.4], [0.6, 0.3]]).log(),
+    )  # fmt: skip
+    assert found["distill/overlap_ratio"].tolist() == [0.5, 0.0, 1.0] and cfg.overlap_k == 2
+    assert found["distill/overlap_mass"].tolist() == pytest.approx([0.3, 0.0, 0.9])
+    advantage = found["distill/overlap_advantage"]
+    assert advantage[0].item() == pytest.approx(0.0, abs=1e-7) and advantage[1].isnan()
+    p, q = (1 / 3, 2 / 3), (2 / 3, 1 / 3)
+    by_hand = sum(a * math.log(b / a) for a, b in zip(p, q, strict=True)) / 2
+    assert advantage[2].item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_thirds_of_a_response():
+    """Whole responses of 1 to 5 tokens: a third of 5 is 2, 2 and 1; a single token is the front."""
+    batch = Batch()
+    thirds = {1: [0], 2: [0, 1], 3: [0, 1, 2], 4: [0, 0, 1, 2], 5: [0, 0, 1, 1, 2]}
+    assert batch.mb.response_thirds_N.tolist() == [t for r in batch.rollouts for t in thirds[len(r.response_ids)]]
+    _, stats = run_compare(batch, LossConfig(), 3)
+    for index, name in enumerate(diagnostics.POSITIONS):
+        here_N = batch.mb.response_thirds_N == index
+        close(stats[f"distill/k1_{name}"][here_N], stats["distill/k1"][here_N])
+        assert stats[f"distill/k1_{name}"][~here_N].isnan().all()
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("estimator", ["auto", "k2", "k3"])
@@ -230,10 +340,13 @@ def test_sampled_support(estimator, temperature, chunk):
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize(("support", "payload"), [("full", "hidden"), ("teacher_topk", "topk"), ("sampled", "sampled")])
+@pytest.mark.parametrize(
+    ("support", "payload"),
+    [("full", "hidden"), ("union_topk", "topk+hidden"), ("teacher_topk", "topk"), ("sampled", "sampled")],
+)
 def test_what_is_watched(support, payload, chunk):
     """Log-probabilities and statistics, at the loss temperature; those of several teachers are weighted sums."""
-    cfg = LossConfig(support=support, support_k=K, loss_temperature=1.7)
+    cfg = LossConfig(support=support, support_k=K, loss_temperature=1.7, overlap_k=K)
     batch = Batch(1.7, payload)
     _, stats = run_compare(batch, cfg, chunk)
 
@@ -248,6 +361,12 @@ def test_what_is_watched(support, payload, chunk):
     close(stats["distill/k3"], naive_losses(batch, cfg, lambda p, q, y: q[y] / p[y] - 1 - (q[y] / p[y]).log()))
     close(stats["distill/teacher_entropy"], naive_losses(batch, cfg, lambda p, q, label: entropy(q)))
     close(stats["distill/student_entropy"], naive_losses(batch, cfg, lambda p, q, label: entropy(p)))
+    close(stats["distill/entropy_gap"], naive_losses(batch, cfg, lambda p, q, label: (entropy(p) - entropy(q)).abs()))
+    if support != "sampled":
+        common = naive_losses(
+            batch, cfg, lambda p, q, y: torch.isin(p.topk(K).indices, q.topk(K).indices).double().mean()
+        )
+        close(stats["distill/overlap_ratio"], common)
     assert not any(value.requires_grad for key, value in stats.items() if key.startswith("distill/"))
     assert stats["student"].requires_grad and not stats["teacher"].requires_grad
 
@@ -267,10 +386,10 @@ def test_auto_support_and_payload():
 def test_nothing_is_written_to_the_arguments():
     for support, payload in (("full", "hidden"), ("teacher_topk", "topk"), ("sampled", "sampled")):
         batch = Batch(payload=payload)
-        tensors = [batch.logits_NV, *HEADS.values(), *(v for v in vars_of(batch.mb) if isinstance(v, torch.Tensor))]
+        tensors = [*HEADS.values(), *(v for v in vars_of(batch.mb) if isinstance(v, torch.Tensor))]
         for part in batch.mb.teacher_slices:
             tensors += [v for v in vars_of(part) if isinstance(v, torch.Tensor)]
-        assert len(tensors) > 15
+        assert len(tensors) > 14
         before = [(t, t._version, t.detach().clone()) for t in tensors]
         loss_C, _ = run_compare(batch, LossConfig(support=support, support_k=K), 3)
         loss_C.sum().backward()
@@ -286,11 +405,15 @@ def vars_of(item):
 
 
 def run_token_loss(batch, cfg, chunk=3, logprobs_N=None):
-    teachers = [ColocatedTeacher(TeacherSpec(name, name, "*"), None, HEADS[name]) for name in HEADS]
-    pool = TeacherPool(teachers, {}, cfg, payload=payload_of(cfg), shared_vocab=VOCAB, device=CPU)
+    teachers = [ColocatedTeacher(TeacherSpec(name, name, "*"), None, head_of(name)) for name in HEADS]
+    pool = TeacherPool(teachers, {}, cfg, payload=payload_of(cfg), cache_bytes=1 << 30, shared_vocab=VOCAB, device=CPU)
+    if logprobs_N is None:
+        logprobs_N = torch.zeros(len(batch.tokens))
 
     def one(rows):
-        return token_loss(batch.logits_NV[rows], rows, batch.mb, logprobs_N, teachers=pool, cfg=cfg)
+        logits = chunk_of(batch, rows, cfg)
+        loss_C, stats = token_loss(logits, rows, batch.mb, logprobs_N, teachers=pool, cfg=cfg)
+        return attached(batch, rows, logits, loss_C), stats
 
     return in_chunks(one, len(batch.tokens), chunk)
 
@@ -422,15 +545,15 @@ def test_statistics_are_summed_overall_and_per_domain():
     assert set(sums) == {"loss/total", *(f"loss/total/{d}" for d in DOMAINS)}
 
 
-def test_a_filler_gives_a_connected_zero():
+def test_a_filler_gives_a_gradient_of_no_rows():
     """A rank that has run out of rollouts runs the same backward."""
     filler = collate([], pad_id=0, domains=DOMAINS)
-    logits_0V = torch.zeros(0, STUDENT_ROWS, dtype=torch.float64, requires_grad=True)
+    logits_0V = torch.zeros(0, VOCAB, dtype=torch.float64)
     for cfg in (LossConfig(), LossConfig(loss="reverse_kl_pg"), LossConfig(support="teacher_topk", is_mode="mask")):
-        pool = TeacherPool([], {}, cfg, payload=payload_of(cfg), shared_vocab=VOCAB, device=CPU)
-        loss_0, stats = token_loss(logits_0V, slice(0, 0), filler, torch.zeros(0), teachers=pool, cfg=cfg)
-        assert loss_0.shape == (0,) and loss_0.requires_grad
-        loss_0.sum().backward()
+        pool = TeacherPool([], {}, cfg, payload=payload_of(cfg), cache_bytes=0, shared_vocab=VOCAB, device=CPU)
+        logits = LogitsChunk(logits_0V.clone(), form=LogitForm(), temperature=1.0, want_gradient=True)
+        loss_0, stats = token_loss(logits, slice(0, 0), filler, torch.zeros(0), teachers=pool, cfg=cfg)
+        assert loss_0.shape == (0,) and logits.gradient(loss_0)[0].shape == (0, VOCAB)
         assert stats.keys() == run_token_loss(
             Batch(payload=payload_of(cfg)), cfg, logprobs_N=torch.zeros(len(Batch().tokens))
         )[1].keys()  # fmt: skip

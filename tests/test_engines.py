@@ -11,16 +11,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from opd import distributed
 from opd.config import LossConfig, RolloutConfig, TeacherSpec
 from opd.distillation import compare
-from opd.fused_linear import fused_linear_loss
+from opd.fused_linear import LIVE_BUFFERS, fused_linear_loss
+from opd.heads import OutputHead, load_head
 from opd.padding import collate
 from opd.rollout import RolloutEngine
-from opd.teachers import ColocatedTeacher, TeacherPool, load_head
+from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
 from opd.vllm_engine import HiddenStateEngine
 
@@ -261,7 +261,7 @@ def test_hidden_states_are_those_that_predict_the_response(teachers, reference, 
         first = len(rollout.prompt.token_ids) - 1
         assert state_LH.shape == (len(rollout.response_ids), model.config.hidden_size)
         assert (state_LH.cpu() - expected_SH[first:-1]).abs().max() < TOLERANCE
-        logits_LV = state_LH.cpu() @ teacher.head_VH.T
+        logits_LV = state_LH.cpu() @ teacher.head.weight_VH.T
         assert (logits_LV - logits_of(model, rollout)).abs().max() < TOLERANCE
 
 
@@ -285,39 +285,13 @@ def test_a_sleeping_engine_refuses_work(teachers, rollout_engine, prompts):
     rollout_engine.wake()
 
 
-def test_head_of_each_kind_of_checkpoint(tiny, tiny_tied, reference, tmp_path):
-    assert torch.equal(load_head(str(tiny.addition)), reference["addition"].lm_head.weight)
-    assert not torch.equal(load_head(str(tiny.addition)), reference["addition"].model.embed_tokens.weight)
-    assert torch.equal(load_head(str(tiny_tied)), reference["tied"].model.embed_tokens.weight)
-    assert load_head(str(tiny.padded)).shape == (64, 96)
-
-    reference["addition"].save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
-    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
-    assert torch.equal(load_head(str(tmp_path / "sharded")), reference["addition"].lm_head.weight)
-
-
-def test_a_tied_checkpoint_that_also_stores_a_head(tiny_tied, reference, tmp_path):
-    """The configuration decides: transformers would not read that head either."""
-    weights = load_file(tiny_tied / "model.safetensors")
-    save_file({**weights, "lm_head.weight": torch.zeros(VOCAB, 64)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((tiny_tied / "config.json").read_text())
-    assert torch.equal(load_head(str(tmp_path)), reference["tied"].model.embed_tokens.weight)
-
-
-def test_a_checkpoint_without_a_head_is_named(tiny, tmp_path):
-    save_file({"model.norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((tiny.addition / "config.json").read_text())
-    with pytest.raises(ValueError, match=f"{tmp_path}: none of lm_head.weight"):
-        load_head(str(tmp_path))
-
-
 # ---- The pool --------------------------------------------------------------------------------------------------------
 
 
-def pool_of(members, routes, payload="hidden", **loss) -> TeacherPool:
+def pool_of(members, routes, payload="hidden", cache_bytes=1 << 30, **loss) -> TeacherPool:
     return TeacherPool(
         members, {domain: tuple(route) for domain, route in routes.items()}, LossConfig(**loss), payload=payload,
-        shared_vocab=VOCAB, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        cache_bytes=cache_bytes, shared_vocab=VOCAB, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )  # fmt: skip
 
 
@@ -350,7 +324,7 @@ def test_hidden_payload_says_it_all(teachers, reference, prompts):
     pool = pool_of([teachers["addition"], teachers["reversal"]], BY_DOMAIN)
     rollouts = written(prompts)
     for rollout, (score,) in zip(rollouts, pool.score(rollouts), strict=True):
-        logits_LV = score.hidden.cpu() @ pool.head(score.teacher).cpu().T
+        logits_LV = score.hidden.cpu() @ pool.head(score.teacher).weight_VH.cpu().T
         assert (logits_LV - logits_of(reference[score.teacher], rollout)).abs().max() < TOLERANCE
 
 
@@ -402,9 +376,9 @@ def test_a_token_beyond_the_shared_vocabulary_is_refused(teachers, prompts):
 
 def test_one_head_is_resident(teachers):
     pool = pool_of([teachers["padded"], teachers["tied"]], {})
-    assert pool.head("padded").shape == (VOCAB, 96)
+    assert pool.head("padded").weight_VH.shape == (VOCAB, 96)
     assert pool.head("padded") is pool.head("padded")
-    assert pool.head("tied").shape == (VOCAB, 64)
+    assert pool.head("tied").weight_VH.shape == (VOCAB, 64)
     assert pool._resident[0] == "tied"
     pool.release_head()
     assert pool._resident is None
@@ -424,12 +398,15 @@ def loss_and_gradient(members, routes, rollouts, payload, student, **loss):
     hidden_NH = states_BSH[mb.loss_mask_BS].to(pool.device).requires_grad_()
     mb = mb.to(pool.device)
 
-    def token_loss(logits_CV, rows):
-        seen = compare(logits_CV, rows, mb, head_of=pool.head, shared_vocab=VOCAB, cfg=cfg)
+    def token_loss(logits, rows):
+        seen = compare(logits, rows, mb, head_of=pool.head, cfg=cfg)
         return seen.divergence_C, {"teacher": seen.teacher_logprobs_C}
 
-    weight_VH = student.get_output_embeddings().weight.detach().to(pool.device)
-    loss_sum, stats = fused_linear_loss(hidden_NH, weight_VH, token_loss, chunk_bytes=VOCAB * 16 * 7)
+    head = OutputHead(student.get_output_embeddings().weight.detach().to(pool.device))
+    loss_sum, stats = fused_linear_loss(
+        hidden_NH, head, token_loss,
+        temperature=cfg.loss_temperature, vocab=VOCAB, chunk_bytes=VOCAB * 4 * LIVE_BUFFERS * 7,
+    )  # fmt: skip
     loss_sum.backward()
     return loss_sum.detach(), hidden_NH.grad, stats["teacher"]
 
@@ -437,9 +414,10 @@ def loss_and_gradient(members, routes, rollouts, payload, student, **loss):
 LOSSES = [
     ("hidden", {"loss": "reverse_kl"}),
     ("topk", {"loss": "forward_kl", "support": "teacher_topk", "support_k": 6}),
+    ("topk+hidden", {"loss": "reverse_kl", "support": "union_topk", "support_k": 6}),
     ("sampled", {"loss": "reverse_kl", "support": "sampled"}),
 ]
-LOSS_IDS = ["full", "teacher_topk", "sampled"]
+LOSS_IDS = ["full", "teacher_topk", "union_topk", "sampled"]
 
 
 def assert_same(one, two, tolerance):
@@ -447,10 +425,58 @@ def assert_same(one, two, tolerance):
         assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max()))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_a_union_of_whole_vocabularies_is_the_full_support(teachers, reference, prompts, temperature):
+    """The teacher's log-probabilities at the student's tokens come from its hidden states, not from a guess."""
+    rollouts, options = written(prompts), {"loss": "jsd", "loss_temperature": temperature, "overlap_k": 0}
+    routes = {"addition": [("addition", 0.3), ("reversal", 0.7)], "reversal": [("reversal", 1.0)]}
+    members = [teachers["addition"], teachers["reversal"]]
+    full = loss_and_gradient(members, routes, rollouts, "hidden", reference["student"], **options)
+    union = {"support": "union_topk", "support_k": VOCAB // 2, "tail": "truncate"}
+    half = loss_and_gradient(members, routes, rollouts, "topk+hidden", reference["student"], **options, **union)
+    union["support_k"] = VOCAB
+    whole = loss_and_gradient(members, routes, rollouts, "topk+hidden", reference["student"], **options, **union)
+    assert_same(full, whole, 1e-5)
+    assert abs(full[0] - half[0]) > 1e-4 * abs(full[0])
+
+
+def test_a_full_cache_spills_to_the_top_k_and_says_so(teachers, reference, prompts, capsys):
+    """Each teacher keeps its share in full; the rest is scored on the spot, and no token is lost."""
+    rollouts = written(prompts)
+    members, options = [teachers["addition"], teachers["reversal"]], {"support_k": 3, "tail": "bucket"}
+    bytes_of = {
+        t.name: sum(len(r.response_ids) for r in rollouts if r.prompt.domain == t.name) * t.head.weight_VH.shape[1] * 4
+        for t in members
+    }
+    pool = pool_of(members, BY_DOMAIN, cache_bytes=sum(bytes_of.values()) // 2, **options)
+    scores = pool.score(rollouts)
+    warning = capsys.readouterr().out
+    assert "--teacher_cache_bytes" in warning and "top 3 tokens (--tail bucket) instead of --support full" in warning
+    everything = pool_of(members, BY_DOMAIN, **options).score(rollouts)
+    topk = pool_of(members, BY_DOMAIN, "topk", **options).score(rollouts)
+    for name, whole in bytes_of.items():
+        mine = [i for i, r in enumerate(rollouts) if r.prompt.domain == name]
+        kept = [i for i in mine if scores[i][0].hidden is not None]
+        assert 0 < len(kept) < len(mine)
+        size = sum(scores[i][0].hidden.numel() * 4 for i in kept)
+        assert size <= whole // 2 and kept == mine[: len(kept)]
+        for i in mine:
+            expected = (everything if i in kept else topk)[i][0]
+            for field in ("hidden", "topk_logprobs", "sampled_logprobs", "entropy", "logsumexp"):
+                found, wanted = getattr(scores[i][0], field), getattr(expected, field)
+                assert (found is None) == (wanted is None)
+                assert found is None or torch.allclose(found, wanted, atol=1e-5)
+    assert pool.spilled_tokens == sum(
+        len(r.response_ids) for r, s in zip(rollouts, scores, strict=True) if s[0].hidden is None
+    )
+    pool.score(rollouts)
+    assert capsys.readouterr().out == "", "once is enough"
+
+
 @pytest.mark.parametrize(("payload", "loss"), LOSSES, ids=LOSS_IDS)
 def test_one_teacher_listed_twice_equals_one_teacher(teachers, reference, prompts, payload, loss):
     addition = teachers["addition"]
-    first, second = (ColocatedTeacher(replace(addition.spec, name=n), addition.engine, addition.head_VH) for n in "ab")
+    first, second = (ColocatedTeacher(replace(addition.spec, name=n), addition.engine, addition.head) for n in "ab")
     once = {domain: [("addition", 1.0)] for domain in BY_DOMAIN}
     twice = {"addition": [("a", 1.0)], "reversal": [("b", 1.0)]}
     rollouts = written(prompts)

@@ -33,10 +33,10 @@ student_model dtype gradient_checkpointing attn_implementation trust_remote_code
 teacher allow_template_mismatch
 data eval_data domain_key prompt_key answer_key response_key domain_weights max_prompt_tokens overlong_prompts
 prompts_per_step num_generations max_response_tokens temperature top_p top_k rollout_kv_cache_gib enforce_eager
-teacher_kv_cache_gib
+teacher_kv_cache_gib teacher_cache_bytes
 loss support support_k tail estimator jsd_beta skew_alpha loss_temperature advantage_clip clip_low clip_high dual_clip
-is_mode is_level is_low is_high reward_weight reward_fn loss_chunk_mib
-micro_batch_size
+is_mode is_level is_low is_high reward_weight reward_fn overlap_k loss_chunk_bytes
+micro_batch_size max_tokens_per_micro_batch packing inner_updates
 learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm
 output_dir num_steps seed ds_config eval_every eval_max_prompts save_every keep_checkpoints parity_every rollout_samples
 rollout_every resume dry_run local_rank

@@ -3,13 +3,15 @@
 B sequences, S padded length, L response length, N loss tokens, M loss tokens of one teacher, K support, H hidden size.
 """
 
+import dataclasses
+import itertools
 import random
 
 import pytest
 import torch
 
 from opd import distributed
-from opd.padding import collate, count_loss_tokens, make_micro_batches
+from opd.padding import FIXED_COST, PAYLOAD, collate, count_loss_tokens, make_micro_batches
 from opd.types import MicroBatch, Prompt, Rollout, TeacherScores
 
 DOMAINS = ["addition", "reversal", "both"]
@@ -47,6 +49,7 @@ def make_scores(rollout: Rollout) -> tuple[TeacherScores, ...]:
                 weight=weight,
                 sampled_logprobs=marks_L,
                 entropy=marks_L + 0.25,
+                logsumexp=marks_L + 0.5,
                 topk_ids=marks_L.long()[:, None] + torch.arange(K),
                 topk_logprobs=marks_L[:, None] + torch.arange(K) / 4,
                 hidden=marks_L[:, None].repeat(1, HIDDEN[teacher]),
@@ -63,8 +66,8 @@ def random_batch(seed: int, count: int = 7):
     return rollouts, [make_scores(r) for r in rollouts]
 
 
-def batches_of(rollouts, scores, size: int) -> list[MicroBatch]:
-    return make_micro_batches(rollouts, scores, micro_batch_size=size, pad_id=PAD, domains=DOMAINS)
+def batches_of(rollouts, scores, size: int, **options) -> list[MicroBatch]:
+    return make_micro_batches(rollouts, scores, micro_batch_size=size, pad_id=PAD, domains=DOMAINS, **options)
 
 
 def rows_of(mb: MicroBatch) -> list[dict]:
@@ -158,6 +161,7 @@ def test_teacher_slices_point_at_their_tokens(seed):
             assert torch.equal(part.weights_M, torch.tensor(weights))
             assert torch.equal(part.sampled_logprobs_M, marks_M)
             assert torch.equal(part.entropy_M, marks_M + 0.25)
+            assert torch.equal(part.logsumexp_M, marks_M + 0.5)
             assert torch.equal(part.topk_ids_MK, marks_M.long()[:, None] + torch.arange(K))
             assert torch.equal(part.topk_logprobs_MK, marks_M[:, None] + torch.arange(K) / 4)
             assert torch.equal(part.hidden_MH, marks_M[:, None].expand(-1, HIDDEN[part.teacher]))
@@ -171,6 +175,112 @@ def test_one_teacher_at_a_time_and_little_padding():
     order = [row for mb in batches_of(rollouts, scores, size=1) for row in rows_of(mb)]
     keys = [([name for name, _ in MIXTURES[DOMAINS[row["domain"]]]], len(row["raw"])) for row in order]
     assert keys == sorted(keys)
+
+
+# ---- Micro-batches by tokens -----------------------------------------------------------------------------------------
+
+
+def of_lengths(lengths: list[int], domains: list[str] | None = None):
+    """Rollouts that take `lengths` tokens after the shift: a prompt of one token and a response of that length."""
+    rollouts = [
+        Rollout(
+            prompt=Prompt(prompt_id=i, domain=domain, token_ids=[i]), source="dataset", response_ids=[2] * length,
+            rollout_logprobs=None, finish_reason="stop", policy_version=0,
+        )
+        for i, (length, domain) in enumerate(zip(lengths, domains or ["addition"] * len(lengths), strict=True))
+    ]  # fmt: skip
+    return rollouts, [make_scores(r) for r in rollouts]
+
+
+def lengths_of(micro_batches: list[MicroBatch]) -> list[list[int]]:
+    return [mb.attention_mask_BS.sum(1).tolist() for mb in micro_batches]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "packed", "expected"),
+    [
+        ([5, 5, 5, 5], 10, False, [[5, 5], [5, 5]]),
+        ([5, 5, 5, 5], 9, False, [[5], [5], [5], [5]]),
+        ([5, 5, 5, 5], 20, False, [[5, 5, 5, 5]]),
+        ([3, 1, 2], 100, False, [[1, 2, 3]]),
+        ([3, 1, 2], 6, False, [[1], [2, 3]]),  # 2 runs either way; [1, 2], [3] pads one token as well
+        ([10], 10, False, [[10]]),
+        ([], 10, False, []),
+        # Greedy would take 8 x 10 and 2 x 100 together, which is just 1,000.
+        ([100] * 8 + [10] * 8, 1000, False, [[10] * 8, [100] * 8]),
+        # All fit into one, but as wide as the widest: 280 tokens and one more micro-batch are less than 1,000.
+        ([100] * 2 + [10] * 8, 1000, False, [[10] * 8, [100] * 2]),
+        ([100] * 2 + [70] * 8, 1000, False, [[70] * 8 + [100] * 2]),  # 240 tokens of padding are worth less than that
+        ([1, 1, 1, 9], 10, False, [[1, 1, 1], [9]]),
+        ([1, 1, 1, 9], 12, True, [[1, 1, 1, 9]]),  # the same rows, packed: 12 tokens and no padding
+        ([1, 1, 1, 9], 11, True, [[1], [1, 1, 9]]),
+        ([4, 4, 4], 8, True, [[4], [4, 4]]),
+    ],
+)
+def test_cut_by_tokens(lengths, max_tokens, packed, expected):
+    rollouts, scores = of_lengths(lengths)
+    found = batches_of(rollouts, scores, size=1, max_tokens=max_tokens, packed=packed)
+    assert lengths_of(found) == expected
+
+
+def every_cut(items: list):
+    """All ways to cut a list into runs."""
+    for marks in itertools.product([False, True], repeat=max(0, len(items) - 1)):
+        runs = [items[:1]]
+        for item, new in zip(items[1:], marks, strict=True):
+            if new:
+                runs.append([])
+            runs[-1].append(item)
+        yield runs if items else []
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_cut_by_tokens_is_the_best_there_is(seed, packed):
+    """Against all cuts of the order: within the budget, nothing lost, and none costs less."""
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 30) for _ in range(rng.randint(1, 9))]
+    domains = [rng.choice(DOMAINS) for _ in lengths]
+    max_tokens = rng.randint(max(lengths), 3 * max(lengths))
+    rollouts, scores = of_lengths(lengths, domains)
+    found = batches_of(rollouts, scores, size=1, max_tokens=max_tokens, packed=packed)
+    whole = batches_of(rollouts, scores, size=len(rollouts))
+    rows = [row["raw"] for mb in found for row in rows_of(mb)]
+    assert rows == [row["raw"] for row in rows_of(whole[0])], "every rollout once, in the order of a cut by sequences"
+
+    def cost(run: list[int]) -> int:
+        return sum(run) if packed else len(run) * max(run)
+
+    cuts = [cut for cut in every_cut(lengths_of(whole)[0]) if all(cost(run) <= max_tokens for run in cut)]
+    mine = lengths_of(found)
+    assert all(cost(run) <= max_tokens for run in mine)
+    fixed = FIXED_COST * max_tokens
+    assert sum(cost(run) + fixed for run in mine) == pytest.approx(min(sum(cost(r) + fixed for r in c) for c in cuts))
+    if packed:
+        assert len(mine) == min(map(len, cuts))
+
+
+def test_a_rollout_over_the_budget_names_the_flag():
+    rollouts, scores = of_lengths([3, 12, 5])
+    message = r"--max_tokens_per_micro_batch 11: prompt 1 and its response need 12; .*--max_response_tokens"
+    for packed in (False, True):
+        with pytest.raises(ValueError, match=message):
+            batches_of(rollouts, scores, size=8, max_tokens=11, packed=packed)
+        assert len(batches_of(rollouts, scores, size=8, max_tokens=12, packed=packed)) == 2
+
+
+@pytest.mark.parametrize("own", [0, 1, 5])
+def test_a_cut_by_tokens_is_filled_up_as_well(own, monkeypatch):
+    monkeypatch.setattr(
+        distributed, "all_reduce", lambda values, op="sum": [max(4, *values)] if op == "max" else values
+    )
+    rollouts, scores = of_lengths([10] * own)
+    micro_batches = batches_of(rollouts, scores, size=1, max_tokens=20)
+    full = -(-own // 2)
+    assert [mb.num_loss_tokens > 0 for mb in micro_batches] == [True] * full + [False] * (4 - full)
+
+
+# ---- Order, fillers, mistakes ----------------------------------------------------------------------------------------
 
 
 def test_the_order_of_the_rollouts_changes_nothing():
@@ -245,7 +355,46 @@ def test_a_payload_that_was_not_asked_for_stays_none():
     rollout = make_rollout(random.Random(0), 0, "addition")
     scores = (TeacherScores(teacher="A", weight=1.0, hidden=torch.zeros(len(rollout.response_ids), 5)),)
     (part,) = collate([(rollout, scores)], pad_id=PAD, domains=DOMAINS).teacher_slices
-    assert part.sampled_logprobs_M is part.entropy_M is part.topk_ids_MK is part.topk_logprobs_MK is None
+    assert torch.equal(part.hidden_MH, scores[0].hidden)
+    assert part.sampled_logprobs_M is part.entropy_M is part.logsumexp_M is None
+    assert part.topk_ids_MK is part.topk_logprobs_MK is None
+
+
+def test_a_teacher_may_give_more_for_some_rollouts_than_for_others():
+    """A cache that is full keeps hidden states of some responses and the top-k of others: one slice for each kind."""
+    rng = random.Random(0)
+    rollouts = [make_rollout(rng, i, "addition") for i in range(4)]
+    scored = []
+    for index, rollout in enumerate(rollouts):
+        (whole,) = make_scores(rollout)
+        dropped = ("topk_ids", "topk_logprobs", "logsumexp") if index in (0, 2) else ("hidden", "entropy")
+        scored.append((rollout, (dataclasses.replace(whole, **dict.fromkeys(dropped)),)))
+    mb = collate(scored, pad_id=PAD, domains=DOMAINS)
+    hidden, topk = mb.teacher_slices
+    assert hidden.teacher == topk.teacher == "A"
+    assert hidden.topk_ids_MK is hidden.topk_logprobs_MK is hidden.logsumexp_M is None
+    assert topk.hidden_MH is topk.entropy_M is None
+    lengths = [len(r.response_ids) for r in rollouts]
+    marks_N = torch.tensor([mark(r.prompt.prompt_id, t, "A") for r in rollouts for t in range(len(r.response_ids))])
+    owner_N = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+    assert hidden.token_index_M.tolist() == (owner_N % 2 == 0).nonzero().flatten().tolist()
+    assert topk.token_index_M.tolist() == (owner_N % 2 == 1).nonzero().flatten().tolist()
+    assert torch.equal(hidden.hidden_MH[:, 0], marks_N[hidden.token_index_M])
+    assert torch.equal(topk.topk_logprobs_MK[:, 0], marks_N[topk.token_index_M])
+    assert torch.equal(topk.logsumexp_M, marks_N[topk.token_index_M] + 0.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+def test_what_teachers_said_waits_in_page_locked_memory():
+    (mb,) = batches_of(*random_batch(6), size=7)
+    tensors = [
+        value for part in mb.teacher_slices for n in part.__slots__ if torch.is_tensor(value := getattr(part, n))
+    ]
+    assert len(tensors) == 16 and all(tensor.is_pinned() for tensor in tensors)
+    moved = mb.to(torch.device("cuda"))
+    torch.cuda.synchronize()
+    for part, on_gpu in zip(mb.teacher_slices, moved.teacher_slices, strict=True):
+        assert torch.equal(part.hidden_MH, on_gpu.hidden_MH.cpu())
 
 
 def test_nothing_is_written_to_the_arguments():
@@ -257,7 +406,7 @@ def test_nothing_is_written_to_the_arguments():
     tensors = [
         (tensor, tensor._version, tensor.clone())
         for row in scores for score in row
-        for tensor in (score.sampled_logprobs, score.entropy, score.topk_ids, score.topk_logprobs, score.hidden)
+        for tensor in (getattr(score, name) for name in PAYLOAD)
     ]  # fmt: skip
     order = list(rollouts)
     batches_of(rollouts, scores, size=3)

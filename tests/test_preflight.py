@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
 )
 
 from opd.config import (
@@ -233,27 +234,44 @@ SMALL = {
 }
 
 
+ENCODER = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SMALL, head_dim=8),
+        CohereConfig(**SMALL),
+        GraniteConfig(**SMALL, logits_scaling=8.0),
+        PhiConfig(**SMALL),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_heads_with_a_bias_a_scale_or_a_soft_cap_are_fine(student, tmp_path, config):
+    """What the head and its form express, in student and teacher; tests/test_heads.py shows that they do."""
+    shutil.copytree(student, tmp_path / "m")
+    config.save_pretrained(tmp_path / "m")
+    facts = check_models(make_config(str(tmp_path / "m"), str(tmp_path / "m")))
+    assert facts.student.vocab_size == facts.teachers["math"].vocab_size == len(VOCABULARY)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Gemma2Config(**SMALL, head_dim=8), "final_logit_softcapping = 30.0"),
-        (CohereConfig(**SMALL), "logit_scale = 0.0625"),
-        (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling = 8.0"),
-        (PhiConfig(**SMALL), "its lm_head has a bias"),
-        (BertConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}), "bias"),
+        (RecurrentGemmaConfig(**SMALL), "logits_soft_cap = 30.0"),
+        (Qwen3Config(**SMALL, logit_scale=0.5), "logit_scale = 0.5"),
+        (BertConfig(**ENCODER), "cls.predictions.transform.dense.weight"),
     ],
+    ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_logits_that_are_more_than_hidden_states_times_lm_head(student, tmp_path, config, message):
-    shutil.copytree(student, tmp_path / "t")
-    config.save_pretrained(tmp_path / "t")
-    found = refusal(student, str(tmp_path / "t"))
-    assert message in found and "--teacher math" in found
-
-
-def test_neutral_scaling_is_fine(student, tmp_path):
-    shutil.copytree(student, tmp_path / "t")
-    GraniteConfig(**SMALL, logits_scaling=1.0).save_pretrained(tmp_path / "t")
-    check_models(make_config(student, str(tmp_path / "t")))
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_logits_that_hidden_states_and_head_do_not_give(student, tmp_path, config, message, who):
+    shutil.copytree(student, tmp_path / "m")
+    config.save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    found = refusal(*((odd, student) if who == "student" else (student, odd)))
+    assert message in found and config.model_type in found and odd in found and "choose a" in found
+    assert found.startswith("--student_model" if who == "student" else "--teacher math")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

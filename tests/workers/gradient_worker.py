@@ -49,6 +49,7 @@ class Case:
     chunk_tokens: int = 1000  # loss tokens whose logits live at once
     gradient_checkpointing: bool = False
     max_grad_norm: float = 0.0
+    packing: bool = False
 
 
 def randn(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -93,8 +94,10 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     from opd import distributed
     from opd.config import ModelConfig, OptimConfig
     from opd.distillation import payload_of
+    from opd.fused_linear import LIVE_BUFFERS
+    from opd.heads import OutputHead
     from opd.padding import count_loss_tokens
-    from opd.student import Student
+    from opd.student import LossSettings, Student
     from opd.teachers import ColocatedTeacher, TeacherPool
     from opd.validation import load_ds_config
     from train_mopd import token_loss
@@ -103,11 +106,15 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     student = Student(
         ModelConfig(student_model=models[case.model], dtype="float32", gradient_checkpointing=case.gradient_checkpointing),
         OptimConfig(learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, max_grad_norm=case.max_grad_norm),
-        load_ds_config(str(ROOT / "ds_configs" / f"zero{case.stage}.json")), loss_chunk_mib=1, device=device,
+        load_ds_config(str(ROOT / "ds_configs" / f"zero{case.stage}.json")), device=device,
+        settings=LossSettings(
+            shared_vocab=VOCAB, chunk_bytes=case.chunk_tokens * VOCAB * 4 * LIVE_BUFFERS, packing=case.packing
+        ),
     )  # fmt: skip
-    student.engine.module.chunk_bytes = case.chunk_tokens * VOCAB * 4 * 4
-    teachers = [ColocatedTeacher(TeacherSpec(name, name, "*"), None, head) for name, head in heads().items()]
-    pool = TeacherPool(teachers, {}, cfg, payload=payload_of(cfg), shared_vocab=VOCAB, device=device)
+    teachers = [ColocatedTeacher(TeacherSpec(name, name, "*"), None, OutputHead(h)) for name, h in heads().items()]
+    pool = TeacherPool(
+        teachers, {}, cfg, payload=payload_of(cfg), cache_bytes=1 << 30, shared_vocab=VOCAB, device=device
+    )
     before = {name: value.clone() for name, value in student.named_full_parameters()}
 
     micro_batches = my_micro_batches(case)
