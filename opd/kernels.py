@@ -2,7 +2,8 @@
 
 Each takes a tile: some rows of logits, float32 or float64, over the whole vocabulary. `tiles` cuts them so small on a
 CPU that a tile stays in a core's cache from its first pass to its last; what these passes cost is memory traffic. On a
-GPU a tile is everything at hand and `fused` compiles the passes into few kernels. `losses.divergence` is the definition; the tests hold these to its values and to its gradients.
+GPU a tile is everything at hand and `fused` compiles the passes into few kernels. `losses.divergence` is the definition;
+the tests hold these to its values and to its gradients.
 
 Shape legend: C rows (tokens), V vocabulary, K ids per row.
 """

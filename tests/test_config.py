@@ -261,11 +261,19 @@ BAD_VALUES = [
     ("--loss reverse_kl_pg --clip_low 0.2 --dual_clip 1", "--dual_clip 1.0: must be above 1"),
     ("--is_low 3 --is_high 2", "--is_low 3.0"),
     ("--reward_weight 0.5", "--num_generations"),
+    ("--max_tokens_per_micro_batch 100", "--max_tokens_per_micro_batch 100: one sequence can have 2047 tokens"),
+    ("--inner_updates 2 --loss reverse_kl_pg", "--inner_updates 2: after the first, a policy gradient is off-policy"),
+    ("--inner_updates 2 --reward_weight 1 --num_generations 2", "--inner_updates 2: after the first"),
+    (
+        "--inner_updates 2 --loss reverse_kl_pg --clip_low 0.2 --is_mode mask",
+        "--inner_updates 2: --clip_low and --is_mode",
+    ),
     *(
         (f"--{name} -1", f"--{name} -1")
         for name in words(
             "prompts_per_step num_generations max_prompt_tokens max_response_tokens micro_batch_size keep_checkpoints "
-            "loss_chunk_bytes num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
+            "loss_chunk_bytes inner_updates overlap_k max_tokens_per_micro_batch teacher_cache_bytes "
+            "num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
             "rollout_samples warmup_steps learning_rate weight_decay max_grad_norm min_lr_ratio top_k reward_weight "
             "rollout_kv_cache_gib teacher_kv_cache_gib advantage_clip clip_low clip_high is_low is_high adam_eps "
             "adam_beta1 adam_beta2"

@@ -69,6 +69,10 @@ TWO_RANKS = (
     Case(name="pg", loss="pg", micro_batch_size=3),
     Case(name="zero3_pg_filler", stage=3, loss="pg", deal=(3, 5), micro_batch_size=2, chunk_tokens=3),
 )
+REFRESHED = (
+    Case(name="refreshed_pg", loss="pg", micro_batch_size=3, inner_updates=3, learning_rate=0.02),
+    Case(name="refreshed_full", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3),
+)
 
 
 # ---- The reference: every response by itself, no padding, no shift, no chunks ----------------------------------------
@@ -133,7 +137,7 @@ def launch(cases, models, out: Path, command: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(models, tmp_path_factory):
-    return launch(ONE_RANK, models, tmp_path_factory.mktemp("one_rank"), [sys.executable])
+    return launch((*ONE_RANK, *REFRESHED), models, tmp_path_factory.mktemp("one_rank"), [sys.executable])
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +151,7 @@ def check(case: Case, out: Path, reference) -> dict:
     """Loss, gradient norm and the step of every parameter; returns what the worker recorded."""
     record = json.loads((out / f"{case.name}.json").read_text())
     loss, gradients = reference(case.model, case.loss)
-    assert record["loss"] == pytest.approx(loss, rel=TOLERANCE, abs=TOLERANCE)
+    assert record["losses"] == pytest.approx([loss], rel=TOLERANCE, abs=TOLERANCE)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
     assert record["grad_norm"] == pytest.approx(norm, rel=TOLERANCE * 10)
 
@@ -177,3 +181,43 @@ def test_two_ranks(case, two_ranks, reference):
     most = max(case.deal or (4, 4))
     assert len(first) == len(second) == -(-most // case.micro_batch_size), "every rank runs as many micro-batches"
     assert (0 in first + second) == (case.deal is not None), "a filler where a rank has fewer"
+
+
+@pytest.mark.parametrize("case", REFRESHED, ids=lambda case: case.name)
+def test_inner_updates_refresh_the_reward(case, one_rank, models):
+    """Each update has the loss, advantage and importance weights of the student it finds, from scores that never change."""
+    network = AutoModelForCausalLM.from_pretrained(models[case.model], dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=case.learning_rate, betas=(0.9, 0.95), eps=ADAM_EPS, weight_decay=0
+    )
+    losses, advantages = [], []
+    for _ in range(case.inner_updates):
+        advantages.append(mean_advantage(network))
+        loss = naive_loss(network, LOSSES[case.loss])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    record = json.loads((one_rank / f"{case.name}.json").read_text())
+    assert record["losses"] == pytest.approx(losses, rel=1e-5, abs=1e-5)
+    assert record["advantages"] == pytest.approx(advantages, rel=1e-5)
+    assert len({round(a, 4) for a in advantages}) == case.inner_updates, "the reward is another one after each update"
+    moved = load_file(one_rank / f"{case.name}.safetensors")
+    for name, parameter in network.named_parameters():
+        assert (moved[name] - (parameter.detach() - before[name])).abs().max() < 1e-5, name
+
+
+@torch.no_grad()
+def mean_advantage(model) -> float:
+    """Mean over tokens of |sum_i w_i log q_i(y) - log p(y)|."""
+    values = []
+    for rollout, scores in make_batch():
+        raw, first = torch.tensor([rollout.prompt.token_ids + rollout.response_ids]), len(rollout.prompt.token_ids)
+        s_LV = model(raw).logits[0, first - 1 : -1].log_softmax(-1)
+        for t, token in enumerate(rollout.response_ids):
+            theirs = sum(
+                score.weight * (score.hidden[t] @ heads()[score.teacher].T).log_softmax(-1)[token] for score in scores
+            )
+            values.append(abs(theirs - s_LV[t, token]).item())
+    return sum(values) / len(values)

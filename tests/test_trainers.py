@@ -264,7 +264,8 @@ def test_killed_in_a_save_and_resumed_equals_undisturbed(models, tmp_path, full_
 
 
 def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
-    """Two steps each: policy gradient with rewards and weights, a mixture in bfloat16 under ZeRO-2, top-k, seq_kd."""
+    """Two steps each: policy gradient with rewards and weights, a mixture in bfloat16 under ZeRO-2, top-k, a union of
+    top-k with all that saves memory and rollouts, seq_kd."""
     mixture = tmp_path / "mixture.yaml"
     both = [{"name": f"{n}_{d}", "model": str(models.teachers[d]), "domains": ["addition", "reversal"], "weight": w}
             for n, d, w in (("first", "addition", 3), ("second", "reversal", 1))]  # fmt: skip
@@ -276,6 +277,8 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
                   "--config", str(mixture)),
         "topk": ("--num_generations", "2", "--reward_weight", "0.2", "--loss", "skew_forward_kl", "--support", "teacher_topk",
                  "--support_k", "4", "--domain_weights", "addition=3", "reversal=1"),
+        "union": ("--support", "union_topk", "--support_k", "4", "--inner_updates", "2", "--packing",
+                  "--max_tokens_per_micro_batch", "64", "--teacher_cache_bytes", "4000"),
     }  # fmt: skip
     commands = {name: command(models, tmp_path / name, *flags) for name, flags in forms.items()}
     commands["mixed"] = [a for a in commands["mixed"] if not a.startswith("--teacher=")]
@@ -299,6 +302,9 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     pg, topk = metrics_of(tmp_path / "pg"), metrics_of(tmp_path / "topk")
     assert {"distill/clip_fraction", "rollout/reward", "mismatch/weight_mean"} <= pg[0].keys()
     assert 0 < topk[0]["distill/teacher_mass"] < 1
+    union = metrics_of(tmp_path / "union")
+    assert 0 < union[0]["distill/spilled"] < 1 and union[0]["distill/teacher_mass"] < 1
+    assert "--teacher_cache_bytes 4000 holds" in (tmp_path / "union" / "logs" / "rank_0.log").read_text()
     written = json.loads((tmp_path / "seq_kd" / "seq_kd.json").read_text())["responses"]
     assert len(written) == len(Path(models.train[0]).read_text().splitlines())
     assert metrics_of(tmp_path / "seq_kd")[0]["distill/on_policy_share"] == 0

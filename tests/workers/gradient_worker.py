@@ -50,6 +50,8 @@ class Case:
     gradient_checkpointing: bool = False
     max_grad_norm: float = 0.0
     packing: bool = False
+    inner_updates: int = 1
+    learning_rate: float = LEARNING_RATE
 
 
 def randn(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -105,7 +107,7 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     cfg = LOSSES[case.loss]
     student = Student(
         ModelConfig(student_model=models[case.model], dtype="float32", gradient_checkpointing=case.gradient_checkpointing),
-        OptimConfig(learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS, max_grad_norm=case.max_grad_norm),
+        OptimConfig(learning_rate=case.learning_rate, adam_eps=ADAM_EPS, max_grad_norm=case.max_grad_norm),
         load_ds_config(str(ROOT / "ds_configs" / f"zero{case.stage}.json")), device=device,
         settings=LossSettings(
             shared_vocab=VOCAB, chunk_bytes=case.chunk_tokens * VOCAB * 4 * LIVE_BUFFERS, packing=case.packing
@@ -120,20 +122,23 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     micro_batches = my_micro_batches(case)
     num_loss_tokens = count_loss_tokens(micro_batches)
     loss_of_token = functools.partial(token_loss, teachers=pool, cfg=cfg)
-    loss_sum = 0.0
-    for mb in micro_batches:
-        temperature = None if cfg.is_mode == "none" else 1.0
-        loss = student.loss(mb, loss_of_token, domains=DOMAINS, logprob_temperature=temperature).loss_sum
-        student.backward(loss * distributed.world_size() / num_loss_tokens, last=mb is micro_batches[-1])
-        loss_sum += loss.item()
-    grad_norm = student.step(LEARNING_RATE)
+    losses, advantages = [0.0] * case.inner_updates, [0.0] * case.inner_updates
+    for update in range(case.inner_updates):
+        for mb in micro_batches:
+            temperature = None if cfg.is_mode == "none" else 1.0
+            loss = student.loss(mb, loss_of_token, domains=DOMAINS, logprob_temperature=temperature)
+            student.backward(loss.loss_sum * distributed.world_size() / num_loss_tokens, last=mb is micro_batches[-1])
+            losses[update] += loss.loss_sum.item()
+            advantages[update] += loss.metrics["distill/advantage_abs"][0].item()
+        grad_norm = student.step(case.learning_rate)
 
     delta = {name: value - before[name] for name, value in student.named_full_parameters()}
-    (total,) = distributed.all_reduce([loss_sum])
+    losses = [total / num_loss_tokens for total in distributed.all_reduce(losses)]
+    advantages = [total / num_loss_tokens for total in distributed.all_reduce(advantages)]
     counts = distributed.gather_objects([mb.num_loss_tokens for mb in micro_batches])
     if distributed.rank() == 0:
         save_file(delta, out / f"{case.name}.safetensors")
-        record = {"loss": total / num_loss_tokens, "grad_norm": grad_norm, "loss_tokens": counts}
+        record = {"losses": losses, "advantages": advantages, "grad_norm": grad_norm, "loss_tokens": counts}
         (out / f"{case.name}.json").write_text(json.dumps(record))
     student.engine.destroy()
 
