@@ -145,7 +145,7 @@ class LossConfig:
         "DOMAIN=REWARD sets one domain's.",
     )
     overlap_k: int = option(16, "Top tokens of both sides that the overlap diagnostics compare; 0 is off.")
-    loss_chunk_bytes: int = option(256 << 20, "Memory for the logits of one chunk of loss tokens, bytes.")
+    loss_chunk_bytes: int = option(320 << 20, "Memory for the logits of one chunk of loss tokens, bytes.")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from opd.logits import LogitsChunk, project
 
 TokenLoss = Callable[[LogitsChunk, slice], tuple[Tensor, dict[str, Tensor]]]
 
-DEFAULT_CHUNK_BYTES = 256 * 2**20
+DEFAULT_CHUNK_BYTES = 320 * 2**20
 # Tensors of a chunk's logits' size that exist at once: the student's logits and a teacher's.
 LIVE_BUFFERS = 2
 
@@ -191,7 +191,9 @@ class _ChunkedLoss:
         wide = _wide(weight_VH)
         # Rows beyond `vocab` exist in the gradients, and stay zero.
         self.grad_hidden_NH = torch.zeros_like(self.hidden_NH) if wanted[0] else None
-        self.grad_weight_VH = torch.zeros_like(weight_VH, dtype=wide) if wanted[1] else None
+        self.grad_weight_VH = torch.empty_like(weight_VH, dtype=wide) if wanted[1] else None
+        if wanted[1]:
+            self.grad_weight_VH[vocab:] = 0
         self.grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if wanted[2] else None
 
     @torch.no_grad()
@@ -220,29 +222,33 @@ class _ChunkedLoss:
             form=self.head.form,
             temperature=self.temperature,
             want_gradient=any(self.wanted),
+            gradient_dtype=self.head.weight_VH.dtype,
             room_CV=room_CV,
         )
         if not any(self.wanted):
             return token_loss(logits, rows)
         with torch.enable_grad():
             loss_C, stats = token_loss(logits, rows)
-        dlogits_CV, active_C = logits.gradient(loss_C)
-        self._accumulate(dlogits_CV, rows)
-        return loss_C.detach(), {**stats, "has_gradient": active_C.float()}
+        gradient = logits.gradient(loss_C)
+        self._accumulate(gradient.dlogits_CV, gradient.scale_C1, rows)
+        return loss_C.detach(), {**stats, "has_gradient": gradient.active_C.float()}
 
-    def _accumulate(self, dlogits_CV: Tensor, rows: slice) -> None:
-        weight_VH = self.head.weight_VH
+    def _accumulate(self, dlogits_CV: Tensor, scale_C1: Tensor, rows: slice) -> None:
+        weight_VH, hidden_CH = self.head.weight_VH, self.hidden_NH[rows]
+        first = rows.start == 0  # nothing is there yet: what lies in the memory is not read
         if self.grad_bias_V is not None:
-            self.grad_bias_V[: len(weight_VH)] += dlogits_CV.sum(dim=0, dtype=self.grad_bias_V.dtype)
+            self.grad_bias_V[: len(weight_VH)] += (dlogits_CV.t().to(scale_C1.dtype) @ scale_C1).squeeze(-1)
         dlogits_CV = dlogits_CV.to(weight_VH.dtype)
         if self.grad_hidden_NH is not None:
-            torch.mm(dlogits_CV, weight_VH, out=self.grad_hidden_NH[rows])
+            self.grad_hidden_NH[rows] = torch.mm(dlogits_CV, weight_VH) * scale_C1
         if self.grad_weight_VH is None:
             return
-        total_VH, hidden_CH = self.grad_weight_VH[: len(weight_VH)], self.hidden_NH[rows]
+        total_VH, hidden_CH = self.grad_weight_VH[: len(weight_VH)], (hidden_CH * scale_C1).to(weight_VH.dtype)
         if total_VH.dtype == hidden_CH.dtype:
-            total_VH.addmm_(dlogits_CV.t(), hidden_CH)
-        else:  # addmm does not mix dtypes
+            total_VH.addmm_(dlogits_CV.t(), hidden_CH, beta=0 if first else 1)
+        elif first:  # addmm does not mix dtypes
+            total_VH.copy_(dlogits_CV.t() @ hidden_CH)
+        else:
             total_VH += dlogits_CV.t() @ hidden_CH
 
     def gradients(self) -> list[Tensor | None]:
@@ -265,6 +271,7 @@ def _room(weight_VH: Tensor, *shape: int) -> Tensor:
 def _chunks(num_tokens: int, weight_VH: Tensor, chunk_bytes: int, buffers: int) -> Iterator[slice]:
     """Slices of N, each as many tokens as chunk_bytes affords, at least 1; one empty slice when N is 0."""
     bytes_per_token = len(weight_VH) * _wide(weight_VH).itemsize * buffers
-    chunk_tokens = max(1, chunk_bytes // bytes_per_token)
+    pieces = -(-num_tokens // max(1, chunk_bytes // bytes_per_token))
+    chunk_tokens = max(1, -(-num_tokens // max(1, pieces)))  # of equal size: a small rest multiplies slowly
     for start in range(0, max(num_tokens, 1), chunk_tokens):
         yield slice(start, min(start + chunk_tokens, num_tokens))

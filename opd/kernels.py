@@ -46,7 +46,7 @@ def statistics(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     x_CV = logits_CV - max_C1
     exp_CV = x_CV.exp()
     z_C = exp_CV.sum(dim=-1)
-    return max_C1.squeeze(-1) + z_C.log(), z_C.log() - (exp_CV * x_CV).sum(dim=-1) / z_C
+    return max_C1.squeeze(-1) + z_C.log(), z_C.log() - _dot(exp_CV, x_CV) / z_C
 
 
 @fused
@@ -59,40 +59,49 @@ def divergence_and_gradient(
     kind: str,
     jsd_beta: float,
     skew_alpha: float,
+    gradient_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """(D [C], dD/dlogits [C, V]) of the divergences of `losses.divergence`.
+    """(D [C], dD/dlogits [C, V] in `gradient_dtype`) of the divergences of `losses.divergence`.
 
     Each of them is a sum over the vocabulary whose derivative with respect to p, at fixed q, is u up to a constant;
-    through the softmax it becomes p (u - sum p u).
+    through the softmax it becomes p (u - sum p u). Where s and t occur as a difference only, the logits serve for them.
     """
     s_CV = logits_CV - logsumexp_C.unsqueeze(-1)
-    t_CV = teacher_logits_CV - teacher_logsumexp_C.unsqueeze(-1)
     p_CV = s_CV.exp()
-    if kind == "reverse_kl":  # u is the integrand over p, so the sums are one
-        u_CV = s_CV - t_CV
-        divergence_C = (p_CV * u_CV).sum(dim=-1)
-        return divergence_C, p_CV * (u_CV - divergence_C.unsqueeze(-1))
+    if kind == "reverse_kl":  # D = sum p u, u = s - t
+        u_CV = torch.sub(logits_CV, teacher_logits_CV)
+        mean_C = _dot(p_CV, u_CV)
+        gradient_CV = p_CV * u_CV.sub_(mean_C.unsqueeze(-1))
+        return mean_C - logsumexp_C + teacher_logsumexp_C, gradient_CV.to(gradient_dtype)
+    t_CV = teacher_logits_CV - teacher_logsumexp_C.unsqueeze(-1)
     q_CV = t_CV.exp()
-    if kind == "forward_kl":  # u = -q / p
-        return (q_CV * (t_CV - s_CV)).sum(dim=-1), p_CV - q_CV
-    if kind == "jsd":  # m = beta q + (1 - beta) p
-        log_m_CV = _log_mixture(q_CV, p_CV, jsd_beta)
-        student_term_CV = (1 - jsd_beta) * (s_CV - log_m_CV)  # and it is u as well
-        terms_CV, u_CV = jsd_beta * q_CV * (t_CV - log_m_CV) + p_CV * student_term_CV, student_term_CV
-    elif kind == "skew_forward_kl":  # m = alpha q + (1 - alpha) p
-        log_m_CV = _log_mixture(q_CV, p_CV, skew_alpha)
-        terms_CV, u_CV = q_CV * (t_CV - log_m_CV), (skew_alpha - 1) * (t_CV - log_m_CV).exp()
-    else:  # skew_reverse_kl: m = alpha p + (1 - alpha) q
-        log_m_CV = _log_mixture(p_CV, q_CV, skew_alpha)
-        terms_CV = p_CV * (s_CV - log_m_CV)
-        u_CV = s_CV - log_m_CV - skew_alpha * (s_CV - log_m_CV).exp()
-    return terms_CV.sum(dim=-1), p_CV * (u_CV - (p_CV * u_CV).sum(dim=-1, keepdim=True))
+    if kind == "forward_kl":  # D = sum q (t - s), u = -q / p
+        return _dot(q_CV, t_CV.sub_(s_CV)), (p_CV - q_CV).to(gradient_dtype)
+    if kind == "jsd":  # m = beta q + (1 - beta) p, u = (1 - beta) (s - log m)
+        log_m_CV = _log(torch.lerp(p_CV, q_CV, jsd_beta))
+        mean_C = _dot(p_CV, s_CV.sub_(log_m_CV))
+        divergence_C = jsd_beta * _dot(q_CV, t_CV.sub_(log_m_CV)) + (1 - jsd_beta) * mean_C
+        gradient_CV = p_CV.mul_(1 - jsd_beta) * s_CV.sub_(mean_C.unsqueeze(-1))
+        return divergence_C, gradient_CV.to(gradient_dtype)
+    if kind == "skew_forward_kl":  # m = alpha q + (1 - alpha) p, D = sum q (t - log m), u = (alpha - 1) q / m
+        t_CV.sub_(_log(torch.lerp(p_CV, q_CV, skew_alpha)))
+        divergence_C, u_CV = _dot(q_CV, t_CV), t_CV.exp().mul_(skew_alpha - 1)
+    else:  # skew_reverse_kl: m = alpha p + (1 - alpha) q, D = sum p (s - log m), u = s - log m - alpha p / m
+        s_CV.sub_(_log(torch.lerp(q_CV, p_CV, skew_alpha)))
+        divergence_C, u_CV = _dot(p_CV, s_CV), s_CV - skew_alpha * s_CV.exp()
+    return divergence_C, (p_CV * u_CV.sub_(_dot(p_CV, u_CV).unsqueeze(-1))).to(gradient_dtype)
 
 
-def _log_mixture(a_CV: Tensor, b_CV: Tensor, weight: float) -> Tensor:
-    """log(weight a + (1 - weight) b); where both probabilities underflow, a finite number that nothing will weigh."""
-    mixture_CV = weight * a_CV + (1 - weight) * b_CV
-    return mixture_CV.clamp_min(torch.finfo(mixture_CV.dtype).tiny).log()
+def _log(m_CV: Tensor) -> Tensor:
+    """log m, in place; where m underflows, a finite number that no probability will weigh."""
+    return m_CV.clamp_min_(torch.finfo(m_CV.dtype).tiny).log_()
+
+
+def _dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
+    """Row by row, [C]. On a CPU long rows go to BLAS, which writes no product; on a GPU the compiler fuses the sum."""
+    if a_CV.is_cuda or a_CV.shape[1] < 4096:
+        return (a_CV * b_CV).sum(dim=-1)
+    return torch.bmm(a_CV.unsqueeze(1), b_CV.unsqueeze(2)).flatten()
 
 
 @fused

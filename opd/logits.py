@@ -16,7 +16,7 @@ from torch import Tensor
 from opd import kernels
 from opd.heads import LogitForm, OutputHead
 
-WIDENED_BYTES = 32 << 20
+SLICE = 1024  # rows of a head
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,15 @@ class TeacherReading:
     entropy_M: Tensor
     topk_ids_MK: Tensor
     topk_logprobs_MK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkGradient:
+    """`scale_C1 * dlogits_CV` is the gradient; the scale is left to whoever multiplies with something smaller than V."""
+
+    dlogits_CV: Tensor
+    scale_C1: Tensor
+    active_C: Tensor  # bool, the tokens that have any gradient
 
 
 class LogitsChunk:
@@ -43,10 +52,11 @@ class LogitsChunk:
         form: LogitForm,
         temperature: float,
         want_gradient: bool,
+        gradient_dtype: torch.dtype | None = None,
         room_CV: Tensor | None = None,
     ):
         self.logits_CV, self.form, self.temperature = logits_CV, form, temperature
-        self.want_gradient = want_gradient
+        self.want_gradient, self.gradient_dtype = want_gradient, gradient_dtype or logits_CV.dtype
         self._room_CV = room_CV  # for a teacher's logits, so that not every chunk asks the system for memory
         parts = [kernels.statistics(logits_CV[rows]) for rows in kernels.tiles(logits_CV)]
         self.logsumexp_C, self.entropy_C = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -87,31 +97,36 @@ class LogitsChunk:
         assert len(teacher_hidden_MH) == (len(self) if index_M is None else len(index_M))
         room_MV = self._room(len(teacher_hidden_MH), torch.promote_types(head.weight_VH.dtype, torch.float32))
         teacher_MV = project(teacher_hidden_MH, head, self.temperature, out=room_MV).to(self.logits_CV.dtype)
+        form = {"kind": kind, "jsd_beta": jsd_beta, "skew_alpha": skew_alpha}
         columns: list[list[Tensor]] = [[], [], [], [], []]
         for rows in kernels.tiles(teacher_MV):
-            tile = self._compare(rows, teacher_MV, labels_M[rows], index_M, kind, jsd_beta, skew_alpha, topk)
+            mine = rows if index_M is None else index_M[rows]
+            gradient_TV, *tile = self._compare(mine, teacher_MV[rows], labels_M[rows], topk, form)
             for column, value in zip(columns, tile, strict=True):
                 column.append(value)
+            if len(gradient_TV) == len(teacher_MV):
+                teacher_MV = gradient_TV  # the only tile
+            else:  # the gradient takes the place of the teacher's logits
+                teacher_MV[rows] = gradient_TV
         divergence_M, *theirs = (torch.cat(column) for column in columns)
         leaf = self._leaf(divergence_M)
         self._readings.append(_Reading(leaf, index_M, gradient_MV=teacher_MV))
         return TeacherReading(leaf, *theirs)
 
     @torch.no_grad()
-    def _compare(self, rows, teacher_MV, labels_T, index_M, kind, jsd_beta, skew_alpha, topk) -> tuple[Tensor, ...]:
-        """One tile of `divergence`; the gradient takes the place of the tile's teacher logits."""
-        mine = rows if index_M is None else index_M[rows]
-        logits_TV, theirs_TV = self.logits_CV[mine], teacher_MV[rows]
+    def _compare(
+        self, mine: Tensor | slice, theirs_TV: Tensor, labels_T: Tensor, topk: int, form: dict
+    ) -> tuple[Tensor, ...]:
+        """One tile of `divergence`: its gradient, and the columns of a TeacherReading."""
+        logits_TV = self.logits_CV[mine]
         logsumexp_T, entropy_T = kernels.statistics(theirs_TV)
         sampled_T = theirs_TV.gather(-1, labels_T.unsqueeze(-1)).squeeze(-1) - logsumexp_T
         top_TK, topk_ids_TK = kernels.top_k(theirs_TV, topk)
         divergence_T, gradient_TV = kernels.divergence_and_gradient(
-            logits_TV, self.logsumexp_C[mine], theirs_TV, logsumexp_T,
-            kind=kind, jsd_beta=jsd_beta, skew_alpha=skew_alpha,
-        )  # fmt: skip
-        if self.want_gradient:
-            theirs_TV.copy_(self._through_form(gradient_TV, logits_TV))
-        return divergence_T, sampled_T, entropy_T, topk_ids_TK, top_TK - logsumexp_T.unsqueeze(-1)
+            logits_TV, self.logsumexp_C[mine], theirs_TV, logsumexp_T, gradient_dtype=self.gradient_dtype, **form
+        )
+        top_TK = top_TK - logsumexp_T.unsqueeze(-1)
+        return self._through_form(gradient_TV, logits_TV), divergence_T, sampled_T, entropy_T, topk_ids_TK, top_TK
 
     def _room(self, rows: int, dtype: torch.dtype) -> Tensor | None:
         """The next `rows` of the memory that was set aside, if they are left and fit."""
@@ -130,26 +145,21 @@ class LogitsChunk:
         return gradient_TV * (1 - (logits_TV * (self.temperature / self.form.softcap)).square())
 
     @torch.no_grad()
-    def gradient(self, loss_C: Tensor) -> tuple[Tensor, Tensor]:
-        """(d loss_C.sum() / dz [C, V], which tokens have any gradient [C] bool); z is what the head's product gave.
-
-        The result lies in the memory of the logits or of a teacher's, which are used up.
-        """
+    def gradient(self, loss_C: Tensor) -> ChunkGradient:
+        """d loss_C.sum() / dz, z being what the head's product gave. It takes the memory of the logits or of a teacher's."""
         readings = self._with_adjoints(loss_C)
         active_C = torch.zeros(len(self), dtype=torch.bool, device=self.logits_CV.device)
         for reading, adjoint_MK in readings:
             active_C[reading.rows] |= adjoint_MK.ne(0).any(-1)
         divergences = [(r, a) for r, a in readings if r.gradient_MV is not None]
+        if len(divergences) == len(readings) == 1 and divergences[0][0].index_M is None:  # one teacher, and only it
+            return ChunkGradient(divergences[0][0].gradient_MV, divergences[0][1], active_C)
+        total_CV = self._of_logprobs([(r, a) for r, a in readings if r.ids_MK is not None])
         for reading, adjoint_M1 in divergences:
             for rows in kernels.tiles(reading.gradient_MV):
-                reading.gradient_MV[rows].mul_(adjoint_M1[rows])
-        if len(divergences) == len(readings) == 1 and divergences[0][0].index_M is None:
-            return divergences[0][0].gradient_MV, active_C
-        total_CV = self._of_logprobs([(r, a) for r, a in readings if r.ids_MK is not None])
-        for reading, _ in divergences:
-            whole = reading.index_M is None
-            total_CV = total_CV.add_(reading.gradient_MV) if whole else _add_rows(total_CV, reading)
-        return total_CV, active_C
+                mine = rows if reading.index_M is None else reading.index_M[rows]
+                total_CV[mine] += reading.gradient_MV[rows] * adjoint_M1[rows]
+        return ChunkGradient(total_CV, torch.ones_like(self.logsumexp_C).unsqueeze(-1), active_C)
 
     def _with_adjoints(self, loss_C: Tensor) -> "list[tuple[_Reading, Tensor]]":
         """The readings that the loss depends on, each with the gradient of its numbers, [M, K] or [M, 1]."""
@@ -202,13 +212,6 @@ def _columns(values: Tensor) -> Tensor:
     return values if values.ndim == 2 else values.unsqueeze(-1)
 
 
-def _add_rows(total_CV: Tensor, reading: _Reading) -> Tensor:
-    """total[index] += gradient, tile by tile."""
-    for rows in kernels.tiles(reading.gradient_MV):
-        total_CV.index_add_(0, reading.index_M[rows], reading.gradient_MV[rows].to(total_CV.dtype))
-    return total_CV
-
-
 @torch.no_grad()
 def project(hidden_CH: Tensor, head: OutputHead, temperature: float = 1.0, out: Tensor | None = None) -> Tensor:
     """Finished logits [C, V] of a head, in float32 or float64: product, bias, scale, soft-cap, temperature.
@@ -223,12 +226,16 @@ def project(hidden_CH: Tensor, head: OutputHead, temperature: float = 1.0, out: 
 
 
 def _product(hidden_CH: Tensor, weight_VH: Tensor, out: Tensor | None) -> Tensor:
-    if weight_VH.dtype not in (torch.float16, torch.bfloat16):
-        return torch.mm(hidden_CH, weight_VH.t(), out=out)
+    """hidden @ weight.T, in float32 at least."""
     if weight_VH.is_cuda:
-        return torch.mm(hidden_CH, weight_VH.t(), out_dtype=torch.float32)
-    # torch 2.13 has no such product on a CPU. A slice of the weight at a time, so that no float32 copy of it exists.
-    hidden_CH = hidden_CH.float()
-    rows = max(1, WIDENED_BYTES // (4 * weight_VH.shape[1]))
-    slices = [hidden_CH @ weight_VH[v : v + rows].float().t() for v in range(0, len(weight_VH), rows)]
-    return torch.cat(slices, dim=1, out=out)
+        wide = {} if weight_VH.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
+        return torch.mm(hidden_CH, weight_VH.t(), **wide)
+    # On a CPU a slice of the weight at a time: it multiplies a little faster, and torch 2.13 has no product of bfloat16
+    # into float32 here, so the slice is widened and no float32 copy of the weight exists.
+    out_dtype = torch.promote_types(weight_VH.dtype, torch.float32)
+    if out is None:
+        out = hidden_CH.new_empty(len(hidden_CH), len(weight_VH), dtype=out_dtype)
+    hidden_CH = hidden_CH.to(out_dtype)
+    for v in range(0, len(weight_VH), SLICE):
+        torch.mm(hidden_CH, weight_VH[v : v + SLICE].to(out_dtype).t(), out=out[:, v : v + SLICE])
+    return out

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from opd import distributed
 from opd.config import ModelConfig, OptimConfig
 from opd.deepspeed_engine import ShardedEngine
-from opd.fused_linear import fused_linear_loss, score_hidden
+from opd.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
 from opd.heads import OutputHead, logit_form
 from opd.logits import LogitsChunk
 from opd.types import LossOutput, MicroBatch
@@ -33,7 +33,7 @@ class LossSettings:
 
     temperature: float = 1.0
     shared_vocab: int | None = None  # tokens that all models know; None is all of the student's
-    chunk_bytes: int = 256 << 20
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
     packing: bool = False  # sequences of a micro-batch end to end, without padding
 
 

@@ -130,7 +130,8 @@ def chunk_of(batch, rows, cfg):
 def attached(batch, rows, chunk, loss_C):
     """loss_C, differentiable in the batch's logits with the gradient that the chunk worked out."""
     grad_CV = torch.zeros_like(batch.logits_NV[rows])
-    grad_CV[:, :VOCAB] = chunk.gradient(loss_C)[0]
+    found = chunk.gradient(loss_C)
+    grad_CV[:, :VOCAB] = found.dlogits_CV * found.scale_C1
     logits_CV = batch.logits_NV[rows]
     return loss_C.detach() + ((logits_CV - logits_CV.detach()) * grad_CV).sum(-1)
 
@@ -553,7 +554,7 @@ def test_a_filler_gives_a_gradient_of_no_rows():
         pool = TeacherPool([], {}, cfg, payload=payload_of(cfg), cache_bytes=0, shared_vocab=VOCAB, device=CPU)
         logits = LogitsChunk(logits_0V.clone(), form=LogitForm(), temperature=1.0, want_gradient=True)
         loss_0, stats = token_loss(logits, slice(0, 0), filler, torch.zeros(0), teachers=pool, cfg=cfg)
-        assert loss_0.shape == (0,) and logits.gradient(loss_0)[0].shape == (0, VOCAB)
+        assert loss_0.shape == (0,) and logits.gradient(loss_0).dlogits_CV.shape == (0, VOCAB)
         assert stats.keys() == run_token_loss(
             Batch(payload=payload_of(cfg)), cfg, logprobs_N=torch.zeros(len(Batch().tokens))
         )[1].keys()  # fmt: skip

@@ -18,7 +18,7 @@ def analytic(x_CV, y_CV, kind):
     lse_C, _ = kernels.statistics(x_CV)
     their_lse_C, _ = kernels.statistics(y_CV)
     return kernels.divergence_and_gradient(
-        x_CV, lse_C, y_CV, their_lse_C, kind=kind, jsd_beta=0.3, skew_alpha=0.2
+        x_CV, lse_C, y_CV, their_lse_C, kind=kind, jsd_beta=0.3, skew_alpha=0.2, gradient_dtype=x_CV.dtype
     )  # fmt: skip
 
 
