@@ -94,7 +94,7 @@ class RolloutConfig:
     top_k: int = option(0, "Sample from the k likeliest tokens only; 0 is off.")
     rollout_kv_cache_gib: float = option(1.0, "KV cache of the rollout engine per GPU, GiB.")
     enforce_eager: bool = option(
-        False, "Sample without CUDA graphs: slower, starts sooner, less memory. Always so on a CPU."
+        False, "Sample without compiling and without CUDA graphs: slower, but starts sooner and takes less memory."
     )
     teacher_kv_cache_gib: float = option(
         0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates."

@@ -81,7 +81,7 @@ class _Engine:
         self.llm = _import_vllm().LLM(
             model=model,
             distributed_executor_backend="external_launcher",
-            enforce_eager=enforce_eager or table is None,
+            enforce_eager=enforce_eager,
             enable_sleep_mode=table is not None,
             kv_cache_memory_bytes=int(kv_cache_gib * GIB),
             disable_log_stats=True,

@@ -77,6 +77,7 @@ class Case:
     steps: int
     threads: int  # per rank
     trl_dir: Path
+    enforce_eager: bool = False  # of our sampler
 
 
 WORKLOADS = {
@@ -214,6 +215,7 @@ def run_ours(case: Case, work: Path) -> dict:
         *("--max_prompt_tokens", str(w.prompt_tokens), "--max_response_tokens", str(w.response_tokens)),
         *("--learning_rate", str(LEARNING_RATE), "--lr_schedule", "constant", "--seed", str(SEED)),
         *("--rollout_kv_cache_gib", "0.25", "--teacher_kv_cache_gib", "0.05"),
+        *(["--enforce_eager"] if case.enforce_eager else []),
         *("--parity_every", "0", "--rollout_every", "0"),  # extras that TRL does not have
     ]
     run_child(command, work / "log.txt", environment(case.threads))
@@ -314,6 +316,7 @@ def compare(case: Case, sides: list[str], rounds: int, work: Path) -> dict:
     return {
         "speedup": round(peers[fastest] / ours_ms, 2) if fastest else None,
         "against": fastest,
+        "speedup_against_each": {side: round(ms / ours_ms, 2) for side, ms in peers.items()},
         "threads_per_rank": case.threads,
         **measured,
         "reasons": reasons,
@@ -341,6 +344,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side")
     parser.add_argument("--trl_dir", type=Path, default=ROOT / ".trl", help="where TRL was installed with --target")
     parser.add_argument("--vocab_size", type=int, default=512, help="of student and teacher; at least 258")
+    parser.add_argument("--enforce_eager", action="store_true", help="do not compile our sampler: a quick look")
     parser.add_argument("--threads", type=int, default=2, help="of all ranks together, the same for both sides")
     args = parser.parse_args()
     if args.steps <= WARMUP_STEPS:
@@ -364,7 +368,8 @@ def main() -> int:
             write_workload(root, workload, steps=args.steps, vocab_size=args.vocab_size)
             for mode_name in args.modes:
                 mode = MODES[mode_name]
-                case = Case(root, workload, mode, args.steps, max(1, args.threads // mode.ranks), args.trl_dir)
+                threads = max(1, args.threads // mode.ranks)
+                case = Case(root, workload, mode, args.steps, threads, args.trl_dir, args.enforce_eager)
                 result = compare(case, sides, args.rounds, root / mode_name)
                 workloads[name] |= {f"speedup_{mode_name}": result["speedup"], mode_name: result}
                 print(table(name, mode_name, result), flush=True)

@@ -35,7 +35,19 @@ def run_script(name: str, *flags) -> tuple[dict, str]:
 
 @pytest.mark.e2e
 def test_without_trl_our_step_is_measured_and_no_ratio_is_made_up(tmp_path):
-    flags = ("--steps", 6, "--rounds", 1, "--workloads", "tiny", "--modes", "1rank", "--trl_dir", tmp_path)
+    flags = (
+        "--steps",
+        6,
+        "--rounds",
+        1,
+        "--workloads",
+        "tiny",
+        "--modes",
+        "1rank",
+        "--trl_dir",
+        tmp_path,
+        "--enforce_eager",
+    )
     result, console = run_script("bench_step.py", *flags)
     assert f"pip install --no-deps --target {tmp_path} trl==1.16.0" in console
     assert result["speedup_1rank"] is None and result["speedup_zero3_2ranks"] is None and result["trl"] is None

@@ -54,7 +54,9 @@ def process(device):
 
 @pytest.fixture(scope="module")
 def rollout_engine(process, tiny):
-    cfg = RolloutConfig(num_generations=2, max_response_tokens=MAX_TOKENS, rollout_kv_cache_gib=KV_GIB)
+    cfg = RolloutConfig(
+        num_generations=2, max_response_tokens=MAX_TOKENS, rollout_kv_cache_gib=KV_GIB, enforce_eager=True
+    )
     return RolloutEngine(str(tiny.student), cfg, eos_ids=(EOS, OTHER_STOP), seed=SEED, **OPTIONS)
 
 

@@ -90,7 +90,8 @@ def command(models: Models, output_dir, *flags, script="train_mopd.py", launcher
         *(*start, script, "--student_model", str(models.student), *teachers, "--data", *models.train),
         *("--output_dir", str(output_dir), "--num_steps", "2", "--prompts_per_step", "8", "--micro_batch_size", "3"),
         *("--max_prompt_tokens", "16", "--max_response_tokens", "8", "--learning_rate", "1e-3"),
-        *("--rollout_kv_cache_gib", "0.05", "--teacher_kv_cache_gib", "0.05", "--parity_every", "1", *flags),
+        *("--rollout_kv_cache_gib", "0.05", "--teacher_kv_cache_gib", "0.05", "--parity_every", "1"),
+        *("--enforce_eager", *flags),
     ]
 
 
