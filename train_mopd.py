@@ -189,6 +189,7 @@ def main(run: Run) -> None:
                 micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
                 packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
+            del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
@@ -202,9 +203,7 @@ def main(run: Run) -> None:
                         scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
                         student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
                         metrics.merge(out.metrics)
-                    learning_rate = learning_rate_at(
-                        step * inner_updates + update, cfg.run.num_steps * inner_updates, cfg.optim
-                    )
+                    learning_rate = learning_rate_at(step + update / inner_updates, cfg.run.num_steps, cfg.optim)
                     grad_norm = student.step(learning_rate)
                 teachers.release_head()
 

@@ -180,7 +180,7 @@ class RunConfig:
     """The run directory, and what happens how often."""
 
     output_dir: str = option("", "Run directory. Required.")
-    num_steps: int = option(100, "Optimizer steps.")
+    num_steps: int = option(100, "Steps: batches of rollouts, each trained on inner_updates times.")
     seed: int = option(0, "Seed of data order and sampling.")
     ds_config: str = option("ds_configs/zero3.json", "DeepSpeed: sharding, offload and communication only.")
     eval_every: int = option(0, "Evaluate every n steps; 0 is before and after only.")

@@ -34,7 +34,7 @@ class Average:
     def add(self, index_M: Tensor, weights_M: Tensor, values: dict[str, Tensor]) -> None:
         for key, value_M in values.items():
             known_M = (weights_M * ~value_M.isnan()).to(self.weights[key].dtype)
-            self.sums[key] = self.sums[key].index_add(0, index_M, known_M * value_M.nan_to_num())
+            self.sums[key] = self.sums[key].index_add(0, index_M, known_M * value_M.masked_fill(value_M.isnan(), 0))
             self.weights[key] = self.weights[key].index_add(0, index_M, known_M)
 
     def values(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from opd.config import LossConfig
 from opd.heads import OutputHead
 from opd.logits import LogitsChunk
 from opd.losses import kl_estimate, support_divergence
-from opd.topk import union_support, upcast
+from opd.topk import union_support
 from opd.types import MicroBatch, TeacherPayload, TeacherSlice
 
 HeadOf = Callable[[str], OutputHead]  # teacher name -> its head on the device, cut to the shared vocabulary
@@ -87,10 +87,10 @@ def compare(logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf
             if against.support_mass_M is not None:
                 values["distill/student_mass"], values["distill/teacher_mass"] = against.support_mass_M
             if student_topk_CK is not None and against.topk_ids_MK is not None:
-                K = student_topk_CK.shape[1]
+                K = min(student_topk_CK.shape[1], against.topk_ids_MK.shape[1])  # a teacher may have sent fewer
                 ids_MK = against.topk_ids_MK[:, :K]
                 values |= diagnostics.overlap_of(
-                    student_topk_CK[index_M], ids_MK, logits.gather(ids_MK, index), against.topk_logprobs_MK[:, :K]
+                    student_topk_CK[index_M, :K], ids_MK, logits.gather(ids_MK, index), against.topk_logprobs_MK[:, :K]
                 )
             stats.add(index_M, part.weights_M, {key: values[key] for key in values.keys() & stats.sums.keys()})
     with torch.no_grad():
@@ -159,12 +159,19 @@ def _union(
 
     The teacher's logits at the student's tokens are K products of a hidden state with rows of the head, not V of them.
     """
-    K = part.topk_ids_MK.shape[1]
-    student_ids_MK = logits.top_k(K, index_M)
-    weight_MKH = F.embedding(student_ids_MK, head.weight_VH)
-    z_MK = torch.einsum("mh,mkh->mk", part.hidden_MH.to(weight_MKH.dtype), weight_MKH)
-    if head.bias_V is not None:
-        z_MK = z_MK + head.bias_V[student_ids_MK]
-    theirs_MK = head.form(upcast(z_MK)) / cfg.loss_temperature - part.logsumexp_M.unsqueeze(-1)
+    student_ids_MK = logits.top_k(part.topk_ids_MK.shape[1], index_M)
+    z_MK = _logits_at(part.hidden_MH, head, student_ids_MK, cfg.loss_chunk_bytes)
+    theirs_MK = head.form(z_MK) / cfg.loss_temperature - part.logsumexp_M.unsqueeze(-1)
     ids_MJ, repeated_MJ = union_support(part.topk_ids_MK, student_ids_MK)
     return ids_MJ, torch.cat([part.topk_logprobs_MK, theirs_MK], dim=-1), repeated_MJ
+
+
+def _logits_at(hidden_MH: Tensor, head: OutputHead, ids_MK: Tensor, piece_bytes: int) -> Tensor:
+    """hidden @ weight.T + bias at single ids, [M, K], in float32 at least; rows of the head are gathered piece by piece."""
+    wide = torch.promote_types(head.weight_VH.dtype, torch.float32)
+    rows = max(1, piece_bytes // (2 * ids_MK.shape[1] * head.weight_VH.shape[1] * wide.itemsize))
+    z_MK = hidden_MH.new_empty(ids_MK.shape, dtype=wide)
+    for piece in (slice(start, start + rows) for start in range(0, len(ids_MK), rows)):
+        weight_PKH = F.embedding(ids_MK[piece], head.weight_VH).to(wide)
+        z_MK[piece] = torch.einsum("ph,pkh->pk", hidden_MH[piece].to(wide), weight_PKH)
+    return z_MK if head.bias_V is None else z_MK + head.bias_V[ids_MK]

@@ -24,7 +24,7 @@ from opd.logits import LogitsChunk, project
 TokenLoss = Callable[[LogitsChunk, slice], tuple[Tensor, dict[str, Tensor]]]
 
 DEFAULT_CHUNK_BYTES = 320 * 2**20
-# Tensors of a chunk's logits' size that exist at once: the student's logits and a teacher's.
+# Tensors of a chunk's logits' size that exist at once, with one teacher: the student's logits and the teacher's.
 LIVE_BUFFERS = 2
 
 
@@ -46,6 +46,7 @@ def fused_linear_loss(
     *,
     temperature: float = 1.0,
     vocab: int | None = None,
+    teachers: int = 1,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens of `token_loss`: `(loss_sum [], stats: name -> detached [N])`.
@@ -55,10 +56,11 @@ def fused_linear_loss(
     every chunk. It may be any differentiable function of its readings that treats tokens one by one; other tensors it
     closes over get no gradient. One stat is added: `has_gradient`, whether the loss of a token depends on its logits.
 
-    Gradients go to hidden, weight and bias, each only if it asks for one (a frozen head costs no weight gradient), in
-    their own shape and dtype; the weight's is accumulated in float32 or float64. With N == 0, token_loss sees one chunk
-    of no rows and the result is a zero connected to all three, so ranks with and without tokens run the same
-    collectives. Half precision: use bfloat16; float16 gradients are formed before any loss scale and can underflow.
+    The logits of a chunk, and those of the `teachers` that token_loss takes divergences from for one token, fit into
+    `chunk_bytes`. Gradients go to hidden, weight and bias, each only if it asks for one (a frozen head costs no weight
+    gradient), in their own shape and dtype; the weight's is accumulated in float32 or float64. With N == 0, token_loss
+    sees one chunk of no rows and the result is a zero connected to all three, so ranks with and without tokens run the
+    same collectives. Half precision: use bfloat16; float16 gradients are formed before any loss scale and can underflow.
     The backward may run once: it hands the gradients over instead of copying them.
     """
     weight_VH, bias_V = head.weight_VH, head.bias_V
@@ -71,7 +73,7 @@ def fused_linear_loss(
     inputs = (hidden_NH, weight_VH, bias_V)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     pieces = _ChunkedLoss(hidden_NH, head, vocab or len(weight_VH), temperature, wanted)
-    loss_sum, stats = pieces.run(token_loss, chunk_bytes)
+    loss_sum, stats = pieces.run(token_loss, chunk_bytes, teachers)
     if any(wanted):
         loss_sum = _PrecomputedGradients.apply(*inputs, loss_sum, pieces.gradients())
     return loss_sum, stats
@@ -128,6 +130,7 @@ def score_hidden(
 ) -> HiddenScores:
     """Scores of `labels_N` (int64, in 0..V-1) under the head's softmax at `temperature`; no gradient.
 
+    Hidden states may lie on the host, in another dtype: a chunk of them visits the head's device.
     `logsumexp_N` and `entropy_N` are at that temperature too. `support_k` > 0 adds the top-k, descending. All of it is
     read from a tile of the logits while it is in cache. Raises ValueError for a support_k outside 0..V or a temperature
     that is not positive.
@@ -142,9 +145,10 @@ def score_hidden(
     columns: list[list[Tensor]] = [[], [], [], [], []]
     room_CV = None
     for chunk in _chunks(len(hidden_NH), weight_VH, chunk_bytes, buffers=1):
-        if room_CV is None:
-            room_CV = _room(weight_VH, chunk.stop - chunk.start)
-        logits_CV = project(hidden_NH[chunk], head, temperature, out=room_CV[: chunk.stop - chunk.start])
+        size = chunk.stop - chunk.start
+        room_CV = _room(weight_VH, size) if room_CV is None else room_CV
+        hidden_CH = hidden_NH[chunk].to(weight_VH.device, weight_VH.dtype, non_blocking=True)
+        logits_CV = project(hidden_CH, head, temperature, out=None if room_CV is None else room_CV[:size])
         labels_C = labels_N[chunk].unsqueeze(-1)
         for rows in kernels.tiles(logits_CV):
             logits_TV = logits_CV[rows]
@@ -197,16 +201,16 @@ class _ChunkedLoss:
         self.grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if wanted[2] else None
 
     @torch.no_grad()
-    def run(self, token_loss: TokenLoss, chunk_bytes: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, token_loss: TokenLoss, chunk_bytes: int, teachers: int) -> tuple[Tensor, dict[str, Tensor]]:
         losses: list[Tensor] = []
         stats: dict[str, list[Tensor]] = {}
-        weight_VH, room_2CV = self.head.weight_VH, None
-        for rows in _chunks(len(self.hidden_NH), weight_VH, chunk_bytes, LIVE_BUFFERS):
+        weight_VH, buffers, room = self.head.weight_VH, LIVE_BUFFERS - 1 + teachers, None
+        for rows in _chunks(len(self.hidden_NH), weight_VH, chunk_bytes, buffers):
             size = rows.stop - rows.start
-            if room_2CV is None:  # asked for once: fresh memory costs a page fault every 4 KiB
-                room_2CV = _room(weight_VH, 2, size)
-            logits_CV = project(self.hidden_NH[rows], self.head, self.temperature, out=room_2CV[0, :size])
-            loss_C, chunk_stats = self._chunk(logits_CV, room_2CV[1, :size], rows, token_loss)
+            room = _room(weight_VH, buffers, size) if room is None else room
+            mine_CV, theirs_RV = (None, None) if room is None else (room[0, :size], room[1:].flatten(0, 1))
+            logits_CV = project(self.hidden_NH[rows], self.head, self.temperature, out=mine_CV)
+            loss_C, chunk_stats = self._chunk(logits_CV, theirs_RV, rows, token_loss)
             losses.append(loss_C)
             assert not stats or stats.keys() == chunk_stats.keys(), f"stats {set(stats)}, then {set(chunk_stats)}"
             for name, stat_C in chunk_stats.items():
@@ -215,7 +219,7 @@ class _ChunkedLoss:
         return torch.cat(losses).sum(), {name: torch.cat(parts) for name, parts in stats.items()}
 
     def _chunk(
-        self, logits_CV: Tensor, room_CV: Tensor, rows: slice, token_loss: TokenLoss
+        self, logits_CV: Tensor, room_RV: Tensor | None, rows: slice, token_loss: TokenLoss
     ) -> tuple[Tensor, dict[str, Tensor]]:
         logits = LogitsChunk(
             logits_CV,
@@ -223,10 +227,11 @@ class _ChunkedLoss:
             temperature=self.temperature,
             want_gradient=any(self.wanted),
             gradient_dtype=self.head.weight_VH.dtype,
-            room_CV=room_CV,
+            room_RV=room_RV,
         )
         if not any(self.wanted):
-            return token_loss(logits, rows)
+            loss_C, stats = token_loss(logits, rows)
+            return loss_C, {**stats, "has_gradient": torch.zeros_like(loss_C)}
         with torch.enable_grad():
             loss_C, stats = token_loss(logits, rows)
         gradient = logits.gradient(loss_C)
@@ -263,8 +268,13 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _room(weight_VH: Tensor, *shape: int) -> Tensor:
-    """Memory for logits, [*shape, V] in float32 or float64."""
+def _room(weight_VH: Tensor, *shape: int) -> Tensor | None:
+    """Memory for logits, [*shape, V] in float32 or float64, asked for once: fresh memory costs a page fault every 4 KiB.
+
+    None on a GPU, where torch keeps what was freed.
+    """
+    if weight_VH.is_cuda:
+        return None
     return weight_VH.new_empty(*shape, len(weight_VH), dtype=_wide(weight_VH))
 
 

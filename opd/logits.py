@@ -53,14 +53,15 @@ class LogitsChunk:
         temperature: float,
         want_gradient: bool,
         gradient_dtype: torch.dtype | None = None,
-        room_CV: Tensor | None = None,
+        room_RV: Tensor | None = None,
     ):
         self.logits_CV, self.form, self.temperature = logits_CV, form, temperature
         self.want_gradient, self.gradient_dtype = want_gradient, gradient_dtype or logits_CV.dtype
-        self._room_CV = room_CV  # for a teacher's logits, so that not every chunk asks the system for memory
+        self._room_RV = room_RV  # for teachers' logits
         parts = [kernels.statistics(logits_CV[rows]) for rows in kernels.tiles(logits_CV)]
         self.logsumexp_C, self.entropy_C = (torch.cat(column) for column in zip(*parts, strict=True))
         self._readings: list[_Reading] = []
+        self._top_ids_CK: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.logits_CV)
@@ -86,8 +87,11 @@ class LogitsChunk:
 
     def top_k(self, k: int, index_M: Tensor | None = None) -> Tensor:
         """Ids of the k likeliest tokens, [M, k] int64, descending."""
-        parts = [kernels.top_k(self.logits_CV[rows], k)[1] for rows in kernels.tiles(self.logits_CV)]
-        return torch.cat(parts) if index_M is None else torch.cat(parts)[index_M]
+        if self._top_ids_CK is None or self._top_ids_CK.shape[1] < k:
+            parts = [kernels.top_k(self.logits_CV[rows], k)[1] for rows in kernels.tiles(self.logits_CV)]
+            self._top_ids_CK = torch.cat(parts)  # asked for by every teacher and by the diagnostics
+        ids_Ck = self._top_ids_CK[:, :k]
+        return ids_Ck if index_M is None else ids_Ck[index_M]
 
     def divergence(
         self, teacher_hidden_MH: Tensor, head: OutputHead, labels_M: Tensor, index_M: Tensor | None = None, *,
@@ -130,9 +134,9 @@ class LogitsChunk:
 
     def _room(self, rows: int, dtype: torch.dtype) -> Tensor | None:
         """The next `rows` of the memory that was set aside, if they are left and fit."""
-        if self._room_CV is None or rows > len(self._room_CV) or dtype != self._room_CV.dtype:
+        if self._room_RV is None or rows > len(self._room_RV) or dtype != self._room_RV.dtype:
             return None
-        room_MV, self._room_CV = self._room_CV[:rows], self._room_CV[rows:]
+        room_MV, self._room_RV = self._room_RV[:rows], self._room_RV[rows:]
         return room_MV
 
     def _leaf(self, value: Tensor) -> Tensor:
@@ -222,7 +226,10 @@ def project(hidden_CH: Tensor, head: OutputHead, temperature: float = 1.0, out: 
     z_CV = _product(hidden_CH, head.weight_VH, out)
     if head.bias_V is not None:
         z_CV += head.bias_V
-    return z_CV if head.form == LogitForm() and temperature == 1.0 else head.form(z_CV) / temperature
+    if head.form != LogitForm() or temperature != 1.0:
+        for rows in kernels.tiles(z_CV):
+            z_CV[rows] = head.form(z_CV[rows]) / temperature
+    return z_CV
 
 
 def _product(hidden_CH: Tensor, weight_VH: Tensor, out: Tensor | None) -> Tensor:

@@ -35,6 +35,12 @@ def say(message: str) -> None:
         logger.info(message)
 
 
+def warn(message: str) -> None:
+    """Tells the user what concerns this rank, whichever it is: console and log."""
+    print(f"warning: rank {rank()}: {message}", file=sys.stderr, flush=True)
+    logger.warning(message)
+
+
 class _QuietLogger(logging.Logger):
     """A logger that never writes to the console and always reaches the root's log file.
 

@@ -5,7 +5,7 @@ B sequences, S padded length, N loss tokens of a micro-batch, C tokens of one ch
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,13 +44,13 @@ def resolve_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def learning_rate_at(step: int, num_steps: int, optim: OptimConfig) -> float:
-    """The learning rate of optimizer step `step` (0-based): a pure function, so that a resume has nothing to restore."""
+def learning_rate_at(step: float, num_steps: int, optim: OptimConfig) -> float:
+    """The learning rate at `step` (0-based, inner updates are fractions): pure, so that a resume has nothing to restore."""
     if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
+        return optim.learning_rate * min(1.0, (step + 1) / optim.warmup_steps)
     if optim.lr_schedule == "constant":
         return optim.learning_rate
-    done = (step - optim.warmup_steps) / max(1, num_steps - 1 - optim.warmup_steps)
+    done = min(1.0, (step - optim.warmup_steps) / max(1, num_steps - 1 - optim.warmup_steps))
     decay = 1 - done if optim.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return optim.learning_rate * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * max(0.0, decay))
 
@@ -82,7 +82,8 @@ class _ModelWithLoss(nn.Module):
             return logprobs_N
         loss_sum, stats = fused_linear_loss(
             hidden_NH, head, lambda logits, rows: token_loss(logits, rows, mb, logprobs_N),
-            temperature=settings.temperature, vocab=settings.shared_vocab, chunk_bytes=settings.chunk_bytes,
+            temperature=settings.temperature, vocab=settings.shared_vocab, teachers=mb.teachers_per_token,
+            chunk_bytes=settings.chunk_bytes,
         )  # fmt: skip
         stats["distill/has_gradient"] = stats.pop("has_gradient")
         return loss_sum, stats
@@ -120,6 +121,29 @@ class Student:
         self.model.train()
         wrapped = _ModelWithLoss(self.model, settings)
         self.engine = self.sharded.attach(wrapped, tuple(self.model.get_output_embeddings().parameters()))
+        if settings.packing:
+            self._check_packing(wrapped)
+
+    def _check_packing(self, wrapped: _ModelWithLoss) -> None:
+        """Packed rows must not see each other: state-space layers carry their state over, some attentions know no positions."""
+        ids_BS = torch.arange(2, 10).view(2, 4)
+        blank_BS, mask_BS = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
+        zero_B = torch.zeros(2, dtype=torch.long)
+        mb = MicroBatch(
+            input_ids_BS=ids_BS, labels_BS=ids_BS, attention_mask_BS=mask_BS, loss_mask_BS=mask_BS,
+            rollout_logprobs_BS=blank_BS, task_advantages_B=zero_B.float(), domain_ids_B=zero_B, policy_versions_B=zero_B,
+            on_policy_B=zero_B.bool(),
+        )  # fmt: skip
+        packed_N = self.logprobs(mb, 1.0)
+        wrapped.settings = replace(wrapped.settings, packing=False)
+        padded_N = self.logprobs(mb, 1.0)
+        wrapped.settings = replace(wrapped.settings, packing=True)
+        difference = float((packed_N - padded_N).abs().max())
+        if not difference < (1e-3 if self.model.dtype == torch.float32 else 0.3):
+            raise ValueError(
+                f"--packing: {self.model.config.model_type} mixes sequences that lie in one row (log-probabilities are off "
+                f"by {difference:.2g}); leave it off, or try another --attn_implementation"
+            )
 
     def loss(
         self, mb: MicroBatch, token_loss: TokenLoss, *, domains: list[str], logprob_temperature: float | None = None
@@ -186,11 +210,12 @@ def summarise(stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]
     metrics = {}
     for key, value_N in stats.items():
         covered_N = ~torch.isnan(value_N)
-        value_N = value_N.nan_to_num().double()
+        value_N = value_N.double().masked_fill(~covered_N, 0)
         metrics[key] = (value_N.sum(), covered_N.sum())
         for index, domain in enumerate(domains):
             here_N = covered_N & (domain_ids_N == index)
-            metrics[f"{key}/{domain}"] = ((value_N * here_N).sum(), here_N.sum())
+            sum_here = value_N[here_N].sum()
+            metrics[f"{key}/{domain}"] = (sum_here, here_N.sum())
             if key in SHARES:
-                metrics[f"{SHARES[key]}/{domain}"] = ((value_N * here_N).sum(), value_N.sum())
+                metrics[f"{SHARES[key]}/{domain}"] = (sum_here, value_N.sum())
     return metrics

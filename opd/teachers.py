@@ -13,7 +13,7 @@ from torch import Tensor
 from opd.config import LossConfig, TeacherSpec
 from opd.fused_linear import score_hidden
 from opd.heads import OutputHead
-from opd.metrics import say
+from opd.run_files import warn
 from opd.types import Rollout, TeacherPayload, TeacherScores
 from opd.vllm_engine import HiddenStateEngine
 
@@ -47,6 +47,10 @@ class _Job:
     indices: list[int]
     weights: list[float]
     payload: TeacherPayload
+
+
+# Hidden states that are scored and dropped lie on the host that long: enough for a prefill to be a good batch.
+PIECE_BYTES = 64 << 20
 
 
 class TeacherPool:
@@ -120,9 +124,9 @@ class TeacherPool:
         share = min(1.0, self.cache_bytes / max(1, needed))
         if share < 1.0 and not self._warned:
             self._warned = True
-            say(
-                f"warning: --teacher_cache_bytes {self.cache_bytes} holds {share:.0%} of a step's teacher hidden states "
-                f"({needed} bytes on this rank); the other tokens are trained on the teacher's top {self._k} tokens "
+            warn(
+                f"--teacher_cache_bytes {self.cache_bytes} holds {share:.0%} of a step's teacher hidden states ({needed} "
+                f"bytes on this rank); the other tokens are trained on the teacher's top {self._k} tokens "
                 f"(--tail {self.cfg.tail}) instead of --support {'full' if self.payload == 'hidden' else 'union_topk'}"
             )
         return share
@@ -130,19 +134,26 @@ class TeacherPool:
     def _jobs(
         self, name: str, rollouts: Sequence[Rollout], mine: list[tuple[int, float]], share: float
     ) -> Iterator[_Job]:
-        """First what is kept in full, then the rest in pieces no larger than that, because it lies there while it is scored."""
+        """First what is kept in full, then, in pieces, what is scored at once and dropped."""
         sizes = [self._bytes_of(name, rollouts[index]) for index, _ in mine]
-        room = share * sum(sizes)
-        start, payload, filled = 0, self.payload, 0.0
-        for end, size in enumerate(sizes):
-            if share < 1.0 and filled + size > room and end >= start:
-                if end > start:
-                    yield _Job([i for i, _ in mine[start:end]], [w for _, w in mine[start:end]], payload)
-                start, payload, filled = end, "topk", 0.0
-            filled += size
-            if payload != self.payload:
-                self.spilled_tokens += len(rollouts[mine[end][0]].response_ids)
-        yield _Job([i for i, _ in mine[start:]], [w for _, w in mine[start:]], payload)
+        keeps = "hidden" in self.payload
+        kept, filled = 0, 0
+        while keeps and kept < len(mine) and (share == 1.0 or filled + sizes[kept] <= share * sum(sizes)):
+            filled += sizes[kept]
+            kept += 1
+        if kept:
+            yield _Job([i for i, _ in mine[:kept]], [w for _, w in mine[:kept]], self.payload)
+        piece_bytes, start = max(PIECE_BYTES, 0 if keeps else self.cache_bytes), kept
+        while start < len(mine):
+            end, filled = start + 1, sizes[start]
+            while end < len(mine) and filled + sizes[end] <= piece_bytes:
+                filled += sizes[end]
+                end += 1
+            if keeps:
+                self.spilled_tokens += sum(len(rollouts[index].response_ids) for index, _ in mine[start:end])
+            payload = "topk" if keeps else self.payload
+            yield _Job([i for i, _ in mine[start:end]], [w for _, w in mine[start:end]], payload)
+            start = end
 
     @property
     def _k(self) -> int:
@@ -162,7 +173,7 @@ class TeacherPool:
         head = self.head(name)
         labels_N = torch.tensor([token for r in rollouts for token in r.response_ids], device=self.device)
         result = score_hidden(
-            torch.cat(list(states)).to(self.device, head.weight_VH.dtype), head.weight_VH, labels_N,
+            torch.cat(list(states)), head.weight_VH, labels_N,
             support_k=0 if payload == "sampled" else self._k, bias_V=head.bias_V, form=head.form,
             temperature=self.cfg.loss_temperature, chunk_bytes=self.cfg.loss_chunk_bytes,
         )  # fmt: skip

@@ -120,6 +120,12 @@ class MicroBatch:
         return int(self.loss_mask_BS.sum())
 
     @property
+    def teachers_per_token(self) -> int:
+        """The most teachers that speak about one token; at least 1."""
+        indices = [part.token_index_M for part in self.teacher_slices]
+        return int(torch.cat(indices).bincount().max()) if indices else 1
+
+    @property
     def response_thirds_N(self) -> Tensor:
         """0, 1 or 2: whether a loss token stands in the front, the middle or the tail of its own response."""
         position_BS = self.loss_mask_BS.cumsum(-1) - 1

@@ -80,6 +80,8 @@ def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
         for name in ("advantage_clip", "clip_low", "clip_high", "dual_clip"):
             _require(getattr(loss, name) is None or loss.reward_weight > 0,
                      f"--{name} {getattr(loss, name)}: only a policy gradient clips; use --loss reverse_kl_pg")  # fmt: skip
+    _require(loss.clip_low is None or loss.clip_low < 1, f"--clip_low {loss.clip_low}: must be below 1; at 1 and above "
+             "no ratio is ever clipped from below")  # fmt: skip
     _require(loss.clip_high is None or loss.clip_low is not None, "--clip_high: needs --clip_low")
     _require(loss.dual_clip is None or (loss.dual_clip > 1 and loss.clip_low is not None),
              f"--dual_clip {loss.dual_clip}: must be above 1, with --clip_low")  # fmt: skip

@@ -258,6 +258,7 @@ BAD_VALUES = [
     ("--clip_low 0.2", "--clip_low 0.2: only a policy gradient clips"),
     ("--loss reverse_kl_pg --clip_high 0.2", "--clip_high: needs --clip_low"),
     ("--loss reverse_kl_pg --dual_clip 3", "--dual_clip 3.0"),
+    ("--loss reverse_kl_pg --clip_low 1.5", "--clip_low 1.5: must be below 1"),
     ("--loss reverse_kl_pg --clip_low 0.2 --dual_clip 1", "--dual_clip 1.0: must be above 1"),
     ("--is_low 3 --is_high 2", "--is_low 3.0"),
     ("--reward_weight 0.5", "--num_generations"),

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd import diagnostics
+from opd import diagnostics, distillation
 from opd.config import LossConfig, TeacherSpec
 from opd.distillation import compare, payload_of, support_of
 from opd.heads import LogitForm, OutputHead
@@ -20,7 +20,7 @@ from opd.losses import DIVERGENCES, TAILS
 from opd.padding import collate
 from opd.student import summarise
 from opd.teachers import ColocatedTeacher, TeacherPool
-from opd.types import Prompt, Rollout, TeacherScores
+from opd.types import Prompt, Rollout, TeacherScores, TeacherSlice
 from train_mopd import token_loss
 
 CPU = torch.device("cpu")
@@ -295,6 +295,55 @@ def test_tokens_that_the_cache_spilled_use_the_teachers_top_k(support):
     close(stats["distill/spilled"], odd_N)
 
 
+@pytest.mark.parametrize("support", ["full", "union_topk", "teacher_topk", "sampled", "spilled"])
+def test_a_student_that_is_its_teacher(support):
+    """Every form is 0 there. `truncate` alone has a gradient all the same (jsd aside), as `support_divergence` says."""
+    logits_NV = randn(9, VOCAB, seed=1, scale=2.0)
+    logprobs_NV, labels_N = logits_NV.log_softmax(-1), torch.arange(9)
+    top_NK, ids_NK = logprobs_NV.topk(K)
+    given = {"hidden_MH": logits_NV} if support in ("full", "union_topk") else {}
+    part = TeacherSlice(**{
+        "teacher": "same", "token_index_M": torch.arange(9), "weights_M": torch.ones(9), "entropy_M": torch.ones(9),
+        "sampled_logprobs_M": logprobs_NV.gather(-1, labels_N[:, None])[:, 0], "logsumexp_M": logits_NV.logsumexp(-1),
+        "topk_ids_MK": ids_NK, "topk_logprobs_MK": top_NK, "hidden_MH": None, **given,
+    })  # fmt: skip
+    mask_BS = torch.ones(1, 9, dtype=torch.bool)
+    mb = replace(
+        collate([], pad_id=0, domains=DOMAINS), labels_BS=labels_N[None], loss_mask_BS=mask_BS, teacher_slices=(part,)
+    )
+    for loss in DIVERGENCES:
+        for tail in TAILS:
+            if support == "sampled" and (loss, tail) != ("reverse_kl", "bucket"):
+                continue
+            cfg = LossConfig(loss=loss, support="full" if support == "spilled" else support, support_k=K, tail=tail)
+            logits = LogitsChunk(logits_NV.clone(), form=LogitForm(), temperature=1.0, want_gradient=True)
+            same = OutputHead(torch.eye(VOCAB, dtype=torch.float64))
+            seen = compare(logits, slice(0, 9), mb, head_of=lambda name, same=same: same, cfg=cfg)
+            assert seen.divergence_C.abs().max() < 1e-9, (loss, tail)
+            found = logits.gradient(seen.divergence_C)
+            biased = tail == "truncate" and loss != "jsd" and support in ("union_topk", "teacher_topk", "spilled")
+            assert ((found.dlogits_CV * found.scale_C1).abs().max() > 1e-3) == biased, (loss, tail)
+
+
+def test_the_teachers_logits_at_the_students_tokens_are_not_rounded():
+    """Half-precision states and head, logits of standard deviation 30: as exact as the top-k that scoring sends."""
+    hidden_MH, weight_VH = (randn(rows, 64, seed=rows, scale=(30 / 8) ** 0.5).bfloat16() for rows in (50, 400))
+    exact_MV = hidden_MH.double() @ weight_VH.double().T
+    ids_MK = exact_MV.topk(5).indices
+    found = distillation._logits_at(hidden_MH, OutputHead(weight_VH), ids_MK, piece_bytes=7 * 2 * 5 * 64 * 4)
+    assert exact_MV.std() > 25 and found.dtype == torch.float32
+    close(found, exact_MV.gather(-1, ids_MK), 1e-4)
+
+
+def test_overlap_counts_what_the_teacher_sent():
+    """Asked for more than the support holds, it compares what there is; a student like its teacher agrees wholly."""
+    cfg = LossConfig(support="teacher_topk", support_k=K, overlap_k=2 * K)
+    batch = Batch(payload="topk")
+    _, stats = run_compare(batch, cfg, 3)
+    by_hand = naive_losses(batch, cfg, lambda p, q, y: torch.isin(p.topk(K).indices, q.topk(K).indices).double().mean())
+    close(stats["distill/overlap_ratio"], by_hand)
+
+
 def test_overlap_by_hand():
     """Top 2 of the student (0, 1), of the teacher (1, 2): one in common, so the renormalised sides agree there."""
     cfg = LossConfig(overlap_k=2)
@@ -544,6 +593,23 @@ def test_statistics_are_summed_overall_and_per_domain():
         mine = [n for n, d in covered if d == domain]
         assert [float(x) for x in sums[f"loss/total/{domain}"]] == [sum(mine), len(mine)]
     assert set(sums) == {"loss/total", *(f"loss/total/{d}" for d in DOMAINS)}
+    values_N[5] = torch.inf  # stays what it is, where it is
+    sums = summarise({"loss/total": values_N}, domain_ids_N, DOMAINS)
+    infinite = [d for d in DOMAINS if torch.isinf(sums[f"loss/total/{d}"][0])]
+    assert torch.isinf(sums["loss/total"][0]) and infinite == [batch.tokens[5][0].prompt.domain]
+    assert not any(torch.isnan(total) for total, _ in sums.values())
+
+
+def test_shares_are_of_the_whole_batch():
+    batch = Batch()
+    domain_ids_N = batch.mb.at_loss_tokens(batch.mb.domain_ids_B)
+    values_N = torch.arange(1.0, 1 + len(batch.tokens))
+    sums = summarise({"distill/advantage_abs": values_N}, domain_ids_N, DOMAINS)
+    shares = [float(total / count) for d in DOMAINS for total, count in [sums[f"distill/advantage_share/{d}"]]]
+    by_hand = [
+        sum(v for v, i in zip(values_N.tolist(), domain_ids_N.tolist(), strict=True) if i == d) for d in range(3)
+    ]
+    assert shares == pytest.approx([v / float(values_N.sum()) for v in by_hand]) and sum(shares) == pytest.approx(1)
 
 
 def test_a_filler_gives_a_gradient_of_no_rows():

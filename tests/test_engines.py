@@ -452,7 +452,7 @@ def test_a_full_cache_spills_to_the_top_k_and_says_so(teachers, reference, promp
     }
     pool = pool_of(members, BY_DOMAIN, cache_bytes=sum(bytes_of.values()) // 2, **options)
     scores = pool.score(rollouts)
-    warning = capsys.readouterr().out
+    warning = capsys.readouterr().err
     assert "--teacher_cache_bytes" in warning and "top 3 tokens (--tail bucket) instead of --support full" in warning
     everything = pool_of(members, BY_DOMAIN, **options).score(rollouts)
     topk = pool_of(members, BY_DOMAIN, "topk", **options).score(rollouts)
@@ -472,7 +472,16 @@ def test_a_full_cache_spills_to_the_top_k_and_says_so(teachers, reference, promp
         len(r.response_ids) for r, s in zip(rollouts, scores, strict=True) if s[0].hidden is None
     )
     pool.score(rollouts)
-    assert capsys.readouterr().out == "", "once is enough"
+    assert "--teacher_cache_bytes" not in capsys.readouterr().err, "once is enough"
+    none = pool_of(members, BY_DOMAIN, cache_bytes=0, **options)
+    calls = []
+    for member in members:
+        real = member.hidden_states
+        member.hidden_states = lambda rollouts, real=real: calls.append(len(rollouts)) or real(rollouts)
+    assert all(s.hidden is None and s.topk_ids is not None for (s,) in none.score(rollouts))
+    for member in members:
+        del member.hidden_states
+    assert len(calls) == 2, "what is not kept is still read in large batches"
 
 
 @pytest.mark.parametrize(("payload", "loss"), LOSSES, ids=LOSS_IDS)

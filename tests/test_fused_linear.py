@@ -86,6 +86,26 @@ def test_golden_values_through_an_identity_head(index):
         torch.testing.assert_close(head.grad, golden_grad.T @ logits.detach(), atol=1e-8, rtol=0)
 
 
+@pytest.mark.parametrize("index", range(len(GOLDEN["divergence"])))
+def test_golden_supports_through_an_identity_head(index):
+    case = GOLDEN["divergence"][index]
+    ids_NK = torch.tensor([case["support_ids"]])
+    teacher_NK = torch.tensor([case["teacher_logprobs"]], dtype=torch.float64)[:, case["support_ids"]]
+    for expected in case["support"]:
+        options = {name: expected[name] for name in ("kind", "tail", "jsd_beta", "skew_alpha") if name in expected}
+        logits = torch.tensor([case["student_logits"]], dtype=torch.float64, requires_grad=True)
+
+        def token_loss(chunk, rows, options=options):
+            return support_divergence(chunk.logprobs(ids_NK[rows]), teacher_NK[rows], **options), {}
+
+        loss_sum, _ = fused_linear_loss(
+            logits, OutputHead(torch.eye(4).double()), token_loss, temperature=case["temperature"]
+        )
+        loss_sum.backward()
+        assert loss_sum.item() == pytest.approx(expected["loss"], abs=1e-12)
+        torch.testing.assert_close(logits.grad, torch.tensor([expected["grad"]]).double(), atol=1e-7, rtol=0)
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 7, N, 1000])
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])

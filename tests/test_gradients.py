@@ -70,6 +70,7 @@ TWO_RANKS = (
     Case(name="zero3_pg_filler", stage=3, loss="pg", deal=(3, 5), micro_batch_size=2, chunk_tokens=3),
 )
 REFRESHED = (
+    Case(name="refreshed_ppo", loss="ppo", micro_batch_size=3, inner_updates=2, learning_rate=0.02),
     Case(name="refreshed_pg", loss="pg", micro_batch_size=3, inner_updates=3, learning_rate=0.02),
     Case(name="refreshed_full", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3),
 )
@@ -88,6 +89,13 @@ def naive_loss(model, cfg) -> torch.Tensor:
         t_LVs = [(score.weight, (score.hidden @ heads()[score.teacher].T).log_softmax(-1)) for score in scores]
         if cfg.loss == "reverse_kl_pg":
             t_L = sum(w * torch.stack([t_LV[t, y] for t, y in enumerate(rollout.response_ids)]) for w, t_LV in t_LVs)
+            if cfg.clip_low is not None:
+                advantage_L = (t_L - s_L).detach() + cfg.reward_weight * rollout.task_advantage
+                ratio_L = (s_L - torch.tensor(rollout.rollout_logprobs)).exp()
+                clipped_L = ratio_L.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+                losses.append(-torch.minimum(advantage_L * ratio_L, advantage_L * clipped_L).sum())
+                count += len(rollout.response_ids)
+                continue
             ratio = (s_L.detach() - torch.tensor(rollout.rollout_logprobs)).mean().exp().clamp(max=cfg.is_high)
             advantage_L = (t_L - s_L).detach() + cfg.reward_weight * rollout.task_advantage
             loss_L = -ratio * advantage_L * s_L
@@ -144,7 +152,12 @@ def one_rank(models, tmp_path_factory):
 def two_ranks(models, tmp_path_factory):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     torchrun += ["--master-port", str(distributed.free_port())]
-    return launch(TWO_RANKS, models, tmp_path_factory.mktemp("two_ranks"), torchrun)
+    return launch(
+        (*TWO_RANKS, *(dataclasses.replace(case, name=f"two_{case.name}") for case in REFRESHED)),
+        models,
+        tmp_path_factory.mktemp("two_ranks"),
+        torchrun,
+    )
 
 
 def check(case: Case, out: Path, reference) -> dict:
@@ -184,7 +197,7 @@ def test_two_ranks(case, two_ranks, reference):
 
 
 @pytest.mark.parametrize("case", REFRESHED, ids=lambda case: case.name)
-def test_inner_updates_refresh_the_reward(case, one_rank, models):
+def test_inner_updates_refresh_the_reward(case, one_rank, two_ranks, models):
     """Each update has the loss, advantage and importance weights of the student it finds, from scores that never change."""
     network = AutoModelForCausalLM.from_pretrained(models[case.model], dtype=torch.float32)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
@@ -199,13 +212,14 @@ def test_inner_updates_refresh_the_reward(case, one_rank, models):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    record = json.loads((one_rank / f"{case.name}.json").read_text())
-    assert record["losses"] == pytest.approx(losses, rel=1e-5, abs=1e-5)
-    assert record["advantages"] == pytest.approx(advantages, rel=1e-5)
     assert len({round(a, 4) for a in advantages}) == case.inner_updates, "the reward is another one after each update"
-    moved = load_file(one_rank / f"{case.name}.safetensors")
-    for name, parameter in network.named_parameters():
-        assert (moved[name] - (parameter.detach() - before[name])).abs().max() < 1e-5, name
+    for stem in (one_rank / case.name, two_ranks / f"two_{case.name}"):
+        record = json.loads(stem.with_suffix(".json").read_text())
+        assert record["losses"] == pytest.approx(losses, rel=1e-5, abs=1e-5)
+        assert record["advantages"] == pytest.approx(advantages, rel=1e-5)
+        moved = load_file(stem.with_suffix(".safetensors"))
+        for name, parameter in network.named_parameters():
+            assert (moved[name] - (parameter.detach() - before[name])).abs().max() < 1e-5, name
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ HIDDEN = {"A": 24, "B": 16}
 LOSSES = {
     "full": LossConfig(),
     "task": LossConfig(reward_weight=0.5),
+    "ppo": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.2, clip_high=0.3),
     "pg": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, is_mode="truncate", is_level="geometric", is_high=1.2),
 }
 # With such an epsilon the first step of Adam is -lr * g / (|g| + 1): a smooth function of the gradient, not its sign.
