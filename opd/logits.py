@@ -16,7 +16,7 @@ from torch import Tensor
 from opd import kernels
 from opd.heads import LogitForm, OutputHead
 
-SLICE = 1024  # rows of a head
+SLICE = 8192  # rows of a head
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +237,14 @@ def _product(hidden_CH: Tensor, weight_VH: Tensor, out: Tensor | None) -> Tensor
     if weight_VH.is_cuda:
         wide = {} if weight_VH.dtype in (torch.float32, torch.float64) else {"out_dtype": torch.float32}
         return torch.mm(hidden_CH, weight_VH.t(), **wide)
-    # On a CPU a slice of the weight at a time: it multiplies a little faster, and torch 2.13 has no product of bfloat16
-    # into float32 here, so the slice is widened and no float32 copy of the weight exists.
-    out_dtype = torch.promote_types(weight_VH.dtype, torch.float32)
+    wide_dtype = torch.promote_types(weight_VH.dtype, torch.float32)
+    if wide_dtype == weight_VH.dtype:
+        return torch.mm(hidden_CH, weight_VH.t(), out=out)
+    # torch 2.13 has no product of bfloat16 into float32 on a CPU. A slice of the weight is widened at a time, so that no
+    # float32 copy of the whole exists.
     if out is None:
-        out = hidden_CH.new_empty(len(hidden_CH), len(weight_VH), dtype=out_dtype)
-    hidden_CH = hidden_CH.to(out_dtype)
+        out = hidden_CH.new_empty(len(hidden_CH), len(weight_VH), dtype=wide_dtype)
+    hidden_CH = hidden_CH.to(wide_dtype)
     for v in range(0, len(weight_VH), SLICE):
-        torch.mm(hidden_CH, weight_VH[v : v + SLICE].to(out_dtype).t(), out=out[:, v : v + SLICE])
+        torch.mm(hidden_CH, weight_VH[v : v + SLICE].to(wide_dtype).t(), out=out[:, v : v + SLICE])
     return out
