@@ -1,4 +1,4 @@
-"""Peaks of memory, measured in fresh processes: `chunk_bytes` is kept by every form of the loss."""
+"""Peaks of memory, measured in fresh processes: `chunk_bytes` decides, not the number of tokens or teachers."""
 
 import sys
 from pathlib import Path
@@ -14,8 +14,9 @@ from opd.fused_linear import fused_linear_loss, score_hidden
 from opd.heads import LogitForm, OutputHead
 
 MIB = 1 << 20
-BUDGET, N, V, H = 256 * MIB, 1500, 50_000, 32
-SLACK = 80 * MIB  # tiles, what BLAS and the allocator keep, gradients of 6 MiB
+BUDGET, N, V, H = 64 * MIB, 3000, 20_000, 32
+# BLAS packs a copy of what it multiplies, of up to the budget, when it likes; its threads and the allocator keep some.
+MOST = 2 * BUDGET + 100 * MIB
 
 
 def peak_of_the_loss(teachers: int, temperature: float, softcap: float | None) -> int:
@@ -56,10 +57,10 @@ def peak_of_scoring() -> int:
 
 @pytest.mark.parametrize(("teachers", "temperature", "softcap"), [(1, 1.0, None), (1, 1.7, 30.0), (4, 1.0, None)])
 def test_the_loss_keeps_its_budget(teachers, temperature, softcap):
-    """Full logits would be 286 MiB a tensor, 572 MiB for one teacher and 1,430 MiB for four."""
+    """Full logits would be 229 MiB a tensor: 458 MiB for one teacher and 1,144 MiB for four."""
     peak = in_child(peak_of_the_loss, teachers, temperature, softcap)
-    assert 0.5 * BUDGET < peak < BUDGET + SLACK, peak / MIB
+    assert 0.5 * BUDGET < peak < MOST, peak / MIB
 
 
 def test_scoring_keeps_its_budget():
-    assert in_child(peak_of_scoring) < BUDGET + SLACK
+    assert in_child(peak_of_scoring) < MOST
