@@ -115,7 +115,7 @@ def top_k(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     The vocabulary is dealt to blocks. A block that holds one of the k largest has a maximum among the k largest maxima,
     so only k blocks are searched: one cheap pass over the tile and a selection from k * 64 columns, where a selection
-    from 151,936 costs five times as much. Exact; among equal logits another id may win than in `topk`.
+    from 151,936 costs several times as much. Exact; among equal logits another id may win than in `topk`.
     """
     rows, vocab = logits_CV.shape
     blocks = vocab // TOPK_BLOCK
