@@ -191,7 +191,7 @@ def main(run: Run) -> None:
 
             with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
                 if on_policy:
-                    rollouts = rollout_engine.generate(prompts, step)
+                    rollouts = rollout_engine.generate(prompts, step, with_logprobs=run.checks_parity(step))
                 else:
                     rollouts = dataset_rollouts(prompts, run.facts.student.eos_ids, state.policy_version)
 
@@ -207,7 +207,7 @@ def main(run: Run) -> None:
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
-                if on_policy and cfg.run.parity_every and step % cfg.run.parity_every == 0:
+                if on_policy and run.checks_parity(step):
                     log_mismatch(metrics, student, micro_batches, cfg.rollout.temperature)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
                     for mb in micro_batches:

@@ -160,6 +160,7 @@ def main(run: Run) -> None:
     colocation = Colocation(rollout_engine, student, engines, run.run_dir / "ledger.jsonl", distributed.rank())
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
     logprob_temperature = None if cfg.loss.is_mode == "none" else cfg.rollout.temperature
+    reads_logprobs = cfg.loss.is_mode != "none" or cfg.loss.clip_low is not None
     inner_updates = cfg.batch.inner_updates
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
@@ -177,7 +178,8 @@ def main(run: Run) -> None:
             prompts = run.prompt_batch(step)  # P prompts of this rank, mixed domains
 
             with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
-                rollouts = rollout_engine.generate(prompts, step)  # P * G responses, stamped with the policy version
+                with_logprobs = reads_logprobs or run.checks_parity(step)
+                rollouts = rollout_engine.generate(prompts, step, with_logprobs=with_logprobs)  # P * G responses
                 if cfg.loss.reward_weight > 0:
                     rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
 
@@ -193,7 +195,7 @@ def main(run: Run) -> None:
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
-                if cfg.run.parity_every and step % cfg.run.parity_every == 0:
+                if run.checks_parity(step):
                     log_mismatch(metrics, student, micro_batches, cfg.rollout.temperature)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
                     for mb in micro_batches:

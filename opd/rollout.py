@@ -47,11 +47,12 @@ class RolloutEngine:
     def wake(self, tags: list[str] | None = None) -> None:
         self.engine.wake(tags)
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], step: int, *, with_logprobs: bool = True) -> list[Rollout]:
         """`num_generations` rollouts per prompt, prompt by prompt.
 
         The seed of a sample is a function of (seed, step, prompt, place in the global batch, sample): the same whatever
-        the number of ranks and whatever else is in the batch.
+        the number of ranks and whatever else is in the batch. Log-probabilities cost the sampler time: without importance
+        weights, a PPO ratio or a parity check nothing reads them.
         """
         distributed.fault_point("rollout")
         place = [distributed.rank() + distributed.world_size() * i for i in range(len(prompts))]
@@ -60,6 +61,7 @@ class RolloutEngine:
         samples = self.engine.generate(
             [p.token_ids for p, _, _ in repeated], seeds, self.eos_ids, max_tokens=self.cfg.max_response_tokens,
             temperature=self.cfg.temperature, top_p=self.cfg.top_p, top_k=self.cfg.top_k,
+            with_logprobs=with_logprobs,
         )  # fmt: skip
         return [self._rollout(p, sample) for (p, _, _), sample in zip(repeated, samples, strict=True)]
 
@@ -67,7 +69,7 @@ class RolloutEngine:
         """One response per prompt at temperature 0, for evaluation."""
         samples = self.engine.generate(
             [p.token_ids for p in prompts], [0] * len(prompts), self.eos_ids,
-            max_tokens=self.cfg.max_response_tokens, temperature=0.0,
+            max_tokens=self.cfg.max_response_tokens, temperature=0.0, with_logprobs=False,
         )  # fmt: skip
         return [self._rollout(p, sample) for p, sample in zip(prompts, samples, strict=True)]
 
@@ -156,6 +158,7 @@ def _child_main() -> None:
         [item["token_ids"] for item in job["prompts"]],
         [distributed.fold_seed(job["seed"], item["prompt_id"], "teacher") for item in job["prompts"]],
         tuple(job["eos_ids"]), max_tokens=job["max_tokens"], temperature=job["temperature"],
+        with_logprobs=False,
     )  # fmt: skip
     rows = [{"token_ids": s.token_ids, "logprobs": s.logprobs, "stopped": s.stopped} for s in samples]
     Path(args.answer).write_text(json.dumps(rows))

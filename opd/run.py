@@ -80,6 +80,11 @@ class Run:
         """The task reward of a response."""
         return self.reward(prompt, self.tokenizer.decode(response_ids, skip_special_tokens=True))
 
+    def checks_parity(self, step: int) -> bool:
+        """Whether `step` compares the log-probabilities of sampler and student."""
+        every = self.cfg.run.parity_every
+        return every > 0 and step % every == 0
+
     def prompt_batch(self, step: int) -> list[Prompt]:
         """This rank's prompts of a step, mixed domains: a pure function of (seed, step)."""
         return data.prompt_batch(

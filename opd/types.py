@@ -45,7 +45,7 @@ class Rollout:
     response_ids: list[int]  # [L]
     rollout_logprobs: (
         list[float] | None
-    )  # [L] the sampler's, at the sampling temperature; None unless source is student
+    )  # [L] the sampler's, at the sampling temperature; None where nothing reads them
     finish_reason: FinishReason
     policy_version: int  # the student weights that sampled it
     reward: float | None = None  # the task reward, None when the run uses none
@@ -112,7 +112,7 @@ class MicroBatch:
     task_advantages_B: Tensor  # float32
     domain_ids_B: Tensor  # int64, index into the run's domains; -1 for filler rows
     policy_versions_B: Tensor  # int64
-    on_policy_B: Tensor  # bool, the student wrote the response and the sampler's log-probabilities are known
+    on_policy_B: Tensor  # bool, the student wrote the response
     teacher_slices: tuple[TeacherSlice, ...] = ()
 
     @property

@@ -66,7 +66,7 @@ class Sample:
     """One sampled response. Log-probabilities are of the distribution that was sampled from."""
 
     token_ids: list[int]  # [L], the stop token included
-    logprobs: list[float]  # [L]
+    logprobs: list[float] | None  # [L]
     stopped: bool  # False: cut at the token limit
 
 
@@ -153,18 +153,19 @@ class GeneratorEngine(_Engine):
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], stop_ids: tuple[int, ...], *,
-        max_tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0,
+        max_tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0, with_logprobs: bool = True,
     ) -> list[Sample]:  # fmt: skip
         """One response per prompt. A seed per request makes a sample independent of what else is in the batch.
 
-        `temperature=0` is greedy; its log-probabilities are then those at temperature 1.
+        `temperature=0` is greedy; its log-probabilities are then those at temperature 1. Without log-probabilities vllm 0.32
+        samples a sixth faster on a CPU.
         """
         self._require_awake()
         vllm = _import_vllm()
         params = [
             vllm.SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, logprobs=0,
-                stop_token_ids=list(stop_ids), ignore_eos=True, detokenize=False,
+                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True, detokenize=False,
             )
             for seed in seeds
         ]  # fmt: skip
@@ -173,7 +174,9 @@ class GeneratorEngine(_Engine):
         for output in outputs:
             best = output.outputs[0]
             ids = list(best.token_ids)
-            logprobs = [step[token].logprob for token, step in zip(ids, best.logprobs, strict=True)]
+            logprobs = None
+            if with_logprobs:
+                logprobs = [step[token].logprob for token, step in zip(ids, best.logprobs, strict=True)]
             samples.append(Sample(ids, logprobs, stopped=best.finish_reason == "stop"))
         return samples
 
