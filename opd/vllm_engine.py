@@ -158,7 +158,7 @@ class _Engine:
     def awake(self) -> bool:
         return WEIGHTS not in self._asleep
 
-    @functools.cached_property
+    @property
     def bytes_awake(self) -> int:
         """Bytes of weights and KV cache that the engine holds on its device when awake."""
         if self.memory is not None:
@@ -183,8 +183,8 @@ class _Engine:
             if self.memory is not None:
                 self.memory.suspend(self.sleep_level)
             return
-        if self._asleep:  # vllm 0.32 ignores `sleep` on an engine that is half awake
-            self._wake(sorted(self._asleep))
+        if WEIGHTS in self._asleep:  # vllm 0.32 ignores `sleep` on an engine whose cache alone is awake
+            self._wake([WEIGHTS])
         with self._active():
             self.llm.sleep(level=self.sleep_level)
         self._asleep = {WEIGHTS, KV_CACHE}
@@ -207,8 +207,11 @@ class _Engine:
 
 
 def _weight_bytes(worker) -> int:
-    """Called by vLLM with its worker."""
-    return sum(parameter.nbytes for parameter in worker.get_model().parameters())
+    """Called by vLLM with its worker. vllm 0.32 packs parameters on a CPU and empties them; their shapes it remembers."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    shapes = [get_layerwise_info(layer).restore_metadata[0] for layer in worker.get_model().modules()]
+    return sum(parameter.nbytes for parameters in shapes for parameter in parameters.values())
 
 
 class GeneratorEngine(_Engine):
@@ -309,7 +312,11 @@ class HiddenStateEngine(_Engine):
             super()._wake(tags)
             return
         super()._wake([WEIGHTS])
-        self.reload()
+        try:
+            self.reload()
+        except BaseException:
+            self.sleep()  # half a model must not look awake
+            raise
         if KV_CACHE in tags:
             super()._wake([KV_CACHE])
 
