@@ -5,15 +5,21 @@ mistake must not wait for it. vLLM reads its environment at import, so the varia
 its engines (`external_launcher`, no worker processes) and leave thread placement to the process.
 """
 
+import functools
+import gc
 import os
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opd.engine_memory import KV_CACHE, WEIGHTS, CudaDriver, EngineMemory
+from opd.run_files import warn
+
 GIB = 1 << 30
+SLEEP_LEVEL = {"gpu": 0, "host": 1, "disk": 2}  # of a teacher, by its residency
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -33,32 +39,58 @@ def _import_vllm():
     return vllm
 
 
-class _AllocationTable(dict):
-    """The sleep allocator's table of allocations, whose iteration can be narrowed to one engine.
+class EngineSleep:
+    """vLLM's sleep backend for the engine that is active when it first sleeps: suspends and resumes its memory alone.
 
-    vLLM's allocator is one per process and puts every allocation it knows to sleep, those of other engines included
-    (vllm 0.32: `CuMemAllocator.get_instance`). Lookups and removals still see the whole table.
+    vllm 0.32 builds it without arguments and asks for no more than these methods (`SleepModeBackend`). Naming a backend
+    other than "cumem" changes one thing elsewhere: CUDA graphs stay in memory of their own and are not offloaded.
     """
 
-    only: frozenset[int] | None = None
+    def __init__(self):
+        assert EngineMemory.current is not None, "an engine sleeps inside `active()` only"
+        self.memory = EngineMemory.current
 
-    def items(self):
-        return [(ptr, data) for ptr, data in super().items() if self.only is None or ptr in self.only]
+    @classmethod
+    def is_supported(cls) -> bool:
+        return torch.cuda.is_available()
 
-    def values(self):
-        return [data for _, data in self.items()]
+    def suspend(self, level: int = 1) -> None:
+        self.memory.suspend(level)
+        _release_cached_memory()
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        _release_cached_memory()
+        self.memory.resume(tags)
 
 
-def _allocation_table() -> _AllocationTable | None:
+def _release_cached_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _register_sleep_backend() -> str:
+    """The backend's name in vLLM; registered once per process."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+
+    with suppress(ValueError):  # it is registered already
+        SleepModeBackendFactory.register_backend("opd", __name__, EngineSleep.__name__)
+    return "opd"
+
+
+def _engine_memory(name: str, *, frozen: bool) -> EngineMemory | None:
+    """None on a CPU, where vLLM has no allocator of its own."""
     if not torch.cuda.is_available():
         return None
     _import_vllm()
-    from vllm.device_allocator.cumem import CuMemAllocator
+    from vllm.device_allocator import cumem
 
-    allocator = CuMemAllocator.get_instance()
-    if not isinstance(allocator.pointer_to_data, _AllocationTable):
-        allocator.pointer_to_data = _AllocationTable(allocator.pointer_to_data)
-    return allocator.pointer_to_data
+    driver = CudaDriver(cumem.create_and_map, cumem.unmap_and_release)
+    return EngineMemory(name, cumem.CuMemAllocator.get_instance(), driver, frozen=frozen)
+
+
+@functools.cache
+def _warn_that_nothing_sleeps() -> None:
+    warn("vLLM cannot sleep on a CPU: its engines keep their memory in every phase")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,63 +103,115 @@ class Sample:
 
 
 class _Engine:
-    """An in-process vLLM engine that sleeps and wakes without touching the others of this process."""
+    """An in-process vLLM engine that sleeps and wakes without touching the others of this process.
 
-    def __init__(self, name: str, model: str, *, sleep_level: int, kv_cache_gib: float, enforce_eager: bool, **options):
+    `sleep_level` 1 keeps the weights on the host, 2 drops them, 0 never sleeps. `frozen` weights are never replaced.
+    """
+
+    def __init__(
+        self, name: str, model: str, *, sleep_level: int, frozen: bool, kv_cache_gib: float, enforce_eager: bool, **options
+    ):  # fmt: skip
         self.name = name
         self.sleep_level = sleep_level
-        table = _allocation_table()
-        before = frozenset(table or ())
-        self.llm = _import_vllm().LLM(
-            model=model,
-            distributed_executor_backend="external_launcher",
-            enforce_eager=enforce_eager,
-            enable_sleep_mode=table is not None,
-            kv_cache_memory_bytes=int(kv_cache_gib * GIB),
-            disable_log_stats=True,
-            **options,
-        )
-        self._allocations = frozenset(table or ()) - before
+        vllm = _import_vllm()
+        self.memory = _engine_memory(name, frozen=frozen) if sleep_level else None
+        if self.memory is not None:
+            options |= {"enable_sleep_mode": True, "sleep_mode_backend": _register_sleep_backend()}
+        if torch.cuda.is_available():
+            # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for nothing else when the size
+            # of the cache is given. The other engines and the student are on the GPU already.
+            options["gpu_memory_utilization"] = 0.01
+        self._kv_cache_bytes = int(kv_cache_gib * GIB)
         self._asleep: set[str] = set()
+        self._workspace = None
+        with self._active():
+            self.llm = vllm.LLM(
+                model=model,
+                distributed_executor_backend="external_launcher",
+                enforce_eager=enforce_eager,
+                kv_cache_memory_bytes=self._kv_cache_bytes,
+                disable_log_stats=True,
+                **options,
+            )
+
+    @contextmanager
+    def _active(self):
+        """What vLLM allocates inside is this engine's.
+
+        vllm 0.32 keeps one workspace per process, the last engine's: others would compute in memory that sleeps with it.
+        """
+        from vllm.v1.worker import workspace
+
+        outside, workspace._manager = workspace._manager, self._workspace
+        try:
+            with self.memory.active() if self.memory is not None else nullcontext():
+                yield
+        finally:
+            self._workspace, workspace._manager = workspace._manager, outside
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether `sleep` gives memory back."""
+        return self.memory is not None
 
     @property
     def awake(self) -> bool:
-        return "weights" not in self._asleep
+        return WEIGHTS not in self._asleep
+
+    @property
+    def bytes_awake(self) -> int:
+        """Bytes of weights and KV cache that the engine holds on its device when awake."""
+        if self.memory is not None:
+            return self.memory.size()
+        (weights,) = self.llm.collective_rpc(_weight_bytes)
+        return weights + self._kv_cache_bytes
 
     def _require_awake(self) -> None:
         """A request to a sleeping engine would wait for ever: vllm 0.32 stops its scheduler, without an error."""
         assert not self._asleep, f"{self.name}: {' and '.join(sorted(self._asleep))} asleep; wake it first"
 
-    @contextmanager
-    def _own_allocations(self):
-        table = _allocation_table()
-        if table is None:
-            yield
-            return
-        table.only = self._allocations
-        try:
-            yield
-        finally:
-            table.only = None
-
     def sleep(self) -> None:
-        """Gives the GPU memory back. Level 1 keeps the weights on the host, level 2 drops them."""
-        if self._asleep == {"weights", "kv_cache"}:
+        """Gives the GPU memory back, that of a prefetch too; nothing at level 0.
+
+        After an error a part of it may be asleep: call it again.
+        """
+        if self.sleep_level == 0:
             return
-        if self._asleep:  # vllm 0.32 ignores `sleep` on an engine that is half awake
-            self.wake(sorted(self._asleep))
-        with self._own_allocations():
+        if not self.can_sleep:
+            _warn_that_nothing_sleeps()
+        if self._asleep == {WEIGHTS, KV_CACHE}:
+            if self.memory is not None:
+                self.memory.suspend(self.sleep_level)
+            return
+        if WEIGHTS in self._asleep:  # vllm 0.32 ignores `sleep` on an engine whose cache alone is awake
+            self._wake([WEIGHTS])
+        with self._active():
             self.llm.sleep(level=self.sleep_level)
-        self._asleep = {"weights", "kv_cache"}
+        self._asleep = {WEIGHTS, KV_CACHE}
+
+    def prefetch(self) -> None:
+        """Starts bringing the weights back from the host, without waiting: the next `wake` completes it."""
+        if self.memory is not None and not self.awake:
+            self.memory.prefetch()
 
     def wake(self, tags: list[str] | None = None) -> None:
         """Maps the memory again; `tags` picks ["weights"] or ["kv_cache"], so that a load never meets a live cache."""
-        tags = [tag for tag in (tags or ["weights", "kv_cache"]) if tag in self._asleep]
-        if not tags:
-            return
-        with self._own_allocations():
+        tags = [tag for tag in (tags or [WEIGHTS, KV_CACHE]) if tag in self._asleep]
+        if tags:
+            self._wake(tags)
+
+    def _wake(self, tags: list[str]) -> None:
+        with self._active():
             self.llm.wake_up(tags=tags)
         self._asleep -= set(tags)
+
+
+def _weight_bytes(worker) -> int:
+    """Called by vLLM with its worker. vllm 0.32 packs parameters on a CPU and empties them; their shapes it remembers."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    shapes = [get_layerwise_info(layer).restore_metadata[0] for layer in worker.get_model().modules()]
+    return sum(parameter.nbytes for parameters in shapes for parameter in parameters.values())
 
 
 class GeneratorEngine(_Engine):
@@ -140,7 +224,8 @@ class GeneratorEngine(_Engine):
         super().__init__(
             "rollout",
             model,
-            sleep_level=2,
+            sleep_level=2,  # new weights are due when it wakes
+            frozen=False,
             enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
             dtype=dtype,
@@ -169,7 +254,8 @@ class GeneratorEngine(_Engine):
             )
             for seed in seeds
         ]  # fmt: skip
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        with self._active():
+            outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         samples = []
         for output in outputs:
             best = output.outputs[0]
@@ -182,21 +268,24 @@ class GeneratorEngine(_Engine):
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces the weights and drops every cached prefix, which the old weights had written."""
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(named_parameters), "is_checkpoint_format": True}
-        )
-        self.llm.reset_prefix_cache()
+        with self._active():
+            self.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": iter(named_parameters), "is_checkpoint_format": True}
+            )
+            self.llm.reset_prefix_cache()
 
 
 class HiddenStateEngine(_Engine):
     """A teacher: returns the final hidden states of every token, never logits, and never generates.
 
     No vocabulary-sized tensor and no per-token Python object exists in the engine; the `lm_head` is not even loaded.
+    `residency` is where its weights are while others work: "gpu" (it never sleeps), "host" (a pinned copy), or "disk"
+    (its files, which every wake reads).
     """
 
     def __init__(
         self, name: str, model: str, *, tokenizer: str, dtype: str, max_model_len: int, kv_cache_gib: float,
-        trust_remote_code: bool,
+        trust_remote_code: bool, residency: str = "host",
     ):  # fmt: skip
         _import_vllm()
         from vllm.config import PoolerConfig
@@ -204,7 +293,8 @@ class HiddenStateEngine(_Engine):
         super().__init__(
             name,
             model,
-            sleep_level=1,
+            sleep_level=SLEEP_LEVEL[residency],
+            frozen=True,
             enforce_eager=True,  # a prefill gains nothing from CUDA graphs
             tokenizer=tokenizer,  # vLLM's pooling entry point insists on one; it never sees text
             kv_cache_gib=kv_cache_gib,
@@ -217,15 +307,34 @@ class HiddenStateEngine(_Engine):
             enable_prefix_caching=False,
         )
 
+    def _wake(self, tags: list[str]) -> None:
+        if not (self.can_sleep and self.sleep_level == 2 and WEIGHTS in tags):
+            super()._wake(tags)
+            return
+        super()._wake([WEIGHTS])
+        try:
+            self.reload()
+        except BaseException:
+            self.sleep()  # half a model must not look awake
+            raise
+        if KV_CACHE in tags:
+            super()._wake([KV_CACHE])
+
+    def reload(self) -> None:
+        """Reads the weights from the model's files again, into the memory that they have."""
+        with self._active():
+            self.llm.collective_rpc("reload_weights")
+
     def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
         self._require_awake()
-        outputs = self.llm.encode(
-            [{"prompt_token_ids": ids} for ids in sequences],
-            pooling_task="token_embed",
-            pooling_params=_import_vllm().PoolingParams(use_activation=False),
-            use_tqdm=False,
-        )
+        with self._active():
+            outputs = self.llm.encode(
+                [{"prompt_token_ids": ids} for ids in sequences],
+                pooling_task="token_embed",
+                pooling_params=_import_vllm().PoolingParams(use_activation=False),
+                use_tqdm=False,
+            )
         states = [output.outputs.data for output in outputs]
         for ids, state in zip(sequences, states, strict=True):
             assert state.shape[0] == len(ids), f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"
