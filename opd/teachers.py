@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd import distributed
 from opd.config import LossConfig, TeacherSpec
 from opd.fused_linear import score_hidden
 from opd.heads import OutputHead
@@ -33,6 +34,10 @@ class ColocatedTeacher:
 
     def wake(self, tags: list[str] | None = None) -> None:
         self.engine.wake(tags)
+
+    def most_calls(self, mine: int) -> int:
+        """Calls of `hidden_states` due, `mine` on this rank: ranks that share the teacher make equally many."""
+        return max(distributed.gather_in_group(mine, self.spec.tensor_parallel_size, f"teacher {self.name}"))
 
     def hidden_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """[L, H] per rollout: the state that predicts response token t is the one at its predecessor."""
@@ -98,11 +103,13 @@ class TeacherPool:
         scores: list[list[TeacherScores]] = [[] for _ in rollouts]
         self.spilled_tokens = 0
         for name, teacher in self.teachers.items():
-            if not work[name]:
+            jobs = list(self._jobs(name, rollouts, work[name], share))
+            idle = [_Job([], [], "sampled")] * (teacher.most_calls(len(jobs)) - len(jobs))
+            if not jobs + idle:
                 continue
             teacher.wake()
             try:
-                for job in self._jobs(name, rollouts, work[name], share):
+                for job in jobs + idle:
                     mine = [rollouts[index] for index in job.indices]
                     found = self._score(name, mine, teacher.hidden_states(mine), job.payload)
                     for index, weight, score in zip(job.indices, job.weights, found, strict=True):
@@ -163,6 +170,8 @@ class TeacherPool:
         self, name: str, rollouts: Sequence[Rollout], states: Sequence[Tensor], payload: TeacherPayload
     ) -> list[TeacherScores]:
         """One teacher's scores, all responses in one pass over its head."""
+        if not rollouts:
+            return []
         for rollout, hidden_LH in zip(rollouts, states, strict=True):
             if not torch.isfinite(hidden_LH).all():
                 raise FloatingPointError(

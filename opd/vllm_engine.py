@@ -6,12 +6,15 @@ its engines (`external_launcher`, no worker processes) and leave thread placemen
 """
 
 import os
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from opd import distributed
+from opd.parallel_groups import ParallelGroups
 
 GIB = 1 << 30
 ENVIRONMENT = {
@@ -31,6 +34,13 @@ def _import_vllm():
     import vllm
 
     return vllm
+
+
+def _parallel_groups(tensor_parallel_size: int) -> ParallelGroups:
+    _import_vllm()
+    from vllm.distributed import parallel_state
+
+    return ParallelGroups(parallel_state, tensor_parallel_size)
 
 
 class _AllocationTable(dict):
@@ -71,22 +81,33 @@ class Sample:
 
 
 class _Engine:
-    """An in-process vLLM engine that sleeps and wakes without touching the others of this process."""
+    """An in-process vLLM engine that sleeps and wakes without touching the others of this process.
 
-    def __init__(self, name: str, model: str, *, sleep_level: int, kv_cache_gib: float, enforce_eager: bool, **options):
+    With a `tensor_parallel_size` above 1 it is this rank's part of an engine that so many neighbouring ranks share. They
+    build it, call it, load it, put it to sleep and wake it alike; what they ask it may differ.
+    """
+
+    def __init__(
+        self, name: str, model: str, *, sleep_level: int, kv_cache_gib: float, enforce_eager: bool,
+        tensor_parallel_size: int = 1, **options,
+    ):  # fmt: skip
         self.name = name
         self.sleep_level = sleep_level
+        self.tensor_parallel_size = tensor_parallel_size
+        self._groups = _parallel_groups(tensor_parallel_size)
         table = _allocation_table()
         before = frozenset(table or ())
-        self.llm = _import_vllm().LLM(
-            model=model,
-            distributed_executor_backend="external_launcher",
-            enforce_eager=enforce_eager,
-            enable_sleep_mode=table is not None,
-            kv_cache_memory_bytes=int(kv_cache_gib * GIB),
-            disable_log_stats=True,
-            **options,
-        )
+        with self._in_lockstep():
+            self.llm = _import_vllm().LLM(
+                model=model,
+                tensor_parallel_size=tensor_parallel_size,
+                distributed_executor_backend="external_launcher",
+                enforce_eager=enforce_eager,
+                enable_sleep_mode=table is not None,
+                kv_cache_memory_bytes=int(kv_cache_gib * GIB),
+                disable_log_stats=True,
+                **options,
+            )
         self._allocations = frozenset(table or ()) - before
         self._asleep: set[str] = set()
 
@@ -97,6 +118,24 @@ class _Engine:
     def _require_awake(self) -> None:
         """A request to a sleeping engine would wait for ever: vllm 0.32 stops its scheduler, without an error."""
         assert not self._asleep, f"{self.name}: {' and '.join(sorted(self._asleep))} asleep; wake it first"
+
+    @contextmanager
+    def _in_lockstep(self):
+        """Around every call of vLLM. Ranks that share an engine wait for each other inside, and cannot be asked there."""
+        alone = self.tensor_parallel_size == 1
+        with self._groups.active(), nullcontext() if alone else distributed.collective_region():
+            yield
+
+    def _answer_all(self, requests: list, answer: Callable[[list], list]) -> list:
+        """Answers to this rank's requests. Ranks that share an engine run the requests of all of them, and keep their own."""
+        self._require_awake()
+        shares = distributed.gather_in_group(requests, self.tensor_parallel_size, self.name)
+        if not any(shares):
+            return []
+        with self._in_lockstep():
+            answers = answer([request for share in shares for request in share])
+        start = sum(map(len, shares[: distributed.rank() % self.tensor_parallel_size]))
+        return answers[start : start + len(requests)]
 
     @contextmanager
     def _own_allocations(self):
@@ -116,7 +155,7 @@ class _Engine:
             return
         if self._asleep:  # vllm 0.32 ignores `sleep` on an engine that is half awake
             self.wake(sorted(self._asleep))
-        with self._own_allocations():
+        with self._own_allocations(), self._in_lockstep():
             self.llm.sleep(level=self.sleep_level)
         self._asleep = {"weights", "kv_cache"}
 
@@ -125,7 +164,7 @@ class _Engine:
         tags = [tag for tag in (tags or ["weights", "kv_cache"]) if tag in self._asleep]
         if not tags:
             return
-        with self._own_allocations():
+        with self._own_allocations(), self._in_lockstep():
             self.llm.wake_up(tags=tags)
         self._asleep -= set(tags)
 
@@ -135,12 +174,13 @@ class GeneratorEngine(_Engine):
 
     def __init__(
         self, model: str, *, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int, trust_remote_code: bool,
-        enforce_eager: bool = False,
+        enforce_eager: bool = False, tensor_parallel_size: int = 1,
     ):  # fmt: skip
         super().__init__(
             "rollout",
             model,
             sleep_level=2,
+            tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
             dtype=dtype,
@@ -160,18 +200,20 @@ class GeneratorEngine(_Engine):
         `temperature=0` is greedy; its log-probabilities are then those at temperature 1. Without log-probabilities vllm 0.32
         samples a sixth faster on a CPU.
         """
-        self._require_awake()
-        vllm = _import_vllm()
-        params = [
-            vllm.SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True, detokenize=False,
-            )
-            for seed in seeds
-        ]  # fmt: skip
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+        def answer(requests: list) -> list:
+            params = [
+                _import_vllm().SamplingParams(
+                    max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                    logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True,
+                    detokenize=False,
+                )
+                for _, seed in requests
+            ]  # fmt: skip
+            return self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
+
         samples = []
-        for output in outputs:
+        for output in self._answer_all(list(zip(prompts, seeds, strict=True)), answer):
             best = output.outputs[0]
             ids = list(best.token_ids)
             logprobs = None
@@ -182,10 +224,11 @@ class GeneratorEngine(_Engine):
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces the weights and drops every cached prefix, which the old weights had written."""
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(named_parameters), "is_checkpoint_format": True}
-        )
-        self.llm.reset_prefix_cache()
+        with self._in_lockstep():
+            self.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": iter(named_parameters), "is_checkpoint_format": True}
+            )
+            self.llm.reset_prefix_cache()
 
 
 class HiddenStateEngine(_Engine):
@@ -196,7 +239,7 @@ class HiddenStateEngine(_Engine):
 
     def __init__(
         self, name: str, model: str, *, tokenizer: str, dtype: str, max_model_len: int, kv_cache_gib: float,
-        trust_remote_code: bool,
+        trust_remote_code: bool, tensor_parallel_size: int = 1,
     ):  # fmt: skip
         _import_vllm()
         from vllm.config import PoolerConfig
@@ -205,6 +248,7 @@ class HiddenStateEngine(_Engine):
             name,
             model,
             sleep_level=1,
+            tensor_parallel_size=tensor_parallel_size,
             enforce_eager=True,  # a prefill gains nothing from CUDA graphs
             tokenizer=tokenizer,  # vLLM's pooling entry point insists on one; it never sees text
             kv_cache_gib=kv_cache_gib,
@@ -219,14 +263,16 @@ class HiddenStateEngine(_Engine):
 
     def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
-        self._require_awake()
-        outputs = self.llm.encode(
-            [{"prompt_token_ids": ids} for ids in sequences],
-            pooling_task="token_embed",
-            pooling_params=_import_vllm().PoolingParams(use_activation=False),
-            use_tqdm=False,
-        )
-        states = [output.outputs.data for output in outputs]
+
+        def answer(requests: list) -> list:
+            return self.llm.encode(
+                [{"prompt_token_ids": ids} for ids in requests],
+                pooling_task="token_embed",
+                pooling_params=_import_vllm().PoolingParams(use_activation=False),
+                use_tqdm=False,
+            )
+
+        states = [output.outputs.data for output in self._answer_all(sequences, answer)]
         for ids, state in zip(sequences, states, strict=True):
             assert state.shape[0] == len(ids), f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"
         return states
