@@ -39,7 +39,11 @@ def _import_vllm():
 def _parallel_groups(tensor_parallel_size: int) -> ParallelGroups:
     _import_vllm()
     from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
+    # On CPUs, vllm 0.32 would reduce in shared memory, under a name that every run on the machine has with an external
+    # launcher, and would spin for ever on a rank that is lost. Without it gloo reduces, with a deadline.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
     return ParallelGroups(parallel_state, tensor_parallel_size)
 
 
