@@ -99,8 +99,7 @@ class Colocation:
     def turns(self, names: Collection[str]) -> Iterator[str]:
         """The teachers of the step one by one, each awake until the next is asked for; inside the score phase.
 
-        `names` are those with work on this rank. Of the step's other teachers those that work together with another rank's
-        part (tensor parallelism) get their turn here too.
+        `names` are those with work on this rank. Ranks that name the same teachers get them in the same order.
         """
         assert self.current == "score", f"teachers have their turns in the score phase, not in {self.current}"
         order, stays = self._order(names)
@@ -139,8 +138,7 @@ class Colocation:
         needs = [list(self.needs(step + ahead)) for ahead in range(self.lookahead)]
         may_stay = {n: t.bytes_awake for n, t in self.teachers.items() if t.can_sleep and self._fits([n], TABLE)}
         now, following = wake_orders(needs, may_stay, awake=self._kept)[:2]
-        shared = {n for n, t in self.teachers.items() if t.tensor_parallel_size > 1}
-        now = [name for name in now if name in names or name in shared]
+        now = [name for name in now if name in names]
         stays = now[-1] if now and following and now[-1] == following[0] and now[-1] in may_stay else None
         return now, stays
 

@@ -48,7 +48,7 @@ class TeacherConfig:
     teacher: list[str] = option(
         [],
         "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. The YAML key `teachers` "
-        "is the long form: a list of {name, model, domains: [..] or '*', weight}.",
+        "is the long form: a list of {name, model, domains: [..] or '*', weight, tensor_parallel_size}.",
     )
     allow_template_mismatch: bool = option(
         False, "Accept a teacher whose EOS token or chat template differs from the student's."
@@ -63,6 +63,7 @@ class TeacherSpec:
     model: str
     domains: tuple[str, ...] | Literal["*"]
     weight: float = 1.0  # relative to the other teachers of the same domain
+    tensor_parallel_size: int = 1  # GPUs that share one copy of its weights
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class RolloutConfig:
     top_p: float = option(1.0, "Nucleus sampling; below 1 the sampler is no longer the student.")
     top_k: int = option(0, "Sample from the k likeliest tokens only; 0 is off.")
     rollout_kv_cache_gib: float = option(1.0, "KV cache of the rollout engine per GPU, GiB.")
+    rollout_tensor_parallel_size: int = option(
+        1, "GPUs that share one rollout engine: rank r is in group r // size. For a student larger than one GPU."
+    )
     enforce_eager: bool = option(
         False, "Sample without compiling and without CUDA graphs: slower, but starts sooner and takes less memory."
     )
@@ -231,8 +235,15 @@ def teachers_from_yaml(entries: Any, path: str) -> tuple[TeacherSpec, ...]:
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"{path}: teachers: {entry['name']}: weight must be a number, got {weight!r}")
+        size = entry.get("tensor_parallel_size", 1)
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(
+                f"{path}: teachers: {entry['name']}: tensor_parallel_size must be a whole number, got {size!r}"
+            )
         domains = "*" if domains == "*" else tuple(map(str, domains))
-        specs.append(TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight)))
+        specs.append(
+            TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight), tensor_parallel_size=size)
+        )
     return tuple(specs)
 
 

@@ -118,6 +118,13 @@ class EngineMemory:
                 data.cpu_backup_tensor = None
                 self._saved.discard(address)
 
+    def drop_cache(self) -> None:
+        """Unmaps the KV cache alone; `resume(["kv_cache"])` maps it again."""
+        for address, data in self._all().items():
+            if data.tag == KV_CACHE and not data.is_asleep and self._allocations.get(address) is data:
+                self.driver.unmap(data.handle)
+                data.is_asleep = True
+
     def _save(self, allocations: dict[int, Allocation]) -> None:
         """Copies what may have changed. Buffers are kept for the next sleep: pinning them costs more than copying."""
         stale = {

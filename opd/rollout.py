@@ -40,6 +40,7 @@ class RolloutEngine:
         self.engine = GeneratorEngine(
             model, dtype=dtype, max_model_len=max_model_len, kv_cache_gib=cfg.rollout_kv_cache_gib, seed=seed,
             trust_remote_code=trust_remote_code, enforce_eager=cfg.enforce_eager,
+            tensor_parallel_size=cfg.rollout_tensor_parallel_size,
         )  # fmt: skip
 
     @property

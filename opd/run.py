@@ -180,6 +180,7 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     ds_config = load_ds_config(cfg.run.ds_config)
     tokenizer = preflight.load_tokenizer(cfg.model.student_model, cfg.model.trust_remote_code)
     facts = preflight.check_models(cfg)
+    preflight.check_tensor_parallel(cfg, facts, distributed.world_size())
     takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
     load = functools.partial(data.load_prompts, tokenizer=tokenizer, cfg=cfg.data, default_domain=takes_all)
     train_set = load(
@@ -204,7 +205,10 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
 
 
 # May change under a resumed run, say after it ran out of memory: they decide what fits or is shown, not what is computed.
-_WITHOUT_EFFECT = ("rollout_kv_cache_gib", "teacher_kv_cache_gib", "enforce_eager", "loss_chunk_bytes", "overlap_k")
+_WITHOUT_EFFECT = (
+    "rollout_kv_cache_gib", "teacher_kv_cache_gib", "rollout_tensor_parallel_size", "enforce_eager", "loss_chunk_bytes",
+    "overlap_k",
+)  # fmt: skip
 
 
 def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
@@ -272,7 +276,8 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
         with distributed.agree_on_error(f"building teacher {spec.name}"), _console_to_log(run.run_dir):
             engine = HiddenStateEngine(
                 spec.name, spec.model, tokenizer=run.cfg.model.student_model,
-                kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, **run.engine_options,
+                kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, tensor_parallel_size=spec.tensor_parallel_size,
+                **run.engine_options,
             )  # fmt: skip
             teachers.append(ColocatedTeacher(spec, engine, load_head(spec.model)))
             teachers[-1].sleep()

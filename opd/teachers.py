@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd import distributed
 from opd.config import LossConfig, TeacherSpec
 from opd.fused_linear import score_hidden
 from opd.heads import OutputHead
@@ -44,10 +45,6 @@ class ColocatedTeacher:
     def bytes_awake(self) -> int:
         return self.engine.bytes_awake
 
-    @property
-    def tensor_parallel_size(self) -> int:
-        return self.engine.tensor_parallel_size
-
     def sleep(self) -> None:
         self.engine.sleep()
 
@@ -75,6 +72,10 @@ class ColocatedTeacher:
         hidden_H = self.engine.hidden_states([CANARY_IDS])[0][-1].float()
         logits_V = self.head.weight_VH[:CANARY_ROWS].float() @ hidden_H
         return float(logits_V.log_softmax(-1)[CANARY_IDS[0]])
+
+    def most_calls(self, mine: int) -> int:
+        """Calls of `hidden_states` due, `mine` on this rank: ranks that share the teacher make equally many."""
+        return max(distributed.gather_in_group(mine, self.spec.tensor_parallel_size, f"teacher {self.name}"))
 
     def hidden_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """[L, H] per rollout: the state that predicts response token t is the one at its predecessor."""
@@ -142,9 +143,13 @@ class TeacherPool:
         share = self._share_that_fits(rollouts, work)
         scores: list[list[TeacherScores]] = [[] for _ in rollouts]
         self.spilled_tokens = 0
-        with closing(self._turns([name for name in self.teachers if work[name]])) as turns:
+        # Ranks that share a teacher answer each other's requests, so each of them takes its turns.
+        names = [name for name, teacher in self.teachers.items() if work[name] or teacher.spec.tensor_parallel_size > 1]
+        with closing(self._turns(names)) as turns:
             for name in turns:  # one awake at a time
-                for job in self._jobs(name, rollouts, work[name], share):
+                jobs = list(self._jobs(name, rollouts, work[name], share))
+                idle = [_Job([], [], "sampled")] * (self.teachers[name].most_calls(len(jobs)) - len(jobs))
+                for job in jobs + idle:
                     mine = [rollouts[index] for index in job.indices]
                     found = self._score(name, mine, self.teachers[name].hidden_states(mine), job.payload)
                     for index, weight, score in zip(job.indices, job.weights, found, strict=True):
@@ -212,6 +217,8 @@ class TeacherPool:
         self, name: str, rollouts: Sequence[Rollout], states: Sequence[Tensor], payload: TeacherPayload
     ) -> list[TeacherScores]:
         """One teacher's scores, all responses in one pass over its head."""
+        if not rollouts:
+            return []
         for rollout, hidden_LH in zip(rollouts, states, strict=True):
             if not torch.isfinite(hidden_LH).all():
                 raise FloatingPointError(

@@ -188,7 +188,6 @@ class TeacherSleeper(Sleeper, Protocol):
 
     can_sleep: bool  # False: it never gives its memory back
     bytes_awake: int  # what it holds on the device while awake: weights and KV cache
-    tensor_parallel_size: int  # ranks that hold it together and must wake it together
 
     def prefetch(self) -> None:
         """Starts to bring the weights without waiting for them; a later `wake` does."""

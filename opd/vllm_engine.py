@@ -8,14 +8,16 @@ its engines (`external_launcher`, no worker processes) and leave thread placemen
 import functools
 import gc
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opd import distributed
 from opd.engine_memory import KV_CACHE, WEIGHTS, CudaDriver, EngineMemory
+from opd.parallel_groups import ParallelGroups
 from opd.run_files import warn
 
 GIB = 1 << 30
@@ -37,6 +39,17 @@ def _import_vllm():
     import vllm
 
     return vllm
+
+
+def _parallel_groups(tensor_parallel_size: int) -> ParallelGroups:
+    _import_vllm()
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    # On CPUs, vllm 0.32 would reduce in shared memory, under a name that every run on the machine has with an external
+    # launcher, and would spin for ever on a rank that is lost. Without it gloo reduces, with a deadline.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    return ParallelGroups(parallel_state, tensor_parallel_size)
 
 
 class EngineSleep:
@@ -105,15 +118,21 @@ class Sample:
 class _Engine:
     """An in-process vLLM engine that sleeps and wakes without touching the others of this process.
 
+    With a `tensor_parallel_size` above 1 it is this rank's part of an engine that so many neighbouring ranks share. They
+    build it, call it, load it, put it to sleep and wake it alike; what they ask it may differ.
+
     `sleep_level` 1 keeps the weights on the host, 2 drops them, 0 never sleeps. `frozen` weights are never replaced.
     """
 
     def __init__(
-        self, name: str, model: str, *, sleep_level: int, frozen: bool, kv_cache_gib: float, enforce_eager: bool, **options
+        self, name: str, model: str, *, sleep_level: int, frozen: bool, kv_cache_gib: float, enforce_eager: bool,
+        tensor_parallel_size: int = 1, **options,
     ):  # fmt: skip
         self.name = name
         self.sleep_level = sleep_level
+        self.tensor_parallel_size = tensor_parallel_size
         vllm = _import_vllm()
+        self._groups = _parallel_groups(tensor_parallel_size)
         self.memory = _engine_memory(name, frozen=frozen) if sleep_level else None
         if self.memory is not None:
             options |= {"enable_sleep_mode": True, "sleep_mode_backend": _register_sleep_backend()}
@@ -123,10 +142,12 @@ class _Engine:
             options["gpu_memory_utilization"] = 0.01
         self._kv_cache_bytes = int(kv_cache_gib * GIB)
         self._asleep: set[str] = set()
+        self._rests = False
         self._workspace = None
         with self._active():
             self.llm = vllm.LLM(
                 model=model,
+                tensor_parallel_size=tensor_parallel_size,
                 distributed_executor_backend="external_launcher",
                 enforce_eager=enforce_eager,
                 kv_cache_memory_bytes=self._kv_cache_bytes,
@@ -136,15 +157,21 @@ class _Engine:
 
     @contextmanager
     def _active(self):
-        """What vLLM allocates inside is this engine's.
+        """Around every call of vLLM: its globals are this engine's inside, and what it allocates.
 
         vllm 0.32 keeps one workspace per process, the last engine's: others would compute in memory that sleeps with it.
+        Ranks that share an engine wait for each other inside, and cannot be asked there.
         """
         from vllm.v1.worker import workspace
 
+        shared = self.tensor_parallel_size > 1
         outside, workspace._manager = workspace._manager, self._workspace
         try:
-            with self.memory.active() if self.memory is not None else nullcontext():
+            with (
+                self._groups.active(),
+                self.memory.active() if self.memory is not None else nullcontext(),
+                distributed.collective_region() if shared else nullcontext(),
+            ):
                 yield
         finally:
             self._workspace, workspace._manager = workspace._manager, outside
@@ -159,6 +186,15 @@ class _Engine:
         return WEIGHTS not in self._asleep
 
     @property
+    def ready(self) -> bool:
+        """Whether it can be asked: weights and KV cache are there."""
+        return not self._asleep
+
+    @property
+    def vocab_size(self) -> int:
+        return self.llm.model_config.get_vocab_size()
+
+    @property
     def bytes_awake(self) -> int:
         """Bytes of weights and KV cache that the engine holds on its device when awake."""
         if self.memory is not None:
@@ -169,6 +205,17 @@ class _Engine:
     def _require_awake(self) -> None:
         """A request to a sleeping engine would wait for ever: vllm 0.32 stops its scheduler, without an error."""
         assert not self._asleep, f"{self.name}: {' and '.join(sorted(self._asleep))} asleep; wake it first"
+
+    def _answer_all(self, requests: list, answer: Callable[[list], list]) -> list:
+        """Answers to this rank's requests. Ranks that share an engine run the requests of all of them, and keep their own."""
+        self._require_awake()
+        shares = distributed.gather_in_group(requests, self.tensor_parallel_size, self.name)
+        if not any(shares):
+            return []
+        with self._active():
+            answers = answer([request for share in shares for request in share])
+        start = sum(map(len, shares[: distributed.rank() % self.tensor_parallel_size]))
+        return answers[start : start + len(requests)]
 
     def sleep(self) -> None:
         """Gives the GPU memory back, that of a prefetch too; nothing at level 0.
@@ -187,12 +234,19 @@ class _Engine:
             self._wake([WEIGHTS])
         with self._active():
             self.llm.sleep(level=self.sleep_level)
-        self._asleep = {WEIGHTS, KV_CACHE}
+        self._asleep, self._rests = {WEIGHTS, KV_CACHE}, False
 
     def prefetch(self) -> None:
         """Starts bringing the weights back from the host, without waiting: the next `wake` completes it."""
         if self.memory is not None and not self.awake:
             self.memory.prefetch()
+
+    def rest(self) -> None:
+        """Gives up the KV cache and keeps the weights: the next `wake` is due soon, and copies nothing."""
+        if self.memory is not None and not self._asleep:
+            self.memory.drop_cache()
+            self._asleep = {KV_CACHE}
+            self._rests = True
 
     def wake(self, tags: list[str] | None = None) -> None:
         """Maps the memory again; `tags` picks ["weights"] or ["kv_cache"], so that a load never meets a live cache."""
@@ -201,6 +255,10 @@ class _Engine:
             self._wake(tags)
 
     def _wake(self, tags: list[str]) -> None:
+        if self._rests:  # vLLM never heard of it
+            self.memory.resume([KV_CACHE])
+            self._asleep, self._rests = set(), False
+            return
         with self._active():
             self.llm.wake_up(tags=tags)
         self._asleep -= set(tags)
@@ -219,13 +277,14 @@ class GeneratorEngine(_Engine):
 
     def __init__(
         self, model: str, *, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int, trust_remote_code: bool,
-        enforce_eager: bool = False,
+        enforce_eager: bool = False, tensor_parallel_size: int = 1,
     ):  # fmt: skip
         super().__init__(
             "rollout",
             model,
             sleep_level=2,  # new weights are due when it wakes
             frozen=False,
+            tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
             dtype=dtype,
@@ -245,19 +304,20 @@ class GeneratorEngine(_Engine):
         `temperature=0` is greedy; its log-probabilities are then those at temperature 1. Without log-probabilities vllm 0.32
         samples a sixth faster on a CPU.
         """
-        self._require_awake()
-        vllm = _import_vllm()
-        params = [
-            vllm.SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True, detokenize=False,
-            )
-            for seed in seeds
-        ]  # fmt: skip
-        with self._active():
-            outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+        def answer(requests: list) -> list:
+            params = [
+                _import_vllm().SamplingParams(
+                    max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                    logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True,
+                    detokenize=False,
+                )
+                for _, seed in requests
+            ]  # fmt: skip
+            return self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
+
         samples = []
-        for output in outputs:
+        for output in self._answer_all(list(zip(prompts, seeds, strict=True)), answer):
             best = output.outputs[0]
             ids = list(best.token_ids)
             logprobs = None
@@ -285,7 +345,7 @@ class HiddenStateEngine(_Engine):
 
     def __init__(
         self, name: str, model: str, *, tokenizer: str, dtype: str, max_model_len: int, kv_cache_gib: float,
-        trust_remote_code: bool, residency: str = "host",
+        trust_remote_code: bool, tensor_parallel_size: int = 1, residency: str = "host",
     ):  # fmt: skip
         _import_vllm()
         from vllm.config import PoolerConfig
@@ -295,6 +355,7 @@ class HiddenStateEngine(_Engine):
             model,
             sleep_level=SLEEP_LEVEL[residency],
             frozen=True,
+            tensor_parallel_size=tensor_parallel_size,
             enforce_eager=True,  # a prefill gains nothing from CUDA graphs
             tokenizer=tokenizer,  # vLLM's pooling entry point insists on one; it never sees text
             kv_cache_gib=kv_cache_gib,
@@ -327,15 +388,16 @@ class HiddenStateEngine(_Engine):
 
     def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
-        self._require_awake()
-        with self._active():
-            outputs = self.llm.encode(
-                [{"prompt_token_ids": ids} for ids in sequences],
+
+        def answer(requests: list) -> list:
+            return self.llm.encode(
+                [{"prompt_token_ids": ids} for ids in requests],
                 pooling_task="token_embed",
                 pooling_params=_import_vllm().PoolingParams(use_activation=False),
                 use_tqdm=False,
             )
-        states = [output.outputs.data for output in outputs]
+
+        states = [output.outputs.data for output in self._answer_all(sequences, answer)]
         for ids, state in zip(sequences, states, strict=True):
             assert state.shape[0] == len(ids), f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"
         return states
