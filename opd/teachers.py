@@ -12,17 +12,20 @@ from torch import Tensor
 
 from opd.config import LossConfig, TeacherSpec
 from opd.fused_linear import score_hidden
-from opd.heads import OutputHead
+from opd.heads import MappedHead, OutputHead
+from opd.hf_engine import HFEngine
 from opd.run_files import warn
 from opd.types import Rollout, TeacherPayload, TeacherScores
 from opd.vllm_engine import HiddenStateEngine
 
 
 class ColocatedTeacher:
-    """One teacher on this rank's GPU: asleep but while it scores. Its head stays on the host and visits the GPU."""
+    """One teacher on this rank's GPU: asleep but while it scores. Its head stays on the host, or in its file, and visits."""
 
-    def __init__(self, spec: TeacherSpec, engine: HiddenStateEngine, head: OutputHead):
+    def __init__(self, spec: TeacherSpec, engine: HiddenStateEngine | HFEngine, head: OutputHead | MappedHead):
         self.name, self.spec, self.engine, self.head = spec.name, spec, engine, head.pinned()
+        weight_VH = head.weight_VH
+        self.bytes_per_token = weight_VH.shape[1] * weight_VH.element_size()  # of a hidden state
 
     @property
     def awake(self) -> bool:
@@ -113,8 +116,7 @@ class TeacherPool:
         return [tuple(row) for row in scores]
 
     def _bytes_of(self, name: str, rollout: Rollout) -> int:
-        weight_VH = self.teachers[name].head.weight_VH
-        return len(rollout.response_ids) * weight_VH.shape[1] * weight_VH.element_size()
+        return len(rollout.response_ids) * self.teachers[name].bytes_per_token
 
     def _share_that_fits(self, rollouts: Sequence[Rollout], work: dict[str, list[tuple[int, float]]]) -> float:
         """Part of each teacher's hidden states that the cache holds: the same for all, so that none is spilled alone."""
