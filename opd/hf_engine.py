@@ -32,6 +32,7 @@ from opd.config import Residency
 
 # Tokens of a batch, padding included: enough for a prefill to be compute-bound, few enough for its activations to be small.
 TOKENS_PER_BATCH = 4096
+ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers at each load
 
 
 class HFEngine:
@@ -127,7 +128,7 @@ class HFEngine:
         config = AutoConfig.from_pretrained(self.model, **options)
         with torch.device("meta"):  # for its classes only
             whole = AutoModelForCausalLM.from_config(config, **options)
-        with _quiet():  # the head of the checkpoint is unexpected, as it has to be
+        with _loading():
             base, info = type(whole.base_model).from_pretrained(
                 self.model, config=whole.base_model.config, dtype=self.dtype, output_loading_info=True
             )
@@ -165,14 +166,23 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def _quiet():
-    """No report and no progress bar from transformers: a teacher on the disk is loaded at every step."""
+def _loading():
+    """`from_pretrained` for a teacher on the disk, which is loaded at every step: without a word, and in this thread.
+
+    transformers 5.19 converts weights to another dtype in threads of its own, whose share of the C library's heap
+    `malloc_trim` does not shrink: half of the weights stayed when the engine slept.
+    """
     verbosity, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    in_threads = os.environ.get(ASYNC_LOAD)
+    transformers_logging.set_verbosity_error()  # the checkpoint's head is unexpected, as it has to be
     transformers_logging.disable_progress_bar()
+    os.environ[ASYNC_LOAD] = "1"
     try:
         yield
     finally:
+        os.environ.pop(ASYNC_LOAD)
+        if in_threads is not None:
+            os.environ[ASYNC_LOAD] = in_threads
         transformers_logging.set_verbosity(verbosity)
         if shows_bars:
             transformers_logging.enable_progress_bar()
