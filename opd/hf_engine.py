@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from opd.config import Residency
+from opd.vllm_engine import Sample
 
 # Tokens of a batch, padding included: enough for a prefill to be compute-bound, few enough for its activations to be small.
 TOKENS_PER_BATCH = 4096
@@ -142,6 +143,52 @@ class HFEngine:
     def _bind(self, values: list[Tensor]) -> None:
         for tensor, value in zip(_tensors(self._base), values, strict=True):
             tensor.data = value
+
+
+class HFGenerator:
+    """A teacher that writes, its head included: for a child process that is gone afterwards."""
+
+    def __init__(self, model: str, *, dtype: str, trust_remote_code: bool, device: torch.device | str = "cpu"):
+        whole = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+        whole.generation_config = GenerationConfig()  # its own would fill in a top_k or a penalty that nobody asked for
+        self._model, self.device = whole.to(device).eval(), torch.device(device)
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], stop_ids: tuple[int, ...], *, max_tokens: int, temperature: float
+    ) -> list[Sample]:  # fmt: skip
+        """One response per prompt, without log-probabilities; `temperature=0` is greedy.
+
+        transformers has one random state for a whole batch, so what is sampled is sampled alone, from its own seed.
+        """
+        budget = 0 if temperature else TOKENS_PER_BATCH
+        samples: list[Sample | None] = [None] * len(prompts)
+        for indices in batches([len(ids) + max_tokens for ids in prompts], budget):
+            torch.manual_seed(seeds[indices[0]])
+            written = self._write([prompts[index] for index in indices], stop_ids, max_tokens, temperature)
+            for index, sample in zip(indices, written, strict=True):
+                samples[index] = sample
+        return samples
+
+    @torch.no_grad()
+    def _write(
+        self, prompts: list[list[int]], stop_ids: tuple[int, ...], max_tokens: int, temperature: float
+    ) -> list[Sample]:
+        longest = max(map(len, prompts))
+        ids_BS = torch.tensor([[stop_ids[0]] * (longest - len(ids)) + ids for ids in prompts], device=self.device)
+        start_B1 = torch.tensor([[longest - len(ids)] for ids in prompts], device=self.device)
+        mask_BS = torch.arange(longest, device=self.device) >= start_B1
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        written_BS = self._model.generate(
+            ids_BS, attention_mask=mask_BS.long(), max_new_tokens=max_tokens, eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0], **options,
+        )[:, longest:]  # fmt: skip
+        samples = []
+        for ids in written_BS.tolist():
+            end = next((t + 1 for t, token in enumerate(ids) if token in stop_ids), None)
+            samples.append(Sample(ids[:end], None, stopped=end is not None))
+        return samples
 
 
 def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:

@@ -113,7 +113,7 @@ def peak_of_children():
 
 
 def save_model(path: Path, layers: int, hidden_size: int, tokenizer) -> int:
-    """A random model; bytes of its base model. Zeros in the head make all tokens equally likely, EOS included."""
+    """A random model; bytes of its base model."""
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = Qwen3ForCausalLM(
         Qwen3Config(

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import train_mopd
 from opd import config, hf_engine, run
 from opd.heads import load_head, map_head
-from opd.hf_engine import HFEngine, batches
+from opd.hf_engine import HFEngine, HFGenerator, batches
 from tests.test_heads import CASES, make_model
 from tests.test_trainers import Models, command, metrics_of, succeed
 
@@ -269,6 +269,54 @@ def test_a_mapped_head_lies_in_memory_only_while_it_is_used(tmp_path):
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
     del head
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+# ---- What it writes --------------------------------------------------------------------------------------------------
+
+EOS, OTHER_STOP = 1, 20
+
+
+@pytest.fixture
+def generator(tiny) -> HFGenerator:
+    return HFGenerator(str(tiny.addition), **FLOAT32)
+
+
+def test_greedy_responses_are_the_argmax_and_keep_their_stop_token(generator, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny.addition, dtype=torch.float32)
+    prompts = sequences_of([4, 9, 1, 6, 3, 12], 40)
+    samples = generator.generate(prompts, [0] * 6, (EOS, OTHER_STOP), max_tokens=12, temperature=0.0)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        ids = sample.token_ids
+        with torch.no_grad():
+            logits_SV = model(torch.tensor([prompt + ids])).logits[0]
+        assert logits_SV[len(prompt) - 1 : -1].argmax(-1).tolist() == ids and sample.logprobs is None
+        assert not {EOS, OTHER_STOP} & set(ids[:-1])
+        assert sample.stopped == (ids[-1] in (EOS, OTHER_STOP)) and (sample.stopped or len(ids) == 12)
+
+
+def test_a_sampled_response_is_a_function_of_its_seed(generator):
+    prompts = [[5, 6, 7]] * 6 + [[8, 9]]
+
+    def sample(chosen, seeds):
+        samples = generator.generate([prompts[i] for i in chosen], seeds, (EOS,), max_tokens=12, temperature=1.0)
+        return [s.token_ids for s in samples]
+
+    together = sample(range(7), list(range(7)))
+    assert sample([6, 2], [6, 2]) == [together[6], together[2]]
+    assert len({tuple(ids) for ids in together}) > 4
+
+
+def test_sampled_responses_follow_the_model_and_not_its_generation_config(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny.addition, dtype=torch.float32)
+    model.generation_config.top_k, model.generation_config.do_sample = 1, True
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        likeliest = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 1.3).softmax(-1).max(0)
+    samples = HFGenerator(str(tmp_path), **FLOAT32).generate(
+        [[5, 6, 7]] * 150, list(range(150)), (EOS,), max_tokens=1, temperature=1.3
+    )
+    share, expected = sum(s.token_ids == [likeliest.indices] for s in samples) / 150, float(likeliest.values)
+    assert expected < 0.7 and abs(share - expected) < 4 * (expected * (1 - expected) / 150) ** 0.5
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
