@@ -45,6 +45,8 @@ HIDDEN_SIZES = (1024, 960, 896, 832, 768, 640, 512, 384)  # of the teachers, lar
 LAYERS, VOCAB_SIZE = 8, 512
 STUDENT = (2, 128)  # layers, hidden size
 PROMPTS_PER_STEP, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 32, 32
+# DeepSpeed fills its bucket for gradients at start, by default with more than all teachers weigh.
+DS_CONFIG = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1_000_000}}
 SAMPLE_S = 0.02
 LIBRARIES = "import train_mopd, deepspeed; from opd.vllm_engine import _import_vllm; _import_vllm().LLM"
 
@@ -130,7 +132,8 @@ def save_model(path: Path, layers: int, hidden_size: int, tokenizer) -> int:
 
 
 def write_workload(root: Path, hidden_sizes: list[int], layers: int) -> list[int]:
-    """`student`, `teacher_0` ..., `prompts_N.jsonl` for each N; the teachers' bytes."""
+    """`student`, `teacher_0` ..., `prompts_N.jsonl` for each N, `ds_config.json`; the teachers' bytes."""
+    (root / "ds_config.json").write_text(json.dumps(DS_CONFIG))
     tokenizer = make_tokenizer(VOCAB_SIZE)
     save_model(root / "student", *STUDENT, tokenizer)
     sizes = [save_model(root / f"teacher_{i}", layers, size, tokenizer) for i, size in enumerate(hidden_sizes)]
@@ -153,7 +156,8 @@ def flags_of(root: Path, count: int, residency: str, steps: int) -> list[str]:
         *("--student_model", str(root / "student"), "--data", str(root / f"prompts_{count}.jsonl")),
         *(f"--teacher=teacher_{i}={root / f'teacher_{i}'}" for i in range(count)),
         *("--teacher_backend", "hf", "--teacher_residency", residency, "--dtype", "float32"),
-        *("--output_dir", str(root / f"{residency}_{count}"), "--num_steps", str(steps), "--enforce_eager"),
+        *("--output_dir", str(root / f"{residency}_{count}"), "--ds_config", str(root / "ds_config.json")),
+        *("--num_steps", str(steps), "--enforce_eager"),
         *("--prompts_per_step", str(PROMPTS_PER_STEP), "--micro_batch_size", str(PROMPTS_PER_STEP)),
         *("--max_prompt_tokens", str(PROMPT_TOKENS), "--max_response_tokens", str(RESPONSE_TOKENS)),
         *("--rollout_kv_cache_gib", "0.05", "--parity_every", "0", "--rollout_every", "0"),
