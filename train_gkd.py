@@ -135,9 +135,8 @@ def with_teacher_responses(run: Run) -> Run:
         with distributed.agree_on_error("writing the teacher's responses"):
             share = run.train_set.prompts[distributed.rank() :: distributed.world_size()]
             log = run.run_dir / "logs" / f"seq_kd_{distributed.rank()}.log"
-            samples = write_with_model(
-                spec.model, share, log=log, temperature=cfg.gkd.seq_kd_temperature, **run.writing_options
-            )
+            options = {"log": log, "backend": spec.backend, "temperature": cfg.gkd.seq_kd_temperature}
+            samples = write_with_model(spec.model, share, **options, **run.writing_options)
             mine = {str(p.prompt_id): sample.token_ids for p, sample in zip(share, samples, strict=True)}
         kept = {
             "made_from": made_from,

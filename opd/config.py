@@ -11,7 +11,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -41,6 +41,10 @@ class ModelConfig:
     )
 
 
+Backend = Literal["vllm", "hf"]
+Residency = Literal["gpu", "host", "disk"]
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """Teachers on the command line; `teachers` of the YAML file is the long form."""
@@ -48,7 +52,15 @@ class TeacherConfig:
     teacher: list[str] = option(
         [],
         "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. The YAML key `teachers` "
-        "is the long form: a list of {name, model, domains: [..] or '*', weight, tensor_parallel_size}.",
+        "is the long form: a list of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size}.",
+    )
+    teacher_backend: Backend = option(
+        "vllm",
+        "What runs a teacher whose entry names no backend: vllm, or hf for transformers: models vLLM does not know.",
+    )
+    teacher_residency: Residency = option(
+        "host",
+        "Where a teacher's weights are while it sleeps: gpu (it never sleeps), host (pinned memory), or disk (its files only).",
     )
     allow_template_mismatch: bool = option(
         False, "Accept a teacher whose EOS token or chat template differs from the student's."
@@ -63,6 +75,7 @@ class TeacherSpec:
     model: str
     domains: tuple[str, ...] | Literal["*"]
     weight: float = 1.0  # relative to the other teachers of the same domain
+    backend: Backend = "vllm"
     tensor_parallel_size: int = 1  # GPUs that share one copy of its weights
 
 
@@ -201,24 +214,24 @@ class RunConfig:
     local_rank: int = option(-1, "Set by launchers.")
 
 
-def resolve_teachers(flags: list[str]) -> tuple[TeacherSpec, ...]:
+def resolve_teachers(flags: list[str], backend: Backend = "vllm") -> tuple[TeacherSpec, ...]:
     """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH takes every domain."""
     specs = []
     for value in flags:
         name, equals, model = value.partition("=")
         if not equals or "/" in name:  # a path may hold an equals sign, a name no slash
-            specs.append(TeacherSpec("default", value, "*"))
+            specs.append(TeacherSpec("default", value, "*", backend=backend))
         elif name and model:
-            specs.append(TeacherSpec(name, model, (name,)))
+            specs.append(TeacherSpec(name, model, (name,), backend=backend))
         else:
             raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH")
     return tuple(specs)
 
 
-def teachers_from_yaml(entries: Any, path: str) -> tuple[TeacherSpec, ...]:
-    """The long form of `teachers`, checked key by key."""
+def teachers_from_yaml(entries: Any, path: str, backend: Backend = "vllm") -> tuple[TeacherSpec, ...]:
+    """The long form of `teachers`, checked key by key; `backend` is for entries that name none."""
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: teachers must be a list of {{name, model, domains, weight}}")
+        raise ValueError(f"{path}: teachers must be a list of {{name, model, domains, weight, backend}}")
     specs = []
     known = [f.name for f in dataclasses.fields(TeacherSpec)]
     for entry in entries:
@@ -240,10 +253,14 @@ def teachers_from_yaml(entries: Any, path: str) -> tuple[TeacherSpec, ...]:
             raise ValueError(
                 f"{path}: teachers: {entry['name']}: tensor_parallel_size must be a whole number, got {size!r}"
             )
+        own_backend, backends = entry.get("backend", backend), list(get_args(Backend))
+        if own_backend not in backends:
+            raise ValueError(
+                f"{path}: teachers: {entry['name']}: backend must be {' or '.join(backends)}, got {own_backend!r}"
+                f"{nearest(str(own_backend).lower(), backends)}"
+            )
         domains = "*" if domains == "*" else tuple(map(str, domains))
-        specs.append(
-            TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight), tensor_parallel_size=size)
-        )
+        specs.append(TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight), own_backend, size))
     return tuple(specs)
 
 
@@ -308,15 +325,13 @@ def parse(config_class, argv: list[str] | None = None):
     lists = {f.name for f in fields if f.default_factory is not dataclasses.MISSING}
     given = {a[2:].partition("=")[0].removeprefix("no_") for a in argv if a.startswith("--")}
 
-    teachers: tuple[TeacherSpec, ...] = ()
     yaml_argv: list[str] = []
     path = _value_of(argv, "--config")
-    for key, value in (_read_yaml(path) if path else {}).items():
-        if key == "teachers":
-            teachers = teachers_from_yaml(value, path) if "teacher" not in given else ()
-        elif key not in known:
+    content = _read_yaml(path) if path else {}
+    for key, value in content.items():
+        if key not in [*known, "teachers"]:
             raise ValueError(f"--config {path}: unknown key `{key}`{nearest(str(key), [*known, 'teachers'])}")
-        elif key not in given:
+        if key != "teachers" and key not in given:
             yaml_argv += _as_argv(key, value, is_list=key in lists)
 
     for action in parser._actions:
@@ -331,12 +346,15 @@ def parse(config_class, argv: list[str] | None = None):
         if f.name in lists:
             given_values = values[f.name]
             values[f.name] = f.default_factory() if given_values is None else [v for part in given_values for v in part]
+    backend, teachers = values["teacher_backend"], ()
+    if "teachers" in content and "teacher" not in given:
+        teachers = teachers_from_yaml(content["teachers"], path, backend)
     if values["teacher"] and teachers:
         raise ValueError(f"--config {path}: both `teacher` and `teachers`; keep one")
     built = {
         name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for name, group in groups.items()
     }
-    return config_class(**built, teachers=teachers or resolve_teachers(values["teacher"]))
+    return config_class(**built, teachers=teachers or resolve_teachers(values["teacher"], backend))
 
 
 def _underscored(argument: str) -> str:

@@ -188,6 +188,7 @@ class ShardedEngine:
         )
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         self.engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=self.config)
+        self.hf_config = None  # while it lives, `from_pretrained` shards whatever it loads, teachers included
         self.engine.checkpoint_engine = _HeldErrors(self.engine.checkpoint_engine)
         self.engine._copy_recovery_script = lambda directory: None  # rank 0 alone could fail in it, between collectives
         if self.stage == 3:

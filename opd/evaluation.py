@@ -66,7 +66,8 @@ def evaluate_teachers(
         with distributed.agree_on_error(f"evaluating teacher {spec.name}"):
             share = own[distributed.rank() :: distributed.world_size()]
             log = run_dir / "logs" / f"teacher_eval_{distributed.rank()}.log"
-            samples = write_with_model(spec.model, share, log=log, temperature=0.0, **sampling) if share else []
+            options = {"log": log, "backend": spec.backend, "temperature": 0.0, **sampling}
+            samples = write_with_model(spec.model, share, **options) if share else []
             mine = [judge(p, sample.token_ids) for p, sample in zip(share, samples, strict=True)]
         scores.update(_gather_scores(own, mine))
     if distributed.rank() == 0:

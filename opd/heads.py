@@ -105,6 +105,37 @@ class OutputHead:
         return replace(self, weight_VH=change(self.weight_VH), bias_V=bias_V)
 
 
+@dataclass(frozen=True, slots=True)
+class MappedHead:
+    """An output head that stays in its files: `to` maps it, and whoever drops the result has unmapped it.
+
+    It is used as an `OutputHead` is, by code that must not hold the head of every teacher at once.
+    """
+
+    weight: tuple[Path, str]  # file, tensor name
+    bias: tuple[Path, str] | None
+    form: LogitForm
+    vocab: int | None = None  # rows of a cut head
+
+    @property
+    def weight_VH(self) -> Tensor:
+        """Mapped: shape and dtype cost nothing."""
+        return _read_tensor(*self.weight)[: self.vocab]
+
+    def to(self, device: torch.device | str) -> OutputHead:
+        """The head itself, on `device`."""
+        bias_V = self.bias and _read_tensor(*self.bias)[: self.vocab]
+        return OutputHead(self.weight_VH, bias_V, self.form).to(device)
+
+    def cut(self, vocab: int) -> "MappedHead":
+        """The first `vocab` rows."""
+        return replace(self, vocab=vocab)
+
+    def pinned(self) -> "MappedHead":
+        """As it is: nothing of it lies in memory."""
+        return self
+
+
 def logit_form(config: PreTrainedConfig | dict) -> LogitForm:
     """The form of a model, from its configuration or the content of its config.json.
 
@@ -158,6 +189,11 @@ def load_head(model: str) -> OutputHead:
 
     Raises ValueError as `find_head` and `logit_form` do.
     """
+    return map_head(model).to("cpu")
+
+
+def map_head(model: str) -> MappedHead:
+    """The same head, left in its files until it is used. Raises as `load_head` does."""
     root, files = _checkpoint(model)
     name = _weight_name(model, root, files)
     bias = next((b for h in HEAD_NAMES if (b := h.removesuffix("weight") + "bias") in files), None)
@@ -165,7 +201,7 @@ def load_head(model: str) -> OutputHead:
         form = logit_form(_read_config(root))
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from None
-    return OutputHead(_read_tensor(root, files, name), bias and _read_tensor(root, files, bias), form)
+    return MappedHead((root / files[name], name), bias and (root / files[bias], bias), form)
 
 
 def _as_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
@@ -209,6 +245,6 @@ def _weight_name(model: str, root: Path, files: dict[str, str]) -> str:
     raise ValueError(f"{model}: none of {', '.join(HEAD_NAMES + EMBEDDING_NAMES)} in its safetensors")
 
 
-def _read_tensor(root: Path, files: dict[str, str], name: str) -> Tensor:
-    with safe_open(root / files[name], framework="pt") as file:
+def _read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)

@@ -201,8 +201,19 @@ def _check_same_dialect(fact: ModelFact, student: ModelFact, teacher_tokenizer, 
         raise ValueError(f"{fact.flag} {fact.path}: its chat template is not the student's; {remedy}")
 
 
+def _check_residency(config) -> None:
+    """vllm 0.32 keeps its weights on a CPU, whatever it is told; a user who has not the memory must not find that out late."""
+    for spec in config.teachers:
+        if config.teacher.teacher_residency == "disk" and spec.backend == "vllm" and not torch.cuda.is_available():
+            raise ValueError(
+                f"--teacher_residency disk: on a CPU vLLM gives no memory back, and teacher {spec.name} runs on it; set "
+                "--teacher_backend hf, or `backend: hf` in its entry"
+            )
+
+
 def check_models(config) -> ModelFacts:
     """Checks student and teachers of a script's Config against each other; ValueError on the first mistake."""
+    _check_residency(config)
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.student_model, trust)
     student = _read_model("--student_model", config.model.student_model, tokenizer, trust)
@@ -368,9 +379,20 @@ def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
         old = None
     if not isinstance(old, dict):
         raise ValueError(f"--output_dir {run_dir}: its config.yaml is not a run's; choose another directory")
-    now = to_dict(config)
+    old, now = _identity(old), _identity(to_dict(config))
     changed = [key for key in RUN_IDENTITY if key in now and old.get(key) != now[key]]
     if changed:
         raise ValueError(
             f"--output_dir {run_dir}: holds another run ({', '.join(changed)} differ); choose another directory"
         )
+
+
+def _identity(flat: dict[str, Any]) -> dict[str, Any]:
+    """A flat configuration without each teacher's backend: it decides what runs a teacher, not what the teacher says."""
+    entries = flat.get("teachers")
+    if not isinstance(entries, list):
+        return flat
+    return {
+        **flat,
+        "teachers": [{k: v for k, v in e.items() if k != "backend"} for e in entries if isinstance(e, dict)],
+    }

@@ -4,6 +4,7 @@ P prompts, G samples per prompt, L response length.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -17,7 +18,8 @@ from pathlib import Path
 from torch import Tensor
 
 from opd import distributed
-from opd.config import RolloutConfig
+from opd.config import Backend, RolloutConfig
+from opd.hf_engine import HFGenerator
 from opd.types import Prompt, Rollout
 from opd.vllm_engine import GeneratorEngine, Sample
 
@@ -138,7 +140,9 @@ def with_rewards(rollouts: Sequence[Rollout], rewards: Sequence[float], advantag
     ]
 
 
-def write_with_model(model: str, prompts: Sequence[Prompt], *, log: Path, **sampling) -> list[Sample]:
+def write_with_model(
+    model: str, prompts: Sequence[Prompt], *, log: Path, backend: Backend = "vllm", **sampling
+) -> list[Sample]:
     """Responses of `model` to `prompts`, from a child process of this rank that is gone afterwards, and its memory with it.
 
     Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine that generates would cost
@@ -149,7 +153,7 @@ def write_with_model(model: str, prompts: Sequence[Prompt], *, log: Path, **samp
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
         items = [{"prompt_id": p.prompt_id, "token_ids": p.token_ids} for p in prompts]
-        request.write_text(json.dumps({"model": model, "prompts": items, **sampling}))
+        request.write_text(json.dumps({"model": model, "backend": backend, "prompts": items, **sampling}))
         launch_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OPD_FAULT")
         env = {k: v for k, v in os.environ.items() if k not in launch_variables and not k.startswith("TORCHELASTIC_")}
         env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
@@ -175,17 +179,21 @@ def _child_main() -> None:
     distributed.die_with_parent()
     if os.getppid() != args.parent:
         sys.exit("the trainer is gone")
-    distributed.init()
+    device = distributed.init()
     job = json.loads(Path(args.request).read_text())
-    engine = GeneratorEngine(
-        job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], kv_cache_gib=job["kv_cache_gib"],
-        seed=job["seed"], trust_remote_code=job["trust_remote_code"], enforce_eager=job["enforce_eager"],
-    )  # fmt: skip
-    samples = engine.generate(
+    options = {name: job[name] for name in ("dtype", "trust_remote_code")}
+    if job["backend"] == "hf":
+        generate = HFGenerator(job["model"], device=device, **options).generate
+    else:
+        engine = GeneratorEngine(
+            job["model"], max_model_len=job["max_model_len"], kv_cache_gib=job["kv_cache_gib"], seed=job["seed"],
+            enforce_eager=job["enforce_eager"], **options,
+        )  # fmt: skip
+        generate = functools.partial(engine.generate, with_logprobs=False)
+    samples = generate(
         [item["token_ids"] for item in job["prompts"]],
         [distributed.fold_seed(job["seed"], item["prompt_id"], "teacher") for item in job["prompts"]],
         tuple(job["eos_ids"]), max_tokens=job["max_tokens"], temperature=job["temperature"],
-        with_logprobs=False,
     )  # fmt: skip
     rows = [{"token_ids": s.token_ids, "logprobs": s.logprobs, "stopped": s.stopped} for s in samples]
     Path(args.answer).write_text(json.dumps(rows))

@@ -19,7 +19,8 @@ import torch
 
 from opd import checkpoint, config, content, data, distributed, evaluation, export, preflight, report, rewards
 from opd.deepspeed_engine import check_ds_config
-from opd.heads import find_head, load_head
+from opd.heads import find_head, load_head, map_head
+from opd.hf_engine import HFEngine
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.rollout import RolloutEngine
@@ -274,14 +275,24 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
     teachers = []
     for spec in run.cfg.teachers:
         with distributed.agree_on_error(f"building teacher {spec.name}"), _console_to_log(run.run_dir):
-            engine = HiddenStateEngine(
-                spec.name, spec.model, tokenizer=run.cfg.model.student_model,
-                kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, tensor_parallel_size=spec.tensor_parallel_size,
-                **run.engine_options,
-            )  # fmt: skip
-            teachers.append(ColocatedTeacher(spec, engine, load_head(spec.model)))
+            on_disk = run.cfg.teacher.teacher_residency == "disk"
+            head = (map_head if on_disk else load_head)(spec.model)
+            teachers.append(ColocatedTeacher(spec, _build_engine(run, spec), head))
             teachers[-1].sleep()
     return teachers
+
+
+def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFEngine:
+    if spec.backend == "hf":
+        options = {k: v for k, v in run.engine_options.items() if k != "max_model_len"}  # it has no cache to size
+        return HFEngine(
+            spec.name, spec.model, device=run.device, residency=run.cfg.teacher.teacher_residency, **options
+        )
+    return HiddenStateEngine(
+        spec.name, spec.model, tokenizer=run.cfg.model.student_model,
+        kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, tensor_parallel_size=spec.tensor_parallel_size,
+        residency=run.cfg.teacher.teacher_residency, **run.engine_options,
+    )  # fmt: skip
 
 
 def build_rollout_engine(run: Run) -> RolloutEngine:

@@ -14,7 +14,7 @@ from torch import Tensor
 from opd import distributed
 from opd.config import LossConfig, TeacherSpec
 from opd.fused_linear import score_hidden
-from opd.heads import OutputHead
+from opd.heads import MappedHead, OutputHead
 from opd.run_files import warn
 from opd.types import Rollout, TeacherEngine, TeacherPayload, TeacherScores
 
@@ -23,14 +23,16 @@ CANARY_ROWS = 256  # of the head: a slice is enough to tell one hidden state fro
 
 
 class ColocatedTeacher:
-    """One teacher on this rank's GPU: asleep but while it scores. Its head stays on the host and visits the GPU.
+    """One teacher on this rank's GPU: asleep but while it scores. Its head stays on the host, or in its file, and visits.
 
     A teacher whose weights did not come back would go on scoring, wrongly and without an error. So one log-probability,
     known from before its first sleep, is scored again after each wake; RuntimeError with its name if it is another.
     """
 
-    def __init__(self, spec: TeacherSpec, engine: TeacherEngine, head: OutputHead):
+    def __init__(self, spec: TeacherSpec, engine: TeacherEngine, head: OutputHead | MappedHead):
         self.name, self.spec, self.engine, self.head = spec.name, spec, engine, head.pinned()
+        weight_VH = head.weight_VH
+        self.bytes_per_token = weight_VH.shape[1] * weight_VH.element_size()  # of a hidden state
         self._canary = self._canary_logprob() if engine is not None and engine.can_sleep else None
 
     @property
@@ -167,8 +169,7 @@ class TeacherPool:
                 self.teachers[name].sleep()
 
     def _bytes_of(self, name: str, rollout: Rollout) -> int:
-        weight_VH = self.teachers[name].head.weight_VH
-        return len(rollout.response_ids) * weight_VH.shape[1] * weight_VH.element_size()
+        return len(rollout.response_ids) * self.teachers[name].bytes_per_token
 
     def _share_that_fits(self, rollouts: Sequence[Rollout], work: dict[str, list[tuple[int, float]]]) -> float:
         """Part of each teacher's hidden states that the cache holds: the same for all, so that none is spilled alone."""

@@ -25,7 +25,6 @@ SLEEP_LEVEL = {"gpu": 0, "host": 1, "disk": 2}  # of a teacher, by its residency
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -36,6 +35,7 @@ ENVIRONMENT = {
 def _import_vllm():
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # on a CPU vllm 0.32 takes it before `kv_cache_memory_bytes`
     import vllm
 
     return vllm

@@ -62,6 +62,7 @@ TEACHER_KEYS = {
     "model": "A Hugging Face model directory or hub id.",
     "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. Default: its own name.',
     "weight": "Share in the domains that it shares with other teachers, relative to theirs.",
+    "backend": "`vllm` or `hf`, see [teachers.md](teachers.md). Default: `--teacher_backend`.",
 }
 
 
@@ -106,7 +107,7 @@ def page() -> str:
         if name == "teacher":
             keys = dataclasses.fields(TeacherSpec)
             text += TEACHERS_NOTE + "".join(
-                f"| `{f.name}` | {'' if f.name == 'domains' else default_of(f)} | {TEACHER_KEYS[f.name]} |\n"
+                f"| `{f.name}` | {'' if f.name in ('domains', 'backend') else default_of(f)} | {TEACHER_KEYS[f.name]} |\n"
                 for f in keys
             )
     return text

@@ -19,7 +19,8 @@ from opd.config import LossConfig, RolloutConfig, TeacherSpec
 from opd.distillation import compare
 from opd.engine_memory import EngineMemory
 from opd.fused_linear import LIVE_BUFFERS, fused_linear_loss
-from opd.heads import OutputHead, load_head
+from opd.heads import OutputHead, load_head, map_head
+from opd.hf_engine import HFEngine
 from opd.padding import collate
 from opd.rollout import RolloutEngine
 from opd.teachers import ColocatedTeacher, TeacherPool
@@ -635,3 +636,45 @@ def test_a_padded_vocabulary_changes_nothing(teachers, reference, prompts, paylo
         for name in ("addition", "padded")
     )
     assert_same(plain, padded, 1e-5)
+
+
+# ---- Teachers of both backends ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hf_teachers(process, tiny, tiny_tied):
+    """The same teachers as transformers models, asleep on the disk."""
+    built = {}
+    for name, path in {"addition": tiny.addition, "reversal": tiny.reversal, "tied": tiny_tied}.items():
+        engine = HFEngine(name, str(path), dtype="float32", trust_remote_code=False, device=process, residency="disk")
+        built[name] = ColocatedTeacher(TeacherSpec(name, str(path), (name,)), engine, map_head(str(path)))
+        built[name].sleep()
+    return built
+
+
+@pytest.mark.parametrize("name", ["addition", "reversal", "tied"])
+def test_both_backends_return_the_same_states(teachers, hf_teachers, prompts, name):
+    rollouts = written(prompts)
+    found = []
+    for teacher in (teachers[name], hf_teachers[name]):
+        teacher.wake()
+        found.append([state.cpu() for state in teacher.hidden_states(rollouts)])
+        teacher.sleep()
+    for vllm_LH, hf_LH in zip(*found, strict=True):
+        assert vllm_LH.dtype == hf_LH.dtype and (vllm_LH - hf_LH).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("payload", "loss"), LOSSES, ids=LOSS_IDS)
+def test_backends_mix(teachers, hf_teachers, reference, prompts, payload, loss):
+    """One teacher of each in one step, and both in a mixture."""
+    rollouts = written(prompts)
+    routes = {"addition": [("addition", 0.5), ("reversal", 0.5)], "reversal": [("reversal", 1.0)]}
+    assert_same(
+        loss_and_gradient(
+            [teachers["addition"], teachers["reversal"]], routes, rollouts, payload, reference["student"], **loss
+        ),
+        loss_and_gradient(
+            [teachers["addition"], hf_teachers["reversal"]], routes, rollouts, payload, reference["student"], **loss
+        ),
+        TOLERANCE,
+    )

@@ -30,7 +30,7 @@ ONLY_IMPORTER = {"deepspeed": "deepspeed_engine", "vllm": "vllm_engine"}
 # The flags are a contract: a name that changes breaks somebody's command line. Add here, never rename.
 MOPD_FLAGS = re.findall(r"\w+", """
 student_model dtype gradient_checkpointing attn_implementation trust_remote_code
-teacher allow_template_mismatch
+teacher teacher_backend teacher_residency allow_template_mismatch
 data eval_data domain_key prompt_key answer_key response_key domain_weights max_prompt_tokens overlong_prompts
 prompts_per_step num_generations max_response_tokens temperature top_p top_k rollout_kv_cache_gib enforce_eager
 rollout_tensor_parallel_size
