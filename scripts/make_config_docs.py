@@ -62,6 +62,7 @@ TEACHER_KEYS = {
     "model": "A Hugging Face model directory or hub id.",
     "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. Default: its own name.',
     "weight": "Share in the domains that it shares with other teachers, relative to theirs.",
+    "tensor_parallel_size": "GPUs that share one copy of its weights; see [tensor_parallel.md](tensor_parallel.md).",
 }
 
 
