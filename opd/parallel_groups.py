@@ -37,7 +37,8 @@ class ParallelGroups:
         finally:
             mine = self._exchange(outside)
             if mine["_TP"] is not None:
-                _sets[self.size] = mine
+                # A dense model is given no group of experts, but the next engine may have some: they are the same ranks.
+                _sets[self.size] = {**mine, "_EP": mine["_EP"] or mine["_TP"]}
 
     def _exchange(self, groups: dict[str, Any]) -> dict[str, Any]:
         """Puts `groups` in place of those that are there, which it returns."""

@@ -58,6 +58,9 @@ def _validate_teachers(teachers: tuple[TeacherSpec, ...]) -> None:
         _require(0 < spec.weight < float("inf"), f"teachers: {spec.name}: weight {spec.weight} must be above 0")
         _require(spec.tensor_parallel_size >= 1,
                  f"teachers: {spec.name}: tensor_parallel_size {spec.tensor_parallel_size} must be at least 1")  # fmt: skip
+        _require(spec.tensor_parallel_size == 1 or spec.backend == "vllm",
+                 f"teachers: {spec.name}: tensor_parallel_size {spec.tensor_parallel_size}: backend {spec.backend} cannot split "
+                 "a model; use backend vllm")  # fmt: skip
     _require(sum(spec.domains == "*" for spec in teachers) <= 1, "teachers: only one teacher can take the domains '*'")
 
 

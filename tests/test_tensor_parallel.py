@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import worker_environment
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from workers.tensor_parallel_worker import DEAL
 
 from opd import distributed
@@ -29,10 +29,25 @@ def torchrun() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny):
+def paths(tiny, tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Model directories; `experts` is a mixture of experts."""
+    experts = tmp_path_factory.mktemp("experts")
+    torch.manual_seed(3)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=512, initializer_range=0.2, dtype="float32", tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(experts)
+    tokenizer.save_pretrained(experts)
+    return {"student": tiny.student, "addition": tiny.addition, "reversal": tiny.reversal, "experts": experts}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, paths):
     """Hugging Face models by name; `reloaded` is the student with other weights."""
-    names = ("student", "addition", "reversal")
-    models = {name: AutoModelForCausalLM.from_pretrained(getattr(tiny, name), dtype=torch.float32) for name in names}
+    models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
     models["reloaded"] = AutoModelForCausalLM.from_pretrained(tiny.student, dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -48,13 +63,13 @@ def prompts(tiny, tokenizer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def make_job(tiny, reference, prompts, tmp_path_factory):
+def make_job(paths, reference, prompts, tmp_path_factory):
     def make() -> Path:
         out = tmp_path_factory.mktemp("job")
         save_file({k: v.detach() for k, v in reference["reloaded"].named_parameters()}, out / "weights.safetensors")
         job = {
-            "models": {name: str(getattr(tiny, name)) for name in ("student", "addition", "reversal")},
-            "prompts": prompts, "weights": str(out / "weights.safetensors"), "out": str(out),
+            "models": {name: str(path) for name, path in paths.items()}, "prompts": prompts,
+            "weights": str(out / "weights.safetensors"), "out": str(out),
         }  # fmt: skip
         (out / "job.json").write_text(json.dumps(job))
         return out / "job.json"
@@ -120,9 +135,10 @@ def test_a_shared_generator_takes_new_weights(seen, reference):
     assert [s["ids"] for s in samples] == [s["ids"] for s in mine_of(seen, "reloaded", "own")]
 
 
-@pytest.mark.parametrize("teacher", ["addition", "reversal"])
+@pytest.mark.parametrize("teacher", ["addition", "reversal", "experts"])
 @pytest.mark.parametrize("part", ["unequal", "none_on_one", "none"])
 def test_hidden_states_of_shared_and_own_teachers(seen, reference, prompts, teacher, part):
+    """addition has an engine on each rank; reversal, and experts after dense models, are shared."""
     start = 0
     for tensors, count in zip(seen[1], DEAL[part], strict=True):
         found = {key: state_LH for key, state_LH in tensors.items() if key.startswith(f"{part}/{teacher}/")}
@@ -154,10 +170,8 @@ def test_nobody_waits_for_a_rank_that_failed_before_the_call(seen):
 
 def test_ranks_that_come_for_different_work_are_told(seen):
     for report in seen[0]:
-        assert (
-            "ranks [0, 1] of one group came for different work: ['teacher A', 'teacher B']"
-            in (report["different_work"]["error"])
-        )
+        error = report["different_work"]["error"]
+        assert "ranks [0, 1] of one group came for different work: ['teacher A', 'teacher B']" in error
 
 
 @pytest.mark.e2e

@@ -107,6 +107,7 @@ def engines_of_both_sizes(job: dict) -> None:
     prompts, seen, tensors = job["prompts"], {}, {}
     shared = generator(job, 2)
     engines = {"addition": scorer(job, "addition", 1), "reversal": scorer(job, "reversal", 2)}
+    experts = scorer(job, "experts", 2)
     own = generator(job, 1)
     for name, deal in DEAL.items():
         mine = share(prompts, deal)
@@ -114,7 +115,7 @@ def engines_of_both_sizes(job: dict) -> None:
             "shared": sampled(shared, mine), "own": sampled(own, mine),
             "shared_greedy": sampled(shared, mine, temperature=0.0), "own_greedy": sampled(own, mine, temperature=0.0),
         }  # fmt: skip
-        for teacher, engine in engines.items():
+        for teacher, engine in {**engines, "experts": experts}.items():
             for i, state_LH in enumerate(engine.hidden_states(mine)):
                 tensors[f"{name}/{teacher}/{i}"] = state_LH
 
@@ -139,9 +140,8 @@ def engines_of_both_sizes(job: dict) -> None:
             tensors[f"{name}/{key}"] = value
     out = Path(job["out"])
     (out / f"rank_{distributed.rank()}.json").write_text(json.dumps(seen))
-    save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, out / f"rank_{distributed.rank()}.safetensors"
-    )
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(tensors, out / f"rank_{distributed.rank()}.safetensors")
 
 
 def lost_inside(job: dict) -> None:
