@@ -49,6 +49,7 @@ class Gpu:
 
     def free(self, address: int) -> None:
         handle = self.allocator.python_free_callback(address)
+        self._assert_no_copy_under_way(address)
         self.poisoned |= address not in self.mapped
         self.mapped.pop(address, None)
         assert self.reserved.pop(address) is handle
@@ -68,6 +69,7 @@ class Gpu:
 
     def unmap(self, handle) -> None:
         self._call("unmap")
+        self._assert_no_copy_under_way(handle[2])
         del self.mapped[handle[2]]
 
     def host_buffer(self, size: int) -> torch.Tensor:
@@ -76,17 +78,20 @@ class Gpu:
 
     def copy_to_host(self, handle, buffer) -> None:
         self._call("copy_to_host")
-        self.pending.append(lambda: buffer.copy_(self.mapped[handle[2]]))
+        self.pending.append((handle[2], lambda: buffer.copy_(self.mapped[handle[2]])))
 
     def copy_from_host(self, handle, buffer) -> None:
         self._call("copy_from_host")
-        self.pending.append(lambda: self.mapped[handle[2]].copy_(buffer))
+        self.pending.append((handle[2], lambda: self.mapped[handle[2]].copy_(buffer)))
 
     def synchronize(self) -> None:
         self._call("synchronize")
         pending, self.pending = self.pending, []
-        for copy in pending:
+        for _, copy in pending:
             copy()
+
+    def _assert_no_copy_under_way(self, address: int) -> None:
+        assert address not in [a for a, _ in self.pending], f"{address} goes while a copy reads or writes it"
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
@@ -397,14 +402,21 @@ def test_a_failure_leaves_a_defined_state_and_a_second_try_works(gpu, call, befo
         assert (suspended, resumed, prefetched) == (on_the_way_down, on_the_way_up, on_the_way_up)
 
 
-def test_a_wake_that_fails_gives_the_memory_back(gpu, engines):
+@pytest.mark.parametrize("fail_at", [("map", 3), ("copy_from_host", 1), ("synchronize", 0)])
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_a_wake_that_fails_gives_the_memory_back(gpu, engines, fail_at, prefetched):
     engine = engines[1]
     for one in engines:
         one.memory.suspend(1)
-    gpu.fail_at = ("map", 3)
+    if prefetched:
+        engine.memory.prefetch()
+        fail_at = ("synchronize", 0) if fail_at[0] == "synchronize" else ("map", 0)
+    gpu.fail_at = fail_at
     with pytest.raises(RuntimeError):
         engine.memory.resume()
     assert gpu.used == 0
+    engine.memory.resume()
+    assert engine.holds(*engine.kept)
 
 
 def test_a_sleep_that_fails_halfway_copies_again(gpu, engines):
