@@ -66,6 +66,7 @@ class Config:
     optim: config.OptimConfig = field(default_factory=config.OptimConfig)
     run: config.RunConfig = field(default_factory=config.RunConfig)
     teachers: tuple[config.TeacherSpec, ...] = ()
+    explicit: frozenset[str] = field(default=frozenset(), compare=False)  # flags that were given
 
     def validate(self) -> None:
         validate_common(self)

@@ -193,6 +193,10 @@ class RunConfig:
     resume: str = option(
         "auto", "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path."
     )
+    plan: Literal["auto", "off"] = option(
+        "off",
+        "auto: what no flag says (KV cache, micro-batches, support) is chosen so that the run fits; see opd.plan.",
+    )
     dry_run: bool = option(False, "Print the resolved configuration, memory and two prompts; load no weights.")
     local_rank: int = option(-1, "Set by launchers.")
 
@@ -285,7 +289,8 @@ def _as_argv(key: str, value: Any, *, is_list: bool) -> list[str]:
 def parse(config_class, argv: list[str] | None = None):
     """Builds `config_class` from `--config FILE` and the command line; the command line always wins.
 
-    The class is a frozen dataclass of groups plus a field `teachers: tuple[TeacherSpec, ...]`.
+    The class is a frozen dataclass of groups plus a field `teachers: tuple[TeacherSpec, ...]`. If it has a field `explicit`
+    too, that is the set of flags and keys that were given, whatever their values.
     Raises ValueError with one line for any mistake.
     """
     argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
@@ -300,7 +305,8 @@ def parse(config_class, argv: list[str] | None = None):
     teachers: tuple[TeacherSpec, ...] = ()
     yaml_argv: list[str] = []
     path = _value_of(argv, "--config")
-    for key, value in (_read_yaml(path) if path else {}).items():
+    content = _read_yaml(path) if path else {}
+    for key, value in content.items():
         if key == "teachers":
             teachers = teachers_from_yaml(value, path) if "teacher" not in given else ()
         elif key not in known:
@@ -325,6 +331,8 @@ def parse(config_class, argv: list[str] | None = None):
     built = {
         name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for name, group in groups.items()
     }
+    if any(f.name == "explicit" for f in dataclasses.fields(config_class)):
+        built["explicit"] = frozenset(given | {key for key, value in content.items() if value is not None})
     return config_class(**built, teachers=teachers or resolve_teachers(values["teacher"]))
 
 

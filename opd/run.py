@@ -16,10 +16,23 @@ from typing import Any
 
 import torch
 
-from opd import checkpoint, config, content, data, distributed, evaluation, export, preflight, report, rewards
+from opd import (
+    checkpoint,
+    config,
+    content,
+    data,
+    distributed,
+    evaluation,
+    export,
+    preflight,
+    report,
+    rewards,
+)
 from opd.deepspeed_engine import check_ds_config
 from opd.heads import find_head, load_head
 from opd.metrics import Metrics, say, setup_logging, write_run_files
+from opd.plan import plan_run
+from opd.planner import Plan
 from opd.rollout import RolloutEngine
 from opd.student import LossSettings, Student, resolve_dtype
 from opd.teachers import ColocatedTeacher
@@ -46,6 +59,7 @@ class Run:
     fingerprint: dict[str, Any]
     resume_from: Path | None
     started: float
+    plan: Plan | None = None  # what memory the run should take; None for a model that says too little
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -125,8 +139,10 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     device = distributed.init(cfg.run.local_rank)
     with distributed.agree_on_error("checking the inputs"):
         run = _read_inputs(cfg, device, need_response)
+    cfg, plan, memory = plan_run(cfg)
+    run = dataclasses.replace(run, cfg=cfg, plan=plan)
     if cfg.run.dry_run:
-        say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, world_size=distributed.world_size()))
+        say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, memory=memory))
         sys.exit(0)
 
     hashes = {t.name: content.content_hash(t.model) for t in cfg.teachers}

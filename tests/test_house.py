@@ -39,7 +39,7 @@ is_mode is_level is_low is_high reward_weight reward_fn overlap_k loss_chunk_byt
 micro_batch_size max_tokens_per_micro_batch packing inner_updates
 learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm
 output_dir num_steps seed ds_config eval_every eval_max_prompts save_every keep_checkpoints parity_every rollout_samples
-rollout_every resume dry_run local_rank
+rollout_every resume plan dry_run local_rank
 """)  # fmt: skip
 GKD_FLAGS = [*MOPD_FLAGS, "lmbda", "seq_kd", "seq_kd_temperature", "sft_alpha"]
 
