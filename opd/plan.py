@@ -71,11 +71,15 @@ def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
     """The configuration with the plan's choices, and one line for each value that changed."""
     choices = plan.choices
     values = {
-        "rollout": {"rollout_kv_cache_gib": choices.kv_cache / GIB},
+        "rollout": {},
         "loss": {"support": choices.support},
         "batch": {"max_tokens_per_micro_batch": choices.max_tokens},
     }
     lines = []
+    if choices.kv_cache != int(
+        cfg.rollout.rollout_kv_cache_gib * GIB
+    ):  # a number that was given stays as it was written
+        values["rollout"]["rollout_kv_cache_gib"] = choices.kv_cache / GIB
     for group, changes in values.items():
         for name, value in changes.items():
             old = getattr(getattr(cfg, group), name)

@@ -20,7 +20,7 @@ class Plan:
     rows: list[Row]
 
     def bytes_of(self, phase: str) -> int:
-        """Most bytes on the device in a phase. On a CPU: what the process's memory exceeds that of its start by."""
+        """Most bytes on the device in a phase. On a CPU: what the process's memory grows by, from the end of `prepare` on."""
         return sum(row.bytes[phase] for row in self.rows if row.kind == "device")
 
     def host_bytes(self, phase: str) -> int:

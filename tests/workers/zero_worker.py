@@ -1,7 +1,8 @@
 """What ZeRO really holds: the tensors of a real engine, counted, for many settings; one rank, or one of a launcher's.
 
 `zero_worker.py JOB`, a JSON file with `out` (a directory) and `cases`: {name, model, dtype, zero} with `zero` the
-`zero_optimization` section. Every rank writes `out/NAME.RANK.json`: bytes of parameters, gradients, masters and moments.
+`zero_optimization` section. Every rank writes `out/NAME.RANK.json`: bytes of parameters, gradients (open ones: between two
+micro-batches), masters and moments.
 """
 
 import gc
@@ -68,10 +69,10 @@ def run_case(case: dict, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype)
     engine = sharded.attach(model, tuple(model.get_output_embeddings().parameters()))
     ids = torch.arange(8).view(1, 8)
-    for last in (False, True):
-        sharded.backward(engine(input_ids=ids, labels=ids).loss, last=last)
-    gradients = gradients_of(engine, stage)
-    record = {"gradients": wanted(gradients), "gradients_held": held(gradients)}
+    sharded.backward(engine(input_ids=ids, labels=ids).loss, last=False)
+    record = {"open_gradients": wanted(p.grad for p in model.parameters())}
+    sharded.backward(engine(input_ids=ids, labels=ids).loss, last=True)
+    record["gradients"] = wanted(gradients_of(engine, stage))
     sharded.step(1e-3)
     moments = [t for state in engine.basic_optimizer.state.values() for t in state.values()]
     record |= {
