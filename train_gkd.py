@@ -24,6 +24,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from opd import checkpoint, config, distributed, weight_sync
+from opd.arguments import parse
+from opd.build import build_rollout_engine, build_student, build_teachers, restore
 from opd.colocation import Colocation
 from opd.distillation import compare, payload_of
 from opd.ledger import Ledger
@@ -33,15 +35,11 @@ from opd.padding import count_loss_tokens, make_micro_batches
 from opd.rollout import dataset_rollouts, write_with_model
 from opd.run import (
     Run,
-    build_rollout_engine,
-    build_student,
-    build_teachers,
     evaluate,
     evaluate_teachers,
     finish,
     is_due,
     prepare,
-    restore,
     user_errors,
 )
 from opd.run_files import replace_text
@@ -76,6 +74,7 @@ class Config:
     optim: config.OptimConfig = field(default_factory=config.OptimConfig)
     run: config.RunConfig = field(default_factory=config.RunConfig)
     teachers: tuple[config.TeacherSpec, ...] = ()
+    explicit: frozenset[str] = field(default=frozenset(), compare=False)  # flags that were given
 
     def validate(self) -> None:
         validate_common(self)
@@ -245,7 +244,7 @@ def main(run: Run) -> None:
 
 if __name__ == "__main__":
     with user_errors():  # one line and exit status 2, before a weight is loaded
-        cfg = config.parse(Config)
+        cfg = parse(Config)
         run = prepare(cfg, need_response=cfg.gkd.lmbda < 1 and not cfg.gkd.seq_kd)
     with distributed.exit_together():
         main(run)

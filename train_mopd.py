@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from opd import checkpoint, config, distributed, evaluation, rewards, weight_sync
+from opd.arguments import parse
+from opd.build import build_rollout_engine, build_student, build_teachers, restore
 from opd.colocation import Colocation
 from opd.distillation import compare, payload_of
 from opd.ledger import Ledger
@@ -36,15 +38,11 @@ from opd.padding import count_loss_tokens, make_micro_batches
 from opd.rollout import with_rewards
 from opd.run import (
     Run,
-    build_rollout_engine,
-    build_student,
-    build_teachers,
     evaluate,
     evaluate_teachers,
     finish,
     is_due,
     prepare,
-    restore,
     user_errors,
 )
 from opd.step_log import log_mismatch, log_step
@@ -67,6 +65,7 @@ class Config:
     optim: config.OptimConfig = field(default_factory=config.OptimConfig)
     run: config.RunConfig = field(default_factory=config.RunConfig)
     teachers: tuple[config.TeacherSpec, ...] = ()
+    explicit: frozenset[str] = field(default=frozenset(), compare=False)  # flags that were given
 
     def validate(self) -> None:
         validate_common(self)
@@ -235,6 +234,6 @@ def main(run: Run) -> None:
 
 if __name__ == "__main__":
     with user_errors():  # one line and exit status 2, before a weight is loaded
-        run = prepare(config.parse(Config))
+        run = prepare(parse(Config))
     with distributed.exit_together():
         main(run)

@@ -4,17 +4,10 @@ A script composes its Config from the groups below. `parse` reads `--config FILE
 Nothing here imports torch, and nothing checks a value: that is `opd/validation.py`.
 """
 
-import argparse
 import dataclasses
-import difflib
 import math
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
-
-import yaml
-from transformers.hf_argparser import HfArgumentParser
+from typing import Any, Literal, get_type_hints
 
 
 def option(default: Any, help: str, **metadata):
@@ -33,6 +26,11 @@ class ModelConfig:
     student_model: str = option("", "Student: a Hugging Face model directory or hub id. Required.")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Computation type of student and engines; auto is bfloat16 on a GPU and float32 on a CPU."
+    )
+    offload_student: Literal["none", "states", "all"] = option(
+        "states",
+        "What of the student leaves the GPU while others work: nothing; optimizer states, masters and gradients; or its "
+        "parameters too.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
     attn_implementation: str = option("sdpa", "Attention of the Hugging Face student.")
@@ -210,168 +208,18 @@ class RunConfig:
     resume: str = option(
         "auto", "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path."
     )
+    plan: Literal["auto", "off"] = option(
+        "off",
+        "auto: what no flag says (KV cache, micro-batches, support) is chosen so that the run fits; see opd.plan.",
+    )
     dry_run: bool = option(False, "Print the resolved configuration, memory and two prompts; load no weights.")
     local_rank: int = option(-1, "Set by launchers.")
-
-
-def resolve_teachers(flags: list[str], backend: Backend = "vllm") -> tuple[TeacherSpec, ...]:
-    """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH takes every domain."""
-    specs = []
-    for value in flags:
-        name, equals, model = value.partition("=")
-        if not equals or "/" in name:  # a path may hold an equals sign, a name no slash
-            specs.append(TeacherSpec("default", value, "*", backend=backend))
-        elif name and model:
-            specs.append(TeacherSpec(name, model, (name,), backend=backend))
-        else:
-            raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH")
-    return tuple(specs)
-
-
-def teachers_from_yaml(entries: Any, path: str, backend: Backend = "vllm") -> tuple[TeacherSpec, ...]:
-    """The long form of `teachers`, checked key by key; `backend` is for entries that name none."""
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: teachers must be a list of {{name, model, domains, weight, backend}}")
-    specs = []
-    known = [f.name for f in dataclasses.fields(TeacherSpec)]
-    for entry in entries:
-        if not isinstance(entry, dict) or not entry.get("name") or not entry.get("model"):
-            raise ValueError(f"{path}: teachers: {entry!r} needs at least `name` and `model`")
-        for key in entry:
-            if key not in known:
-                raise ValueError(f"{path}: teachers: {entry['name']}: unknown key `{key}`{nearest(key, known)}")
-        domains = entry.get("domains", [entry["name"]])
-        if domains != "*" and not (isinstance(domains, list) and domains):
-            raise ValueError(
-                f"{path}: teachers: {entry['name']}: domains must be a list of names or '*', got {domains!r}"
-            )
-        weight = entry.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"{path}: teachers: {entry['name']}: weight must be a number, got {weight!r}")
-        size = entry.get("tensor_parallel_size", 1)
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ValueError(
-                f"{path}: teachers: {entry['name']}: tensor_parallel_size must be a whole number, got {size!r}"
-            )
-        own_backend, backends = entry.get("backend", backend), list(get_args(Backend))
-        if own_backend not in backends:
-            raise ValueError(
-                f"{path}: teachers: {entry['name']}: backend must be {' or '.join(backends)}, got {own_backend!r}"
-                f"{nearest(str(own_backend).lower(), backends)}"
-            )
-        domains = "*" if domains == "*" else tuple(map(str, domains))
-        specs.append(TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight), own_backend, size))
-    return tuple(specs)
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """A remedy to append to a message: the known name most like `name`, or nothing if none is close."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-class _Parser(HfArgumentParser):
-    """argparse, but a mistake is one line and exit status 2."""
-
-    def error(self, message):
-        raise ValueError(message.removeprefix("argument "))
 
 
 def groups_of(config_class) -> dict[str, type]:
     """The configuration groups of a script's Config: field name -> dataclass."""
     hints = get_type_hints(config_class)
     return {f.name: hints[f.name] for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(hints[f.name])}
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"--config {path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected `flag: value` lines, got {type(content).__name__}")
-    return content
-
-
-def _as_argv(key: str, value: Any, *, is_list: bool) -> list[str]:
-    """One YAML entry as command-line arguments, so that both are read by the same code. `--flag=value`: a value may be -1."""
-    if value is None or value == []:
-        return []
-    if not is_list:
-        if isinstance(value, dict | list):
-            raise ValueError(f"--{key}: one value expected, the YAML file has {value!r}")
-        return [f"--{key}={value}"]
-    if isinstance(value, dict):
-        value = [f"{k}={v}" for k, v in value.items()]
-    return [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-
-
-def parse(config_class, argv: list[str] | None = None):
-    """Builds `config_class` from `--config FILE` and the command line; the command line always wins.
-
-    The class is a frozen dataclass of groups plus a field `teachers: tuple[TeacherSpec, ...]`.
-    Raises ValueError with one line for any mistake.
-    """
-    argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
-    groups = groups_of(config_class)
-    parser = _Parser(list(groups.values()), allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config", help="YAML file of the same flags; the command line overrides it.")
-    fields = [f for group in groups.values() for f in dataclasses.fields(group)]
-    known = [f.name for f in fields]
-    lists = {f.name for f in fields if f.default_factory is not dataclasses.MISSING}
-    given = {a[2:].partition("=")[0].removeprefix("no_") for a in argv if a.startswith("--")}
-
-    yaml_argv: list[str] = []
-    path = _value_of(argv, "--config")
-    content = _read_yaml(path) if path else {}
-    for key, value in content.items():
-        if key not in [*known, "teachers"]:
-            raise ValueError(f"--config {path}: unknown key `{key}`{nearest(str(key), [*known, 'teachers'])}")
-        if key != "teachers" and key not in given:
-            yaml_argv += _as_argv(key, value, is_list=key in lists)
-
-    for action in parser._actions:
-        if action.dest in lists:
-            action.default = None  # argparse would append to the default
-    namespace, unknown = parser.parse_known_args(yaml_argv + argv)
-    if unknown:
-        flag = unknown[0]
-        raise ValueError(f"unknown flag {flag}{nearest(flag, ['--' + k for k in known])}")
-    values = vars(namespace)
-    for f in fields:
-        if f.name in lists:
-            given_values = values[f.name]
-            values[f.name] = f.default_factory() if given_values is None else [v for part in given_values for v in part]
-    backend, teachers = values["teacher_backend"], ()
-    if "teachers" in content and "teacher" not in given:
-        teachers = teachers_from_yaml(content["teachers"], path, backend)
-    if values["teacher"] and teachers:
-        raise ValueError(f"--config {path}: both `teacher` and `teachers`; keep one")
-    built = {
-        name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for name, group in groups.items()
-    }
-    return config_class(**built, teachers=teachers or resolve_teachers(values["teacher"], backend))
-
-
-def _underscored(argument: str) -> str:
-    """`--some-flag=a-b` is `--some_flag=a-b`."""
-    flag, equals, value = argument.partition("=")
-    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else argument
-
-
-def _value_of(argv: list[str], flag: str) -> str | None:
-    for index, argument in enumerate(argv):
-        if argument.startswith(flag + "="):
-            return argument.removeprefix(flag + "=")
-        if argument == flag:
-            if index + 1 == len(argv):
-                raise ValueError(f"{flag}: expected one argument")
-            return argv[index + 1]
-    return None
 
 
 def to_dict(config) -> dict[str, Any]:

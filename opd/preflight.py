@@ -1,4 +1,4 @@
-"""Everything that can be checked before a weight is loaded: models, tokenizers, memory and the run directory.
+"""Everything that can be checked before a weight is loaded: models, tokenizers and the run directory.
 
 A wrong pair of models is the most expensive mistake of distillation: it shows after hours, as a curve. Here it costs a
 second and is one ValueError that names the flag, the value and the remedy. Only configurations and tokenizers are read.
@@ -6,21 +6,20 @@ second and is one ValueError that names the flag, the value and the remedy. Only
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from opd.config import to_dict
 from opd.data import PromptSet
 from opd.heads import logit_form, weights_beside_the_head
 from opd.rows import one_line
-from opd.validation import load_ds_config
+from opd.shapes import check_path, load_part, read_model
 
 # Keys that make a run another run. With --resume auto, everything else may change between two starts.
 RUN_IDENTITY = ("student_model", "teachers", "data", "domain_key", "loss", "seed")
@@ -53,20 +52,12 @@ class ModelFacts:
     shared_vocab: int  # rows that every lm_head has
 
 
-def _load(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except Exception as error:  # a broken file breaks other people's parsers in any way it likes
-        raise ValueError(f"{flag} {path}: cannot load its {what}: {one_line(error)}") from None
-
-
 def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
     """Refuses a missing model and a model that brings code along."""
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()):
-        raise ValueError(f"{flag} {path}: no such model directory")
+    check_path(flag, path)
     options = {"local_files_only": Path(path).is_dir()}
-    config_dict, _ = _load(flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, **options))
-    tokenizer_dict = _load(flag, path, "tokenizer", lambda: get_tokenizer_config(path, **options))
+    config_dict, _ = load_part(flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, **options))
+    tokenizer_dict = load_part(flag, path, "tokenizer", lambda: get_tokenizer_config(path, **options))
     if ("auto_map" in config_dict or "auto_map" in tokenizer_dict) and not trust_remote_code:
         raise ValueError(f"{flag} {path}: the model brings its own code (auto_map); read it, then --trust_remote_code")
     if "model_type" not in config_dict:
@@ -76,7 +67,7 @@ def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
 def load_tokenizer(path: str, trust_remote_code: bool = False, *, flag: str = "--student_model"):
     """The tokenizer of a model directory or hub id."""
     _check_source(flag, path, trust_remote_code)
-    tokenizer = _load(
+    tokenizer = load_part(
         flag,
         path,
         "tokenizer",
@@ -98,7 +89,7 @@ def _check_weights(flag: str, path: str) -> None:
         return
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        files = _load(flag, path, index.name, lambda: set(json.loads(index.read_text())["weight_map"].values()))
+        files = load_part(flag, path, index.name, lambda: set(json.loads(index.read_text())["weight_map"].values()))
         missing = sorted(name for name in files if not (directory / name).is_file())
         if missing:
             raise ValueError(
@@ -138,20 +129,8 @@ def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
 
 def _read_model(flag: str, path: str, tokenizer, trust_remote_code: bool) -> ModelFact:
     _check_weights(flag, path)
-    options = {"trust_remote_code": trust_remote_code}
-    model_config = _load(
-        flag,
-        path,
-        "config.json",
-        lambda: AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **options),
-    )
-    with torch.device("meta"):  # shapes only
-        model = _load(
-            flag,
-            path,
-            "architecture",
-            lambda: AutoModelForCausalLM.from_config(model_config, dtype="float32", **options),
-        )
+    model = read_model(flag, path, trust_remote_code)
+    model_config = model.config
     _check_head(flag, path, model)
     head = model.get_output_embeddings()
     eos_ids = _eos_ids(flag, path, model_config, tokenizer)
@@ -267,56 +246,6 @@ def check_tensor_parallel(config, facts: ModelFacts, world_size: int) -> None:
             )
 
 
-def memory_table(config, facts: ModelFacts, *, world_size: int, use_cuda: bool) -> list[tuple[str, dict[str, int]]]:
-    """(component, phase -> bytes on each GPU), without activations: what must fit where, before anything is loaded.
-
-    Mixed precision keeps a float32 copy of the parameters beside the two AdamW moments. ZeRO shards the optimizer from
-    stage 1, gradients from 2, parameters from 3. On a CPU nothing sleeps: every phase holds everything.
-    """
-    is_bf16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and use_cuda)
-    width = 2 if is_bf16 else 4
-    stage = load_ds_config(config.run.ds_config).get("zero_optimization", {}).get("stage", 0)
-    size = facts.student.num_parameters
-    shard = {s: world_size if stage >= s else 1 for s in (1, 2, 3)}
-    everywhere = ("rollout", "score", "train", "sync")
-    heads = [f.head_parameters * width for f in facts.teachers.values()]
-    table = [
-        ("student parameters", size * width // shard[3], everywhere),
-        ("student gradients", size * width // shard[2], ("train",)),
-        ("optimizer states", size * (12 if is_bf16 else 8) // shard[1], ("train",)),
-        ("logits of one chunk", config.loss.loss_chunk_bytes, ("score", "train")),
-        ("largest teacher lm_head", max(heads), ("score", "train")),
-        ("rollout engine weights", size * width // config.rollout.rollout_tensor_parallel_size, ("rollout", "sync")),
-        ("rollout KV cache", int(config.rollout.rollout_kv_cache_gib * 2**30), ("rollout",)),
-    ]
-    engines = {
-        spec.name: facts.teachers[spec.name].num_parameters * width // spec.tensor_parallel_size
-        + int(config.rollout.teacher_kv_cache_gib * 2**30)
-        for spec in config.teachers
-    }
-    largest = max(engines, key=engines.__getitem__)
-    for name, num_bytes in engines.items():  # one is awake at a time: only the largest one counts
-        phases = ("score",) if name == largest or not use_cuda else ()
-        table.append((f"teacher {name} ({num_bytes / 2**20:,.1f} MiB awake)", num_bytes, phases))
-    return [
-        (component, {phase: num_bytes * (phase in phases or not use_cuda) for phase in everywhere})
-        for component, num_bytes, phases in table
-    ]
-
-
-def _memory_report(config, facts: ModelFacts, world_size: int) -> str:
-    use_cuda = torch.cuda.is_available()
-    table = memory_table(config, facts, world_size=world_size, use_cuda=use_cuda)
-    phases = list(table[0][1])
-    table.append(("total", {phase: sum(row[phase] for _, row in table) for phase in phases}))
-    width = max(len(component) for component, _ in table)
-    lines = [f"{'MiB':{width}}" + "".join(f"{phase:>12}" for phase in phases)]
-    for component, row in table:
-        lines.append(f"{component:{width}}" + "".join(f"{row[phase] / 2**20:12,.1f}" for phase in phases))
-    where = "GPU, the largest teacher standing for all" if use_cuda else "process; on a CPU nothing sleeps"
-    return f"Memory per {where}, {world_size} ranks, without activations\n" + "\n".join(lines)
-
-
 def _marked(token_ids: list[int], tokenizer) -> str:
     """Text with every special token in brackets."""
     special, parts, text = set(tokenizer.all_special_ids), [], []
@@ -330,8 +259,8 @@ def _marked(token_ids: list[int], tokenizer) -> str:
     return "".join(parts)
 
 
-def dry_run_report(config, prompt_set: PromptSet, tokenizer, facts: ModelFacts, *, world_size: int = 1) -> str:
-    """What a run would do: its configuration, its memory, and two prompts as the models will see them."""
+def dry_run_report(config, prompt_set: PromptSet, tokenizer, facts: ModelFacts, *, memory: str) -> str:
+    """What a run would do: its configuration, its `memory` as the planner sees it, two prompts as the models will."""
     eos = ", ".join(f"{tokenizer.convert_ids_to_tokens(e)} ({e})" for e in facts.student.eos_ids)
     firsts = {prompt.domain: prompt for prompt in reversed(prompt_set.prompts)}
     chosen = [firsts[domain] for domain in prompt_set.domains[:2]]
@@ -346,7 +275,7 @@ def dry_run_report(config, prompt_set: PromptSet, tokenizer, facts: ModelFacts, 
     return "\n\n".join(
         [
             "Configuration\n" + yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).rstrip(),
-            _memory_report(config, facts, world_size),
+            memory,
             f"Prompts: {rows}; special tokens in brackets\n" + "\n".join(prompts),
         ]
     )
@@ -374,7 +303,7 @@ def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
     if config is None:
         return
     try:
-        old = yaml.safe_load(recorded.read_text())
+        old = yaml.safeload_part(recorded.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         old = None
     if not isinstance(old, dict):

@@ -6,7 +6,6 @@ Nothing here knows a loss. `prepare` finds every mistake of the user before a we
 import dataclasses
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,18 +16,29 @@ from typing import Any
 
 import torch
 
-from opd import checkpoint, config, content, data, distributed, evaluation, export, preflight, report, rewards
+from opd import (
+    checkpoint,
+    config,
+    content,
+    data,
+    distributed,
+    evaluation,
+    export,
+    preflight,
+    report,
+    rewards,
+)
 from opd.deepspeed_engine import check_ds_config
-from opd.heads import find_head, load_head, map_head
-from opd.hf_engine import HFEngine
+from opd.heads import find_head
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, say, setup_logging, write_run_files
+from opd.plan import plan_run
+from opd.plan_types import PHASES
+from opd.planner import Plan
 from opd.rollout import RolloutEngine
-from opd.student import LossSettings, Student, resolve_dtype
-from opd.teachers import ColocatedTeacher
-from opd.types import LoopState, Prompt
+from opd.student import Student, resolve_dtype
+from opd.types import Prompt
 from opd.validation import load_ds_config
-from opd.vllm_engine import HiddenStateEngine
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Run:
     fingerprint: dict[str, Any]
     resume_from: Path | None
     started: float
+    plan: Plan | None = None  # what memory the run should take; None for a model that says too little
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -61,12 +72,12 @@ class Run:
     @property
     def predicted(self) -> dict[str, int]:
         """phase -> bytes of this rank that the plan expects."""
-        return {}
+        return {phase: self.plan.bytes_of(phase) for phase in PHASES} if self.plan else {}
 
     @property
     def spare(self) -> dict[str, int]:
-        """phase -> bytes of a GPU that the plan leaves free; nothing on a CPU, where no engine moves."""
-        return {}
+        """phase -> bytes of the GPU that the plan leaves free."""
+        return {phase: self.plan.spare(phase) for phase in PHASES} if self.plan else {}
 
     @property
     def engine_options(self) -> dict[str, Any]:
@@ -150,8 +161,10 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     device = distributed.init(cfg.run.local_rank)
     with distributed.agree_on_error("checking the inputs"):
         run = _read_inputs(cfg, device, need_response)
+    cfg, plan, memory = plan_run(cfg)
+    run = dataclasses.replace(run, cfg=cfg, plan=plan)
     if cfg.run.dry_run:
-        say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, world_size=distributed.world_size()))
+        say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, memory=memory))
         sys.exit(0)
 
     hashes = {t.name: content.content_hash(t.model) for t in cfg.teachers}
@@ -238,83 +251,6 @@ def _say_counts(*prompt_sets: data.PromptSet | None) -> None:
         counts = ", ".join(f"{domain} {count}" for domain, count in prompt_set.counts.items())
         overlong = sum(prompt_set.overlong.values())
         say(f"{name} prompts: {counts}" + (f"; {overlong} over-long ones dropped or cut" if overlong else ""))
-
-
-@contextmanager
-def _console_to_log(run_dir: Path):
-    """Sends this process's stdout and stderr, C++ warnings and progress bars included, to the rank's log for a while."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    console = {fd: os.dup(fd) for fd in (1, 2)}
-    with (run_dir / "logs" / f"rank_{distributed.rank()}.log").open("ab") as log:
-        for fd in console:
-            os.dup2(log.fileno(), fd)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for fd, saved in console.items():
-            os.dup2(saved, fd)
-            os.close(saved)
-
-
-def build_student(run: Run) -> Student:
-    """The student under DeepSpeed. Collective: its weights are sharded while they load."""
-    cfg = run.cfg
-    with _console_to_log(run.run_dir):
-        settings = LossSettings(
-            temperature=cfg.loss.loss_temperature, shared_vocab=run.facts.shared_vocab,
-            chunk_bytes=cfg.loss.loss_chunk_bytes, packing=cfg.batch.packing,
-        )  # fmt: skip
-        return Student(cfg.model, cfg.optim, run.ds_config, settings=settings, device=run.device)
-
-
-def build_teachers(run: Run) -> list[ColocatedTeacher]:
-    """Every teacher's engine and head on this rank, each put to sleep as soon as it stands."""
-    teachers = []
-    for spec in run.cfg.teachers:
-        with distributed.agree_on_error(f"building teacher {spec.name}"), _console_to_log(run.run_dir):
-            on_disk = run.cfg.teacher.teacher_residency == "disk"
-            head = (map_head if on_disk else load_head)(spec.model)
-            teachers.append(ColocatedTeacher(spec, _build_engine(run, spec), head))
-            teachers[-1].sleep()
-    return teachers
-
-
-def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFEngine:
-    if spec.backend == "hf":
-        options = {k: v for k, v in run.engine_options.items() if k != "max_model_len"}  # it has no cache to size
-        return HFEngine(
-            spec.name, spec.model, device=run.device, residency=run.cfg.teacher.teacher_residency, **options
-        )
-    return HiddenStateEngine(
-        spec.name, spec.model, tokenizer=run.cfg.model.student_model,
-        kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, tensor_parallel_size=spec.tensor_parallel_size,
-        residency=run.cfg.teacher.teacher_residency, **run.engine_options,
-    )  # fmt: skip
-
-
-def build_rollout_engine(run: Run) -> RolloutEngine:
-    """The sampler on this rank. It sleeps, without weights, until the first push."""
-    with distributed.agree_on_error("building the rollout engine"), _console_to_log(run.run_dir):
-        engine = RolloutEngine(
-            run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,
-            **run.engine_options,
-        )  # fmt: skip
-        engine.sleep()
-    return engine
-
-
-def restore(run: Run, student: Student, metrics: Metrics) -> LoopState:
-    """The state to go on from: the checkpoint's, or a fresh one. Collective."""
-    if run.resume_from is None:
-        metrics.truncate(-1)
-        return LoopState()
-    student.load_shards(run.resume_from)
-    state = checkpoint.load_state(run.resume_from)
-    metrics.truncate(state.step)
-    return state
 
 
 def is_due(step: int, every: int, last: int) -> bool:

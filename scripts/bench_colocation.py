@@ -48,7 +48,7 @@ PROMPTS_PER_STEP, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 32, 32
 # DeepSpeed fills its bucket for gradients at start, by default with more than all teachers weigh.
 DS_CONFIG = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1_000_000}}
 SAMPLE_S = 0.02
-LIBRARIES = "import train_mopd, deepspeed; from opd.vllm_engine import _import_vllm; _import_vllm().LLM"
+LIBRARIES = "import train_mopd, deepspeed; from opd.vllm_process import import_vllm; import_vllm().LLM"
 
 
 # ---- The meter -------------------------------------------------------------------------------------------------------
@@ -209,9 +209,10 @@ def predicted_peak(flags: list[str], libraries: int) -> int | None:
     if importlib.util.find_spec("opd.plan") is None:
         return None
     import train_mopd
-    from opd import config, plan
+    from opd import plan
+    from opd.arguments import parse
 
-    job = plan.read_job(config.parse(train_mopd.Config, flags), plan.machine_here(1))
+    job = plan.read_job(parse(train_mopd.Config, flags), plan.machine_here(1))
     return libraries + plan.make_plan(job).peak
 
 

@@ -33,7 +33,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opd import distributed, vllm_engine
+from opd import distributed, vllm_engine, vllm_process
 from opd.fused_linear import HiddenScores, score_hidden
 from scripts import bench_tools as tools
 from scripts.make_demo import make_tokenizer
@@ -88,7 +88,7 @@ class PromptLogprobs(vllm_engine._Engine):
 
     def score(self, sequences: list[list[int]]) -> list:
         """One request output per sequence, in vLLM's own form."""
-        params = vllm_engine._import_vllm().SamplingParams(
+        params = vllm_process.import_vllm().SamplingParams(
             max_tokens=1, prompt_logprobs=self.support_k, ignore_eos=True, detokenize=False
         )
         return self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)

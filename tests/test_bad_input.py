@@ -8,6 +8,7 @@ import pytest
 import train_gkd
 import train_mopd
 from opd import config, run
+from opd.arguments import parse
 from opd.run import prepare, user_errors
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -25,7 +26,7 @@ def arguments(tiny, output_dir) -> list[str]:
 def mistake(capsys, argv: list[str], script=train_mopd) -> str:
     """The one line that `argv` gets."""
     with pytest.raises(SystemExit) as stopped, user_errors():
-        cfg = config.parse(script.Config, argv)
+        cfg = parse(script.Config, argv)
         prepare(cfg, need_response=script is train_gkd)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -129,7 +130,7 @@ def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
     line = mistake(capsys, argv)
     assert "its EOS is" in line and "--allow_template_mismatch" in line
     with pytest.raises(SystemExit) as stopped:
-        prepare(config.parse(train_mopd.Config, [*argv, "--allow_template_mismatch"]))
+        prepare(parse(train_mopd.Config, [*argv, "--allow_template_mismatch"]))
     assert stopped.value.code == 0  # the dry run ends there
 
 
@@ -139,7 +140,7 @@ def test_an_output_directory_that_cannot_be(tiny, capsys):
 
 def test_an_output_directory_of_another_run(tiny, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    cfg = config.parse(train_mopd.Config, arguments(tiny, tmp_path / "run"))
+    cfg = parse(train_mopd.Config, arguments(tiny, tmp_path / "run"))
     (tmp_path / "run" / "config.yaml").write_text(json.dumps({**config.to_dict(cfg), "student_model": "another"}))
     line = mistake(capsys, arguments(tiny, tmp_path / "run"))
     assert "--output_dir" in line and "another run" in line
@@ -149,9 +150,7 @@ def test_what_a_resume_may_change(tiny, tmp_path, device):
     """Memory settings may: they are what somebody changes after running out of it. The held-out question may not."""
 
     def identity(*flags):
-        cfg = config.parse(
-            train_mopd.Config, [*arguments(tiny, tmp_path / "run"), "--eval_data", str(tiny.eval), *flags]
-        )
+        cfg = parse(train_mopd.Config, [*arguments(tiny, tmp_path / "run"), "--eval_data", str(tiny.eval), *flags])
         inputs = run._read_inputs(cfg, device, need_response=False)
         return run._fingerprint(cfg, {"addition": "a", "reversal": "r"}, "data"), run._asked(inputs)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
+from opd.arguments import parse
 from opd.config import (
     BatchConfig,
     DataConfig,
@@ -19,7 +20,6 @@ from opd.config import (
     TeacherSpec,
     groups_of,
     pairs,
-    parse,
     to_dict,
 )
 from opd.validation import load_ds_config, validate_common

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd import distributed, vllm_engine
+from opd import distributed, vllm_engine, vllm_process
 from opd.config import LossConfig, RolloutConfig, TeacherSpec
 from opd.distillation import compare
 from opd.engine_memory import EngineMemory
@@ -384,16 +384,16 @@ def test_the_sleep_backend_serves_the_engine_that_is_active():
     """vLLM builds it without arguments, by the name that it was registered under."""
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
 
-    assert vllm_engine._register_sleep_backend() == vllm_engine._register_sleep_backend() == "opd"
-    assert SleepModeBackendFactory.get_backend_class("opd") is vllm_engine.EngineSleep
-    assert set(SleepModeBackend.__abstractmethods__) <= set(dir(vllm_engine.EngineSleep))
+    assert vllm_process.register_sleep_backend() == vllm_process.register_sleep_backend() == "opd"
+    assert SleepModeBackendFactory.get_backend_class("opd") is vllm_process.EngineSleep
+    assert set(SleepModeBackend.__abstractmethods__) <= set(dir(vllm_process.EngineSleep))
     allocator = SimpleNamespace(pointer_to_data={}, get_current_usage=lambda: 0)
     first, second = (EngineMemory(name, allocator, driver=None) for name in ("first", "second"))
     for memory in (second, first):
         with memory.active():
-            assert vllm_engine.EngineSleep().memory is memory
+            assert vllm_process.EngineSleep().memory is memory
     with pytest.raises(AssertionError, match="inside `active"):
-        vllm_engine.EngineSleep()
+        vllm_process.EngineSleep()
 
 
 # ---- The pool --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import train_mopd
-from opd import config, hf_engine, run
+from opd import hf_engine, run
+from opd.arguments import parse
 from opd.heads import load_head, map_head
 from opd.hf_engine import HFEngine, HFGenerator, batches
 from tests.test_heads import CASES, make_model
@@ -327,7 +328,7 @@ def test_residency_and_backend_may_change_under_a_resumed_run(tiny):
     argv = ["--student_model", str(tiny.student), "--data", str(tiny.train), "--output_dir", "o"]
     prints = []
     for flags in ([], ["--teacher_residency", "gpu"], ["--teacher_residency", "disk", "--teacher_backend", "hf"]):
-        cfg = config.parse(train_mopd.Config, [*argv, "--teacher", f"addition={tiny.addition}", *flags])
+        cfg = parse(train_mopd.Config, [*argv, "--teacher", f"addition={tiny.addition}", *flags])
         prints.append(json.dumps(run._fingerprint(cfg, {"addition": "its hash"}, "data"), sort_keys=True))
     assert prints[0] == prints[1] == prints[2]
 

@@ -39,7 +39,11 @@ from opd.config import (
     to_dict,
 )
 from opd.data import load_prompts
-from opd.preflight import check_models, check_output_dir, dry_run_report, load_tokenizer, memory_table
+from opd.plan import read_job
+from opd.plan_types import GIB, Machine
+from opd.plan_view import table
+from opd.planner import make_plan
+from opd.preflight import check_models, check_output_dir, dry_run_report, load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -368,40 +372,13 @@ def test_dry_run_report_loads_no_weights(student, tmp_path):
     tokenizer = load_tokenizer(str(model))
     facts = check_models(config)
     prompts = load_prompts([str(tmp_path / "d.jsonl")], tokenizer, config.data, flag="--data")
-    report = dry_run_report(config, prompts, tokenizer, facts, world_size=2)
+    machine = Machine(gpus=2, device_bytes=GIB, host_bytes=GIB, pcie=1e9, is_gpu=True)
+    memory = table(make_plan(read_job(config, machine)))
+    report = dry_run_report(config, prompts, tokenizer, facts, memory=memory)
     assert "[<user>]abc[<assistant>]<< the response starts here and ends with EOS: <eos> (1) >>" in report
     assert "[<user>]xyz[<assistant>]" in report and "def" not in report.split("Prompts:")[1]
     assert yaml.safe_load(report.split("\n\n")[0].removeprefix("Configuration\n")) == to_dict(config)
     assert "math 2 (0 over-long)" in report and "2 ranks" in report and "total" in report
-
-
-def test_memory_follows_phases_and_sharding(student, tmp_path):
-    teacher = save_model(tmp_path / "t", hidden_size=32)
-    config = make_config(student, teacher, "--teacher", f"code={student}", "--dtype", "bfloat16")
-    facts = check_models(config)
-    size, large = facts.student.num_parameters, facts.teachers["math"]
-    gpu = dict(memory_table(config, facts, world_size=4, use_cuda=True))
-    assert gpu["student parameters"] == dict.fromkeys(("rollout", "score", "train", "sync"), size * 2 // 4)
-    assert gpu["optimizer states"] == {"rollout": 0, "score": 0, "train": size * 12 // 4, "sync": 0}
-    assert gpu["rollout engine weights"] == {"rollout": size * 2, "score": 0, "train": 0, "sync": size * 2}
-    assert gpu["largest teacher lm_head"]["train"] == large.head_parameters * 2
-    teachers = {name: row for name, row in gpu.items() if name.startswith("teacher")}
-    awake = large.num_parameters * 2 + 2**28
-    assert [row["score"] for row in teachers.values()] == [awake, 0]  # the largest one, not the sum
-    assert not any(row["train"] for row in teachers.values())
-    cpu = dict(memory_table(config, facts, world_size=4, use_cuda=False))
-    assert all(len(set(row.values())) == 1 and row["train"] > 0 for row in cpu.values())  # nothing sleeps
-
-
-@pytest.mark.parametrize(("stage", "shards"), [(0, (1, 1, 1)), (1, (1, 1, 4)), (2, (1, 4, 4)), (3, (4, 4, 4))])
-def test_memory_of_the_student_by_zero_stage(student, tmp_path, stage, shards):
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    config = make_config(student, student, "--dtype", "float32", "--ds_config", str(tmp_path / "ds.json"))
-    facts = check_models(config)
-    size = facts.student.num_parameters
-    table = dict(memory_table(config, facts, world_size=4, use_cuda=True))
-    names = ("student parameters", "student gradients", "optimizer states")
-    assert [table[n]["train"] for n in names] == [size * b // s for b, s in zip((4, 4, 8), shards, strict=True)]
 
 
 # -------------------------------------------------------------------------------------------- output directory

@@ -211,9 +211,9 @@ def test_every_emitted_metric_is_documented(full_run):
 VLLM_SAMPLES = """
 import json, sys
 from opd import distributed
-from opd.vllm_engine import _import_vllm
+from opd.vllm_process import import_vllm
 distributed.init()
-vllm = _import_vllm()
+vllm = import_vllm()
 llm = vllm.LLM(sys.argv[1], dtype="float32", max_model_len=64, kv_cache_memory_bytes=1 << 26, enforce_eager=True,
                distributed_executor_backend="external_launcher")
 params = vllm.SamplingParams(max_tokens=48, temperature=1.0, n=32, seed=0)

@@ -1,0 +1,105 @@
+"""The participants of a run: student, rollout engine and teachers, each built on this rank and left asleep.
+
+What libraries print while they load goes to the rank's log.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from opd import checkpoint, config, distributed
+from opd.deepspeed_engine import what_leaves
+from opd.heads import load_head, map_head
+from opd.hf_engine import HFEngine
+from opd.metrics import Metrics, say
+from opd.rollout import RolloutEngine
+from opd.run import Run
+from opd.student import LossSettings, Student, resolve_dtype
+from opd.teachers import ColocatedTeacher
+from opd.types import LoopState
+from opd.vllm_engine import HiddenStateEngine
+
+
+@contextmanager
+def _console_to_log(run_dir: Path):
+    """Sends this process's stdout and stderr, C++ warnings and progress bars included, to the rank's log for a while."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    console = {fd: os.dup(fd) for fd in (1, 2)}
+    with (run_dir / "logs" / f"rank_{distributed.rank()}.log").open("ab") as log:
+        for fd in console:
+            os.dup2(log.fileno(), fd)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, saved in console.items():
+            os.dup2(saved, fd)
+            os.close(saved)
+
+
+def build_student(run: Run) -> Student:
+    """The student under DeepSpeed. Collective: its weights are sharded while they load."""
+    cfg = run.cfg
+    with _console_to_log(run.run_dir):
+        settings = LossSettings(
+            temperature=cfg.loss.loss_temperature, shared_vocab=run.facts.shared_vocab,
+            chunk_bytes=cfg.loss.loss_chunk_bytes, packing=cfg.batch.packing,
+        )  # fmt: skip
+        student = Student(cfg.model, cfg.optim, run.ds_config, settings=settings, device=run.device)
+    student.sharded.offloads, why = what_leaves(
+        run.ds_config, cfg.model.offload_student, dtype=resolve_dtype(cfg.model.dtype),
+        use_cuda=run.device.type == "cuda",
+    )  # fmt: skip
+    if why:
+        say(f"--offload_student {cfg.model.offload_student}: {why}")
+    return student
+
+
+def build_teachers(run: Run) -> list[ColocatedTeacher]:
+    """Every teacher's engine and head on this rank, each put to sleep as soon as it stands."""
+    teachers = []
+    for spec in run.cfg.teachers:
+        with distributed.agree_on_error(f"building teacher {spec.name}"), _console_to_log(run.run_dir):
+            on_disk = run.cfg.teacher.teacher_residency == "disk"
+            head = (map_head if on_disk else load_head)(spec.model)
+            teachers.append(ColocatedTeacher(spec, _build_engine(run, spec), head))
+            teachers[-1].sleep()
+    return teachers
+
+
+def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFEngine:
+    if spec.backend == "hf":
+        options = {k: v for k, v in run.engine_options.items() if k != "max_model_len"}  # it has no cache to size
+        return HFEngine(
+            spec.name, spec.model, device=run.device, residency=run.cfg.teacher.teacher_residency, **options
+        )
+    return HiddenStateEngine(
+        spec.name, spec.model, tokenizer=run.cfg.model.student_model,
+        kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, tensor_parallel_size=spec.tensor_parallel_size,
+        residency=run.cfg.teacher.teacher_residency, **run.engine_options,
+    )  # fmt: skip
+
+
+def build_rollout_engine(run: Run) -> RolloutEngine:
+    """The sampler on this rank. It sleeps, without weights, until the first push."""
+    with distributed.agree_on_error("building the rollout engine"), _console_to_log(run.run_dir):
+        engine = RolloutEngine(
+            run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,
+            **run.engine_options,
+        )  # fmt: skip
+        engine.sleep()
+    return engine
+
+
+def restore(run: Run, student: Student, metrics: Metrics) -> LoopState:
+    """The state to go on from: the checkpoint's, or a fresh one. Collective."""
+    if run.resume_from is None:
+        metrics.truncate(-1)
+        return LoopState()
+    student.load_shards(run.resume_from)
+    state = checkpoint.load_state(run.resume_from)
+    metrics.truncate(state.step)
+    return state

@@ -1,0 +1,151 @@
+"""Shapes of models, from their configurations alone: parameters, KV cache, activations. No weight and no tokenizer is read.
+
+A model is built on the meta device, where tensors have shapes and no memory, so its parameters are those that will be loaded.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from opd.rows import one_line
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the memory of one model. Sizes are numbers of values, not bytes."""
+
+    flag: str  # what error messages call it
+    path: str
+    parameters: tuple[tuple[int, ...], ...]  # the shape of each, in the model's order; tied ones once
+    vocab_size: int  # rows of the head, padding included
+    hidden_size: int
+    tied: bool  # whether the head is the embedding
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int  # columns that a token passes in one layer; of a mixture of experts those of its experts together
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.parameters)
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def linear_parameters(self) -> int:
+        """Those of matrices that are neither the embedding nor the head."""
+        return sum(math.prod(s) for s in self.parameters if len(s) > 1 and s[0] != self.vocab_size)
+
+    @property
+    def kv_per_token(self) -> int:
+        """Values in the KV cache for one token: a key and a value per layer and key-value head."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def largest_parameter(self) -> int:
+        return max(math.prod(shape) for shape in self.parameters)
+
+    def activations_per_token(self, width: int) -> int:
+        """Bytes that the forward of one layer keeps for the backward of one token, with an attention that keeps no scores.
+
+        Counted from the layer as transformers 5 writes it, `width` bytes a value. A norm works in float32: it keeps its
+        input in that type (of a float32 model the input itself, once) and its result before the weight. Then: what
+        the projections read, queries, keys and values as attention sees them, its result and its log-sum-exp, and gate,
+        activation, up and their product in the MLP.
+        """
+        H, Q = self.hidden_size, self.num_heads * self.head_dim
+        KV = self.num_kv_heads * self.head_dim
+        norms = 2 * H * (4 + width) + 2 * H * width
+        heads = 3 * Q * width + 4 * KV * width + 4 * self.num_heads
+        mlp = 4 * self.mlp_size * width
+        return norms + heads + mlp
+
+    def check_parallel(self, flag: str, size: int) -> None:
+        """ValueError if `size` GPUs cannot share the attention heads evenly."""
+        if self.num_heads % size:
+            raise ValueError(
+                f"{flag} {size}: does not divide the {self.num_heads} attention heads of {self.flag} {self.path}; "
+                f"try {math.gcd(self.num_heads, size)}"
+            )
+
+
+def load_part(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns; whatever it raises becomes one line about the model at `path`."""
+    try:
+        return load()
+    except Exception as error:  # a broken file breaks other people's parsers in any way it likes
+        raise ValueError(f"{flag} {path}: cannot load its {what}: {one_line(error)}") from None
+
+
+def check_path(flag: str, path: str) -> None:
+    """Refuses what is neither a directory nor looks like a hub id."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()):
+        raise ValueError(f"{flag} {path}: no such model directory")
+
+
+def read_model(flag: str, path: str, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The causal language model of a directory or hub id on the meta device: shapes only."""
+    check_path(flag, path)
+    options = {"trust_remote_code": trust_remote_code}
+    config = load_part(
+        flag, path, "config.json",
+        lambda: AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **options),
+    )  # fmt: skip
+    return model_of(config, flag, path, **options)
+
+
+def model_of(config: PreTrainedConfig, flag: str, path: str, **options) -> torch.nn.Module:
+    """A model on the meta device, from its configuration."""
+    with torch.device("meta"):
+        return load_part(
+            flag, path, "architecture", lambda: AutoModelForCausalLM.from_config(config, dtype="float32", **options)
+        )
+
+
+def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
+    """The shape of a model, real or on the meta device. ValueError if its configuration does not say enough."""
+    config = model.config.get_text_config()
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        if not isinstance(getattr(config, name, None), int):
+            raise ValueError(f"{flag} {path}: config.json has no {name}; without it memory cannot be planned")
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{flag} {path}: {config.model_type} has no lm_head; give a causal language model")
+    vocab_size, hidden_size = head.weight.shape
+    embedding = model.get_input_embeddings()
+    return ModelShape(
+        flag=flag,
+        path=path,
+        parameters=tuple(tuple(p.shape) for p in model.parameters()),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        tied=embedding is not None and embedding.weight is head.weight,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=_number(config, "num_key_value_heads") or config.num_attention_heads,
+        head_dim=_number(config, "head_dim") or hidden_size // config.num_attention_heads,
+        mlp_size=_mlp_size(config, hidden_size),
+    )
+
+
+def _number(config: PreTrainedConfig, *names: str) -> int | None:
+    """The first of these fields that holds a number; families name the same thing differently."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _mlp_size(config: PreTrainedConfig, hidden_size: int) -> int:
+    dense = _number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden_size
+    experts = _number(config, "num_experts_per_tok", "num_experts_per_token")
+    if experts is None:
+        return dense
+    shared = _number(config, "shared_expert_intermediate_size") or 0
+    return experts * (_number(config, "moe_intermediate_size") or dense) + shared

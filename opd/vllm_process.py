@@ -1,0 +1,95 @@
+"""What the vLLM engines of one process share, and how each gets its own part of it.
+
+vLLM expects one engine in a process. Its environment, its sleep allocator and its process groups are global; here they are
+set before the first import, owned by the engine that made them, and exchanged around every call.
+"""
+
+import gc
+import os
+from contextlib import suppress
+
+import torch
+
+from opd.engine_memory import CudaDriver, EngineMemory
+from opd.parallel_groups import ParallelGroups
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def import_vllm():
+    """vLLM, imported with its environment set: no worker processes, no thread placement, no usage statistics."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # vllm-cpu 0.32 takes it over `kv_cache_memory_bytes`: each engine, teachers too, would hold that many GiB.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    import vllm
+
+    return vllm
+
+
+def parallel_groups(tensor_parallel_size: int) -> ParallelGroups:
+    """The process groups of engines that so many neighbouring ranks share."""
+    import_vllm()
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    # On CPUs, vllm 0.32 would reduce in shared memory, under a name that every run on the machine has with an external
+    # launcher, and would spin for ever on a rank that is lost. Without it gloo reduces, with a deadline.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    return ParallelGroups(parallel_state, tensor_parallel_size)
+
+
+class EngineSleep:
+    """vLLM's sleep backend for the engine that is active when it first sleeps: suspends and resumes its memory alone.
+
+    vllm 0.32 builds it without arguments and asks for no more than these methods (`SleepModeBackend`). Naming a backend
+    other than "cumem" changes one thing elsewhere: CUDA graphs stay in memory of their own and are not offloaded.
+    """
+
+    def __init__(self):
+        assert EngineMemory.current is not None, "an engine sleeps inside `active()` only"
+        self.memory = EngineMemory.current
+
+    @classmethod
+    def is_supported(cls) -> bool:
+        return torch.cuda.is_available()
+
+    def suspend(self, level: int = 1) -> None:
+        self.memory.suspend(level)
+        _release_cached_memory()
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        _release_cached_memory()
+        self.memory.resume(tags)
+
+
+def _release_cached_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def register_sleep_backend() -> str:
+    """The backend's name in vLLM; registered once per process."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+
+    with suppress(ValueError):  # it is registered already
+        SleepModeBackendFactory.register_backend("opd", __name__, EngineSleep.__name__)
+    return "opd"
+
+
+def engine_memory(name: str, *, frozen: bool) -> EngineMemory | None:
+    """None on a CPU, where vLLM has no allocator of its own."""
+    if not torch.cuda.is_available():
+        return None
+    import_vllm()
+    from vllm.device_allocator import cumem
+
+    driver = CudaDriver(cumem.create_and_map, cumem.unmap_and_release)
+    return EngineMemory(name, cumem.CuMemAllocator.get_instance(), driver, frozen=frozen)

@@ -1,0 +1,403 @@
+"""The planner against real tensors, and its predictions for published models against each other."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, worker_environment
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
+
+import train_gkd
+import train_mopd
+from opd import distributed, plan, planner
+from opd.arguments import parse
+from opd.config import TeacherSpec, groups_of, to_dict
+from opd.participants import activations, kv_least, kv_wanted
+from opd.plan_types import GIB, OFFLOADS, PHASES, Machine
+from opd.plan_view import as_json, remedies, table, verdict
+from opd.planner import Plan, make_plan
+from opd.shapes import ModelShape, model_of, shape_of
+from opd.sharding import ZeroSettings, zero_shard
+
+# ---- Exact: what ZeRO holds, against the tensors of real engines -------------------------------------------------------
+
+ODD = {
+    "vocab_size": 43, "hidden_size": 33, "intermediate_size": 67, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 6,
+}  # fmt: skip
+ZEROS = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero3_all_cut": {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 1500},
+}
+CASES = [
+    (f"{zero}_{dtype}_{model}", zero, dtype, model)
+    for zero in ZEROS
+    for dtype in ("float32", "bfloat16")
+    for model in ("untied", "tied")
+]
+
+
+@pytest.fixture(scope="module")
+def odd_models(tmp_path_factory) -> dict[str, Path]:
+    """Sizes that divide by nothing, so that every padding shows."""
+    root = tmp_path_factory.mktemp("odd")
+    for name in ("untied", "tied"):
+        Qwen3ForCausalLM(Qwen3Config(**ODD, tie_word_embeddings=name == "tied")).save_pretrained(root / name)
+    return {name: root / name for name in ("untied", "tied")}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one_rank", "two_ranks"])
+def counted(request, odd_models, tmp_path_factory) -> tuple[int, Path]:
+    """(ranks, directory with a JSON file per case and rank)."""
+    out = tmp_path_factory.mktemp(f"ranks{request.param}")
+    cases = [
+        {"name": name, "zero": ZEROS[zero], "dtype": dtype, "model": str(odd_models[model])}
+        for name, zero, dtype, model in CASES
+    ]
+    (out / "job.json").write_text(json.dumps({"out": str(out), "cases": cases}))
+    command = [sys.executable]
+    if request.param > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        command += ["--master-port", str(distributed.free_port())]
+    command += [str(ROOT / "tests" / "workers" / "zero_worker.py"), str(out / "job.json")]
+    run = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return request.param, out
+
+
+@pytest.mark.parametrize(("name", "zero", "dtype", "model"), CASES, ids=[case[0] for case in CASES])
+def test_bytes_of_every_zero_stage_are_those_of_the_real_tensors(counted, odd_models, name, zero, dtype, model):
+    ranks, out = counted
+    shape = planner_shape(odd_models[model])
+    settings = ZeroSettings.of({"zero_optimization": ZEROS[zero]})
+    width = getattr(torch, dtype).itemsize
+    shard = zero_shard(shape.parameters, settings, width=width, world_size=ranks)
+    for rank in range(ranks):
+        real = json.loads((out / f"{name}.{rank}.json").read_text())
+        assert dataclasses.asdict(shard) == {
+            key: real[key] for key in ("parameters", "gradients", "masters", "moments")
+        }
+        if zero == "zero1":  # between micro-batches stage 1 keeps the gradients of all parameters
+            assert real["open_gradients"] == width * shape.num_parameters
+
+
+def planner_shape(path: Path) -> ModelShape:
+    return shape_of(plan.read_model("--student_model", str(path)), "--student_model", str(path))
+
+
+def test_tied_embeddings_count_once(odd_models):
+    untied, tied = (planner_shape(odd_models[name]) for name in ("untied", "tied"))
+    assert tied.tied and not untied.tied
+    assert untied.num_parameters - tied.num_parameters == ODD["vocab_size"] * ODD["hidden_size"]
+    for name, shape in (("untied", untied), ("tied", tied)):
+        assert shape.num_parameters == Qwen3ForCausalLM.from_pretrained(odd_models[name]).num_parameters()
+
+
+def test_activations_are_near_what_autograd_saves():
+    """Of a layer of the real model: the formula is an estimate, but not a guess."""
+    config = Qwen3Config(**{**ODD, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4,
+                            "num_key_value_heads": 2, "head_dim": 16})  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    shape = shape_of(model, "--student_model", "m")
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.arange(40).view(1, 40).repeat(8, 1)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    kept = sum(size for ptr, size in saved.items() if ptr not in parameters)
+    assert hidden.requires_grad
+    assert shape.activations_per_token(4) * ids.numel() * 2 == pytest.approx(kept, rel=0.15)
+
+
+# ---- Published shapes --------------------------------------------------------------------------------------------------
+
+COMMON = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8}
+DENSE = {  # hidden, layers, heads, MLP, tied, parameters in billions as published
+    "0.6B": (1024, 28, 16, 3072, True, 0.596),
+    "1.7B": (2048, 28, 16, 6144, True, 1.72),
+    "4B": (2560, 36, 32, 9728, True, 4.02),
+    "8B": (4096, 36, 32, 12_288, False, 8.19),
+    "32B": (5120, 64, 64, 25_600, False, 32.8),
+}
+MOE = Qwen3MoeConfig(
+    **{**COMMON, "num_key_value_heads": 4}, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
+    intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, ModelShape]:
+    configs = {
+        name: Qwen3Config(**COMMON, hidden_size=H, num_hidden_layers=L, num_attention_heads=A, intermediate_size=mlp,
+                          tie_word_embeddings=tied)
+        for name, (H, L, A, mlp, tied, _) in DENSE.items()
+    }  # fmt: skip
+    configs["30B-A3B"] = MOE
+    return {name: shape_of(model_of(config, "--x", name), "--x", name) for name, config in configs.items()}
+
+
+def run_config(*argv: str, script=train_mopd):
+    required = [
+        "--student_model",
+        "s",
+        "--data",
+        "d",
+        "--output_dir",
+        "o",
+        "--ds_config",
+        str(ROOT / "ds_configs/zero3.json"),
+    ]
+    return parse(script.Config, [*required, *argv])
+
+
+def job_of(shapes, student: str, teachers: list[str], *argv: str, gpus=8, gib=80.0, stage=3, host=1024.0, is_gpu=True):
+    names = [f"t{i}" for i in range(len(teachers))]
+    cfg = run_config(*(word for name in names for word in ("--teacher", f"{name}={name}")), *argv)
+    machine = Machine(gpus, int(gib * GIB), int(host * GIB), 25e9, is_gpu)
+    found = plan.make_job(cfg, shapes[student], {n: shapes[t] for n, t in zip(names, teachers, strict=True)}, machine)
+    return replace(found, zero=replace(found.zero, stage=stage))
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_parameter_counts_are_those_published(published, name):
+    assert published[name].num_parameters / 1e9 == pytest.approx(DENSE[name][-1], rel=0.005)
+
+
+def test_a_mixture_of_experts_counts_all_experts_and_computes_few(published):
+    moe = published["30B-A3B"]
+    assert moe.num_parameters / 1e9 == pytest.approx(30.5, rel=0.005)
+    assert moe.mlp_size == 8 * 768
+    assert published["8B"].kv_per_token == 2 * 36 * 8 * 128
+
+
+def test_more_parameters_take_more_and_more_ranks_and_stages_take_less(published):
+    def peak(size="4B", **settings):
+        return make_plan(job_of(published, size, ["8B"], **settings)).peak
+
+    sizes = [peak(size) for size in DENSE]
+    assert sizes == sorted(sizes)
+    ranks = [make_plan(job_of(published, "32B", ["8B"], gpus=n)).peak for n in (2, 4, 8)]
+    assert ranks == sorted(ranks, reverse=True)
+
+    def shards(zero):
+        return [
+            sum(dataclasses.astuple(job_of(published, "8B", ["8B"], stage=stage, gpus=zero).shard))
+            for stage in range(4)
+        ]
+
+    assert shards(8) == sorted(shards(8), reverse=True) and len(set(shards(8))) == 3  # 1 and 2 end a step alike
+
+
+def test_the_rows_of_a_phase_add_up_to_it(published):
+    made = make_plan(job_of(published, "1.7B", ["8B", "4B"]))
+    for phase in PHASES:
+        device = sum(row.bytes[phase] for row in made.rows if row.kind == "device")
+        host = sum(row.bytes[phase] for row in made.rows if row.kind == "host")
+        assert (made.bytes_of(phase), made.host_bytes(phase)) == (device, host)
+    assert made.peak == max(made.bytes_of(phase) for phase in PHASES)
+    names = [(row.kind, row.participant) for row in made.rows]
+    assert len(set(names)) == len(names)
+
+
+def test_four_teachers_take_the_device_memory_of_the_largest(published):
+    alone = make_plan(job_of(published, "1.7B", ["8B"]))
+    four = make_plan(job_of(published, "1.7B", ["8B", "4B", "1.7B", "0.6B"]))
+    for phase in PHASES:
+        assert four.bytes_of(phase) == alone.bytes_of(phase)
+        copies = sum((published[n].num_parameters - 0) * 2 for n in ("4B", "1.7B", "0.6B"))
+        heads = sum(published[n].head_parameters * 2 for n in ("4B", "1.7B", "0.6B"))
+        assert four.host_bytes(phase) - alone.host_bytes(phase) == copies + heads
+    assert four.transfer_seconds > alone.transfer_seconds
+
+
+def test_offloaded_states_leave_the_device_between_their_phases(published):
+    job = job_of(published, "4B", ["8B"])
+    base = make_plan(job)
+    kept = planner.Plan(job, replace(base.choices, offload=()), planner.rows_of(job, replace(base.choices, offload=())))
+    assert base.choices.offload == OFFLOADS[:2]
+    assert kept.bytes_of("train") == base.bytes_of("train")
+    assert kept.bytes_of("rollout") - base.bytes_of("rollout") >= job.shard.optimizer + job.shard.gradients
+    assert base.host_bytes("score") - kept.host_bytes("score") == job.shard.optimizer + job.shard.gradients
+
+
+def test_a_teacher_on_a_cpu_sleeps_only_if_it_can(published):
+    engines = make_plan(job_of(published, "0.6B", ["1.7B", "0.6B"], is_gpu=False, gpus=1))
+    assert engines.host_bytes("score") == 0
+    row = {r.participant: r.bytes for r in engines.rows}
+    assert len(set(row["teacher t1"].values())) == 1 and row["teacher t1"]["train"] > 0
+    weights = published["0.6B"].num_parameters + published["0.6B"].linear_parameters  # packed a second time
+    assert row["teacher t1"]["train"] == weights * 4 + GIB // 4
+
+
+# ---- Choices -----------------------------------------------------------------------------------------------------------
+
+
+def test_choices_fit_where_there_is_room_and_keep_states_on_the_gpu(published):
+    made = make_plan(job_of(published, "0.6B", ["1.7B"], "--prompts_per_step", "64"), frozenset())
+    assert made.fits and made.choices.offload == () and made.choices.support == "auto"
+    assert kv_wanted(made.job) <= made.choices.kv_cache < kv_wanted(made.job) + planner.KV_STEP
+
+
+def test_less_memory_offloads_more_and_caches_less(published):
+    def chosen(gib: float) -> Plan:
+        return make_plan(job_of(published, "8B", ["8B"], "--prompts_per_step", "512", gib=gib), frozenset())
+
+    plans = [chosen(gib) for gib in (141, 80, 60, 44)]
+    assert [p.fits for p in plans] == [True] * 4
+    assert [len(p.choices.offload) for p in plans] == sorted(len(p.choices.offload) for p in plans)
+    assert [p.choices.kv_cache for p in plans] == sorted((p.choices.kv_cache for p in plans), reverse=True)
+    assert [p.choices.max_tokens for p in plans] == sorted((p.choices.max_tokens for p in plans), reverse=True)
+    assert plans[-1].choices.kv_cache >= kv_least(plans[-1].job)
+    tight = plans[-1]
+    more = replace(tight.choices, max_tokens=tight.choices.max_tokens + 200)
+    assert not Plan(tight.job, more, planner.rows_of(tight.job, more)).fits  # as many tokens as fit, not fewer
+
+
+def test_a_teacher_too_large_for_one_gpu_is_shared(published):
+    made = make_plan(job_of(published, "1.7B", ["32B"], gpus=4, gib=48), frozenset())
+    assert made.choices.tensor_parallel == {"t0": 2} and made.fits
+
+
+def test_hidden_states_that_find_no_room_become_top_k(published):
+    argv = ("--prompts_per_step", "8192", "--max_response_tokens", "8192", "--num_generations", "4")
+    assert make_plan(job_of(published, "0.6B", ["8B"], *argv), frozenset()).choices.support == "teacher_topk"
+    explicit = frozenset({"support"})
+    assert make_plan(job_of(published, "0.6B", ["8B"], *argv), explicit).choices.support == "auto"
+
+
+def test_explicit_flags_win(published):
+    argv = ("--rollout_kv_cache_gib", "3", "--micro_batch_size", "2", "--support", "union_topk")
+    job = job_of(published, "1.7B", ["8B"], *argv)
+    assert {"rollout_kv_cache_gib", "micro_batch_size", "support"} <= job.cfg.explicit
+    made = make_plan(job, job.cfg.explicit)
+    assert (made.choices.kv_cache, made.choices.max_tokens, made.choices.support) == (3 * GIB, 0, "union_topk")
+    assert plan.apply(job.cfg, made)[0].rollout == job.cfg.rollout
+
+
+def test_apply_says_each_change_and_writes_it_where_config_yaml_will_have_it(published):
+    job = job_of(published, "1.7B", ["8B"])
+    made = make_plan(job, frozenset())
+    cfg, lines = plan.apply(job.cfg, made)
+    flat = to_dict(cfg)
+    assert flat["rollout_kv_cache_gib"] == made.choices.kv_cache / GIB
+    assert flat["max_tokens_per_micro_batch"] == made.choices.max_tokens >= job.longest - 1
+    assert lines[0] == f"plan: --rollout_kv_cache_gib {flat['rollout_kv_cache_gib']:g}" and len(lines) == 3
+
+
+def test_what_does_not_fit_names_changes_that_do(published):
+    made = make_plan(job_of(published, "8B", ["8B"], stage=0, gpus=8, gib=80), frozenset())
+    assert not made.fits and "try --ds_config ds_configs/zero3.json" in verdict(made)
+    assert next(remedies(made)) == ("--ds_config ds_configs/zero3.json",)
+    hopeless = make_plan(job_of(published, "32B", ["8B"], gpus=1, gib=24), frozenset())
+    assert verdict(hopeless).startswith("does not fit") and "smaller student" in verdict(hopeless)
+
+
+def test_recomputing_activations_takes_less(published):
+    kept, again = (
+        activations(job_of(published, "4B", ["8B"], *argv), 8192) for argv in ((), ("--gradient_checkpointing",))
+    )
+    assert again < kept / 4
+
+
+# ---- Command line ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_yaml(tiny, tmp_path) -> Path:
+    content = {
+        "student_model": str(tiny.student), "teachers": [{"name": "addition", "model": str(tiny.addition), "domains": "*"}],
+        "ds_config": str(ROOT / "ds_configs" / "zero3.json"), "max_prompt_tokens": 16, "max_response_tokens": 16,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "run.yaml"
+
+
+def command(capsys, *argv: str) -> tuple[int, str, str]:
+    status = plan.main(list(argv))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_command_prints_a_table_a_verdict_and_a_plot(run_yaml, capsys):
+    machine = ("--gpus", "2", "--gpu_memory", "24", "--host_memory", "64")
+    png = run_yaml.with_suffix(".png")
+    status, out, _ = command(
+        capsys, "--config", str(run_yaml), *machine, "--plot", str(png), "--lmbda", "0.5", "--seq_kd"
+    )
+    assert status == 0 and out.splitlines()[-1].startswith("fits")
+    lines = out.splitlines()
+    assert len({len(line) for line in lines[1:3]}) == 1 and "rollout" in lines[1] and any("total" in x for x in lines)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    status, out, _ = command(capsys, "--config", str(run_yaml), *machine, "--json")
+    assert status == 0
+    answer = json.loads(out)
+    assert answer["fits"] and answer["bytes"]["train"] == sum(
+        row["bytes"]["train"] for row in answer["rows"] if row["kind"] == "device"
+    )
+    assert command(capsys, "--config", str(run_yaml), "--gpus", "1", "--gpu_memory", "1")[0] == 1
+
+
+def test_the_planner_takes_every_flag_of_the_trainers():
+    known = {f.name for group in groups_of(plan.Config).values() for f in dataclasses.fields(group)}
+    trainers = {f.name for g in groups_of(train_gkd.Config).values() for f in dataclasses.fields(g)}
+    assert known == trainers
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--config", "nope.yaml"), "--config nope.yaml: no such file"),
+        (("--gpus", "0"), "--gpus 0: must be above 0"),
+        (("--gpu_memory", "-1"), "--gpu_memory -1: must be above 0"),
+        (("--student_model", "/nope"), "--student_model /nope: no such model directory"),
+        (("--plot", "/nope/x.png"), "--plot /nope/x.png: cannot be written"),
+        (("--ds_config", "nope.json"), "--ds_config nope.json: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(run_yaml, capsys, argv, message):
+    rest = () if argv[0] == "--config" else ("--config", str(run_yaml))
+    status, _, err = command(capsys, *rest, *argv)
+    assert status == 2 and err.startswith(f"error: {message}") and len(err.strip().splitlines()) == 1
+
+
+def test_a_model_that_says_too_little(tiny, run_yaml, tmp_path, capsys):
+    broken = tmp_path / "m"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1,
+                                                    "vocab_size": 40}))  # fmt: skip
+    status, _, err = command(capsys, "--config", str(run_yaml), "--student_model", str(broken))
+    assert status == 2 and "config.json has no num_attention_heads" in err and str(broken) in err
+
+
+def test_tensor_parallelism_that_does_not_divide_the_heads(published):
+    @dataclasses.dataclass(frozen=True)
+    class Spec(TeacherSpec):
+        tensor_parallel_size: int = 1
+
+    job = job_of(published, "1.7B", ["8B"])
+    cfg = replace(job.cfg, teachers=(Spec("t0", "t0", ("t0",), tensor_parallel_size=3),))
+    with pytest.raises(
+        ValueError, match=r"teachers: t0: tensor_parallel_size 3: does not divide the 32 attention heads"
+    ):
+        plan.make_job(cfg, job.student, job.teachers, job.machine)
+
+
+def test_json_is_plain_data(published):
+    made = make_plan(job_of(published, "0.6B", ["1.7B"]))
+    assert json.loads(json.dumps(as_json(made)))["choices"]["prefetch"] is False
+    assert "total on the host" in table(made)
