@@ -25,6 +25,7 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
+from opd.arguments import parse
 from opd.config import (
     BatchConfig,
     DataConfig,
@@ -35,7 +36,6 @@ from opd.config import (
     RunConfig,
     TeacherConfig,
     TeacherSpec,
-    parse,
     to_dict,
 )
 from opd.data import load_prompts
