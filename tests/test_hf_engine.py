@@ -102,7 +102,16 @@ def test_weights_that_are_missing_are_not_made_up(tiny, tmp_path):
 # ---- Sleep and wake --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residency", ["gpu", "host", "disk"])
+def test_a_teacher_on_the_gpu_never_sleeps(tiny):
+    engine = HFEngine("addition", str(tiny.addition), residency="gpu", **FLOAT32)
+    engine.sleep()
+    assert engine.awake and not engine.can_sleep and len(engine.hidden_states([[5, 6, 7]])) == 1
+    engine.prefetch()
+    engine.wake()
+    assert engine.awake
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
 def test_the_books_of_sleep_and_wake(tiny, residency):
     engine = HFEngine("addition", str(tiny.addition), residency=residency, **FLOAT32)
     before = engine.hidden_states([[5, 6, 7]])
