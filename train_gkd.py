@@ -26,6 +26,7 @@ from torch import Tensor
 from opd import checkpoint, config, distributed, weight_sync
 from opd.colocation import Colocation
 from opd.distillation import compare, payload_of
+from opd.ledger import Ledger
 from opd.logits import LogitsChunk
 from opd.metrics import Metrics, say
 from opd.padding import count_loss_tokens, make_micro_batches
@@ -154,6 +155,7 @@ def main(run: Run) -> None:
     # Setup and Data: `prepare` did both; the configuration, model, prompts and responses of `run` fit together.
     cfg = run.cfg
     metrics = Metrics(run.run_dir, num_steps=cfg.run.num_steps, domains=run.domains)
+    ledger = Ledger(run.run_dir / "ledger.jsonl", distributed.rank())
     teacher_scores = evaluate_teachers(run)  # in a child process that is gone before the engines below exist
     if cfg.gkd.seq_kd and cfg.gkd.lmbda < 1:
         run = with_teacher_responses(run)
@@ -161,15 +163,16 @@ def main(run: Run) -> None:
     # Student and Resume, Rollout engine, Teacher: all on this rank's GPU, each asleep until its phase
     student = build_student(run)
     state = restore(run, student, metrics)
-    student.offload()  # its optimizer states make room for the engines
+    student.place(states=False, parameters=True)  # its optimizer states make room for the engines
+    student.settle()
     rollout_engine = build_rollout_engine(run)
     engines = build_teachers(run)
+    colocation = Colocation(rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of)
     teachers = TeacherPool(
         engines, run.routes, cfg.loss,
         payload=payload_of(cfg.loss), cache_bytes=cfg.rollout.teacher_cache_bytes, shared_vocab=run.facts.shared_vocab,
-        device=run.device,
+        device=run.device, turns=colocation.turns,
     )  # fmt: skip
-    colocation = Colocation(rollout_engine, student, engines, run.run_dir / "ledger.jsonl", distributed.rank())
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg)
     inner_updates = cfg.batch.inner_updates
 
@@ -225,7 +228,7 @@ def main(run: Run) -> None:
         metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
         metrics.add("distill/on_policy_share", float(on_policy))
         seconds = time.perf_counter() - started
-        log_step(run, metrics, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
+        log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)
@@ -235,8 +238,9 @@ def main(run: Run) -> None:
                 checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
 
     # Finish
+    colocation.close()
     metrics.close()
-    finish(run, student, teacher_scores)
+    finish(run, student, teacher_scores, ledger)
 
 
 if __name__ == "__main__":

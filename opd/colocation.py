@@ -1,107 +1,187 @@
 """Who is awake when, on GPUs that student, rollout engine and teachers share.
 
-| phase   | rollout weights | rollout KV cache | optimizer states | teachers                               |
-|---------|-----------------|------------------|------------------|----------------------------------------|
-| rollout | awake           | awake            | host             | asleep                                 |
-| score   | asleep          | discarded        | host             | one awake at a time, each once         |
-| train   | asleep          | discarded        | GPU              | asleep; one teacher's `lm_head` at most |
-| sync    | awake           | discarded        | host             | asleep                                 |
+| phase   | rollout weights | rollout KV cache | optimizer states | parameters     | teachers                    |
+|---------|-----------------|------------------|------------------|----------------|-----------------------------|
+| rollout | awake           | awake            | host             | GPU, else host | asleep                      |
+| score   | asleep          | discarded        | host             | GPU, else host | one at a time, each once    |
+| train   | asleep          | discarded        | GPU              | GPU            | asleep                      |
+| sync    | awake           | discarded        | host             | GPU            | asleep                      |
 
 The rollout engine sleeps at level 2, which drops its weights: they are due to be replaced. So after `train` the next phase
-that wakes it is `sync`, never `rollout`, and the table refuses anything else. On a CPU the same calls are made and vLLM
-ignores them; the table and the ledger still hold.
+that wakes it is `sync`, never `rollout`, and the table refuses anything else. "Optimizer states" are the AdamW moments,
+float32 masters and gradients; parameters leave with them only where `--offload_student all` says so.
+
+Three things bend the table where memory is to spare, and only there. The teacher that had the last turn keeps its weights
+(never its KV cache) until the next step, if it will have the first turn. The next teacher's weights arrive while one is
+scoring. Optimizer states leave while the rollout engine's weights already arrive.
+
+On a CPU the same calls are made. vLLM's engines keep their memory there and say so once; `backend: hf` teachers give theirs
+back.
 """
 
-import json
-import resource
 import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
+from opd.ledger import Ledger
+from opd.types import Offloadable, Sleeper, TeacherSleeper
+from opd.wake_order import wake_orders
 
-from opd.types import Offloadable, Sleeper
 
-# phase -> phases that may come before it
-FOLLOWS = {
-    "rollout": ("sync", "rollout"),
-    "score": ("rollout", "score", "sync"),
-    "train": ("score",),
-    "sync": ("start", "train", "score", "rollout"),
+@dataclass(frozen=True)
+class Row:
+    """One phase of the table."""
+
+    after: tuple[str, ...]  # the phases that may come before it
+    rollout: frozenset[str]  # the parts of the rollout engine that are awake
+    states: bool  # whether the student's optimizer states are on the GPU
+    parameters: bool  # whether the student's parameters must be
+
+
+TABLE = {
+    "rollout": Row(("sync", "rollout"), frozenset({"weights", "kv_cache"}), states=False, parameters=False),
+    "score": Row(("rollout", "score", "sync"), frozenset(), states=False, parameters=False),
+    "train": Row(("score",), frozenset(), states=True, parameters=True),
+    "sync": Row(("start", "train", "score", "rollout"), frozenset({"weights"}), states=False, parameters=True),
 }
 
 
 class Colocation:
-    """Enters and leaves phases; writes a line to `ledger.jsonl` at each entry and exit."""
+    """Enters and leaves phases, gives the teachers their turns, and writes the ledger.
+
+    `spare` are the bytes of a GPU that the plan leaves free in each phase; without it nothing overlaps. `needs(step)` names
+    the teachers that a step needs, on all ranks together and in the same order everywhere, for this step and the next ones;
+    without it a teacher never stays awake.
+    """
 
     def __init__(
-        self, rollout_engine: Sleeper, student: Offloadable, teachers: list[Sleeper], ledger: Path | None, rank: int = 0
-    ):
-        self.rollout_engine = rollout_engine
-        self.student = student
-        self.teachers = teachers
-        self.ledger = ledger
-        self.rank = rank
-        self.last = "start"
-        self._step = -1
+        self, rollout_engine: Sleeper, student: Offloadable, teachers: Sequence[TeacherSleeper], ledger: Ledger, *,
+        spare: Mapping[str, int] | None = None, needs: Callable[[int], Collection[str]] | None = None, lookahead: int = 3,
+    ):  # fmt: skip
+        self.rollout_engine, self.student, self.ledger = rollout_engine, student, ledger
+        self.teachers = {teacher.name: teacher for teacher in teachers}
+        self.spare, self.needs, self.lookahead = dict(spare or {}), needs, lookahead
+        self.last, self.current = "start", None
+        self._kept: str | None = None  # the teacher whose weights wait for the next step
 
     @contextmanager
     def step(self, step: int):
         """Marks the ledger's lines with the step they belong to."""
-        self._step = step
+        self.ledger.step = step
         yield
 
     @contextmanager
     def phase(self, name: str):
-        """`with colocation.phase("rollout"): ...`. On an exception everything that the phase woke is put to sleep."""
-        if self.last not in FOLLOWS[name]:
-            raise RuntimeError(f"phase {name} after {self.last}: allowed after {', '.join(FOLLOWS[name])}")
-        started = time.perf_counter()
+        """`with colocation.phase("rollout"): ...`. Any exception, also one while entering, leaves everything asleep.
+
+        Raises RuntimeError where the table does not allow `name` now; nothing has moved then.
+        """
+        if self.current is not None:
+            raise RuntimeError(f"phase {name} inside {self.current}: leave that one first")
+        if self.last not in TABLE[name].after:
+            raise RuntimeError(f"phase {name} after {self.last}: allowed after {', '.join(TABLE[name].after)}")
+        self.current = name
         try:
-            self._enter(name)
-            self._record(name, "enter", 0.0)
+            self.ledger.begin()
+            self._enter(TABLE[name])
+            self.ledger.enter(name, self.awake)
             yield
-        except BaseException:
-            self._sleep_all()
+        except BaseException as error:
+            self._sleep_all(error)
             self.last = "start"
             raise
-        self._record(name, "exit", time.perf_counter() - started)
+        finally:
+            self.current = None
+        self.ledger.leave(name, self.awake)
         self.last = name
 
-    def _enter(self, name: str) -> None:
-        if name == "rollout":
-            if self.last == "sync":
-                self.rollout_engine.wake(["kv_cache"])
-            return
-        if name == "sync":
-            self.student.offload()
+    def turns(self, names: Collection[str]) -> Iterator[str]:
+        """The teachers of the step one by one, each awake until the next is asked for; inside the score phase.
+
+        `names` are those with work on this rank. Ranks that name the same teachers get them in the same order.
+        """
+        assert self.current == "score", f"teachers have their turns in the score phase, not in {self.current}"
+        order, stays = self._order(names)
+        if self._kept is not None and self._kept not in order:
+            self._put_to_sleep(self._kept)
+        for place, name in enumerate(order):
+            teacher, following = self.teachers[name], order[place + 1 : place + 2]
+            started = time.perf_counter()
+            teacher.wake()
+            self._kept = None
+            self.ledger.turn("score", name, self.awake, time.perf_counter() - started)
+            if following and self._fits(following, ("score",)):
+                self.teachers[following[0]].prefetch()
+            yield name
+            if name == stays:
+                teacher.rest()
+                self._kept = name
+            else:
+                teacher.sleep()
+
+    @property
+    def awake(self) -> list[str]:
+        """The names of all engines that hold their weights on the device."""
+        return [engine.name for engine in (self.rollout_engine, *self.teachers.values()) if engine.awake]
+
+    def close(self) -> None:
+        """Everything to sleep: the run is over."""
+        self._sleep_all(None)
+        self.last = "start"
+
+    def _order(self, names: Collection[str]) -> tuple[list[str], str | None]:
+        """This step's turns, and who stays awake after the last."""
+        step = self.ledger.step
+        if self.needs is None or step < 0:
+            return [name for name in self.teachers if name in names], None
+        needs = [list(self.needs(step + ahead)) for ahead in range(self.lookahead)]
+        may_stay = {n: t.bytes_awake for n, t in self.teachers.items() if t.can_sleep and self._fits([n], TABLE)}
+        now, following = wake_orders(needs, may_stay, awake=self._kept)[:2]
+        now = [name for name in now if name in names]
+        stays = now[-1] if now and following and now[-1] == following[0] and now[-1] in may_stay else None
+        return now, stays
+
+    def _fits(self, names: Iterable[str], phases: Iterable[str]) -> bool:
+        needed = sum(self.teachers[name].bytes_awake for name in names)
+        return all(needed <= self.spare.get(phase, 0) for phase in phases)
+
+    def _enter(self, row: Row) -> None:
+        """Makes room first, then fills it. What the table wants awake already is not touched."""
+        if row.states:
             self.rollout_engine.sleep()
+            self.student.place(states=True, parameters=True)
+            return
+        leaving = self.student.place(states=False, parameters=row.parameters)
+        if not row.rollout:
+            self.rollout_engine.sleep()
+        elif "kv_cache" not in row.rollout:
+            self.rollout_engine.sleep()  # weights and cache: a load never meets a live cache
+            if not self._fits_beside(leaving, "sync"):
+                self.student.settle()
             self.rollout_engine.wake(["weights"])
-            return
-        self.rollout_engine.sleep()
-        if name == "train":
-            self.student.reload()
+        elif self.last == "sync":
+            self.student.settle()
+            self.rollout_engine.wake(["kv_cache"])
+        self.student.settle()
 
-    def _sleep_all(self) -> None:
-        self.rollout_engine.sleep()
-        for teacher in self.teachers:
-            teacher.sleep()
+    def _fits_beside(self, num_bytes: int, phase: str) -> bool:
+        return num_bytes <= self.spare.get(phase, 0)
 
-    def _record(self, name: str, event: str, seconds: float) -> None:
-        if self.ledger is None:
-            return
-        cuda = torch.cuda.is_available()
-        line = {
-            "rank": self.rank,
-            "step": self._step,
-            "phase": name,
-            "event": event,
-            "seconds": round(seconds, 4),
-            "awake": [s.name for s in [self.rollout_engine, *self.teachers] if getattr(s, "awake", False)],
-            "gpu_allocated": torch.cuda.memory_allocated() if cuda else 0,
-            "gpu_reserved": torch.cuda.memory_reserved() if cuda else 0,
-            "gpu_free": torch.cuda.mem_get_info()[0] if cuda else 0,
-            "host_peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        with self.ledger.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def _put_to_sleep(self, name: str) -> None:
+        self.teachers[name].sleep()
+        self._kept = None
+
+    def _sleep_all(self, cause: BaseException | None) -> None:
+        """Each engine has its own chance: one that fails to sleep does not keep the others awake."""
+        self._kept = None
+        failures = []
+        for engine in (self.rollout_engine, *self.teachers.values()):
+            try:
+                engine.sleep()
+            except Exception as error:
+                failures.append(error)
+                if cause is not None:
+                    cause.add_note(f"{engine.name} could not be put to sleep: {error}")
+        if failures and cause is None:
+            raise failures[0]

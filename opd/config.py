@@ -52,7 +52,7 @@ class TeacherConfig:
     teacher: list[str] = option(
         [],
         "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. The YAML key `teachers` "
-        "is the long form: a list of {name, model, domains: [..] or '*', weight, backend}.",
+        "is the long form: a list of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size}.",
     )
     teacher_backend: Backend = option(
         "vllm",
@@ -76,6 +76,7 @@ class TeacherSpec:
     domains: tuple[str, ...] | Literal["*"]
     weight: float = 1.0  # relative to the other teachers of the same domain
     backend: Backend = "vllm"
+    tensor_parallel_size: int = 1  # GPUs that share one copy of its weights
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class RolloutConfig:
     top_p: float = option(1.0, "Nucleus sampling; below 1 the sampler is no longer the student.")
     top_k: int = option(0, "Sample from the k likeliest tokens only; 0 is off.")
     rollout_kv_cache_gib: float = option(1.0, "KV cache of the rollout engine per GPU, GiB.")
+    rollout_tensor_parallel_size: int = option(
+        1, "GPUs that share one rollout engine: rank r is in group r // size. For a student larger than one GPU."
+    )
     enforce_eager: bool = option(
         False, "Sample without compiling and without CUDA graphs: slower, but starts sooner and takes less memory."
     )
@@ -244,6 +248,11 @@ def teachers_from_yaml(entries: Any, path: str, backend: Backend = "vllm") -> tu
         weight = entry.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"{path}: teachers: {entry['name']}: weight must be a number, got {weight!r}")
+        size = entry.get("tensor_parallel_size", 1)
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(
+                f"{path}: teachers: {entry['name']}: tensor_parallel_size must be a whole number, got {size!r}"
+            )
         own_backend, backends = entry.get("backend", backend), list(get_args(Backend))
         if own_backend not in backends:
             raise ValueError(
@@ -251,7 +260,7 @@ def teachers_from_yaml(entries: Any, path: str, backend: Backend = "vllm") -> tu
                 f"{nearest(str(own_backend).lower(), backends)}"
             )
         domains = "*" if domains == "*" else tuple(map(str, domains))
-        specs.append(TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight), own_backend))
+        specs.append(TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight), own_backend, size))
     return tuple(specs)
 
 

@@ -5,7 +5,7 @@ its variables set.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,86 @@ class _HeldErrors:
             self.error = self.error or error
 
 
+def what_leaves(
+    ds_config: dict[str, Any], offload_student: str, *, dtype: torch.dtype, use_cuda: bool
+) -> tuple[frozenset[str], str]:
+    """What of the student leaves the GPU while others work, and why not more: ({"states", "parameters"} or less, a line).
+
+    "states" are the AdamW moments, float32 masters and gradients. `offload_student` is none, states or all.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if not use_cuda or offload_student == "none":
+        return frozenset(), ""
+    if zero.get("offload_param", {}).get("device", "none") != "none":
+        return frozenset(), "offload_param keeps the student on the host; DeepSpeed cannot move the rest beside it"
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        return frozenset(), "offload_optimizer keeps the optimizer states on the host at all times"
+    if zero.get("stage", 0) == 0:
+        return frozenset(), "ZeRO stage 0 has no states that could leave the GPU; use ds_configs/zero1.json or above"
+    if offload_student == "states":
+        return frozenset({"states"}), ""
+    if zero["stage"] < 3:  # DeepSpeed 0.19.8 brings them back without their shapes
+        return frozenset(
+            {"states"}
+        ), f"parameters stay on the GPU under ZeRO stage {zero['stage']}; only stage 3 moves them"
+    if (
+        dtype is torch.float32
+    ):  # DeepSpeed may keep masters that are views of the parameters, and brings these back apart
+        return frozenset({"states"}), "float32 parameters stay on the GPU; only bfloat16 ones move"
+    return frozenset({"states", "parameters"}), ""
+
+
+class HostCopy:
+    """Tensors that leave the GPU for host memory and come back, in place; the host's copies are pinned once and reused.
+
+    DeepSpeed's own `offload_states` does this under ZeRO-3 for FusedAdam alone (0.19.8), which has to be compiled.
+    """
+
+    def __init__(self, tensors: Callable[[], list[Tensor]], device: torch.device):
+        self.tensors, self.device = tensors, device
+        self._copies: list[Tensor] = []
+        self._leaving: list[tuple[Tensor, Tensor]] = []
+        self._away: list[tuple[Tensor, Tensor]] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def out(self) -> int:
+        """Starts to copy; returns the bytes that will be free after `settle`. Nothing, if they have left before."""
+        if self._leaving or self._away:
+            return 0
+        tensors = self.tensors()
+        while len(self._copies) < len(tensors):
+            like = tensors[len(self._copies)]
+            self._copies.append(torch.empty_like(like, device="cpu", pin_memory=self._stream is not None))
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):  # None on a CPU: no stream
+            for tensor, copy in zip(tensors, self._copies, strict=True):
+                copy.copy_(tensor.detach(), non_blocking=True)
+        self._leaving = list(zip(tensors, self._copies, strict=True))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def settle(self) -> None:
+        """Waits for the copies and lets go of the GPU memory."""
+        if not self._leaving:
+            return
+        if self._stream is not None:
+            self._stream.synchronize()
+        for tensor, copy in self._leaving:
+            tensor.data = copy
+        self._away, self._leaving = self._leaving, []
+        if self._stream is not None:
+            torch.cuda.empty_cache()
+
+    def back(self) -> None:
+        """Brings everything back to where it was."""
+        self.settle()
+        for tensor, copy in self._away:
+            tensor.data = torch.empty_like(copy, device=self.device).copy_(copy, non_blocking=True)
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).synchronize()
+        self._away = []
+
+
 class ShardedEngine:
     """A module under ZeRO 0-3 with AdamW: backward over any number of micro-batches, step, gather, save, load.
 
@@ -93,6 +173,8 @@ class ShardedEngine:
 
         self.hf_config = HfDeepSpeedConfig(self.config) if self.stage == 3 else None
         self.optim = optim
+        self.offloads = frozenset()  # what `place` may move; see `what_leaves`
+        self._on_host = frozenset()  # DeepSpeed's names of what its own offloading has moved
 
     def attach(self, module: nn.Module, external_parameters: tuple[Tensor, ...]) -> nn.Module:
         """Shards `module`; returns what to call. `external_parameters` are used in its forward but owned by a submodule."""
@@ -112,7 +194,16 @@ class ShardedEngine:
         if self.stage == 3:
             for parameter in external_parameters:
                 self._deepspeed.zero.register_external_parameter(self.engine.module, parameter)
+        self._host_copy = HostCopy(self._masters_and_moments, self.engine.device)
         return self.engine
+
+    def _masters_and_moments(self) -> list[Tensor]:
+        """What AdamW owns under ZeRO-3. A float32 model is its own master and is left out."""
+        zero = self.engine.optimizer
+        parameters = zero.lp_param_buffer.untyped_storage().data_ptr()
+        masters = [t for t in zero.fp32_partitioned_groups_flat if t.untyped_storage().data_ptr() != parameters]
+        moments = [v for state in zero.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        return masters + [moment for moment in moments if moment.ndim > 0]  # a step count is a scalar on the host
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds this micro-batch's gradient; `last` closes the sum. DeepSpeed then averages over ranks."""
@@ -174,19 +265,35 @@ class ShardedEngine:
         if path is None:
             raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
 
-    def offload(self) -> None:
-        """Moves optimizer states and fp32 masters to the host while others need the GPU (ZeRO-3, not with CPU offload)."""
-        if self._can_offload():
-            self.engine.offload_states()
+    def place(self, *, states: bool, parameters: bool) -> int:
+        """Brings optimizer states and parameters to the GPU, or starts to move to the host what is not asked for.
 
-    def reload(self) -> None:
-        if self._can_offload():
+        Returns the bytes that leave; their GPU memory is free after `settle`. Only what `offloads` names ever moves.
+        """
+        away = set()
+        if "states" in self.offloads and not states:
+            away |= (
+                {"lp_grads", "contiguous_grad_buffer"} if self.stage == 3 else {"hp_params", "optim_states", "lp_grads"}
+            )
+        if "parameters" in self.offloads and not parameters:
+            away.add("lp_params")
+        if self._on_host - away:  # DeepSpeed 0.19.8 brings all back or nothing
             self.engine.reload_states()
+            self._on_host = frozenset()
+        if away - self._on_host:
+            names = self._deepspeed.runtime.zero.offload_config.OffloadStateTypeEnum
+            self.engine.offload_states(include=[names(name) for name in sorted(away)], non_blocking=False)
+            self._on_host = frozenset(away)
+        if self.stage != 3 or "states" not in self.offloads:
+            return 0
+        if states:
+            self._host_copy.back()
+            return 0
+        return self._host_copy.out()
 
-    def _can_offload(self) -> bool:
-        zero = self.config.get("zero_optimization", {})
-        offloaded = zero.get("offload_param") or zero.get("offload_optimizer")
-        return self.stage == 3 and not offloaded and torch.cuda.is_available()
+    def settle(self) -> None:
+        """Waits until what leaves has left."""
+        self._host_copy.settle()
 
 
 def _ndim(parameter: Tensor) -> int:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from accelerate import PartialState
 
 # A rank that waits longer than this for the others ends the run instead of hanging it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+# `agree_on_error` blocks that this rank has left, and its meetings since, by size of the group: equal on the ranks that meet.
+_agreements = 0
+_meetings: Counter[int] = Counter()
+_process_groups: dict[int, dist.ProcessGroup] = {}
 
 
 def init(local_rank: int = -1) -> torch.device:
@@ -99,21 +105,84 @@ class RankError(RuntimeError):
     """Raised on every rank when any rank failed; carries the first cause."""
 
 
+class PeerError(RankError):
+    """Raised where a rank would have waited for one that has failed; `agree_on_error` turns it into the cause."""
+
+
+def gather_in_group(value, size: int, what: str) -> list:
+    """The values of this rank's group in rank order; rank r belongs to group r // `size`. `what` names the work.
+
+    Inside `agree_on_error` nobody waits for a rank that has failed on its way here: that raises PeerError. Raises
+    TimeoutError if a rank does not come, RuntimeError on all if they came for different work.
+    """
+    if size == 1:
+        return [value]
+    first = rank() // size * size
+    ranks = list(range(first, first + size))
+    _meet(ranks, what)
+    if size not in _process_groups:
+        _process_groups[size] = dist.new_group(
+            ranks, backend="gloo", timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
+        )
+    gathered = [None] * size
+    dist.all_gather_object(gathered, (what, value), group=_process_groups[size])
+    if len({name for name, _ in gathered}) > 1:
+        raise RuntimeError(f"ranks {ranks} of one group came for different work: {[name for name, _ in gathered]}")
+    return [value for _, value in gathered]
+
+
+def _meet(ranks: list[int], what: str) -> None:
+    """Returns when all `ranks` are here, or raises on all that are. They meet at the store, where the failed can leave word.
+
+    A failure may be announced while the last one arrives: the first to write a verdict decides for all.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    _meetings[len(ranks)] += 1
+    key = f"opd/{_agreements}/meeting/{ranks[0]}-{ranks[-1]}/{_meetings[len(ranks)]}"
+    store.set(f"{key}/{rank()}", what)
+    deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    verdict = None
+    while verdict is None:
+        if store.check([f"{key}/{r}" for r in ranks]):
+            verdict = "meet"
+        elif store.check([_failure_key()]):
+            verdict = "part"
+        elif time.monotonic() > deadline:
+            missing = [r for r in ranks if not store.check([f"{key}/{r}"])]
+            raise TimeoutError(f"{what}: ranks {missing} did not come within {COLLECTIVE_TIMEOUT}")
+        else:
+            time.sleep(0.001)
+    if store.compare_set(f"{key}/verdict", "", verdict) != b"meet":
+        raise PeerError(f"{what}: {store.get(_failure_key()).decode()}")
+
+
+def _failure_key() -> str:
+    return f"opd/{_agreements}/failure"
+
+
 @contextmanager
 def agree_on_error(what: str):
     """Wraps work that holds no collective; on exit all ranks raise if any did, so that nobody waits for the dead.
 
     A rank that raises alone leaves the others in their next collective until its timeout. Here every rank reports, and
-    all raise together with the first cause.
+    all raise together with the first cause. Those who wait in `gather_in_group` meanwhile are called off.
     """
-    error = None
+    global _agreements
+    error, report = None, None
     try:
         yield
+    except PeerError as caught:
+        error = caught  # the failed rank itself reports the cause
     except Exception as caught:
-        error = caught
-    reports = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        error, report = caught, f"{type(caught).__name__}: {caught}"
+        if world_size() > 1:
+            dist.distributed_c10d._get_default_store().set(_failure_key(), f"rank {rank()} failed: {report}")
+    reports = gather_objects(report)
+    _agreements += 1
+    _meetings.clear()
     first = next(((r, text) for r, text in enumerate(reports) if text is not None), None)
     if first is None:
+        assert error is None, f"{what}: called off, but no rank says why"
         return
     if isinstance(error, ValueError):
         raise error
@@ -122,14 +191,22 @@ def agree_on_error(what: str):
 
 @contextmanager
 def exit_together():
+    """`collective_region` around all that a process does; at the end it parts from the other ranks."""
+    with collective_region():
+        yield
+        leave()
+
+
+@contextmanager
+def collective_region():
     """Ends this process at once on an exception that the ranks could not agree on.
 
-    Inside a collective region (forward, backward, weight gathering) the others cannot be asked. A rank that leaves with a
-    non-zero status makes every launcher end the rest within seconds; an orderly shutdown would wait for them instead.
+    Inside a collective region (forward, backward, weight gathering, a tensor-parallel engine at work) the others cannot be
+    asked. A rank that leaves with a non-zero status makes every launcher end the rest within seconds; an orderly shutdown
+    would wait for them instead.
     """
     try:
         yield
-        leave()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:

@@ -211,16 +211,12 @@ def _wait_for_gpu() -> None:
 
 
 def memory() -> dict[str, float]:
-    """This rank's memory now, in GiB, for `add_max`. GPU figures are those of torch's allocator.
-
-    The peak is since the start, or since the last `torch.cuda.reset_peak_memory_stats`.
-    """
+    """This rank's memory now, in GiB, for `add_max`. GPU figures are those of torch's allocator."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     gib = {"mem/host_rss_gib": pages * os.sysconf("SC_PAGE_SIZE") / GIB}
     if torch.cuda.is_available():
         gib["mem/gpu_allocated_gib"] = torch.cuda.memory_allocated() / GIB
         gib["mem/gpu_reserved_gib"] = torch.cuda.memory_reserved() / GIB
-        gib["mem/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / GIB
     return gib
 
 

@@ -38,6 +38,8 @@ class ModelFact:
     context: int | None  # most positions; None if the model states no limit
     num_parameters: int
     head_parameters: int  # rows times columns of the lm_head
+    kv_heads: int
+    divided: dict[str, int]  # what tensor parallelism deals to the GPUs: its name -> how many there are
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,15 @@ def _read_model(flag: str, path: str, tokenizer, trust_remote_code: bool) -> Mod
         context=getattr(text_config, "max_position_embeddings", None),
         num_parameters=sum(p.numel() for p in model.parameters()),
         head_parameters=head.weight.numel(),
+        kv_heads=getattr(text_config, "num_key_value_heads", None) or getattr(text_config, "num_attention_heads", 1),
+        divided=_divided(text_config),
     )
+
+
+def _divided(text_config: PreTrainedConfig) -> dict[str, int]:
+    sizes = {"num_attention_heads": "attention heads", "intermediate_size": "intermediate channels"}
+    found = {name: getattr(text_config, key, None) for key, name in sizes.items()}
+    return {name: size for name, size in found.items() if isinstance(size, int)}
 
 
 def _check_same_tokenizer(fact: ModelFact, teacher_tokenizer, tokenizer) -> None:
@@ -233,6 +243,30 @@ def check_models(config) -> ModelFacts:
     return ModelFacts(student, teachers, pad_id, num_tokens, min(fact.vocab_size for fact in models))
 
 
+def check_tensor_parallel(config, facts: ModelFacts, world_size: int) -> None:
+    """Every group of ranks is whole, and every rank of it gets an equal part of the model; ValueError otherwise.
+
+    Where heads of keys and values are fewer than ranks, vLLM keeps copies of them; it refuses numbers without a common measure.
+    """
+    flag, size = "--rollout_tensor_parallel_size", config.rollout.rollout_tensor_parallel_size
+    engines = [(f"{flag} {size}", size, facts.student)]
+    for spec in config.teachers:
+        size = spec.tensor_parallel_size
+        engines.append((f"--teacher {spec.name}: tensor_parallel_size {size}", size, facts.teachers[spec.name]))
+    for flag, size, fact in engines:
+        if world_size % size:
+            fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+            raise ValueError(f"{flag}: does not divide the {world_size} ranks of this run; choose {fitting}")
+        for name, count in fact.divided.items():
+            if count % size:
+                raise ValueError(f"{flag}: does not divide the {count} {name} of {fact.path}; choose a divisor")
+        if fact.kv_heads % size and size % fact.kv_heads:
+            raise ValueError(
+                f"{flag}: neither divides the {fact.kv_heads} key-value heads of {fact.path} nor is a multiple of them"
+                "; choose another size"
+            )
+
+
 def memory_table(config, facts: ModelFacts, *, world_size: int, use_cuda: bool) -> list[tuple[str, dict[str, int]]]:
     """(component, phase -> bytes on each GPU), without activations: what must fit where, before anything is loaded.
 
@@ -252,12 +286,13 @@ def memory_table(config, facts: ModelFacts, *, world_size: int, use_cuda: bool) 
         ("optimizer states", size * (12 if is_bf16 else 8) // shard[1], ("train",)),
         ("logits of one chunk", config.loss.loss_chunk_bytes, ("score", "train")),
         ("largest teacher lm_head", max(heads), ("score", "train")),
-        ("rollout engine weights", size * width, ("rollout", "sync")),
+        ("rollout engine weights", size * width // config.rollout.rollout_tensor_parallel_size, ("rollout", "sync")),
         ("rollout KV cache", int(config.rollout.rollout_kv_cache_gib * 2**30), ("rollout",)),
     ]
     engines = {
-        name: fact.num_parameters * width + int(config.rollout.teacher_kv_cache_gib * 2**30)
-        for name, fact in facts.teachers.items()
+        spec.name: facts.teachers[spec.name].num_parameters * width // spec.tensor_parallel_size
+        + int(config.rollout.teacher_kv_cache_gib * 2**30)
+        for spec in config.teachers
     }
     largest = max(engines, key=engines.__getitem__)
     for name, num_bytes in engines.items():  # one is awake at a time: only the largest one counts

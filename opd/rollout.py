@@ -6,6 +6,7 @@ P prompts, G samples per prompt, L response length.
 import argparse
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from opd.hf_engine import HFGenerator
 from opd.types import Prompt, Rollout
 from opd.vllm_engine import GeneratorEngine, Sample
 
+CANARY_IDS = list(range(2, 10))
+CANARY_TOLERANCE = 0.05  # nats; kernels may add up in another order
+
 
 class RolloutEngine:
     """The student's sampler on this rank: stamps each rollout with the version of the weights that wrote it."""
@@ -34,9 +38,11 @@ class RolloutEngine:
     ):  # fmt: skip
         self.cfg, self.eos_ids, self.seed = cfg, eos_ids, seed
         self.policy_version = 0
+        self._canary, self._canary_version = None, -1
         self.engine = GeneratorEngine(
             model, dtype=dtype, max_model_len=max_model_len, kv_cache_gib=cfg.rollout_kv_cache_gib, seed=seed,
             trust_remote_code=trust_remote_code, enforce_eager=cfg.enforce_eager,
+            tensor_parallel_size=cfg.rollout_tensor_parallel_size,
         )  # fmt: skip
 
     @property
@@ -47,7 +53,28 @@ class RolloutEngine:
         self.engine.sleep()
 
     def wake(self, tags: list[str] | None = None) -> None:
+        was_ready = self.engine.ready
         self.engine.wake(tags)
+        if self.engine.can_sleep and self.engine.ready and not was_ready:
+            self._check_canary()
+
+    def _check_canary(self) -> None:
+        """One greedy token of the engine that woke: known if its weights are, and never what a model without weights says.
+
+        Level 2 drops the weights, so a wake that no load followed would sample from noise; and a cache that outlived a load
+        would answer for old weights.
+        """
+        (sample,) = self.engine.generate([CANARY_IDS], [0], (), max_tokens=1, temperature=0.0)
+        found = (sample.token_ids[0], sample.logprobs[0])
+        known = self._canary if self._canary_version == self.policy_version else None
+        if known is not None and (known[0] != found[0] or not abs(known[1] - found[1]) <= CANARY_TOLERANCE):
+            raise RuntimeError(
+                f"rollout engine woke up with other weights: its canary is {found} (token, log-probability), and was {known} "
+                f"under the same version {self.policy_version}"
+            )
+        if not math.isfinite(found[1]) or abs(found[1] + math.log(self.engine.vocab_size)) < 1e-6:
+            raise RuntimeError(f"rollout engine woke up without weights: its canary has the log-probability {found[1]}")
+        self._canary, self._canary_version = found, self.policy_version
 
     def generate(self, prompts: Sequence[Prompt], step: int, *, with_logprobs: bool = True) -> list[Rollout]:
         """`num_generations` rollouts per prompt, prompt by prompt.

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from opd import checkpoint, config, content, data, distributed, evaluation, expo
 from opd.deepspeed_engine import check_ds_config
 from opd.heads import find_head, load_head, map_head
 from opd.hf_engine import HFEngine
+from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.rollout import RolloutEngine
 from opd.student import LossSettings, Student, resolve_dtype
@@ -57,6 +59,16 @@ class Run:
         return evaluation.held_out(self.eval_set, self.cfg.run.eval_max_prompts) if self.eval_set else []
 
     @property
+    def predicted(self) -> dict[str, int]:
+        """phase -> bytes of this rank that the plan expects."""
+        return {}
+
+    @property
+    def spare(self) -> dict[str, int]:
+        """phase -> bytes of a GPU that the plan leaves free; nothing on a CPU, where no engine moves."""
+        return {}
+
+    @property
     def engine_options(self) -> dict[str, Any]:
         """What every engine of this run is built with."""
         return {
@@ -86,16 +98,28 @@ class Run:
         every = self.cfg.run.parity_every
         return every > 0 and step % every == 0
 
-    def prompt_batch(self, step: int) -> list[Prompt]:
-        """This rank's prompts of a step, mixed domains: a pure function of (seed, step)."""
+    @functools.cached_property
+    def teachers_of(self) -> Callable[[int], tuple[str, ...]]:
+        """step -> the teachers that its prompts need, those of all ranks, in the order of the configuration."""
+
+        @functools.lru_cache(maxsize=8)
+        def teachers_of(step: int) -> tuple[str, ...]:
+            domains = {prompt.domain for prompt in self.prompt_batch(step, rank=0, world_size=1)}
+            needed = {name for domain in domains for name, _ in self.routes[domain]}
+            return tuple(spec.name for spec in self.cfg.teachers if spec.name in needed)
+
+        return teachers_of
+
+    def prompt_batch(self, step: int, rank: int | None = None, world_size: int | None = None) -> list[Prompt]:
+        """A rank's prompts of a step, this one's by default, mixed domains: a pure function of (seed, step)."""
         return data.prompt_batch(
             self.train_set,
             step,
             seed=self.cfg.run.seed,
             prompts_per_step=self.cfg.rollout.prompts_per_step,
             domain_weights=config.pairs("domain_weights", self.cfg.data.domain_weights),
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=distributed.rank() if rank is None else rank,
+            world_size=world_size or distributed.world_size(),
         )
 
 
@@ -157,6 +181,7 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     ds_config = load_ds_config(cfg.run.ds_config)
     tokenizer = preflight.load_tokenizer(cfg.model.student_model, cfg.model.trust_remote_code)
     facts = preflight.check_models(cfg)
+    preflight.check_tensor_parallel(cfg, facts, distributed.world_size())
     takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
     load = functools.partial(data.load_prompts, tokenizer=tokenizer, cfg=cfg.data, default_domain=takes_all)
     train_set = load(
@@ -181,7 +206,10 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
 
 
 # May change under a resumed run, say after it ran out of memory: they decide what fits or is shown, not what is computed.
-_WITHOUT_EFFECT = ("rollout_kv_cache_gib", "teacher_kv_cache_gib", "enforce_eager", "loss_chunk_bytes", "overlap_k")
+_WITHOUT_EFFECT = (
+    "rollout_kv_cache_gib", "teacher_kv_cache_gib", "rollout_tensor_parallel_size", "enforce_eager", "loss_chunk_bytes",
+    "overlap_k",
+)  # fmt: skip
 
 
 def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
@@ -262,7 +290,8 @@ def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFE
         )
     return HiddenStateEngine(
         spec.name, spec.model, tokenizer=run.cfg.model.student_model,
-        kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, **run.engine_options,
+        kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, tensor_parallel_size=spec.tensor_parallel_size,
+        residency=run.cfg.teacher.teacher_residency, **run.engine_options,
     )  # fmt: skip
 
 
@@ -320,8 +349,16 @@ def evaluate(run: Run, rollout_engine: RolloutEngine, metrics: Metrics, step: in
         evaluation.remember(run.run_dir, step, scores)
 
 
-def finish(run: Run, student: Student, teacher_scores: evaluation.Scores) -> None:
-    """The Hugging Face export and, with held-out prompts, the report. Collective."""
+def _say_memory(run: Run, ledger: Ledger) -> None:
+    found = ledger.compare(run.predicted)
+    phases = [f"{name} {r['predicted'] / GIB:.2f}/{r['measured'] / GIB:.2f} GiB" for name, r in found.items()]
+    if phases:
+        say(f"memory, predicted/measured: {', '.join(phases)}")
+
+
+def finish(run: Run, student: Student, teacher_scores: evaluation.Scores, ledger: Ledger) -> None:
+    """The Hugging Face export, memory as predicted and measured and, with held-out prompts, the report. Collective."""
+    _say_memory(run, ledger)
     model_dir = run.run_dir / "model"
     generation_config = student.model.generation_config
     generation_config.eos_token_id = list(run.facts.student.eos_ids)

@@ -6,6 +6,7 @@ N loss tokens of a micro-batch.
 from collections.abc import Sequence
 
 from opd import distributed
+from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, memory, write_rollouts
 from opd.run import Run
 from opd.student import Student
@@ -13,7 +14,14 @@ from opd.types import LoopState, MicroBatch, Rollout
 
 
 def log_step(
-    run: Run, metrics: Metrics, state: LoopState, rollouts: Sequence[Rollout], *, num_loss_tokens: int, seconds: float
+    run: Run,
+    metrics: Metrics,
+    ledger: Ledger,
+    state: LoopState,
+    rollouts: Sequence[Rollout],
+    *,
+    num_loss_tokens: int,
+    seconds: float,
 ) -> None:
     """Throughput, memory, and what the rollouts of the step looked like."""
     for r in rollouts:
@@ -36,6 +44,8 @@ def log_step(
     metrics.add("perf/samples_per_second", len(rollouts) * distributed.world_size() / seconds)
     for key, value in memory().items():
         metrics.add_max(key, value)
+    for phase, peak in ledger.take_peaks().items():
+        metrics.add_max(f"mem/{phase}_gib", peak / GIB)
     every = run.cfg.run.rollout_every
     if every and ((state.step - 1) % every == 0 or state.step == run.cfg.run.num_steps):
         _log_samples(run, metrics, state.step, rollouts)

@@ -180,11 +180,11 @@ class Student:
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.sharded.named_full_parameters(self.model)
 
-    def offload(self) -> None:
-        self.sharded.offload()
+    def place(self, *, states: bool, parameters: bool) -> int:
+        return self.sharded.place(states=states, parameters=parameters)
 
-    def reload(self) -> None:
-        self.sharded.reload()
+    def settle(self) -> None:
+        self.sharded.settle()
 
     def save_shards(self, directory: Path) -> None:
         self.sharded.save(directory)

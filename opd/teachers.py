@@ -4,38 +4,80 @@ L response length, K support size, V vocabulary, H teacher hidden size.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from opd import distributed
 from opd.config import LossConfig, TeacherSpec
 from opd.fused_linear import score_hidden
 from opd.heads import MappedHead, OutputHead
-from opd.hf_engine import HFEngine
 from opd.run_files import warn
-from opd.types import Rollout, TeacherPayload, TeacherScores
-from opd.vllm_engine import HiddenStateEngine
+from opd.types import Rollout, TeacherEngine, TeacherPayload, TeacherScores
+
+CANARY_IDS = list(range(2, 10))  # tokens that every vocabulary has; what they mean does not matter
+CANARY_ROWS = 256  # of the head: a slice is enough to tell one hidden state from another
 
 
 class ColocatedTeacher:
-    """One teacher on this rank's GPU: asleep but while it scores. Its head stays on the host, or in its file, and visits."""
+    """One teacher on this rank's GPU: asleep but while it scores. Its head stays on the host, or in its file, and visits.
 
-    def __init__(self, spec: TeacherSpec, engine: HiddenStateEngine | HFEngine, head: OutputHead | MappedHead):
+    A teacher whose weights did not come back would go on scoring, wrongly and without an error. So one log-probability,
+    known from before its first sleep, is scored again after each wake; RuntimeError with its name if it is another.
+    """
+
+    def __init__(self, spec: TeacherSpec, engine: TeacherEngine, head: OutputHead | MappedHead):
         self.name, self.spec, self.engine, self.head = spec.name, spec, engine, head.pinned()
         weight_VH = head.weight_VH
         self.bytes_per_token = weight_VH.shape[1] * weight_VH.element_size()  # of a hidden state
+        self._canary = self._canary_logprob() if engine is not None and engine.can_sleep else None
 
     @property
     def awake(self) -> bool:
         return self.engine.awake
 
+    @property
+    def can_sleep(self) -> bool:
+        return self.engine.can_sleep
+
+    @property
+    def bytes_awake(self) -> int:
+        return self.engine.bytes_awake
+
     def sleep(self) -> None:
         self.engine.sleep()
 
+    def rest(self) -> None:
+        self.engine.rest()
+
+    def prefetch(self) -> None:
+        self.engine.prefetch()
+
     def wake(self, tags: list[str] | None = None) -> None:
+        was_awake = self.engine.awake
         self.engine.wake(tags)
+        if self._canary is None or was_awake:
+            return
+        logprob = self._canary_logprob()
+        tolerance = 1e-3 if self.head.weight_VH.dtype == torch.float32 else 0.05
+        if not abs(logprob - self._canary) <= tolerance:  # NaN included
+            raise RuntimeError(
+                f"teacher {self.name} woke up with other weights: the log-probability of its canary is {logprob:.4f}, and was "
+                f"{self._canary:.4f} before it slept"
+            )
+
+    def _canary_logprob(self) -> float:
+        """Of one fixed token after fixed others, over the first rows of the vocabulary."""
+        hidden_H = self.engine.hidden_states([CANARY_IDS])[0][-1].float()
+        logits_V = self.head.weight_VH[:CANARY_ROWS].float() @ hidden_H
+        return float(logits_V.log_softmax(-1)[CANARY_IDS[0]])
+
+    def most_calls(self, mine: int) -> int:
+        """Calls of `hidden_states` due, `mine` on this rank: ranks that share the teacher make equally many."""
+        return max(distributed.gather_in_group(mine, self.spec.tensor_parallel_size, f"teacher {self.name}"))
 
     def hidden_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """[L, H] per rollout: the state that predicts response token t is the one at its predecessor."""
@@ -66,9 +108,12 @@ class TeacherPool:
     def __init__(
         self, teachers: Sequence[ColocatedTeacher], routes: dict[str, tuple[tuple[str, float], ...]],
         cfg: LossConfig, *, payload: TeacherPayload, cache_bytes: int, shared_vocab: int, device: torch.device,
+        turns: Callable[[Collection[str]], Iterator[str]] | None = None,
     ):  # fmt: skip
+        self._turns = turns or self._one_after_another
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.routes, self.cfg, self.payload, self.device = routes, cfg, payload, device
+        self._place = {name: place for place, name in enumerate(self.teachers)}  # turns change, a token's scores do not
         self.cache_bytes = cache_bytes
         self.shared_vocab = shared_vocab  # padded vocabularies differ; what they share is what the tokenizer can say
         self.spilled_tokens = 0  # of the last `score`
@@ -100,20 +145,28 @@ class TeacherPool:
         share = self._share_that_fits(rollouts, work)
         scores: list[list[TeacherScores]] = [[] for _ in rollouts]
         self.spilled_tokens = 0
-        for name, teacher in self.teachers.items():
-            if not work[name]:
-                continue
-            teacher.wake()
-            try:
-                for job in self._jobs(name, rollouts, work[name], share):
+        # Ranks that share a teacher answer each other's requests, so each of them takes its turns.
+        names = [name for name, teacher in self.teachers.items() if work[name] or teacher.spec.tensor_parallel_size > 1]
+        with closing(self._turns(names)) as turns:
+            for name in turns:  # one awake at a time
+                jobs = list(self._jobs(name, rollouts, work[name], share))
+                idle = [_Job([], [], "sampled")] * (self.teachers[name].most_calls(len(jobs)) - len(jobs))
+                for job in jobs + idle:
                     mine = [rollouts[index] for index in job.indices]
-                    found = self._score(name, mine, teacher.hidden_states(mine), job.payload)
+                    found = self._score(name, mine, self.teachers[name].hidden_states(mine), job.payload)
                     for index, weight, score in zip(job.indices, job.weights, found, strict=True):
                         scores[index].append(replace(score, weight=weight))
-            finally:
-                teacher.sleep()
         self.release_head()
-        return [tuple(row) for row in scores]
+        return [tuple(sorted(row, key=lambda score: self._place[score.teacher])) for row in scores]
+
+    def _one_after_another(self, names: Collection[str]) -> Iterator[str]:
+        """Turns where nobody shares the GPU with the teachers."""
+        for name in names:
+            self.teachers[name].wake()
+            try:
+                yield name
+            finally:
+                self.teachers[name].sleep()
 
     def _bytes_of(self, name: str, rollout: Rollout) -> int:
         return len(rollout.response_ids) * self.teachers[name].bytes_per_token
@@ -165,6 +218,8 @@ class TeacherPool:
         self, name: str, rollouts: Sequence[Rollout], states: Sequence[Tensor], payload: TeacherPayload
     ) -> list[TeacherScores]:
         """One teacher's scores, all responses in one pass over its head."""
+        if not rollouts:
+            return []
         for rollout, hidden_LH in zip(rollouts, states, strict=True):
             if not torch.isfinite(hidden_LH).all():
                 raise FloatingPointError(

@@ -176,18 +176,41 @@ class Sleeper(Protocol):
     """An engine that holds GPU memory only while it works; `tags` picks "weights" or "kv_cache"."""
 
     name: str
+    awake: bool  # whether its weights are on the device
 
     def sleep(self) -> None: ...
 
     def wake(self, tags: list[str] | None = None) -> None: ...
 
 
+class TeacherSleeper(Sleeper, Protocol):
+    """A teacher, which the scheduler of turns may wake early and let sleep late."""
+
+    can_sleep: bool  # False: it never gives its memory back
+    bytes_awake: int  # what it holds on the device while awake: weights and KV cache
+
+    def prefetch(self) -> None:
+        """Starts to bring the weights without waiting for them; a later `wake` does."""
+
+    def rest(self) -> None:
+        """Gives up the KV cache, keeps the weights."""
+
+
+class TeacherEngine(TeacherSleeper, Protocol):
+    """What runs a teacher's model, whatever the library."""
+
+    def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
+        """Final hidden states [len, H] of each sequence, on the host."""
+
+
 class Offloadable(Protocol):
-    """The student's optimizer states, which leave the GPU while others work."""
+    """The student, parts of which leave the GPU while others work."""
 
-    def offload(self) -> None: ...
+    def place(self, *, states: bool, parameters: bool) -> int:
+        """Says what has to be on the GPU: optimizer states, parameters. What may leave starts to; returns its bytes."""
 
-    def reload(self) -> None: ...
+    def settle(self) -> None:
+        """Waits until what leaves has left and its GPU memory is free."""
 
 
 class WeightSource(Protocol):

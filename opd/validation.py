@@ -24,6 +24,7 @@ def validate_common(config) -> None:
     _validate_teachers(config.teachers)
     minimum = {"support_k": 1, "prompts_per_step": 1, "num_generations": 1, "max_prompt_tokens": 1, "max_response_tokens": 1,
                "micro_batch_size": 1, "keep_checkpoints": 1, "loss_chunk_bytes": 1, "inner_updates": 1,
+               "rollout_tensor_parallel_size": 1,
                "num_steps": 0, "seed": 0, "eval_every": 0,
                "save_every": 0, "parity_every": 0, "eval_max_prompts": 0, "rollout_every": 0, "rollout_samples": 0,
                "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "min_lr_ratio": 0, "top_k": 0,
@@ -55,6 +56,11 @@ def _validate_teachers(teachers: tuple[TeacherSpec, ...]) -> None:
     for spec in teachers:
         _require(names.count(spec.name) == 1, f"--teacher: two teachers are called {spec.name}; names must differ")
         _require(0 < spec.weight < float("inf"), f"teachers: {spec.name}: weight {spec.weight} must be above 0")
+        _require(spec.tensor_parallel_size >= 1,
+                 f"teachers: {spec.name}: tensor_parallel_size {spec.tensor_parallel_size} must be at least 1")  # fmt: skip
+        _require(spec.tensor_parallel_size == 1 or spec.backend == "vllm",
+                 f"teachers: {spec.name}: tensor_parallel_size {spec.tensor_parallel_size}: backend {spec.backend} cannot split "
+                 "a model; use backend vllm")  # fmt: skip
     _require(sum(spec.domains == "*" for spec in teachers) <= 1, "teachers: only one teacher can take the domains '*'")
 
 

@@ -5,15 +5,23 @@ mistake must not wait for it. vLLM reads its environment at import, so the varia
 its engines (`external_launcher`, no worker processes) and leave thread placement to the process.
 """
 
+import functools
+import gc
 import os
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opd import distributed
+from opd.engine_memory import KV_CACHE, WEIGHTS, CudaDriver, EngineMemory
+from opd.parallel_groups import ParallelGroups
+from opd.run_files import warn
+
 GIB = 1 << 30
+SLEEP_LEVEL = {"gpu": 0, "host": 1, "disk": 2}  # of a teacher, by its residency
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -33,32 +41,69 @@ def _import_vllm():
     return vllm
 
 
-class _AllocationTable(dict):
-    """The sleep allocator's table of allocations, whose iteration can be narrowed to one engine.
+def _parallel_groups(tensor_parallel_size: int) -> ParallelGroups:
+    _import_vllm()
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-    vLLM's allocator is one per process and puts every allocation it knows to sleep, those of other engines included
-    (vllm 0.32: `CuMemAllocator.get_instance`). Lookups and removals still see the whole table.
+    # On CPUs, vllm 0.32 would reduce in shared memory, under a name that every run on the machine has with an external
+    # launcher, and would spin for ever on a rank that is lost. Without it gloo reduces, with a deadline.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    return ParallelGroups(parallel_state, tensor_parallel_size)
+
+
+class EngineSleep:
+    """vLLM's sleep backend for the engine that is active when it first sleeps: suspends and resumes its memory alone.
+
+    vllm 0.32 builds it without arguments and asks for no more than these methods (`SleepModeBackend`). Naming a backend
+    other than "cumem" changes one thing elsewhere: CUDA graphs stay in memory of their own and are not offloaded.
     """
 
-    only: frozenset[int] | None = None
+    def __init__(self):
+        assert EngineMemory.current is not None, "an engine sleeps inside `active()` only"
+        self.memory = EngineMemory.current
 
-    def items(self):
-        return [(ptr, data) for ptr, data in super().items() if self.only is None or ptr in self.only]
+    @classmethod
+    def is_supported(cls) -> bool:
+        return torch.cuda.is_available()
 
-    def values(self):
-        return [data for _, data in self.items()]
+    def suspend(self, level: int = 1) -> None:
+        self.memory.suspend(level)
+        _release_cached_memory()
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        _release_cached_memory()
+        self.memory.resume(tags)
 
 
-def _allocation_table() -> _AllocationTable | None:
+def _release_cached_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _register_sleep_backend() -> str:
+    """The backend's name in vLLM; registered once per process."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+
+    with suppress(ValueError):  # it is registered already
+        SleepModeBackendFactory.register_backend("opd", __name__, EngineSleep.__name__)
+    return "opd"
+
+
+def _engine_memory(name: str, *, frozen: bool) -> EngineMemory | None:
+    """None on a CPU, where vLLM has no allocator of its own."""
     if not torch.cuda.is_available():
         return None
     _import_vllm()
-    from vllm.device_allocator.cumem import CuMemAllocator
+    from vllm.device_allocator import cumem
 
-    allocator = CuMemAllocator.get_instance()
-    if not isinstance(allocator.pointer_to_data, _AllocationTable):
-        allocator.pointer_to_data = _AllocationTable(allocator.pointer_to_data)
-    return allocator.pointer_to_data
+    driver = CudaDriver(cumem.create_and_map, cumem.unmap_and_release)
+    return EngineMemory(name, cumem.CuMemAllocator.get_instance(), driver, frozen=frozen)
+
+
+@functools.cache
+def _warn_that_nothing_sleeps() -> None:
+    warn("vLLM cannot sleep on a CPU: its engines keep their memory in every phase")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,63 +116,160 @@ class Sample:
 
 
 class _Engine:
-    """An in-process vLLM engine that sleeps and wakes without touching the others of this process."""
+    """An in-process vLLM engine that sleeps and wakes without touching the others of this process.
 
-    def __init__(self, name: str, model: str, *, sleep_level: int, kv_cache_gib: float, enforce_eager: bool, **options):
+    With a `tensor_parallel_size` above 1 it is this rank's part of an engine that so many neighbouring ranks share. They
+    build it, call it, load it, put it to sleep and wake it alike; what they ask it may differ.
+
+    `sleep_level` 1 keeps the weights on the host, 2 drops them, 0 never sleeps. `frozen` weights are never replaced.
+    """
+
+    def __init__(
+        self, name: str, model: str, *, sleep_level: int, frozen: bool, kv_cache_gib: float, enforce_eager: bool,
+        tensor_parallel_size: int = 1, **options,
+    ):  # fmt: skip
         self.name = name
         self.sleep_level = sleep_level
-        table = _allocation_table()
-        before = frozenset(table or ())
-        self.llm = _import_vllm().LLM(
-            model=model,
-            distributed_executor_backend="external_launcher",
-            enforce_eager=enforce_eager,
-            enable_sleep_mode=table is not None,
-            kv_cache_memory_bytes=int(kv_cache_gib * GIB),
-            disable_log_stats=True,
-            **options,
-        )
-        self._allocations = frozenset(table or ()) - before
+        self.tensor_parallel_size = tensor_parallel_size
+        vllm = _import_vllm()
+        self._groups = _parallel_groups(tensor_parallel_size)
+        self.memory = _engine_memory(name, frozen=frozen) if sleep_level else None
+        if self.memory is not None:
+            options |= {"enable_sleep_mode": True, "sleep_mode_backend": _register_sleep_backend()}
+        if torch.cuda.is_available():
+            # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for nothing else when the size
+            # of the cache is given. The other engines and the student are on the GPU already.
+            options["gpu_memory_utilization"] = 0.01
+        self._kv_cache_bytes = int(kv_cache_gib * GIB)
         self._asleep: set[str] = set()
+        self._rests = False
+        self._workspace = None
+        with self._active():
+            self.llm = vllm.LLM(
+                model=model,
+                tensor_parallel_size=tensor_parallel_size,
+                distributed_executor_backend="external_launcher",
+                enforce_eager=enforce_eager,
+                kv_cache_memory_bytes=self._kv_cache_bytes,
+                disable_log_stats=True,
+                **options,
+            )
+
+    @contextmanager
+    def _active(self):
+        """Around every call of vLLM: its globals are this engine's inside, and what it allocates.
+
+        vllm 0.32 keeps one workspace per process, the last engine's: others would compute in memory that sleeps with it.
+        Ranks that share an engine wait for each other inside, and cannot be asked there.
+        """
+        from vllm.v1.worker import workspace
+
+        shared = self.tensor_parallel_size > 1
+        outside, workspace._manager = workspace._manager, self._workspace
+        try:
+            with (
+                self._groups.active(),
+                self.memory.active() if self.memory is not None else nullcontext(),
+                distributed.collective_region() if shared else nullcontext(),
+            ):
+                yield
+        finally:
+            self._workspace, workspace._manager = workspace._manager, outside
+
+    @property
+    def can_sleep(self) -> bool:
+        """Whether `sleep` gives memory back."""
+        return self.memory is not None
 
     @property
     def awake(self) -> bool:
-        return "weights" not in self._asleep
+        return WEIGHTS not in self._asleep
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be asked: weights and KV cache are there."""
+        return not self._asleep
+
+    @property
+    def vocab_size(self) -> int:
+        return self.llm.model_config.get_vocab_size()
+
+    @property
+    def bytes_awake(self) -> int:
+        """Bytes of weights and KV cache that the engine holds on its device when awake."""
+        if self.memory is not None:
+            return self.memory.size()
+        (weights,) = self.llm.collective_rpc(_weight_bytes)
+        return weights + self._kv_cache_bytes
 
     def _require_awake(self) -> None:
         """A request to a sleeping engine would wait for ever: vllm 0.32 stops its scheduler, without an error."""
         assert not self._asleep, f"{self.name}: {' and '.join(sorted(self._asleep))} asleep; wake it first"
 
-    @contextmanager
-    def _own_allocations(self):
-        table = _allocation_table()
-        if table is None:
-            yield
-            return
-        table.only = self._allocations
-        try:
-            yield
-        finally:
-            table.only = None
+    def _answer_all(self, requests: list, answer: Callable[[list], list]) -> list:
+        """Answers to this rank's requests. Ranks that share an engine run the requests of all of them, and keep their own."""
+        self._require_awake()
+        shares = distributed.gather_in_group(requests, self.tensor_parallel_size, self.name)
+        if not any(shares):
+            return []
+        with self._active():
+            answers = answer([request for share in shares for request in share])
+        start = sum(map(len, shares[: distributed.rank() % self.tensor_parallel_size]))
+        return answers[start : start + len(requests)]
 
     def sleep(self) -> None:
-        """Gives the GPU memory back. Level 1 keeps the weights on the host, level 2 drops them."""
-        if self._asleep == {"weights", "kv_cache"}:
+        """Gives the GPU memory back, that of a prefetch too; nothing at level 0.
+
+        After an error a part of it may be asleep: call it again.
+        """
+        if self.sleep_level == 0:
             return
-        if self._asleep:  # vllm 0.32 ignores `sleep` on an engine that is half awake
-            self.wake(sorted(self._asleep))
-        with self._own_allocations():
+        if not self.can_sleep:
+            _warn_that_nothing_sleeps()
+        if self._asleep == {WEIGHTS, KV_CACHE}:
+            if self.memory is not None:
+                self.memory.suspend(self.sleep_level)
+            return
+        if WEIGHTS in self._asleep:  # vllm 0.32 ignores `sleep` on an engine whose cache alone is awake
+            self._wake([WEIGHTS])
+        with self._active():
             self.llm.sleep(level=self.sleep_level)
-        self._asleep = {"weights", "kv_cache"}
+        self._asleep, self._rests = {WEIGHTS, KV_CACHE}, False
+
+    def prefetch(self) -> None:
+        """Starts bringing the weights back from the host, without waiting: the next `wake` completes it."""
+        if self.memory is not None and not self.awake:
+            self.memory.prefetch()
+
+    def rest(self) -> None:
+        """Gives up the KV cache and keeps the weights: the next `wake` is due soon, and copies nothing."""
+        if self.memory is not None and not self._asleep:
+            self.memory.drop_cache()
+            self._asleep = {KV_CACHE}
+            self._rests = True
 
     def wake(self, tags: list[str] | None = None) -> None:
         """Maps the memory again; `tags` picks ["weights"] or ["kv_cache"], so that a load never meets a live cache."""
-        tags = [tag for tag in (tags or ["weights", "kv_cache"]) if tag in self._asleep]
-        if not tags:
+        tags = [tag for tag in (tags or [WEIGHTS, KV_CACHE]) if tag in self._asleep]
+        if tags:
+            self._wake(tags)
+
+    def _wake(self, tags: list[str]) -> None:
+        if self._rests:  # vLLM never heard of it
+            self.memory.resume([KV_CACHE])
+            self._asleep, self._rests = set(), False
             return
-        with self._own_allocations():
+        with self._active():
             self.llm.wake_up(tags=tags)
         self._asleep -= set(tags)
+
+
+def _weight_bytes(worker) -> int:
+    """Called by vLLM with its worker. vllm 0.32 packs parameters on a CPU and empties them; their shapes it remembers."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    shapes = [get_layerwise_info(layer).restore_metadata[0] for layer in worker.get_model().modules()]
+    return sum(parameter.nbytes for parameters in shapes for parameter in parameters.values())
 
 
 class GeneratorEngine(_Engine):
@@ -135,12 +277,14 @@ class GeneratorEngine(_Engine):
 
     def __init__(
         self, model: str, *, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int, trust_remote_code: bool,
-        enforce_eager: bool = False,
+        enforce_eager: bool = False, tensor_parallel_size: int = 1,
     ):  # fmt: skip
         super().__init__(
             "rollout",
             model,
-            sleep_level=2,
+            sleep_level=2,  # new weights are due when it wakes
+            frozen=False,
+            tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
             dtype=dtype,
@@ -160,18 +304,20 @@ class GeneratorEngine(_Engine):
         `temperature=0` is greedy; its log-probabilities are then those at temperature 1. Without log-probabilities vllm 0.32
         samples a sixth faster on a CPU.
         """
-        self._require_awake()
-        vllm = _import_vllm()
-        params = [
-            vllm.SamplingParams(
-                max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True, detokenize=False,
-            )
-            for seed in seeds
-        ]  # fmt: skip
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+        def answer(requests: list) -> list:
+            params = [
+                _import_vllm().SamplingParams(
+                    max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+                    logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True,
+                    detokenize=False,
+                )
+                for _, seed in requests
+            ]  # fmt: skip
+            return self.llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], params, use_tqdm=False)
+
         samples = []
-        for output in outputs:
+        for output in self._answer_all(list(zip(prompts, seeds, strict=True)), answer):
             best = output.outputs[0]
             ids = list(best.token_ids)
             logprobs = None
@@ -182,21 +328,24 @@ class GeneratorEngine(_Engine):
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces the weights and drops every cached prefix, which the old weights had written."""
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(named_parameters), "is_checkpoint_format": True}
-        )
-        self.llm.reset_prefix_cache()
+        with self._active():
+            self.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": iter(named_parameters), "is_checkpoint_format": True}
+            )
+            self.llm.reset_prefix_cache()
 
 
 class HiddenStateEngine(_Engine):
     """A teacher: returns the final hidden states of every token, never logits, and never generates.
 
     No vocabulary-sized tensor and no per-token Python object exists in the engine; the `lm_head` is not even loaded.
+    `residency` is where its weights are while others work: "gpu" (it never sleeps), "host" (a pinned copy), or "disk"
+    (its files, which every wake reads).
     """
 
     def __init__(
         self, name: str, model: str, *, tokenizer: str, dtype: str, max_model_len: int, kv_cache_gib: float,
-        trust_remote_code: bool,
+        trust_remote_code: bool, tensor_parallel_size: int = 1, residency: str = "host",
     ):  # fmt: skip
         _import_vllm()
         from vllm.config import PoolerConfig
@@ -204,7 +353,9 @@ class HiddenStateEngine(_Engine):
         super().__init__(
             name,
             model,
-            sleep_level=1,
+            sleep_level=SLEEP_LEVEL[residency],
+            frozen=True,
+            tensor_parallel_size=tensor_parallel_size,
             enforce_eager=True,  # a prefill gains nothing from CUDA graphs
             tokenizer=tokenizer,  # vLLM's pooling entry point insists on one; it never sees text
             kv_cache_gib=kv_cache_gib,
@@ -217,16 +368,36 @@ class HiddenStateEngine(_Engine):
             enable_prefix_caching=False,
         )
 
+    def _wake(self, tags: list[str]) -> None:
+        if not (self.can_sleep and self.sleep_level == 2 and WEIGHTS in tags):
+            super()._wake(tags)
+            return
+        super()._wake([WEIGHTS])
+        try:
+            self.reload()
+        except BaseException:
+            self.sleep()  # half a model must not look awake
+            raise
+        if KV_CACHE in tags:
+            super()._wake([KV_CACHE])
+
+    def reload(self) -> None:
+        """Reads the weights from the model's files again, into the memory that they have."""
+        with self._active():
+            self.llm.collective_rpc("reload_weights")
+
     def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
-        self._require_awake()
-        outputs = self.llm.encode(
-            [{"prompt_token_ids": ids} for ids in sequences],
-            pooling_task="token_embed",
-            pooling_params=_import_vllm().PoolingParams(use_activation=False),
-            use_tqdm=False,
-        )
-        states = [output.outputs.data for output in outputs]
+
+        def answer(requests: list) -> list:
+            return self.llm.encode(
+                [{"prompt_token_ids": ids} for ids in requests],
+                pooling_task="token_embed",
+                pooling_params=_import_vllm().PoolingParams(use_activation=False),
+                use_tqdm=False,
+            )
+
+        states = [output.outputs.data for output in self._answer_all(sequences, answer)]
         for ids, state in zip(sequences, states, strict=True):
             assert state.shape[0] == len(ids), f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"
         return states

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import string
@@ -42,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from opd.distributed import free_port  # noqa: E402
 from opd.vllm_engine import ENVIRONMENT as VLLM_ENVIRONMENT  # noqa: E402
+from scripts.bench_tools import last_error  # noqa: E402
 
 BIN = Path(sys.executable).parent
 WARMUP_STEPS = 4
@@ -185,13 +185,6 @@ def run_child(command: list[str], log: Path, env: dict[str, str], deadline_s: in
         text = log.read_text(errors="replace")
         sys.stderr.write(text[-3000:])
         raise RunFailed(f"exit status {status}: {last_error(text)}")
-
-
-def last_error(text: str) -> str:
-    """The line of a log that says what went wrong: `SomeError: ...` or `error: ...`, else the last one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"(^|\W)(\w+(Error|Exception)|error): ", line)]
-    return (errors or lines or ["no output"])[-1][:300]
 
 
 def launched(script: str, mode: Mode, *, launcher: str) -> list[str]:

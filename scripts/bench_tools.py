@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -135,6 +136,13 @@ def machine_facts(device: str) -> dict:
 def say(text: str) -> None:
     """A line for the person who watches; standard output belongs to the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+def last_error(text: str) -> str:
+    """The line of a log that says what went wrong: `SomeError: ...` or `error: ...`, else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"(^|\W)(\w+(Error|Exception)|error): ", line)]
+    return (errors or lines or ["no output"])[-1][:300]
 
 
 def print_json(result: dict) -> None:

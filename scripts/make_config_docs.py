@@ -63,6 +63,7 @@ TEACHER_KEYS = {
     "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. Default: its own name.',
     "weight": "Share in the domains that it shares with other teachers, relative to theirs.",
     "backend": "`vllm` or `hf`, see [teachers.md](teachers.md). Default: `--teacher_backend`.",
+    "tensor_parallel_size": "GPUs that share one copy of its weights; see [tensor_parallel.md](tensor_parallel.md).",
 }
 
 

@@ -8,14 +8,16 @@ import gc
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd import distributed
+from opd import distributed, vllm_engine
 from opd.config import LossConfig, RolloutConfig, TeacherSpec
 from opd.distillation import compare
+from opd.engine_memory import EngineMemory
 from opd.fused_linear import LIVE_BUFFERS, fused_linear_loss
 from opd.heads import OutputHead, load_head, map_head
 from opd.hf_engine import HFEngine
@@ -293,6 +295,105 @@ def test_a_sleeping_engine_refuses_work(teachers, rollout_engine, prompts):
     with pytest.raises(AssertionError, match="rollout: kv_cache asleep"):
         rollout_engine.generate(prompts, 0)
     rollout_engine.wake()
+
+
+def test_weights_come_back_from_the_files(teachers, prompts):
+    """What `residency="disk"` does after each wake."""
+    teacher, rollouts = teachers["reversal"], written(prompts)
+    teacher.wake()
+    before = teacher.hidden_states(rollouts)
+    noise = [(name, torch.randn_like(value)) for name, value in teacher_parameters(teacher)]
+    teacher.engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(noise)})
+    assert (teacher.hidden_states(rollouts)[0] - before[0]).abs().max() > 0.1, "the weights did change"
+    teacher.engine.reload()
+    after = teacher.hidden_states(rollouts)
+    teacher.sleep()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def teacher_parameters(teacher):
+    """Under their names in the checkpoint; the pooling engine has no use for the `lm_head`."""
+    model = AutoModelForCausalLM.from_pretrained(teacher.spec.model, dtype=torch.float32)
+    return [(name, value.data) for name, value in model.named_parameters() if name != "lm_head.weight"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU cannot do")
+def test_a_cpu_keeps_its_engines_awake_and_says_so_once(teachers, prompts, capsys):
+    vllm_engine._warn_that_nothing_sleeps.cache_clear()
+    for teacher in (teachers["addition"], teachers["reversal"]):
+        teacher.wake()
+        teacher.sleep()
+        teacher.engine.prefetch()  # nothing to bring
+        assert not teacher.engine.can_sleep
+    assert capsys.readouterr().err.count("vLLM cannot sleep on a CPU") == 1
+
+
+def test_an_engine_says_what_it_holds_awake(teachers):
+    teacher = teachers["addition"]
+    weights = sum(value.nbytes for _, value in teacher_parameters(teacher))
+    held = teacher.engine.bytes_awake - int(KV_GIB * (1 << 30))
+    assert weights <= held <= 1.1 * weights + (0 if not torch.cuda.is_available() else 64 << 20)
+
+
+def test_a_resident_engine_never_sleeps(teachers, prompts, monkeypatch):
+    engine = teachers["addition"].engine
+    teachers["addition"].wake()
+    monkeypatch.setattr(engine, "sleep_level", vllm_engine.SLEEP_LEVEL["gpu"])
+    engine.sleep()
+    assert engine.awake and len(engine.hidden_states([[5, 6, 7]])[0]) == 3
+    monkeypatch.undo()
+    engine.sleep()
+
+
+def test_half_a_model_does_not_look_awake(teachers, monkeypatch):
+    """A wake from disk that cannot read the files leaves the engine asleep; the next try works."""
+    engine = teachers["addition"].engine
+    engine.wake()
+    expected = engine.hidden_states([[5, 6, 7]])[0]
+    engine.sleep()
+    monkeypatch.setattr(engine, "sleep_level", vllm_engine.SLEEP_LEVEL["disk"])
+    monkeypatch.setattr(type(engine), "can_sleep", True)
+    with monkeypatch.context() as patch:
+
+        def gone():
+            raise OSError("no such file")
+
+        patch.setattr(engine, "reload", gone)
+        with pytest.raises(OSError):
+            engine.wake()
+    assert not engine.awake and engine._asleep == {"weights", "kv_cache"}
+    engine.wake()
+    assert torch.equal(engine.hidden_states([[5, 6, 7]])[0], expected)
+    monkeypatch.undo()
+    engine.sleep()
+
+
+def test_a_half_awake_engine_sleeps_and_wakes_whole(rollout_engine, prompts):
+    rollout_engine.wake()
+    before = rollout_engine.generate_greedily(prompts)
+    rollout_engine.sleep()
+    rollout_engine.wake(["weights"])
+    rollout_engine.sleep()
+    assert not rollout_engine.awake
+    rollout_engine.wake()
+    if not torch.cuda.is_available():  # level 2 dropped the weights
+        assert rollout_engine.generate_greedily(prompts) == before
+
+
+def test_the_sleep_backend_serves_the_engine_that_is_active():
+    """vLLM builds it without arguments, by the name that it was registered under."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
+
+    assert vllm_engine._register_sleep_backend() == vllm_engine._register_sleep_backend() == "opd"
+    assert SleepModeBackendFactory.get_backend_class("opd") is vllm_engine.EngineSleep
+    assert set(SleepModeBackend.__abstractmethods__) <= set(dir(vllm_engine.EngineSleep))
+    allocator = SimpleNamespace(pointer_to_data={}, get_current_usage=lambda: 0)
+    first, second = (EngineMemory(name, allocator, driver=None) for name in ("first", "second"))
+    for memory in (second, first):
+        with memory.active():
+            assert vllm_engine.EngineSleep().memory is memory
+    with pytest.raises(AssertionError, match="inside `active"):
+        vllm_engine.EngineSleep()
 
 
 # ---- The pool --------------------------------------------------------------------------------------------------------

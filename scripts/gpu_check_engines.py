@@ -1,0 +1,371 @@
+"""The sections of gpu_check.py that need vLLM or DeepSpeed: each runs in a process of its own, on random models.
+
+Engines are built as the trainers build them, through `opd`. A canary is what an engine said before it ever slept, asked
+again: the final hidden states of a teacher, the log-probabilities that the generator gives its own greedy tokens.
+
+Shape suffixes: B sequences, L response length, V vocabulary.
+"""
+
+import json
+import random
+import string
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
+
+from opd import distributed
+from opd.config import OptimConfig
+from opd.deepspeed_engine import ShardedEngine
+from opd.vllm_engine import GeneratorEngine, HiddenStateEngine
+from scripts.bench_step import environment, make_tokenizer, run_child
+from scripts.gpu_check import GB, GIB, ROOT, Size, measure_copies
+
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+CANARY_TOLERANCE = {"cuda": 2e-2, "cpu": 1e-4}  # of log-probabilities and of hidden states relative to their largest
+PARITY_TOLERANCE = {"cuda": 0.05, "cpu": 1e-4}  # mean difference of log-probabilities, nats
+STEPS = 4  # of the trainer; the first two pay for compilation
+
+
+# ---- Models and engines ----------------------------------------------------------------------------------------------
+
+
+def model_config(shape: tuple[int, int], vocab: int, device: str) -> Qwen3Config:
+    """Qwen3 of (hidden size, layers), with grouped attention as its published sizes have it."""
+    hidden, layers = shape
+    head_dim = 128 if hidden >= 1024 else 32
+    heads = hidden // head_dim
+    return Qwen3Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), head_dim=head_dim,
+        max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None, eos_token_id=vocab - 2,
+        pad_token_id=vocab - 1, dtype=DTYPES[device],
+    )  # fmt: skip
+
+
+def write_models(root: Path, size: Size, device: str, num_teachers: int) -> list[Path]:
+    """Random models with their tokenizer: the student, then the teachers, the largest first."""
+    tokenizer = make_tokenizer(size.vocab)
+    paths = []
+    for seed, shape in enumerate((size.student, *size.teachers[:num_teachers])):
+        torch.manual_seed(seed)
+        config = model_config(shape, size.vocab, device)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+        paths.append(root / f"model_{seed}")
+        model.save_pretrained(paths[-1])
+        tokenizer.save_pretrained(paths[-1])
+        del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return paths
+
+
+def options(size: Size, device: str) -> dict:
+    return {
+        "dtype": str(DTYPES[device]).removeprefix("torch."),
+        "max_model_len": size.prompt_tokens + size.response_tokens,
+        "kv_cache_gib": size.kv_cache_gib,
+        "trust_remote_code": False,
+    }
+
+
+def build_teacher(name: str, path: Path, size: Size, device: str, residency: str = "host") -> HiddenStateEngine:
+    return HiddenStateEngine(name, str(path), tokenizer=str(path), residency=residency, **options(size, device))
+
+
+def prompts(size: Size) -> list[list[int]]:
+    """Random tokens, none of them special."""
+    rng = random.Random(0)
+    return [[rng.randrange(size.vocab - 2) for _ in range(size.prompt_tokens)] for _ in range(size.prompts)]
+
+
+@contextmanager
+def models(size: Size, device: str, num_teachers: int) -> Iterator[list[Path]]:
+    """`write_models` in a directory that goes away; this process as a rank."""
+    distributed.init()
+    with tempfile.TemporaryDirectory() as root:
+        yield write_models(Path(root), size, device, num_teachers)
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def used_bytes(device: str) -> int | None:
+    """Of the whole GPU, as its driver tells: torch does not count what vLLM's allocator maps."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds, with everything it started."""
+    started = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def gib(number: int | None) -> float | None:
+    return None if number is None else round(number / GIB, 3)
+
+
+def logprobs_of_greedy(engine: GeneratorEngine, size: Size) -> Tensor:
+    """What the generator gives the tokens that it likes best, [B * L]."""
+    samples = engine.generate(prompts(size)[:4], [0] * 4, (), max_tokens=size.response_tokens, temperature=0.0)
+    return torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
+
+
+def last_states(engine: HiddenStateEngine, size: Size) -> Tensor:
+    """Hidden states of a few prompts, on the host, relative to the largest."""
+    states = torch.cat(engine.hidden_states(prompts(size)[:4])).float().cpu()
+    return states / states.abs().max()
+
+
+# ---- sleep -----------------------------------------------------------------------------------------------------------
+
+
+def cycle(name: str, engine, canary: Callable[[], Tensor], wake: Callable[[], object], device: str) -> dict:
+    """One engine, awake at the start and at the end: its sleep, its wake, its canary. The others are asleep."""
+    before_canary, awake = canary(), used_bytes(device)
+    sleep_s = timed(engine.sleep, device)
+    asleep = used_bytes(device)
+    wake_s = timed(wake, device)
+    difference = float((canary() - before_canary).abs().max())
+    return {
+        "engine": name,
+        "holds_gib": gib(engine.bytes_awake),
+        "freed_gib": None if awake is None else gib(awake - asleep),
+        "host_gib": gib(engine.memory.host_bytes) if engine.memory is not None else None,
+        "sleep_s": round(sleep_s, 4),
+        "wake_s": round(wake_s, 4),
+        "canary_difference": float(f"{difference:.3g}"),
+        "ok": difference <= CANARY_TOLERANCE[device],
+    }
+
+
+def measure_sleep(size: Size, device: str) -> dict:
+    """Sleeps and wakes of three engines, twice each: the first sleep of a teacher pins and copies, the second does not."""
+    with models(size, device, 2) as (student, first, second):
+        weights = AutoModelForCausalLM.from_pretrained(student, dtype=DTYPES[device]).state_dict()
+        generator = GeneratorEngine(str(student), seed=0, **options(size, device))
+        generator.sleep()
+        host = build_teacher("host", first, size, device)
+        host.sleep()
+        disk = build_teacher("disk", second, size, device, residency="disk")
+        disk.sleep()
+
+        def wake_generator() -> None:
+            generator.wake(["weights"])
+            generator.load_weights(weights.items())
+            generator.wake(["kv_cache"])
+
+        rows = []
+        for engine, canary, wake in (
+            (generator, lambda: logprobs_of_greedy(generator, size), wake_generator),
+            (host, lambda: last_states(host, size), host.wake),
+            (disk, lambda: last_states(disk, size), disk.wake),
+        ):
+            wake()
+            rows += [{"round": i, **cycle(engine.name, engine, canary, wake, device)} for i in range(2)]
+            engine.sleep()
+        result = {"rows": rows, "ok": all(row["ok"] for row in rows)}
+        if device == "cuda":
+            result |= against_copies(rows, size, device) | measure_prefetch(host, size, device)
+    worst = max(row["canary_difference"] for row in rows)
+    return {"headline": _sleep_headline(result, worst), **result}
+
+
+def against_copies(rows: list[dict], size: Size, device: str) -> dict:
+    """Seconds of the teacher's wake from the host as bandwidth, and as a share of what one large copy reaches."""
+    copies = measure_copies(size, device)
+    woken = next(row for row in rows if row["engine"] == "host" and row["round"] == 1)
+    rate = woken["host_gib"] * GIB / GB / woken["wake_s"]
+    return {
+        "copies": copies,
+        "wake_gb_s": round(rate, 2),
+        "share_of_copy_bandwidth": round(rate / copies["to_gpu_gb_s"], 3),
+    }
+
+
+def measure_prefetch(engine: HiddenStateEngine, size: Size, device: str) -> dict:
+    """What is left of a wake whose copies ran while the GPU was busy with products for as long as a plain wake takes."""
+    square = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    plain_s = timed(engine.wake, device)
+    engine.sleep()
+    call_s = timed(engine.prefetch, "cpu")  # not waiting is the point
+    started = time.perf_counter()
+    while time.perf_counter() - started < plain_s:
+        square @ square
+        torch.cuda.current_stream().synchronize()
+    left_s = timed(engine.wake, device)
+    last_states(engine, size)
+    engine.sleep()
+    return {
+        "plain_wake_s": round(plain_s, 4),
+        "prefetch_call_s": round(call_s, 4),
+        "prefetched_wake_s": round(left_s, 4),
+    }
+
+
+def _sleep_headline(result: dict, worst: float) -> str:
+    text = f"canary within {worst:.2g}"
+    if "wake_gb_s" in result:
+        text += f"; wake {result['wake_gb_s']} GB/s, {result['share_of_copy_bandwidth']:.0%} of a copy"
+        text += f"; {result['prefetched_wake_s']} s left after a prefetch"
+    return text
+
+
+# ---- parity ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_parity(size: Size, device: str) -> dict:
+    """Log-probabilities of sampler and student at every sampled token, after weights that differ from the files'."""
+    with models(size, device, 0) as (path,):
+        student = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[device]).to(device).eval()
+        engine = GeneratorEngine(str(path), seed=0, **options(size, device))
+        torch.manual_seed(1)
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        sync_s = [timed(lambda: engine.load_weights(student.named_parameters()), device) for _ in range(3)]
+        asked = prompts(size)
+        samples = engine.generate(
+            asked, list(range(len(asked))), (), max_tokens=size.response_tokens, temperature=1.0
+        )  # fmt: skip
+        differences = []
+        for prompt, sample in zip(asked, samples, strict=True):
+            ids_BS = torch.tensor([prompt + sample.token_ids], device=device)
+            logits_LV = student(ids_BS).logits[0, len(prompt) - 1 : -1].float()
+            labels_L1 = ids_BS[0, len(prompt) :, None]
+            logprobs_L = logits_LV.log_softmax(-1).gather(-1, labels_L1)[:, 0].cpu()
+            differences.append(logprobs_L - torch.tensor(sample.logprobs))
+        log_ratio = torch.cat(differences)
+        nbytes = sum(parameter.nbytes for parameter in student.parameters())
+    mean, k3 = float(log_ratio.abs().mean()), float((log_ratio.exp() - log_ratio - 1).mean())
+    return {
+        "headline": f"mean difference {mean:.2g} nats, sync {min(sync_s):.3f} s",
+        "tokens": len(log_ratio),
+        "mean_difference": float(f"{mean:.4g}"),
+        "largest_difference": float(f"{float(log_ratio.abs().max()):.4g}"),
+        "k3": float(f"{k3:.4g}"),
+        "sync_s": round(min(sync_s), 4),
+        "sync_gb_s": round(nbytes / GB / min(sync_s), 2),
+        "ok": mean <= PARITY_TOLERANCE[device],
+    }
+
+
+# ---- offload ---------------------------------------------------------------------------------------------------------
+
+
+def measure_offload(size: Size, device: str) -> dict:
+    """Optimizer states, gradients and masters of the student under ZeRO-3, to the host and back, three times."""
+    torch_device = distributed.init()
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    sharded = ShardedEngine(ds_config, OptimConfig(), dtype=DTYPES[device])
+    model = AutoModelForCausalLM.from_config(model_config(size.student, size.vocab, device), dtype=DTYPES[device])
+    engine = sharded.attach(model, ())
+    ids_BS = torch.randint(size.vocab - 2, (2, size.prompt_tokens), device=torch_device)
+
+    def step() -> None:
+        sharded.backward(engine(input_ids=ids_BS, labels=ids_BS).loss, last=True)
+        sharded.step(1e-6)
+
+    step()  # AdamW makes its states
+    rows = []
+    for _ in range(3):
+        before = used_bytes(device)
+        offload_s = timed(sharded.offload, device)
+        torch.cuda.empty_cache()
+        freed = before - used_bytes(device)
+        rows.append({"offload_s": round(offload_s, 4), "freed_gib": gib(freed)})
+        rows[-1]["reload_s"] = round(timed(sharded.reload, device), 4)
+        step()
+    last = rows[-1]
+    return {
+        "headline": f"{last['freed_gib']} GiB out in {last['offload_s']} s, in again in {last['reload_s']} s",
+        "rows": rows,
+    }
+
+
+# ---- teachers --------------------------------------------------------------------------------------------------------
+
+
+def measure_teachers(size: Size, device: str) -> dict:
+    """The most memory in use, over what was before, while N teachers take turns; the largest comes first."""
+    with models(size, device, len(size.teachers)) as (_, *paths):
+        torch.ones(1, device=device)  # the context of CUDA is nobody's
+        nothing = used_bytes(device)
+        engines: list[HiddenStateEngine] = []
+        peaks, asleep = {}, {}
+        for number, path in enumerate(paths, start=1):
+            engines.append(build_teacher(f"teacher_{number}", path, size, device))
+            engines[-1].sleep()
+            peak = 0
+            for engine in engines:
+                engine.wake()
+                engine.hidden_states(prompts(size))
+                peak = max(peak, used_bytes(device) - nothing)
+                engine.sleep()
+            peaks[f"peak_{number}_gib"] = gib(peak)
+            asleep[f"asleep_{number}_gib"] = gib(used_bytes(device) - nothing)
+        held = [gib(engine.bytes_awake) for engine in engines]
+    growth = peaks[f"peak_{len(paths)}_gib"] / peaks["peak_1_gib"]
+    return {
+        "headline": f"{len(paths)} teachers: {growth:.3f} of the memory of the largest",
+        "growth": round(growth, 4), **peaks, **asleep, "holds_gib": held,
+    }  # fmt: skip
+
+
+# ---- step ------------------------------------------------------------------------------------------------------------
+
+
+def write_data(path: Path, size: Size) -> None:
+    """Prompts of two domains, in bytes, of exactly the asked length."""
+    rng = random.Random(0)
+    rows = []
+    for index in range(STEPS * size.prompts):
+        text = "".join(rng.choices(string.ascii_lowercase, k=size.prompt_tokens - 1))
+        rows.append({"data_source": ("math", "code")[index % 2], "prompt": [{"role": "user", "content": text}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measure_step(size: Size, device: str) -> dict:
+    """The last step of a short run of train_mopd.py under ZeRO-3: seconds of its phases and memory, by its own books."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        student, first, second = write_models(root, size, device, 2)
+        write_data(root / "data.jsonl", size)
+        flags = {
+            "student_model": student, "data": root / "data.jsonl", "output_dir": root / "run", "num_steps": STEPS,
+            "prompts_per_step": size.prompts, "max_prompt_tokens": size.prompt_tokens,
+            "max_response_tokens": size.response_tokens, "rollout_kv_cache_gib": size.kv_cache_gib,
+            "teacher_kv_cache_gib": size.kv_cache_gib, "parity_every": 1, "save_every": 0,
+            "dtype": options(size, device)["dtype"],
+        }  # fmt: skip
+        command = [sys.executable, "train_mopd.py", "--enforce_eager", "--teacher", f"math={first}"]
+        command += ["--teacher", f"code={second}"]
+        for name, value in flags.items():
+            command += [f"--{name}", str(value)]
+        run_child(command, root / "log.txt", environment(torch.get_num_threads()))
+        steps = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+        ledger = [json.loads(line) for line in (root / "run" / "ledger.jsonl").read_text().splitlines()]
+    last = steps[-1]
+    kept = {key: value for key, value in last.items() if key.split("/")[0] in ("time", "perf", "mem", "mismatch")}
+    phases = {key.removeprefix("time/"): value for key, value in kept.items() if key.startswith("time/")}
+    shares = ", ".join(f"{name} {phases[name]:.2f}" for name in ("rollout", "score", "train", "sync"))
+    return {
+        "headline": f"{phases['step']:.2f} s: {shares}",
+        "metrics": kept,
+        "ledger": [line for line in ledger if line["step"] == STEPS - 1],
+    }

@@ -1,0 +1,74 @@
+"""The student's states leave and come back between steps, and nothing else changes.
+
+`offload_worker.py JOB`, a JSON file with `model`, `out` and `cases` (stage, dtype, offloads). Each case trains three steps
+twice, once with the phases' moves and once without; rank 0 writes the greatest difference of a parameter, and how much
+was away.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from gradient_worker import DOMAINS, VOCAB, Case, my_micro_batches  # noqa: E402
+
+STEPS = 3
+
+
+def token_loss(logits, rows, mb, logprobs_N):
+    return -logits.logprobs(mb.at_loss_tokens(mb.labels_BS)[rows]), {}
+
+
+def train(case: dict, model: str, device: torch.device, offloads: frozenset[str]) -> tuple[dict, list[int]]:
+    from opd.config import ModelConfig, OptimConfig
+    from opd.student import LossSettings, Student
+    from opd.validation import load_ds_config
+
+    student = Student(
+        ModelConfig(student_model=model, dtype=case["dtype"]), OptimConfig(learning_rate=1e-2, max_grad_norm=1.0),
+        load_ds_config(str(ROOT / "ds_configs" / f"{case['ds_config']}.json")), device=device,
+        settings=LossSettings(shared_vocab=VOCAB),
+    )  # fmt: skip
+    student.sharded.offloads = offloads
+    micro_batches, left = my_micro_batches(Case(name="", micro_batch_size=3)), []
+    for _ in range(STEPS):
+        student.place(states=False, parameters=False)  # rollout and score
+        student.settle()
+        assert student.place(states=False, parameters=False) == 0, "it has left"
+        student.place(states=True, parameters=True)  # train
+        for mb in micro_batches:
+            loss = student.loss(mb, token_loss, domains=DOMAINS)
+            student.backward(loss.loss_sum / 50, last=mb is micro_batches[-1])
+        student.step(1e-2)
+        left.append(student.place(states=False, parameters=True))  # sync, while they leave
+        parameters = {name: value.clone() for name, value in student.named_full_parameters()}
+        student.settle()
+    student.place(states=True, parameters=True)
+    student.engine.destroy()
+    return parameters, left
+
+
+def main() -> None:
+    from opd import distributed
+
+    job = json.loads(Path(sys.argv[1]).read_text())
+    device = distributed.init()
+    for name, case in job["cases"].items():
+        gc.collect()  # the last engine's Hugging Face hook would shard this one's model
+        still, _ = train(case, job["model"], device, frozenset())
+        gc.collect()
+        moved, left = train(case, job["model"], device, frozenset(case["offloads"]))
+        difference = max(float((moved[key] - still[key]).abs().max()) for key in still)
+        if distributed.rank() == 0:
+            record = {"difference": difference, "left": left, "numel": sum(v.numel() for v in still.values())}
+            Path(job["out"], f"{name}.json").write_text(json.dumps(record))
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()
