@@ -317,7 +317,7 @@ def test_a_sampled_response_is_a_function_of_its_seed(generator):
 
 def test_sampled_responses_follow_the_model_and_not_its_generation_config(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny.addition, dtype=torch.float32)
-    model.generation_config.top_k, model.generation_config.do_sample = 1, True
+    model.generation_config.min_p, model.generation_config.do_sample = 1.0, True
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         likeliest = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 1.3).softmax(-1).max(0)
