@@ -184,9 +184,9 @@ def heavy(tmp_path_factory) -> Path:
     return path
 
 
-def resident_bytes() -> int:
+def resident_bytes(key: str = "VmRSS") -> int:
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) * 1024
+    return int(status[key].split()[0]) * 1024
 
 
 @pytest.mark.parametrize("files", ["", "half"])
@@ -207,6 +207,22 @@ def test_a_teacher_on_the_disk_really_leaves(heavy, files):
         assert awake - asleep > 0.9 * engine.bytes_awake > 60 * MIB
         assert abs(resident_bytes() - asleep) < 0.1 * engine.bytes_awake
     assert str(heavy / files) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_waking_teacher_is_mapped_and_never_there_twice(heavy, device):
+    """On the device of a rank, as the trainers build it: a copy of the weights beside their pages would double the peak."""
+    engine = HFEngine("heavy", str(heavy), residency="disk", device=device, **FLOAT32)
+    sequences = sequences_of([40, 30], 64)
+    engine.hidden_states(sequences)
+    engine.sleep()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    asleep, files = resident_bytes(), resident_bytes("RssFile")
+    engine.wake()
+    engine.hidden_states(sequences)
+    if device.type == "cpu":
+        assert resident_bytes("RssFile") - files > 0.9 * engine.bytes_awake
+    assert resident_bytes("VmHWM") - asleep < 1.3 * engine.bytes_awake
+    engine.sleep()
 
 
 def test_a_teacher_on_the_host_stays_where_it_is(heavy):
