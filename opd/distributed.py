@@ -49,7 +49,8 @@ def init(local_rank: int = -1) -> torch.device:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    return PartialState(cpu=not use_cuda).device
+    device = PartialState(cpu=not use_cuda).device
+    return device if use_cuda else torch.device("cpu")  # to accelerate's cpu:0, `Tensor.to` copies what lies on the cpu
 
 
 def leave() -> None:

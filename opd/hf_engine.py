@@ -61,15 +61,15 @@ class HFEngine:
 
     @property
     def can_sleep(self) -> bool:
-        """Whether sleep gives memory back. Where it does not, sleep and wake only keep books."""
+        """Whether sleep gives memory back. On a CPU "host" does not: sleep and wake only keep books."""
         return self.residency == "disk" or self._pinned is not None
 
     def sleep(self) -> None:
-        """Gives back whatever the residency does not keep; also ends a prefetch that nobody waited for."""
+        """Gives back whatever the residency does not keep, that of a prefetch too; nothing for "gpu", which stays awake."""
         if self._arriving is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)  # the copy may still write to it
             self._arriving = None
-        if not self.awake:
+        if not self.awake or self.residency == "gpu":
             return
         self.awake = False
         if self.residency == "disk":

@@ -206,14 +206,14 @@ def summary(peaks: dict[tuple[str, int], int], sizes: list[int]) -> dict:
 
 def predicted_peak(flags: list[str], libraries: int) -> int | None:
     """What the planner expects of a run, from the bytes of a process that has the libraries; None without a planner."""
-    if importlib.util.find_spec("opd.plan") is None:
+    if importlib.util.find_spec("opd.planner") is None:
         return None
     import train_mopd
-    from opd import plan
+    from opd import plan, planner
     from opd.arguments import parse
 
     job = plan.read_job(parse(train_mopd.Config, flags), plan.machine_here(1))
-    return libraries + plan.make_plan(job).peak
+    return libraries + planner.make_plan(job).peak
 
 
 def planned(predicted: int | None, measured: int | None) -> dict:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, worker_environment
 
-from scripts import bench_loss, bench_scaling, bench_scoring
+from scripts import bench_colocation, bench_loss, bench_scaling, bench_scoring
 from scripts import bench_tools as tools
 
 TRL_DIR = ROOT / ".trl"
@@ -186,3 +186,41 @@ def test_fits_read_the_right_points():
 
 def test_a_table_aligns_and_shows_what_is_missing_as_a_dash():
     assert tools.table([{"side": "ours", "ms": 1.5}, {"side": "trl", "ms": None}]) == "side   ms\nours  1.5\n trl    -"
+
+
+# ---- Peak memory of a run ---------------------------------------------------------------------------------------------
+
+HOLDS_64_MIB = "held = bytearray(b'x') * (64 << 20); print('held', flush=True); input()"
+
+
+def test_the_peak_is_that_of_children_and_grandchildren_together():
+    """What they gave back, and what has ended, still counts; this process does not."""
+    grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLDS_64_MIB!r}])"
+    for code, least in ((HOLDS_64_MIB, 64), (grandchild, 64), ("print('held', flush=True); input()", 0)):
+        with bench_colocation.peak_of_children() as peak:
+            child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert child.stdout.readline() == b"held\n"
+            while peak.bytes < bench_colocation.resident_bytes(bench_colocation.descendants(child.pid) | {child.pid}):
+                assert child.poll() is None
+            child.communicate(b"\n")
+        assert least <= peak.bytes >> 20 < least + 64, code
+
+
+def test_growth_is_over_the_weights_that_came():
+    sizes = [400, 300, 200, 100, 50]
+    peaks = {("disk", 1): 1000, ("disk", 2): 1010, ("disk", 4): 1060, ("host", 4): 1600}
+    result = bench_colocation.summary(peaks, sizes)
+    assert result["flatness"] == 1.06 and result["growth_4"] == 0.1 and result["host_growth_4"] == 1.0
+    assert (result["peak_2"], result["peak_8"], result["host_4"]) == (1010, None, 1600)
+    assert bench_colocation.planned(1166, 1060) == {"predicted_4": 1166, "planner_error": 0.1}
+    assert bench_colocation.planned(None, 1060)["planner_error"] is None
+
+
+@pytest.mark.e2e
+def test_bench_colocation_on_tiny_models(tmp_path):
+    """One teacher of 1 MiB: what a run holds beside it. The rest of the benchmark is more of the same."""
+    bench_colocation.write_workload(tmp_path, [64], 1)
+    flags = bench_colocation.flags_of(tmp_path, 1, "disk", 1)
+    peak = bench_colocation.peak_of(["train_mopd.py", *flags], tmp_path / "log.txt", 1)
+    assert 200 * tools.MIB < peak < 4000 * tools.MIB
+    assert (tmp_path / "disk_1" / "model" / "model.safetensors").exists()

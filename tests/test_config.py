@@ -145,6 +145,9 @@ BAD_TEACHERS = {
     "unknown key `domain`; did you mean domains?": [{"name": "a", "model": "m", "domain": ["x"]}],
     "domains must be a list": [{"name": "a", "model": "m", "domains": "math"}],
     "weight must be a number": [{"name": "a", "model": "m", "weight": "big"}],
+    "a: backend must be vllm or hf, got 'vlm'; did you mean vllm?": [{"name": "a", "model": "m", "backend": "vlm"}],
+    "a: backend must be vllm or hf, got 'HFF'; did you mean hf?": [{"name": "a", "model": "m", "backend": "HFF"}],
+    "a: backend must be vllm or hf, got 7": [{"name": "a", "model": "m", "backend": 7}],
 }
 
 
@@ -153,6 +156,23 @@ def test_bad_teachers_in_yaml(tmp_path, message):
     path = write_yaml(tmp_path / "c.yaml", {"teachers": BAD_TEACHERS[message]})
     found = error(parse, Config, ["--config", path])
     assert message in found and "c.yaml" in found
+
+
+def test_backends_of_teachers(tmp_path):
+    """An entry's own, else that of the flag, wherever the flag stands; the run directory's file says it in full."""
+    entries = [{"name": "a", "model": "m"}, {"name": "b", "model": "m", "backend": "vllm"}]
+    path = write_yaml(tmp_path / "c.yaml", {"teachers": entries, "teacher_backend": "hf"})
+    config = parse(Config, [*REQUIRED[:-2], "--config", path])
+    assert [spec.backend for spec in config.teachers] == ["hf", "vllm"]
+    again = parse(Config, ["--config", write_yaml(tmp_path / "d.yaml", to_dict(config)), "--teacher_backend", "vllm"])
+    assert again.teachers == config.teachers
+    assert [spec.backend for spec in parse(Config, ["--config", path, "--teacher_backend", "vllm"]).teachers] == [
+        "vllm"
+    ] * 2
+    flags = ["--teacher", "a=m", "--teacher", "rest", "--teacher_backend=hf"]
+    assert [spec.backend for spec in parse(Config, flags).teachers] == ["hf", "hf"]
+    assert [spec.backend for spec in validated().teachers] == ["vllm"]
+    assert validated().teacher.teacher_residency == "host"
 
 
 def test_teacher_and_teachers_in_one_file(tmp_path):
@@ -196,6 +216,8 @@ BAD_FLAGS = {
     "--support some": ["--support", "'some'", "teacher_topk"],
     "--tail none": ["--tail", "'none'", "bucket"],
     "--estimator k4": ["--estimator", "'k4'"],
+    "--teacher_backend sglang": ["--teacher_backend", "'sglang'", "vllm", "hf"],
+    "--teacher_residency disc": ["--teacher_residency", "'disc'", "disk"],
     "--seed one": ["--seed", "'one'"],
     "--learning_rate fast": ["--learning_rate", "'fast'"],
     "--dry_run perhaps": ["--dry_run", "perhaps"],

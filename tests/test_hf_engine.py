@@ -103,7 +103,16 @@ def test_weights_that_are_missing_are_not_made_up(tiny, tmp_path):
 # ---- Sleep and wake --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residency", ["gpu", "host", "disk"])
+def test_a_teacher_on_the_gpu_never_sleeps(tiny):
+    engine = HFEngine("addition", str(tiny.addition), residency="gpu", **FLOAT32)
+    engine.sleep()
+    assert engine.awake and not engine.can_sleep and len(engine.hidden_states([[5, 6, 7]])) == 1
+    engine.prefetch()
+    engine.wake()
+    assert engine.awake
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
 def test_the_books_of_sleep_and_wake(tiny, residency):
     engine = HFEngine("addition", str(tiny.addition), residency=residency, **FLOAT32)
     before = engine.hidden_states([[5, 6, 7]])
@@ -176,9 +185,9 @@ def heavy(tmp_path_factory) -> Path:
     return path
 
 
-def resident_bytes() -> int:
+def resident_bytes(key: str = "VmRSS") -> int:
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) * 1024
+    return int(status[key].split()[0]) * 1024
 
 
 @pytest.mark.parametrize("files", ["", "half"])
@@ -199,6 +208,22 @@ def test_a_teacher_on_the_disk_really_leaves(heavy, files):
         assert awake - asleep > 0.9 * engine.bytes_awake > 60 * MIB
         assert abs(resident_bytes() - asleep) < 0.1 * engine.bytes_awake
     assert str(heavy / files) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_waking_teacher_is_mapped_and_never_there_twice(heavy, device):
+    """On the device of a rank, as the trainers build it: a copy of the weights beside their pages would double the peak."""
+    engine = HFEngine("heavy", str(heavy), residency="disk", device=device, **FLOAT32)
+    sequences = sequences_of([40, 30], 64)
+    engine.hidden_states(sequences)
+    engine.sleep()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    asleep, files = resident_bytes(), resident_bytes("RssFile")
+    engine.wake()
+    engine.hidden_states(sequences)
+    if device.type == "cpu":
+        assert resident_bytes("RssFile") - files > 0.9 * engine.bytes_awake
+    assert resident_bytes("VmHWM") - asleep < 1.3 * engine.bytes_awake
+    engine.sleep()
 
 
 def test_a_teacher_on_the_host_stays_where_it_is(heavy):
@@ -309,7 +334,7 @@ def test_a_sampled_response_is_a_function_of_its_seed(generator):
 
 def test_sampled_responses_follow_the_model_and_not_its_generation_config(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny.addition, dtype=torch.float32)
-    model.generation_config.top_k, model.generation_config.do_sample = 1, True
+    model.generation_config.min_p, model.generation_config.do_sample = 1.0, True
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         likeliest = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 1.3).softmax(-1).max(0)

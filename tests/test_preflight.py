@@ -353,6 +353,20 @@ def test_damaged_directories_name_the_flag(student, tmp_path, damage, message, w
     assert found.startswith("--student_model" if who == "student" else "--teacher math")
 
 
+def test_teachers_that_sleep_on_the_disk(student, tmp_path, monkeypatch):
+    disk, hf = ("--teacher_residency", "disk"), ("--teacher_backend", "hf")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = refusal(student, student, *disk)
+    assert "--teacher_residency disk" in found and "teacher math" in found and "--teacher_backend hf" in found
+    check_models(make_config(student, student, *disk, *hf))
+    check_models(make_config(student, student, "--teacher_residency", "gpu"))
+    shutil.copytree(student, tmp_path / "t")
+    break_no_weights(tmp_path / "t")
+    assert "convert the .bin files" in refusal(student, str(tmp_path / "t"), *disk, *hf)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_models(make_config(student, student, *disk))
+
+
 def test_a_file_is_not_a_model(student, tmp_path):
     (tmp_path / "f").write_text("")
     assert "no such model directory" in error(load_tokenizer, str(tmp_path / "f"))
@@ -397,6 +411,14 @@ def test_output_dir(student, tmp_path):
     check_output_dir(run, "auto")
     longer = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=999))
     check_output_dir(run, "auto", longer)
+    for flags in (("--teacher_backend", "hf"), ("--teacher_residency", "disk")):  # what runs it, not what it says
+        check_output_dir(run, "auto", make_config(student, student, *flags))
+    old = to_dict(config)
+    del old["teachers"][0]["backend"]  # of a run that knew one backend only
+    (run / "config.yaml").write_text(yaml.safe_dump(old))
+    check_output_dir(run, "auto", config)
+    heavier = dataclasses.replace(config, teachers=(dataclasses.replace(config.teachers[0], weight=2.0),))
+    assert "holds another run (teachers differ)" in error(check_output_dir, run, "auto", heavier)
     other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
     assert "holds another run (seed differ)" in error(check_output_dir, run, "auto", other)
     (run / "config.yaml").write_text("- a")
