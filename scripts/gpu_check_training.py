@@ -96,5 +96,5 @@ def measure_step(size: Size, device: str) -> dict:
     return {
         "headline": f"{phases['step']:.2f} s: {shares}",
         "metrics": kept,
-        "ledger": [line for line in ledger if line["step"] == STEPS - 1],
+        "ledger": [line for line in ledger if line.get("step") == STEPS - 1],
     }
