@@ -328,6 +328,31 @@ def test_a_free_may_come_in_the_middle(gpu, engines, call, prefetch):
     assert engine.memory.mapped_bytes == engine.memory.size() == engine.bytes - len(engine.content[gone])
 
 
+def test_a_free_may_come_while_a_prefetch_is_slept_on(gpu, engines):
+    engine = engines[1]
+    engine.memory.suspend(1)
+    engine.memory.prefetch()
+    gpu.free_at = ("synchronize", engine.weights[1])
+    engine.memory.suspend(1)
+    engine.memory.resume()
+    assert gpu.free_at is None and engine.holds(engine.weights[0], engine.runtime) and not gpu.poisoned
+
+
+def test_a_free_during_the_copy_leaves_no_copy(gpu, engines):
+    """Else the next owner of the address would be taken for copied already."""
+    engine = engines[1]
+    address = engine.weights[1]
+    gpu.free_at = ("synchronize", address)
+    engine.memory.suspend(1)
+    engine.memory.resume()
+    with engine.memory.active():
+        assert gpu.malloc(WEIGHTS, len(engine.content[address])) == address
+    engine.content[address] = gpu.mapped[address].clone()
+    engine.memory.suspend(1)
+    engine.memory.resume()
+    assert engine.holds(*engine.kept)
+
+
 def test_a_reused_address_belongs_to_its_new_owner(gpu, engines):
     """The old owner's host copy would otherwise be written over the new owner's weights."""
     old, new = engines[1], engines[2]
