@@ -82,8 +82,8 @@ def measure_step(size: Size, device: str) -> dict:
             "teacher_kv_cache_gib": size.kv_cache_gib, "parity_every": 1, "save_every": 0,
             "dtype": options(size, device)["dtype"],
         }  # fmt: skip
-        command = [sys.executable, "train_mopd.py", "--enforce_eager", "--teacher", f"math={first}"]
-        command += ["--teacher", f"code={second}"]
+        command = [sys.executable, "train_mopd.py", "--teacher", f"math={first}", "--teacher", f"code={second}"]
+        command += ["--enforce_eager"] if device == "cpu" else []
         for name, value in flags.items():
             command += [f"--{name}", str(value)]
         run_child(command, root / "log.txt", environment(torch.get_num_threads()))
