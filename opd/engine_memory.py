@@ -109,14 +109,14 @@ class EngineMemory:
         dropped = (KV_CACHE,) if level == 1 else (KV_CACHE, WEIGHTS)
         awake = {address: data for address, data in self._all().items() if not data.is_asleep}
         self._save({address: data for address, data in awake.items() if data.tag not in dropped})
-        for address, data in awake.items():
-            if self._allocations.get(address) is data:  # else freed meanwhile
-                self.driver.unmap(data.handle)
-                data.is_asleep = True
         for address, data in self._all().items():
             if data.tag in dropped:
                 data.cpu_backup_tensor = None
                 self._saved.discard(address)
+        for address, data in awake.items():
+            if self._allocations.get(address) is data:  # else freed meanwhile
+                self.driver.unmap(data.handle)
+                data.is_asleep = True
 
     def drop_cache(self) -> None:
         """Unmaps the KV cache alone; `resume(["kv_cache"])` maps it again."""
@@ -132,10 +132,11 @@ class EngineMemory:
             for address, data in allocations.items()
             if not (self.frozen and data.tag == WEIGHTS and address in self._saved)
         }
-        for data in stale.values():
+        for address, data in stale.items():
             if data.cpu_backup_tensor is None:
                 data.cpu_backup_tensor = self.driver.host_buffer(data.handle[1])
-            self.driver.copy_to_host(data.handle, data.cpu_backup_tensor)
+            if self._allocations.get(address) is data:  # else freed meanwhile
+                self.driver.copy_to_host(data.handle, data.cpu_backup_tensor)
         if stale:
             self.driver.synchronize()
         self._saved |= stale.keys() & self._allocations.keys()
@@ -174,19 +175,17 @@ class EngineMemory:
         return [address for address, data in self._all().items() if data.is_asleep and data.tag not in deferred]
 
     def _start(self, addresses: list[int]) -> None:
-        started: set[int] = set()
         try:
             for address in addresses:
                 data = self._allocations.get(address)
-                if data is None or address in self._arriving:
+                if data is None or address in self._arriving:  # freed meanwhile, or prefetched
                     continue
                 self.driver.map(data.handle)
                 self._arriving.add(address)
-                started.add(address)
                 if address in self._saved:
                     self.driver.copy_from_host(data.handle, data.cpu_backup_tensor)
         except BaseException:
-            self._put_back(started | self._arriving.intersection(addresses))
+            self._put_back(self._arriving.intersection(addresses))
             raise
 
     def _put_back(self, arriving: set[int]) -> None:

@@ -84,15 +84,16 @@ class Section:
 
 
 ENGINES = ("vllm", "accelerate")
+TRAINER = (*ENGINES, "deepspeed", "datasets", "tensorboard")
 SECTIONS = {
     "copies": Section("gpu_check", "measure_copies", gpu_only=True),
     "loss": Section("gpu_check", "measure_loss"),
     "scoring": Section("gpu_check", "measure_scoring"),
     "sleep": Section("gpu_check_engines", "measure_sleep", ENGINES),
     "parity": Section("gpu_check_engines", "measure_parity", ENGINES),
-    "offload": Section("gpu_check_engines", "measure_offload", ("deepspeed", "accelerate"), gpu_only=True),
+    "offload": Section("gpu_check_training", "measure_offload", ("deepspeed", "accelerate"), gpu_only=True),
     "teachers": Section("gpu_check_engines", "measure_teachers", ENGINES, gpu_only=True),
-    "step": Section("gpu_check_engines", "measure_step", (*ENGINES, "deepspeed", "datasets", "tensorboard")),
+    "step": Section("gpu_check_training", "measure_step", TRAINER),
 }
 
 

@@ -1,4 +1,4 @@
-"""The sections of gpu_check.py that need vLLM or DeepSpeed: each runs in a process of its own, on random models.
+"""The sections of gpu_check.py that need vLLM, and the random models of all: each runs in a process of its own.
 
 Engines are built as the trainers build them, through `opd`. A canary is what an engine said before it ever slept, asked
 again: the final hidden states of a teacher, the log-probabilities that the generator gives its own greedy tokens.
@@ -6,10 +6,7 @@ again: the final hidden states of a teacher, the log-probabilities that the gene
 Shape suffixes: B sequences, L response length, V vocabulary.
 """
 
-import json
 import random
-import string
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from opd import distributed
-from opd.config import OptimConfig
-from opd.deepspeed_engine import ShardedEngine
 from opd.vllm_engine import GeneratorEngine, HiddenStateEngine
-from scripts.bench_step import environment, make_tokenizer, run_child
-from scripts.gpu_check import GB, GIB, ROOT, Size, measure_copies
+from scripts.bench_step import make_tokenizer
+from scripts.gpu_check import GB, GIB, Size, measure_copies
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 CANARY_TOLERANCE = {"cuda": 2e-2, "cpu": 1e-4}  # of log-probabilities and of hidden states relative to their largest
 PARITY_TOLERANCE = {"cuda": 0.05, "cpu": 1e-4}  # mean difference of log-probabilities, nats
-STEPS = 4  # of the trainer; the first two pay for compilation
 
 
 # ---- Models and engines ----------------------------------------------------------------------------------------------
@@ -79,6 +73,10 @@ def options(size: Size, device: str) -> dict:
 
 def build_teacher(name: str, path: Path, size: Size, device: str, residency: str = "host") -> HiddenStateEngine:
     return HiddenStateEngine(name, str(path), tokenizer=str(path), residency=residency, **options(size, device))
+
+
+def build_generator(path: Path, size: Size, device: str) -> GeneratorEngine:
+    return GeneratorEngine(str(path), seed=0, enforce_eager=device == "cpu", **options(size, device))
 
 
 def prompts(size: Size) -> list[list[int]]:
@@ -158,7 +156,7 @@ def measure_sleep(size: Size, device: str) -> dict:
     """Sleeps and wakes of three engines, twice each: the first sleep of a teacher pins and copies, the second does not."""
     with models(size, device, 2) as (student, first, second):
         weights = AutoModelForCausalLM.from_pretrained(student, dtype=DTYPES[device]).state_dict()
-        generator = GeneratorEngine(str(student), seed=0, **options(size, device))
+        generator = build_generator(student, size, device)
         generator.sleep()
         host = build_teacher("host", first, size, device)
         host.sleep()
@@ -234,7 +232,7 @@ def measure_parity(size: Size, device: str) -> dict:
     """Log-probabilities of sampler and student at every sampled token, after weights that differ from the files'."""
     with models(size, device, 0) as (path,):
         student = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[device]).to(device).eval()
-        engine = GeneratorEngine(str(path), seed=0, **options(size, device))
+        engine = build_generator(path, size, device)
         torch.manual_seed(1)
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -265,39 +263,6 @@ def measure_parity(size: Size, device: str) -> dict:
     }
 
 
-# ---- offload ---------------------------------------------------------------------------------------------------------
-
-
-def measure_offload(size: Size, device: str) -> dict:
-    """Optimizer states, gradients and masters of the student under ZeRO-3, to the host and back, three times."""
-    torch_device = distributed.init()
-    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    sharded = ShardedEngine(ds_config, OptimConfig(), dtype=DTYPES[device])
-    model = AutoModelForCausalLM.from_config(model_config(size.student, size.vocab, device), dtype=DTYPES[device])
-    engine = sharded.attach(model, ())
-    ids_BS = torch.randint(size.vocab - 2, (2, size.prompt_tokens), device=torch_device)
-
-    def step() -> None:
-        sharded.backward(engine(input_ids=ids_BS, labels=ids_BS).loss, last=True)
-        sharded.step(1e-6)
-
-    step()  # AdamW makes its states
-    rows = []
-    for _ in range(3):
-        before = used_bytes(device)
-        offload_s = timed(sharded.offload, device)
-        torch.cuda.empty_cache()
-        freed = before - used_bytes(device)
-        rows.append({"offload_s": round(offload_s, 4), "freed_gib": gib(freed)})
-        rows[-1]["reload_s"] = round(timed(sharded.reload, device), 4)
-        step()
-    last = rows[-1]
-    return {
-        "headline": f"{last['freed_gib']} GiB out in {last['offload_s']} s, in again in {last['reload_s']} s",
-        "rows": rows,
-    }
-
-
 # ---- teachers --------------------------------------------------------------------------------------------------------
 
 
@@ -325,47 +290,3 @@ def measure_teachers(size: Size, device: str) -> dict:
         "headline": f"{len(paths)} teachers: {growth:.3f} of the memory of the largest",
         "growth": round(growth, 4), **peaks, **asleep, "holds_gib": held,
     }  # fmt: skip
-
-
-# ---- step ------------------------------------------------------------------------------------------------------------
-
-
-def write_data(path: Path, size: Size) -> None:
-    """Prompts of two domains, in bytes, of exactly the asked length."""
-    rng = random.Random(0)
-    rows = []
-    for index in range(STEPS * size.prompts):
-        text = "".join(rng.choices(string.ascii_lowercase, k=size.prompt_tokens - 1))
-        rows.append({"data_source": ("math", "code")[index % 2], "prompt": [{"role": "user", "content": text}]})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def measure_step(size: Size, device: str) -> dict:
-    """The last step of a short run of train_mopd.py under ZeRO-3: seconds of its phases and memory, by its own books."""
-    with tempfile.TemporaryDirectory() as directory:
-        root = Path(directory)
-        student, first, second = write_models(root, size, device, 2)
-        write_data(root / "data.jsonl", size)
-        flags = {
-            "student_model": student, "data": root / "data.jsonl", "output_dir": root / "run", "num_steps": STEPS,
-            "prompts_per_step": size.prompts, "max_prompt_tokens": size.prompt_tokens,
-            "max_response_tokens": size.response_tokens, "rollout_kv_cache_gib": size.kv_cache_gib,
-            "teacher_kv_cache_gib": size.kv_cache_gib, "parity_every": 1, "save_every": 0,
-            "dtype": options(size, device)["dtype"],
-        }  # fmt: skip
-        command = [sys.executable, "train_mopd.py", "--enforce_eager", "--teacher", f"math={first}"]
-        command += ["--teacher", f"code={second}"]
-        for name, value in flags.items():
-            command += [f"--{name}", str(value)]
-        run_child(command, root / "log.txt", environment(torch.get_num_threads()))
-        steps = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
-        ledger = [json.loads(line) for line in (root / "run" / "ledger.jsonl").read_text().splitlines()]
-    last = steps[-1]
-    kept = {key: value for key, value in last.items() if key.split("/")[0] in ("time", "perf", "mem", "mismatch")}
-    phases = {key.removeprefix("time/"): value for key, value in kept.items() if key.startswith("time/")}
-    shares = ", ".join(f"{name} {phases[name]:.2f}" for name in ("rollout", "score", "train", "sync"))
-    return {
-        "headline": f"{phases['step']:.2f} s: {shares}",
-        "metrics": kept,
-        "ledger": [line for line in ledger if line["step"] == STEPS - 1],
-    }

@@ -26,7 +26,11 @@ DRIVER_CALLS = ("map", "unmap", "host_buffer", "copy_to_host", "copy_from_host",
 
 
 class Gpu:
-    """Bytes behind addresses, and a driver to them. `fail_at` names the call that fails next, and how many come before."""
+    """Bytes behind addresses, and a driver to them.
+
+    `fail_at` names the call that fails next, and how many come before; `free_at` the call in which garbage collection
+    frees an address.
+    """
 
     def __init__(self):
         self.reserved: dict[int, tuple] = {}  # address -> handle
@@ -34,6 +38,7 @@ class Gpu:
         self.pending: list = []
         self.calls: list[str] = []
         self.fail_at: tuple[str, int] | None = None
+        self.free_at: tuple[str, int] | None = None
         self.poisoned = False
         self.allocator = cumem.CuMemAllocator()
 
@@ -95,6 +100,9 @@ class Gpu:
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
+        if self.free_at is not None and self.free_at[0] == name:
+            (_, address), self.free_at = self.free_at, None
+            self.free(address)
         if self.fail_at is not None and self.fail_at[0] == name:
             before = self.fail_at[1]
             self.fail_at = (name, before - 1) if before else None
@@ -302,6 +310,47 @@ def test_a_free_may_come_at_any_time(gpu, engines, state):
     engine.memory.resume()
     assert engine.holds(engine.weights[1], engine.runtime) and other.holds(*other.kept)
     assert engine.memory.size() == engine.bytes - len(engine.content[gone])
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("call", DRIVER_CALLS)
+def test_a_free_may_come_in_the_middle(gpu, engines, call, prefetch):
+    """Garbage is collected whenever Python likes, here of an allocation that the loop has still to reach."""
+    engine, other = engines[0], engines[1]
+    gone = engine.weights[1]
+    gpu.free_at = (call, gone)
+    engine.memory.suspend(1)
+    if prefetch:
+        engine.memory.prefetch()
+    engine.memory.resume()
+    assert gpu.free_at is None and gone not in gpu.mapped and not gpu.poisoned
+    assert engine.holds(engine.weights[0], engine.runtime) and other.holds(*other.content)
+    assert engine.memory.mapped_bytes == engine.memory.size() == engine.bytes - len(engine.content[gone])
+
+
+def test_a_free_may_come_while_a_prefetch_is_slept_on(gpu, engines):
+    engine = engines[1]
+    engine.memory.suspend(1)
+    engine.memory.prefetch()
+    gpu.free_at = ("synchronize", engine.weights[1])
+    engine.memory.suspend(1)
+    engine.memory.resume()
+    assert gpu.free_at is None and engine.holds(engine.weights[0], engine.runtime) and not gpu.poisoned
+
+
+def test_a_free_during_the_copy_leaves_no_copy(gpu, engines):
+    """Else the next owner of the address would be taken for copied already."""
+    engine = engines[1]
+    address = engine.weights[1]
+    gpu.free_at = ("synchronize", address)
+    engine.memory.suspend(1)
+    engine.memory.resume()
+    with engine.memory.active():
+        assert gpu.malloc(WEIGHTS, len(engine.content[address])) == address
+    engine.content[address] = gpu.mapped[address].clone()
+    engine.memory.suspend(1)
+    engine.memory.resume()
+    assert engine.holds(*engine.kept)
 
 
 def test_a_reused_address_belongs_to_its_new_owner(gpu, engines):

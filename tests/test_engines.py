@@ -380,6 +380,50 @@ def test_a_half_awake_engine_sleeps_and_wakes_whole(rollout_engine, prompts):
         assert rollout_engine.generate_greedily(prompts) == before
 
 
+class Recorder:
+    """Calls the real vLLM and notes, for each call, whose memory and whose workspace it would have used."""
+
+    def __init__(self, llm):
+        self.llm, self.seen = llm, []
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            from vllm.v1.worker import workspace
+
+            self.seen.append((name, EngineMemory.current, workspace._manager))
+            return getattr(self.llm, name)(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the engines have a memory of their own")
+def test_vllm_is_called_inside_the_engines_memory_alone(teachers, monkeypatch):
+    from vllm.v1.worker import workspace
+
+    engine = teachers["addition"].engine
+    allocator = SimpleNamespace(pointer_to_data={}, get_current_usage=lambda: 0)
+    memory, mine, others = EngineMemory("addition", allocator, driver=None), object(), object()
+    calls = []
+    for name in ("suspend", "prefetch"):
+        monkeypatch.setattr(memory, name, lambda *level, name=name: calls.append((name, *level)))
+    monkeypatch.setattr(engine, "memory", memory)
+    monkeypatch.setattr(engine, "llm", Recorder(engine.llm))
+    monkeypatch.setattr(engine, "_workspace", mine)
+    monkeypatch.setattr(workspace, "_manager", others)
+    engine.wake()
+    engine.prefetch()
+    assert calls == [], "it is awake"
+    engine.hidden_states([[5, 6, 7]])
+    engine.reload()
+    engine.sleep()
+    engine.prefetch()
+    engine.sleep()
+    assert calls == [("prefetch",), ("suspend", 1)], "what was prefetched in vain goes"
+    assert {name for name, *_ in engine.llm.seen} == {"wake_up", "encode", "collective_rpc", "sleep"}
+    assert all(current is memory and manager is mine for _, current, manager in engine.llm.seen)
+    assert EngineMemory.current is None and workspace._manager is others
+
+
 def test_the_sleep_backend_serves_the_engine_that_is_active():
     """vLLM builds it without arguments, by the name that it was registered under."""
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
