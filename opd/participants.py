@@ -95,7 +95,9 @@ def _training(job: Job, choices: Choices) -> Iterator[Row]:
         if name == "ZeRO reduction buckets" and zero.stage == 3 and "gradients" not in choices.offload:
             phases = PHASES  # stage 3 allocates its bucket once; it leaves the GPU with the gradients
         yield _device(name, size, phases)
-    freed = during["activations (estimate)"] + chunk + during["gradient of the student's lm_head"]
+    freed = chunk + during["gradient of the student's lm_head"]
+    if job.machine.is_gpu:
+        freed += during["activations (estimate)"]
     yield _device("optimizer step, beyond the above", max(0, _step_temporaries(job) - freed), ("train",))
     gathers = zero.stage == 3 and job.machine.gpus > 1
     bucket = min(max(SYNC_BUCKET, width * student.largest_parameter), width * student.num_parameters)

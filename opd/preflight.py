@@ -257,7 +257,7 @@ def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
     if config is None:
         return
     try:
-        old = yaml.safeload_part(recorded.read_text())
+        old = yaml.safe_load(recorded.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         old = None
     if not isinstance(old, dict):
