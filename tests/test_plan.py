@@ -21,6 +21,7 @@ from opd.participants import activations, kv_least, kv_wanted
 from opd.plan_types import GIB, OFFLOADS, PHASES, Machine
 from opd.plan_view import as_json, remedies, table, verdict
 from opd.planner import Plan, make_plan
+from opd.run import prepare
 from opd.shapes import ModelShape, model_of, shape_of
 from opd.sharding import ZeroSettings, zero_shard
 
@@ -374,13 +375,18 @@ def test_mistakes_are_one_line(run_yaml, capsys, argv, message):
     assert status == 2 and err.startswith(f"error: {message}") and len(err.strip().splitlines()) == 1
 
 
-def test_a_model_that_says_too_little(tiny, run_yaml, tmp_path, capsys):
+@pytest.fixture
+def says_too_little(tmp_path) -> Path:
     broken = tmp_path / "m"
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1,
                                                     "vocab_size": 40}))  # fmt: skip
-    status, _, err = command(capsys, "--config", str(run_yaml), "--student_model", str(broken))
-    assert status == 2 and "config.json has no num_attention_heads" in err and str(broken) in err
+    return broken
+
+
+def test_a_model_that_says_too_little(run_yaml, says_too_little, capsys):
+    status, _, err = command(capsys, "--config", str(run_yaml), "--student_model", str(says_too_little))
+    assert status == 2 and "config.json has no num_attention_heads" in err and str(says_too_little) in err
 
 
 def test_tensor_parallelism_that_does_not_divide_the_heads(published):
@@ -400,3 +406,55 @@ def test_json_is_plain_data(published):
     made = make_plan(job_of(published, "0.6B", ["1.7B"]))
     assert json.loads(json.dumps(as_json(made)))["choices"]["prefetch"] is False
     assert "total on the host" in table(made)
+
+
+# ---- In the trainers ---------------------------------------------------------------------------------------------------
+
+
+def trainer_flags(tiny, output_dir) -> list[str]:
+    return [
+        *("--student_model", str(tiny.student), "--output_dir", str(output_dir), "--data", str(tiny.train)),
+        *(f"--teacher=addition={tiny.addition}", f"--teacher=reversal={tiny.reversal}", "--prompts_per_step", "8"),
+        *(
+            "--max_prompt_tokens",
+            "16",
+            "--max_response_tokens",
+            "8",
+            "--ds_config",
+            str(ROOT / "ds_configs/zero3.json"),
+        ),
+    ]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("script", [train_mopd, train_gkd], ids=["mopd", "gkd"])
+def test_auto_changes_what_no_flag_said_and_says_so(tiny, tmp_path, capsys, script):
+    flags = trainer_flags(tiny, tmp_path / "run")
+    if script is train_gkd:
+        flags = [flag for flag in flags if not flag.startswith("--teacher=reversal")]
+        flags = [f"--teacher={tiny.addition}" if flag.startswith("--teacher=") else flag for flag in flags]
+        flags += ["--lmbda", "1"]
+    run = prepare(parse(script.Config, [*flags, "--plan", "auto", "--teacher_kv_cache_gib", "0.5"]))
+    said = capsys.readouterr().out
+    assert run.cfg.rollout.rollout_kv_cache_gib == 1 / 16 and "plan: --rollout_kv_cache_gib 0.0625" in said
+    assert run.cfg.rollout.teacher_kv_cache_gib == 0.5
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["rollout_kv_cache_gib"] == 1 / 16
+    assert written["max_tokens_per_micro_batch"] == run.cfg.batch.max_tokens_per_micro_batch == 8 * 23
+    assert run.plan.bytes_of("train") > run.plan.bytes_of("rollout") > 0 == run.plan.host_bytes("train")
+
+
+@pytest.mark.usefixtures("device")
+def test_off_changes_nothing_and_plans_all_the_same(tiny, tmp_path, capsys):
+    cfg = parse(train_mopd.Config, trainer_flags(tiny, tmp_path / "run"))
+    run = prepare(cfg)
+    assert run.cfg == cfg and "plan:" not in capsys.readouterr().out
+    assert run.plan.choices.kv_cache == GIB and run.plan.fits
+
+
+def test_without_a_prediction_a_run_goes_on_but_auto_stops(tiny, says_too_little, tmp_path):
+    cfg = parse(train_mopd.Config, [*trainer_flags(tiny, tmp_path), "--student_model", str(says_too_little)])
+    same, made, text = plan.plan_run(cfg)
+    assert same is cfg and made is None and "no num_attention_heads" in text
+    with pytest.raises(ValueError, match="no num_attention_heads"):
+        plan.plan_run(replace(cfg, run=replace(cfg.run, plan="auto")))
