@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
 
 import train_gkd
 import train_mopd
-from opd import distributed, plan, planner
+from opd import distributed, participants, plan, planner
 from opd.config import TeacherSpec, groups_of, parse, to_dict
 from opd.participants import activations, kv_least, kv_wanted
 from opd.plan_types import GIB, OFFLOADS, PHASES, Machine
@@ -240,8 +240,55 @@ def test_a_teacher_on_a_cpu_sleeps_only_if_it_can(published):
     assert engines.host_bytes("score") == 0
     row = {r.participant: r.bytes for r in engines.rows}
     assert len(set(row["teacher t1"].values())) == 1 and row["teacher t1"]["train"] > 0
-    weights = published["0.6B"].num_parameters + published["0.6B"].linear_parameters  # packed a second time
+    small = published["0.6B"]
+    weights = small.num_parameters + small.head_parameters  # the embedding is packed beside itself
+    weights += int(participants.KEPT_BY_HEAP * (small.num_parameters - small.head_parameters - norms(small)))
     assert row["teacher t1"]["train"] == weights * 4 + GIB // 4
+
+
+ENGINE_CHILD = """
+import sys
+from opd import distributed
+from opd.vllm_engine import HiddenStateEngine
+
+def resident():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+distributed.init()
+engines = []
+for name, model in (("first", sys.argv[1]), ("second", sys.argv[2])):  # the first one brings the libraries
+    before = resident()
+    options = {"tokenizer": sys.argv[1], "dtype": "float32", "max_model_len": 64, "trust_remote_code": False}
+    engines.append(HiddenStateEngine(name, model, kv_cache_gib=0.25, **options))
+print("grown", resident() - before)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about an engine on the CPU")
+def test_an_engine_on_a_cpu_takes_what_is_predicted(tiny, tmp_path):
+    """Embedding twice, linear layers once, and the KV cache that the flag says: 1 GiB while VLLM_CPU_KVCACHE_SPACE was set."""
+    wide = Qwen3Config(**{**ODD, "vocab_size": 30_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3,
+                          "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64})  # fmt: skip
+    model = Qwen3ForCausalLM(wide)
+    model.save_pretrained(tmp_path / "wide")
+    shape = {"wide": shape_of(model, "--teacher", "wide")}
+    planned = teacher_awake_on_cpu(shape)
+    run = subprocess.run(
+        [sys.executable, "-c", ENGINE_CHILD, str(tiny.student), str(tmp_path / "wide")], env=worker_environment(),
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    grown = int(run.stdout.split("grown")[1].split()[0])
+    assert grown == pytest.approx(planned, rel=0.1)
+
+
+def teacher_awake_on_cpu(shapes: dict[str, ModelShape]) -> int:
+    job = job_of(shapes, "wide", ["wide"], is_gpu=False, gpus=1)
+    return participants.teacher_awake(job, "t0", make_plan(job).choices)
+
+
+def norms(shape: ModelShape) -> int:
+    return sum(size for (size,) in (s for s in shape.parameters if len(s) == 1))
 
 
 # ---- Choices -----------------------------------------------------------------------------------------------------------
@@ -305,6 +352,18 @@ def test_what_does_not_fit_names_changes_that_do(published):
     assert next(remedies(made)) == ("--ds_config ds_configs/zero3.json",)
     hopeless = make_plan(job_of(published, "32B", ["8B"], gpus=1, gib=24), frozenset())
     assert verdict(hopeless).startswith("does not fit") and "smaller student" in verdict(hopeless)
+
+
+def test_a_host_that_is_too_small_does_not_fit(published):
+    large = make_plan(job_of(published, "1.7B", ["8B", "4B"], host=1024))
+    small = make_plan(job_of(published, "1.7B", ["8B", "4B"], host=100))
+    assert large.fits and not small.fits and small.peak == large.peak
+
+
+def test_a_second_teacher_is_prefetched_where_both_fit(published):
+    assert make_plan(job_of(published, "1.7B", ["8B", "4B"])).prefetches
+    assert not make_plan(job_of(published, "1.7B", ["32B", "8B"], gib=80)).prefetches
+    assert not make_plan(job_of(published, "1.7B", ["8B"])).prefetches
 
 
 def test_recomputing_activations_takes_less(published):
