@@ -380,6 +380,31 @@ def test_a_half_awake_engine_sleeps_and_wakes_whole(rollout_engine, prompts):
         assert rollout_engine.generate_greedily(prompts) == before
 
 
+def test_the_rollout_engines_canary(rollout_engine, reference, monkeypatch):
+    """On a CPU nothing is lost in a sleep, so what a GPU could lose is taken away by hand."""
+    monkeypatch.setattr(type(rollout_engine.engine), "can_sleep", True)
+    weights = dict(reference["student"].named_parameters())
+
+    def wake_with(named, version):
+        rollout_engine.sleep()
+        rollout_engine.wake(["weights"])
+        rollout_engine.load_weights(named.items(), version)
+        rollout_engine.wake(["kv_cache"])
+
+    try:
+        wake_with(weights, 21)
+        wake_with(weights, 21)  # the same weights, the same version: an evaluation between two steps
+        wake_with(new_weights(reference["student"], 3), 22)  # a push changes both
+        with pytest.raises(RuntimeError, match="rollout engine woke up with other weights.*version 22"):
+            wake_with(weights, 22)
+        with pytest.raises(RuntimeError, match="rollout engine woke up without weights"):
+            wake_with({name: torch.zeros_like(value) for name, value in weights.items()}, 23)
+    finally:
+        monkeypatch.undo()
+        rollout_engine.wake()
+        rollout_engine.load_weights(weights.items(), 0)
+
+
 class Recorder:
     """Calls the real vLLM and notes, for each call, whose memory and whose workspace it would have used."""
 

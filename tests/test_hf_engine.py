@@ -5,6 +5,7 @@ L length of a sequence, V vocabulary, H hidden size.
 
 import gc
 import json
+import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import train_mopd
 from opd import hf_engine, run
 from opd.arguments import parse
+from opd.config import TeacherSpec
 from opd.heads import load_head, map_head
 from opd.hf_engine import HFEngine, HFGenerator, batches
+from opd.teachers import ColocatedTeacher
 from tests.test_heads import CASES, make_model
 from tests.test_trainers import Models, command, metrics_of, succeed
 
@@ -268,6 +271,28 @@ def test_a_load_that_fails_leaves_the_engine_asleep(heavy, monkeypatch):
     monkeypatch.undo()
     engine.wake()
     assert len(engine.hidden_states([[5, 6]])[0]) == 2
+
+
+def test_a_teacher_that_wakes_as_another_stops_the_run_by_name(tiny, tmp_path):
+    """The canary: one log-probability that is known from before the first sleep."""
+    path = tmp_path / "teacher"
+    shutil.copytree(tiny.addition, path)
+    engine = HFEngine("addition", str(path), residency="disk", **FLOAT32)
+    teacher = ColocatedTeacher(TeacherSpec("addition", str(path), "*"), engine, map_head(str(path)))
+    for _ in range(2):
+        teacher.sleep()
+        teacher.wake()
+    teacher.sleep()
+    weights = load_file(path / "model.safetensors")
+    for broken in ("zero", "nan"):
+        values = {k: torch.full_like(v, float(broken == "nan") and torch.nan) for k, v in weights.items()}
+        head = {"lm_head.weight": weights["lm_head.weight"]}  # the head did not sleep
+        save_file({**values, **head}, path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(RuntimeError, match="teacher addition woke up with other weights"):
+            teacher.wake()
+        teacher.sleep()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    teacher.wake()
 
 
 # ---- The head --------------------------------------------------------------------------------------------------------
