@@ -15,13 +15,12 @@ The peak is the highest sum of resident memory over the run's processes, read ev
 count twice; those of the files that a teacher on the disk is mapped from count like any other.
 
 `planner_error` is (predicted - measured) / measured for four teachers on the disk: the prediction of `opd.plan` starts
-from a process that has imported the libraries, which is measured too (``libraries``).
+where `prepare` ends, before any engine and its libraries; a process that stands there is measured too (``before_engines``).
 
     python scripts/bench_colocation.py --json   # five minutes on two cores
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import random
@@ -37,6 +36,9 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import train_mopd  # noqa: E402
+from opd import plan, planner  # noqa: E402
+from opd.arguments import parse  # noqa: E402
 from scripts import bench_tools as tools  # noqa: E402
 from scripts.bench_step import HEAD_DIM, RunFailed, environment, make_tokenizer, run_child  # noqa: E402
 
@@ -48,7 +50,7 @@ PROMPTS_PER_STEP, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 32, 32
 # DeepSpeed fills its bucket for gradients at start, by default with more than all teachers weigh.
 DS_CONFIG = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1_000_000}}
 SAMPLE_S = 0.02
-LIBRARIES = "import train_mopd, deepspeed; from opd.vllm_process import import_vllm; import_vllm().LLM"
+BEFORE_ENGINES = "import train_mopd, deepspeed"  # what a run has imported when `prepare` ends
 
 
 # ---- The meter -------------------------------------------------------------------------------------------------------
@@ -181,9 +183,9 @@ def measure(root: Path, steps: int, threads: int, hidden_sizes: list[int], layer
         flags = flags_of(root, count, residency, steps)
         peaks[residency, count] = peak_of(["train_mopd.py", *flags], root / "log.txt", threads)
         tools.say(f"{residency}, {count} of {sum(sizes[:count]) >> 20} MiB: peak {peaks[residency, count] >> 20} MiB")
-    libraries = peak_of(["-c", LIBRARIES], root / "log.txt", threads)
-    predicted = predicted_peak(flags_of(root, 4, "disk", steps), libraries) if len(sizes) >= 4 else None
-    return {**summary(peaks, sizes), **planned(predicted, peaks.get(("disk", 4))), "libraries": libraries}
+    before = peak_of(["-c", BEFORE_ENGINES], root / "log.txt", threads)
+    predicted = before + predicted_growth(flags_of(root, 4, "disk", steps)) if len(sizes) >= 4 else None
+    return {**summary(peaks, sizes), **planned(predicted, peaks.get(("disk", 4))), "before_engines": before}
 
 
 def summary(peaks: dict[tuple[str, int], int], sizes: list[int]) -> dict:
@@ -204,16 +206,10 @@ def summary(peaks: dict[tuple[str, int], int], sizes: list[int]) -> dict:
     }
 
 
-def predicted_peak(flags: list[str], libraries: int) -> int | None:
-    """What the planner expects of a run, from the bytes of a process that has the libraries; None without a planner."""
-    if importlib.util.find_spec("opd.planner") is None:
-        return None
-    import train_mopd
-    from opd import plan, planner
-    from opd.arguments import parse
-
+def predicted_growth(flags: list[str]) -> int:
+    """Bytes that the planner expects a run to add at its peak to what it holds when `prepare` ends."""
     job = plan.read_job(parse(train_mopd.Config, flags), plan.machine_here(1))
-    return libraries + planner.make_plan(job).peak
+    return planner.make_plan(job).peak
 
 
 def planned(predicted: int | None, measured: int | None) -> dict:
