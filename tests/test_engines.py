@@ -395,7 +395,7 @@ def test_the_rollout_engines_canary(rollout_engine, reference, monkeypatch):
         wake_with(weights, 21)
         wake_with(weights, 21)  # the same weights, the same version: an evaluation between two steps
         wake_with(new_weights(reference["student"], 3), 22)  # a push changes both
-        with pytest.raises(RuntimeError, match="rollout engine woke up with other weights.*version 22"):
+        with pytest.raises(RuntimeError, match=r"rollout engine woke up with other weights.*version 22"):
             wake_with(weights, 22)
         with pytest.raises(RuntimeError, match="rollout engine woke up without weights"):
             wake_with({name: torch.zeros_like(value) for name, value in weights.items()}, 23)

@@ -311,6 +311,37 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     assert metrics_of(tmp_path / "seq_kd")[0]["distill/on_policy_share"] == 0
 
 
+def test_every_sharding_goes_the_full_cycle_with_teachers_that_come_and_go(models, tmp_path):
+    """ZeRO 1, 2, 3 and 3 with the optimizer on the CPU: one result. The hf teachers leave for real, each in its turn."""
+    configs = ("zero1", "zero2", "zero3", "zero3_offload")
+    away = ("--teacher_backend", "hf", "--teacher_residency", "disk", "--plan", "auto", "--num_steps", "3")
+    jobs = [
+        lambda name=name: succeed(
+            command(
+                models, tmp_path / name, *away, "--ds_config", f"ds_configs/{name}.json", launcher="torchrun", ranks=1
+            )
+        )
+        for name in configs
+    ]
+    outputs = at_most_two(jobs)
+    losses = {name: losses_of(tmp_path / name) for name in configs}
+    for name in configs:
+        assert len(losses[name]) == 3 and losses[name] == pytest.approx(losses["zero3"], abs=1e-5), name
+    for name, output in zip(configs, outputs, strict=True):
+        ledger = [json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()]
+        turns = [line for line in ledger if line["event"].startswith("wake ")]
+        assert len(turns) == 2 * 3 and all(line["event"] == f"wake {line['awake'][-1]}" for line in turns)
+        awake = [set(line.get("awake", [])) & set(models.teachers) for line in ledger]
+        assert max(map(len, awake)) == 1, "one at a time"
+        assert not any(awake[i] for i, line in enumerate(ledger) if line["event"] == "exit")
+        phases = ledger[-1]["phases"]
+        assert ledger[-1]["event"] == "predicted and measured" and set(phases) == {"rollout", "score", "train", "sync"}
+        assert all(phase["measured"] > 0 and phase["predicted"] > 0 for phase in phases.values())
+        assert "memory, predicted/measured: " in output
+        assert "plan: --max_tokens_per_micro_batch" not in output, "--micro_batch_size is given"
+        assert {f"mem/{phase}_gib" for phase in phases} <= metrics_of(tmp_path / name)[0].keys()
+
+
 # ---- Failures --------------------------------------------------------------------------------------------------------
 
 
