@@ -14,7 +14,7 @@ from opd.heads import load_head, map_head
 from opd.hf_engine import HFEngine
 from opd.metrics import Metrics, say
 from opd.rollout import RolloutEngine
-from opd.run import Run
+from opd.run import Run, user_errors
 from opd.student import LossSettings, Student, resolve_dtype
 from opd.teachers import ColocatedTeacher
 from opd.types import LoopState
@@ -49,6 +49,9 @@ def build_student(run: Run) -> Student:
             chunk_bytes=cfg.loss.loss_chunk_bytes, packing=cfg.batch.packing,
         )  # fmt: skip
         student = Student(cfg.model, cfg.optim, run.ds_config, settings=settings, device=run.device)
+    if cfg.batch.packing:
+        with user_errors():
+            student.check_packing()
     student.sharded.offloads, why = what_leaves(
         run.ds_config, cfg.model.offload_student, dtype=resolve_dtype(cfg.model.dtype),
         use_cuda=run.device.type == "cuda",

@@ -121,11 +121,15 @@ class Student:
         self.model.train()
         wrapped = _ModelWithLoss(self.model, settings)
         self.engine = self.sharded.attach(wrapped, tuple(self.model.get_output_embeddings().parameters()))
-        if settings.packing:
-            self._check_packing(wrapped)
+        self._wrapped = wrapped
 
-    def _check_packing(self, wrapped: _ModelWithLoss) -> None:
-        """Packed rows must not see each other: state-space layers carry their state over, some attentions know no positions."""
+    def check_packing(self) -> None:
+        """Packed rows must not see each other: state-space layers carry their state over, some attentions know no positions.
+
+        ValueError if they do. Collective under ZeRO-3.
+        """
+        wrapped = self._wrapped
+        assert wrapped.settings.packing
         ids_BS = torch.arange(2, 10).view(2, 4)
         blank_BS, mask_BS = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
         zero_B = torch.zeros(2, dtype=torch.long)

@@ -1,14 +1,17 @@
 """Every mistake of a user through the door that users take: one line on stderr, status 2, and no weight loaded."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
+from transformers import MambaConfig, MambaForCausalLM
 
 import train_gkd
 import train_mopd
-from opd import config, run
+from opd import config, distributed, run
 from opd.arguments import parse
+from opd.build import build_student
 from opd.run import prepare, user_errors
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -181,3 +184,21 @@ def test_train_gkd(tiny, tmp_path, capsys, flags):
     argv = [a for a in arguments(tiny, tmp_path / "run") if not a.startswith("--teacher=")]
     line = mistake(capsys, [*argv, f"--teacher={tiny.addition}", *flags.split()], train_gkd)
     assert all(part in line for part in GKD[flags]), line
+
+
+def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    """It shows only in what the model computes, so its weights are loaded first."""
+    path = tmp_path / "mamba"
+    MambaForCausalLM(
+        MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, state_size=4, initializer_range=0.3)
+    ).save_pretrained(path)
+    argv = [*arguments(tiny, tmp_path / "run"), "--packing", "--attn_implementation", "eager"]
+    ready = prepare(parse(train_mopd.Config, argv))
+    cfg = dataclasses.replace(ready.cfg, model=dataclasses.replace(ready.cfg.model, student_model=str(path)))
+    run_of_mamba = dataclasses.replace(ready, cfg=cfg, ds_config={"zero_optimization": {"stage": 0}})
+    capsys.readouterr()
+    monkeypatch.setattr(distributed, "leave", lambda: None)  # this process has other tests to run
+    with pytest.raises(SystemExit) as stopped:
+        build_student(run_of_mamba)
+    assert stopped.value.code == 2
+    assert "error: --packing: mamba mixes sequences that lie in one row" in capsys.readouterr().err
