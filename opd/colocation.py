@@ -103,7 +103,7 @@ class Colocation:
         """
         assert self.current == "score", f"teachers have their turns in the score phase, not in {self.current}"
         order, stays = self._order(names)
-        if self._kept is not None and self._kept not in order:
+        if self._kept is not None and order[:1] != [self._kept]:
             self._put_to_sleep(self._kept)
         for place, name in enumerate(order):
             teacher, following = self.teachers[name], order[place + 1 : place + 2]
