@@ -75,7 +75,8 @@ class PromptLogprobs(vllm_engine._Engine):
         super().__init__(
             "prompt_logprobs",
             str(model),
-            sleep_level=1,
+            sleep_level=0,  # it is awake all the time
+            frozen=True,
             enforce_eager=True,
             kv_cache_gib=args.kv_cache_gib,
             dtype=dtype,
@@ -91,7 +92,8 @@ class PromptLogprobs(vllm_engine._Engine):
         params = vllm_process.import_vllm().SamplingParams(
             max_tokens=1, prompt_logprobs=self.support_k, ignore_eos=True, detokenize=False
         )
-        return self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
+        with self._active():
+            return self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
 
 
 def topk_of(outputs: list, support_k: int) -> Tensor:
