@@ -34,9 +34,11 @@ def init(local_rank: int = -1) -> torch.device:
     """
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    if "RANK" not in os.environ:
+    store = None
+    if "RANK" not in os.environ:  # the store takes a port itself: one chosen beforehand may be another run's by then
+        store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port)
         )
     use_cuda = torch.cuda.is_available()
     if (
@@ -48,7 +50,8 @@ def init(local_rank: int = -1) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        own = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **own)
     device = PartialState(cpu=not use_cuda).device
     return device if use_cuda else torch.device("cpu")  # to accelerate's cpu:0, `Tensor.to` copies what lies on the cpu
 
