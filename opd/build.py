@@ -43,6 +43,12 @@ def _console_to_log(run_dir: Path):
 def build_student(run: Run) -> Student:
     """The student under DeepSpeed. Collective: its weights are sharded while they load."""
     cfg = run.cfg
+    leaves, why = what_leaves(
+        run.ds_config, cfg.model.offload_student, dtype=resolve_dtype(cfg.model.dtype),
+        use_cuda=run.device.type == "cuda",
+    )  # fmt: skip
+    if why:
+        say(f"--offload_student {cfg.model.offload_student}: {why}")
     with _console_to_log(run.run_dir):
         settings = LossSettings(
             temperature=cfg.loss.loss_temperature, shared_vocab=run.facts.shared_vocab,
@@ -52,12 +58,7 @@ def build_student(run: Run) -> Student:
     if cfg.batch.packing:
         with user_errors():
             student.check_packing()
-    student.sharded.offloads, why = what_leaves(
-        run.ds_config, cfg.model.offload_student, dtype=resolve_dtype(cfg.model.dtype),
-        use_cuda=run.device.type == "cuda",
-    )  # fmt: skip
-    if why:
-        say(f"--offload_student {cfg.model.offload_student}: {why}")
+    student.sharded.offloads = leaves
     return student
 
 
@@ -69,6 +70,7 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
             on_disk = run.cfg.teacher.teacher_residency == "disk"
             head = (map_head if on_disk else load_head)(spec.model)
             teachers.append(ColocatedTeacher(spec, _build_engine(run, spec), head))
+        with distributed.agree_on_error(f"putting teacher {spec.name} to sleep"):
             teachers[-1].sleep()
     return teachers
 
@@ -93,6 +95,7 @@ def build_rollout_engine(run: Run) -> RolloutEngine:
             run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,
             **run.engine_options,
         )  # fmt: skip
+    with distributed.agree_on_error("putting the rollout engine to sleep"):
         engine.sleep()
     return engine
 

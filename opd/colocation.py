@@ -13,15 +13,15 @@ float32 masters and gradients; parameters leave with them only where `--offload_
 
 Three things bend the table where memory is to spare, and only there. The teacher that had the last turn keeps its weights
 (never its KV cache) until the next step, if it will have the first turn. The next teacher's weights arrive while one is
-scoring. Optimizer states leave while the rollout engine's weights already arrive.
+scoring. The optimizer states leave during the weight sync instead of before it.
 
 On a CPU the same calls are made. vLLM's engines keep their memory there and say so once; `backend: hf` teachers give theirs
 back.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from opd.ledger import Ledger
@@ -63,7 +63,8 @@ class Colocation:
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.spare, self.needs, self.lookahead = dict(spare or {}), needs, lookahead
         self.last, self.current = "start", None
-        self._kept: str | None = None  # the teacher whose weights wait for the next step
+        self._kept: str | None = None  # the teacher whose weights wait here for the next step
+        self._planned: str | None = None  # the one that waits on the ranks that had work for it: the same everywhere
 
     @contextmanager
     def step(self, step: int):
@@ -79,6 +80,8 @@ class Colocation:
         """
         if self.current is not None:
             raise RuntimeError(f"phase {name} inside {self.current}: leave that one first")
+        if name not in TABLE:
+            raise RuntimeError(f"phase {name}: there are only {', '.join(TABLE)}")
         if self.last not in TABLE[name].after:
             raise RuntimeError(f"phase {name} after {self.last}: allowed after {', '.join(TABLE[name].after)}")
         self.current = name
@@ -87,13 +90,14 @@ class Colocation:
             self._enter(TABLE[name])
             self.ledger.enter(name, self.awake)
             yield
+            self.student.settle()
+            self.ledger.leave(name, self.awake)
         except BaseException as error:
             self._sleep_all(error)
             self.last = "start"
             raise
         finally:
             self.current = None
-        self.ledger.leave(name, self.awake)
         self.last = name
 
     def turns(self, names: Collection[str]) -> Iterator[str]:
@@ -110,10 +114,11 @@ class Colocation:
             started = time.perf_counter()
             teacher.wake()
             self._kept = None
-            self.ledger.turn("score", name, self.awake, time.perf_counter() - started)
-            if following and self._fits(following, ("score",)):
-                self.teachers[following[0]].prefetch()
+            self.ledger.turn("score", f"wake {name}", self.awake, time.perf_counter() - started)
+            if following:
+                self._prefetch(self.teachers[following[0]])
             yield name
+            self.ledger.turn("score", f"done {name}", self.awake)
             if name == stays:
                 teacher.rest()
                 self._kept = name
@@ -136,15 +141,18 @@ class Colocation:
         if self.needs is None or step < 0:
             return [name for name in self.teachers if name in names], None
         needs = [list(self.needs(step + ahead)) for ahead in range(self.lookahead)]
-        may_stay = {n: t.bytes_awake for n, t in self.teachers.items() if t.can_sleep and self._fits([n], TABLE)}
-        now, following = wake_orders(needs, may_stay, awake=self._kept)[:2]
-        now = [name for name in now if name in names]
+        room = min((self.spare.get(phase, 0) for phase in TABLE), default=0)
+        may_stay = {n: t.bytes_awake for n, t in self.teachers.items() if t.can_sleep and t.bytes_awake <= room}
+        now, following = wake_orders(needs, may_stay, awake=self._planned)[:2]
         stays = now[-1] if now and following and now[-1] == following[0] and now[-1] in may_stay else None
-        return now, stays
+        self._planned = stays
+        return [name for name in now if name in names], stays
 
-    def _fits(self, names: Iterable[str], phases: Iterable[str]) -> bool:
-        needed = sum(self.teachers[name].bytes_awake for name in names)
-        return all(needed <= self.spare.get(phase, 0) for phase in phases)
+    def _prefetch(self, teacher: TeacherSleeper) -> None:
+        """Only a saving of time: what does not fit after all is left for `wake` to say."""
+        if teacher.bytes_prefetched <= self.spare.get("score", 0):
+            with suppress(RuntimeError):
+                teacher.prefetch()
 
     def _enter(self, row: Row) -> None:
         """Makes room first, then fills it. What the table wants awake already is not touched."""
@@ -157,16 +165,14 @@ class Colocation:
             self.rollout_engine.sleep()
         elif "kv_cache" not in row.rollout:
             self.rollout_engine.sleep()  # weights and cache: a load never meets a live cache
-            if not self._fits_beside(leaving, "sync"):
+            kept = self.teachers[self._kept].bytes_awake if self._kept is not None else 0
+            if kept + leaving > self.spare.get("sync", 0):
                 self.student.settle()
             self.rollout_engine.wake(["weights"])
-        elif self.last == "sync":
-            self.student.settle()
-            self.rollout_engine.wake(["kv_cache"])
+            return  # what still leaves has until the end of the phase
         self.student.settle()
-
-    def _fits_beside(self, num_bytes: int, phase: str) -> bool:
-        return num_bytes <= self.spare.get(phase, 0)
+        if row.rollout and self.last == "sync":
+            self.rollout_engine.wake(["kv_cache"])
 
     def _put_to_sleep(self, name: str) -> None:
         self.teachers[name].sleep()
@@ -174,12 +180,12 @@ class Colocation:
 
     def _sleep_all(self, cause: BaseException | None) -> None:
         """Each engine has its own chance: one that fails to sleep does not keep the others awake."""
-        self._kept = None
+        self._kept = self._planned = None
         failures = []
         for engine in (self.rollout_engine, *self.teachers.values()):
             try:
                 engine.sleep()
-            except Exception as error:
+            except BaseException as error:  # an impatient second Ctrl-C too
                 failures.append(error)
                 if cause is not None:
                     cause.add_note(f"{engine.name} could not be put to sleep: {error}")

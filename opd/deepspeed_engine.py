@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.config import OptimConfig
+from opd.host_memory import pinned_like
 
 
 def _import_deepspeed():
@@ -86,12 +87,12 @@ def what_leaves(
 
     "states" are the AdamW moments, float32 masters and gradients. `offload_student` is none, states or all.
     """
-    zero = ds_config.get("zero_optimization", {})
+    zero = ds_config.get("zero_optimization") or {}
     if not use_cuda or offload_student == "none":
         return frozenset(), ""
-    if zero.get("offload_param", {}).get("device", "none") != "none":
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
         return frozenset(), "offload_param keeps the student on the host; DeepSpeed cannot move the rest beside it"
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         return frozenset(), "offload_optimizer keeps the optimizer states on the host at all times"
     if zero.get("stage", 0) == 0:
         return frozenset(), "ZeRO stage 0 has no states that could leave the GPU; use ds_configs/zero1.json or above"
@@ -128,7 +129,7 @@ class HostCopy:
         tensors = self.tensors()
         while len(self._copies) < len(tensors):
             like = tensors[len(self._copies)]
-            self._copies.append(torch.empty_like(like, device="cpu", pin_memory=self._stream is not None))
+            self._copies.append(pinned_like(like) if self._stream else torch.empty_like(like, device="cpu"))
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):  # None on a CPU: no stream

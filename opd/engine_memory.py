@@ -13,15 +13,16 @@ Sizes are bytes. A handle is vLLM's: (device, size, address, a handle of the dri
 """
 
 import contextlib
-import mmap
-import weakref
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from opd.host_memory import pinned_buffer
+
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
+WORKSPACE = "workspace"  # scratch: nothing in it outlives a call
 DEFERRABLE = (WEIGHTS, KV_CACHE)  # any wake brings back all other tags, as in vLLM
 Handle = tuple[int, int, int, object]
 
@@ -99,14 +100,14 @@ class EngineMemory:
     # ---- Asleep ------------------------------------------------------------------------------------------------------
 
     def suspend(self, level: int) -> None:
-        """Unmaps all. The KV cache is dropped; weights are kept on the host at level 1 and dropped at level 2.
+        """Unmaps all. The KV cache and scratch are dropped; weights are kept on the host at level 1, dropped at level 2.
 
-        What has any other tag is kept. After an error some allocations may be asleep and the others are awake, each
-        whole; another call goes on from there.
+        What has another tag is kept. After an error some allocations may be asleep and the others are awake, each whole;
+        another call goes on from there.
         """
         assert level in (1, 2), f"{self.name}: sleep level {level}"
         self._put_back(set(self._arriving))
-        dropped = (KV_CACHE,) if level == 1 else (KV_CACHE, WEIGHTS)
+        dropped = (KV_CACHE, WORKSPACE) if level == 1 else (KV_CACHE, WORKSPACE, WEIGHTS)
         awake = {address: data for address, data in self._all().items() if not data.is_asleep}
         self._save({address: data for address, data in awake.items() if data.tag not in dropped})
         for address, data in self._all().items():
@@ -265,12 +266,8 @@ class CudaDriver:
         self._stream = torch.cuda.Stream()
 
     def host_buffer(self, size: int) -> Tensor:
-        """Bytes [size] in pinned pages of their own: torch's pinned allocator would round up to a power of two."""
-        buffer = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-        runtime = torch.cuda.cudart()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)))
-        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
-        return buffer
+        """Bytes [size], pinned."""
+        return pinned_buffer(size)
 
     def copy_to_host(self, handle: Handle, buffer: Tensor) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())  # what computes may still write

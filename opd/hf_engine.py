@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from opd.config import Residency
+from opd.host_memory import pinned_like
 from opd.vllm_engine import Sample
 
 # Tokens of a batch, padding included: enough for a prefill to be compute-bound, few enough for its activations to be small.
@@ -48,11 +49,12 @@ class HFEngine:
         self.awake = True
         self._base: nn.Module | None = self._load()
         self.bytes_awake = sum(t.numel() * t.element_size() for t in _tensors(self._base))
+        self.bytes_prefetched = 0 if residency == "disk" else self.bytes_awake
         self._pinned: list[Tensor] | None = None  # the host's copies, in the order of `_tensors`
         self._arriving: list[Tensor] | None = None  # the GPU's, while the side stream fills them
         if residency == "host" and self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            self._pinned = [tensor.data.pin_memory() for tensor in _tensors(self._base)]
+            self._pinned = [pinned_like(tensor).copy_(tensor.data) for tensor in _tensors(self._base)]
             self._bind(self._pinned)
             self.awake = False
             self.wake()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from opd.host_memory import pinned_bytes
+
 GIB = 1 << 30
 _PAGE_SIZE = 4096  # of /proc/self/statm, on every platform that vLLM runs on
 
@@ -34,13 +36,6 @@ def _forget_host_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _pinned_bytes() -> int:
-    """Host memory that torch holds page-locked for copies."""
-    if not torch.cuda.is_available() or not hasattr(torch.cuda, "host_memory_stats"):
-        return 0
-    return torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
-
-
 class Ledger:
     """Writes a line at every entry, turn and exit of a phase, and keeps each phase's peak.
 
@@ -55,19 +50,24 @@ class Ledger:
         self._step_peaks: dict[str, int] = {}  # since the last `take_peaks`
         self._entered = 0.0
 
+    def begin(self) -> None:
+        """A phase begins here, before anything is moved for it: its seconds and its peak count the moves."""
+        self._entered = self.clock()
+        self._forget_peak()
+
     def enter(self, phase: str, awake: Iterable[str]) -> None:
+        """All that the phase needs is awake."""
+        self._write(phase, "enter", awake, 0.0)
+
+    def _forget_peak(self) -> None:
         _forget_host_peak()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self._write(phase, "enter", awake, 0.0)
 
-    def begin(self) -> None:
-        """A phase begins here, before anything is moved for it: its seconds count the moves."""
-        self._entered = self.clock()
-
-    def turn(self, phase: str, teacher: str, awake: Iterable[str], seconds: float) -> None:
-        """A teacher's turn has begun; it took `seconds` to wake it."""
-        self._write(phase, f"wake {teacher}", awake, seconds)
+    def turn(self, phase: str, event: str, awake: Iterable[str], seconds: float = 0.0) -> None:
+        """A teacher's turn has begun, after `seconds` of waking, or it ends and the teacher is about to sleep."""
+        self._write(phase, event, awake, seconds)
+        self._forget_peak()
 
     def leave(self, phase: str, awake: Iterable[str]) -> None:
         self._write(phase, "exit", awake, self.clock() - self._entered)
@@ -93,7 +93,8 @@ class Ledger:
         cuda = torch.cuda.is_available()
         free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
         host, host_peak = host_bytes(), _host_peak_bytes()
-        # Torch's peak is above what it holds now by what has been freed since; vLLM's engines do not move within a phase.
+        # Torch's peak is above what it holds now by what has been freed since the last line that forgot it. vLLM's engines
+        # move beside torch, at those lines only.
         transient = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved() if cuda else 0
         held = total - free + transient if cuda else host_peak
         for peaks in (self.peaks, self._step_peaks):
@@ -112,7 +113,7 @@ class Ledger:
                 "gpu_held": total - free,
                 "host_rss": host,
                 "host_peak_rss": host_peak,
-                "host_pinned": _pinned_bytes(),
+                "host_pinned": pinned_bytes(),
             }
         )
 

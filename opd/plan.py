@@ -8,6 +8,7 @@ trainers use the same planner with `--plan auto` and `--dry_run`.
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+import yaml
 
 from opd import config as configuration
 from opd import distributed
@@ -60,8 +62,17 @@ def read_job(cfg, machine: Machine) -> Job:
 
 def make_job(cfg, student: ModelShape, teachers: dict[str, ModelShape], machine: Machine) -> Job:
     """A run with models whose shapes are known. ValueError for tensor parallelism that does not divide their heads."""
-    size = getattr(cfg.rollout, "rollout_tensor_parallel_size", 1)
+    ranks = machine.gpus
+    if cfg.rollout.prompts_per_step % ranks:
+        raise ValueError(f"--prompts_per_step {cfg.rollout.prompts_per_step}: must be a multiple of the {ranks} ranks")
+    size = cfg.rollout.rollout_tensor_parallel_size
     student.check_parallel("--rollout_tensor_parallel_size", size)
+    for name, number in [
+        ("--rollout_tensor_parallel_size", size),
+        *((f"teachers: {spec.name}: tensor_parallel_size", spec.tensor_parallel_size) for spec in cfg.teachers),
+    ]:
+        if ranks % number:
+            raise ValueError(f"{name} {number}: does not divide the {ranks} ranks; choose a divisor")
     for spec in cfg.teachers:
         flag = f"teachers: {spec.name}: tensor_parallel_size"
         teachers[spec.name].check_parallel(flag, getattr(spec, "tensor_parallel_size", 1))
@@ -108,6 +119,8 @@ def plan_run(cfg) -> tuple[Any, Plan | None, str]:
     configuration says too little leaves the run without a plan. Collective.
     """
     auto = cfg.run.plan == "auto"
+    if auto:
+        cfg = _with_choices_of(cfg)
     machine = machine_here(distributed.world_size())
     device_bytes, host_bytes = distributed.all_reduce([machine.device_bytes, machine.host_bytes], "min")
     machine = replace(machine, device_bytes=int(device_bytes), host_bytes=int(host_bytes))
@@ -123,6 +136,18 @@ def plan_run(cfg) -> tuple[Any, Plan | None, str]:
         for line in lines:
             say(line)
     return cfg, plan, f"{table(plan)}\n{verdict(plan)}"
+
+
+def _with_choices_of(cfg):
+    """A run that is resumed keeps the support that was planned for it: another one would make it another run."""
+    recorded = Path(cfg.run.output_dir) / "config.yaml"
+    if "support" in cfg.explicit or cfg.run.resume == "never" or not recorded.exists():
+        return cfg
+    try:
+        support = yaml.safe_load(recorded.read_text())["support"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return cfg  # what is wrong with the directory is said elsewhere
+    return replace(cfg, loss=replace(cfg.loss, support=support), explicit=cfg.explicit | {"support"})
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -172,8 +197,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     args, rest = parser.parse_known_args(argv)
     for flag in ("gpus", "gpu_memory", "host_memory", "pcie_gb_s"):
         value = getattr(args, flag)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{flag} {value:g}: must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{flag} {value:g}: must be a number above 0")
     cfg = parse(Config, rest)
     # Where prompts come from and results go does not matter here.
     complete = replace(

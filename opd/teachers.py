@@ -47,6 +47,10 @@ class ColocatedTeacher:
     def bytes_awake(self) -> int:
         return self.engine.bytes_awake
 
+    @property
+    def bytes_prefetched(self) -> int:
+        return self.engine.bytes_prefetched
+
     def sleep(self) -> None:
         self.engine.sleep()
 

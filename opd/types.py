@@ -188,6 +188,7 @@ class TeacherSleeper(Sleeper, Protocol):
 
     can_sleep: bool  # False: it never gives its memory back
     bytes_awake: int  # what it holds on the device while awake: weights and KV cache
+    bytes_prefetched: int  # what it holds there after `prefetch`
 
     def prefetch(self) -> None:
         """Starts to bring the weights without waiting for them; a later `wake` does."""

@@ -55,7 +55,7 @@ class _Engine:
         self._groups = parallel_groups(tensor_parallel_size)
         self.memory = engine_memory(name, frozen=frozen) if sleep_level else None
         if self.memory is not None:
-            options |= {"enable_sleep_mode": True, "sleep_mode_backend": register_sleep_backend()}
+            options["enable_sleep_mode"] = True
         if torch.cuda.is_available():
             # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for nothing else when the size
             # of the cache is given. The other engines and the student are on the GPU already.
@@ -74,6 +74,9 @@ class _Engine:
                 disable_log_stats=True,
                 **options,
             )
+
+            if self.memory is not None:
+                self.llm.collective_rpc(_use_own_sleep)
 
     @contextmanager
     def _active(self):
@@ -121,6 +124,11 @@ class _Engine:
             return self.memory.size()
         (weights,) = self.llm.collective_rpc(_weight_bytes)
         return weights + self._kv_cache_bytes
+
+    @property
+    def bytes_prefetched(self) -> int:
+        """Bytes on the device after `prefetch`: the weights that the host holds."""
+        return self.memory.size(WEIGHTS) if self.memory is not None and self.sleep_level == 1 else 0
 
     def _require_awake(self) -> None:
         """A request to a sleeping engine would wait for ever: vllm 0.32 stops its scheduler, without an error."""
@@ -182,6 +190,11 @@ class _Engine:
         with self._active():
             self.llm.wake_up(tags=tags)
         self._asleep -= set(tags)
+
+
+def _use_own_sleep(worker) -> None:
+    """Called by vLLM with its worker, which looks the name up when it first sleeps. vllm 0.32 knows no argument for it."""
+    worker.vllm_config.model_config.sleep_mode_backend = register_sleep_backend()
 
 
 def _weight_bytes(worker) -> int:

@@ -50,7 +50,7 @@ KINDS = ("forward_kl", "reverse_kl", "jsd")
 LOGIT_STD = 3.0  # the softmax is neither flat nor a single token
 CHECKED_TOKENS = 16
 MATMUL_TOKENS = {"cpu": 512, "cuda": 4096}  # at a time: enough to be as fast as it gets
-MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # naive logits of 10 are rounded to .03
+MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # naive logits of 10 are rounded to .03
 
 
 @dataclass(frozen=True)

@@ -133,13 +133,16 @@ def last_states(engine: HiddenStateEngine, size: Size) -> Tensor:
 # ---- sleep -----------------------------------------------------------------------------------------------------------
 
 
-def cycle(name: str, engine, canary: Callable[[], Tensor], wake: Callable[[], object], device: str) -> dict:
-    """One engine, awake at the start and at the end: its sleep, its wake, its canary. The others are asleep."""
-    before_canary, awake = canary(), used_bytes(device)
+def cycle(
+    name: str, engine, canary: Callable[[], Tensor], known: Tensor, wake: Callable[[], object], device: str
+) -> dict:
+    """One engine, awake at the start and at the end: its sleep, its wake, its canary against what it said before it ever
+    slept. The others are asleep."""
+    awake = used_bytes(device)
     sleep_s = timed(engine.sleep, device)
     asleep = used_bytes(device)
     wake_s = timed(wake, device)
-    difference = float((canary() - before_canary).abs().max())
+    difference = float((canary() - known).abs().max())
     return {
         "engine": name,
         "holds_gib": gib(engine.bytes_awake),
@@ -157,10 +160,13 @@ def measure_sleep(size: Size, device: str) -> dict:
     with models(size, device, 2) as (student, first, second):
         weights = AutoModelForCausalLM.from_pretrained(student, dtype=DTYPES[device]).state_dict()
         generator = build_generator(student, size, device)
+        known = [logprobs_of_greedy(generator, size)]
         generator.sleep()
         host = build_teacher("host", first, size, device)
+        known.append(last_states(host, size))
         host.sleep()
         disk = build_teacher("disk", second, size, device, residency="disk")
+        known.append(last_states(disk, size))
         disk.sleep()
 
         def wake_generator() -> None:
@@ -169,13 +175,14 @@ def measure_sleep(size: Size, device: str) -> dict:
             generator.wake(["kv_cache"])
 
         rows = []
-        for engine, canary, wake in (
+        sides = (
             (generator, lambda: logprobs_of_greedy(generator, size), wake_generator),
             (host, lambda: last_states(host, size), host.wake),
             (disk, lambda: last_states(disk, size), disk.wake),
-        ):
+        )
+        for (engine, canary, wake), said in zip(sides, known, strict=True):
             wake()
-            rows += [{"round": i, **cycle(engine.name, engine, canary, wake, device)} for i in range(2)]
+            rows += [{"round": i, **cycle(engine.name, engine, canary, said, wake, device)} for i in range(2)]
             engine.sleep()
         result = {"rows": rows, "ok": all(row["ok"] for row in rows)}
         if device == "cuda":

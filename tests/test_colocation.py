@@ -37,6 +37,7 @@ class Engine:
 
     def __init__(self, name: str, house: "House", bytes_awake: int = 100):
         self.name, self.house, self.bytes_awake = name, house, bytes_awake
+        self.bytes_prefetched = bytes_awake
         self.up: set[str] = set()
         self.fetched = False
 
@@ -214,6 +215,11 @@ def test_a_push_comes_first():
             House().run(phase)
 
 
+def test_a_phase_that_is_not_there():
+    with pytest.raises(RuntimeError, match="phase dream: there are only rollout, score, train, sync"):
+        House().run("dream")
+
+
 def test_no_phase_inside_another():
     house = House()
     with house.colocation.phase("sync"):
@@ -317,6 +323,35 @@ def test_the_next_teacher_is_fetched_while_one_scores():
     )
 
 
+def test_what_takes_no_memory_is_fetched_without_room():
+    """A teacher on the disk asks the kernel to read ahead."""
+    house = House()
+    house.teachers[1].bytes_prefetched = 0
+    house.run("sync", *STEP)
+    assert house.of("code")[0] == ("prefetch",) and ("prefetch",) not in house.of("law")
+
+
+def test_a_prefetch_that_fails_is_left_to_the_wake():
+    house = House(spare={"score": 1000})
+    house.run("sync", "rollout")
+
+    def full():
+        raise RuntimeError("out of memory")
+
+    house.teachers[1].prefetch = full
+    house.run("score")
+    assert house.of("code")[0] == ("wake", "kv_cache", "weights")
+
+
+def test_what_a_teacher_that_stays_takes_is_not_spare_any_more():
+    house = House(needs=lambda step: ("math",), spare=roomy(120))  # math stays with 100, 60 leave
+    house.run("sync")
+    with house.colocation.step(0):
+        house.run(*STEP, names=("math",))
+    assert house.of("math")[-1] == ("rest",)
+    assert house.events[-2:] == [("student", "settle"), ("rollout", "wake", "weights")]
+
+
 def test_only_teachers_with_work_have_a_turn():
     house = House()
     house.run("sync", "rollout")
@@ -337,6 +372,44 @@ def test_ranks_that_share_a_teacher_wake_it_in_the_same_order():
 
 
 # ---- Failures --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sets(st.sampled_from(TEACHERS), min_size=1), *[st.sets(st.sampled_from(TEACHERS))] * 2), max_size=8
+    )
+)
+def test_ranks_agree_on_a_shared_teacher(schedule):
+    """Whatever else has work on a rank: `code` is woken, from sleep or from rest, by both ranks or by none."""
+    seen = []
+    for rank in (0, 1):
+        house = House(
+            needs=lambda step: [n for n in TEACHERS if step < len(schedule) and n in schedule[step][0]],
+            spare=roomy(250),
+        )
+        house.run("sync")
+        for step, (needed, *mine) in enumerate(schedule):
+            names = [n for n in TEACHERS if n in needed and (n in mine[rank] or n == "code")]
+            with house.colocation.step(step):
+                house.run(*STEP, names=names)
+        seen.append([event for event in house.of("code") if event[0] != "prefetch"])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_failure_at_the_exit_of_a_phase_leaves_everything_asleep(phase, monkeypatch):
+    house = House()
+    if phase != "sync":
+        house.run("sync", *itertools.takewhile(lambda p: p != phase, STEP))
+
+    def full(*args):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(house.ledger, "leave", full)
+    with pytest.raises(OSError):
+        house.run(phase)
+    assert house.asleep and house.colocation.last == "start"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, RuntimeError])
@@ -391,7 +464,7 @@ def test_ledger(tmp_path):
         with house.colocation.step(step):
             house.run(*STEP, names=["math"])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    events = {phase: ("enter", "exit") for phase in PHASES} | {"score": ("enter", "wake math", "exit")}
+    events = {phase: ("enter", "exit") for phase in PHASES} | {"score": ("enter", "wake math", "done math", "exit")}
     assert [(x["step"], x["phase"], x["event"]) for x in lines] == [
         (step, phase, event)
         for step, phases in ((-1, ("sync",)), (0, STEP), (1, STEP))
@@ -401,7 +474,7 @@ def test_ledger(tmp_path):
     assert {line["rank"] for line in lines} == {3}
     awake = {(line["phase"], line["event"]): line["awake"] for line in lines}
     assert awake["rollout", "exit"] == awake["sync", "exit"] == ["rollout"]
-    assert awake["score", "wake math"] == ["math"]
+    assert awake["score", "wake math"] == awake["score", "done math"] == ["math"]
     assert awake["score", "exit"] == awake["train", "enter"] == []
     for line in lines:
         assert line["seconds"] == 0 if line["event"] == "enter" else line["seconds"] >= 0

@@ -4,6 +4,7 @@ One process with one generator and four teachers, started once. G samples, L res
 H hidden size.
 """
 
+import dataclasses
 import gc
 import json
 from collections import Counter
@@ -378,6 +379,52 @@ def test_a_half_awake_engine_sleeps_and_wakes_whole(rollout_engine, prompts):
     rollout_engine.wake()
     if not torch.cuda.is_available():  # level 2 dropped the weights
         assert rollout_engine.generate_greedily(prompts) == before
+
+
+def test_vllm_knows_every_option_of_an_engine(teachers, monkeypatch):
+    """Those that only a GPU gets too, and the way in which an engine's worker is told its sleep backend."""
+    import inspect
+
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def llm(**options):
+        seen.update(options)
+        raise Stop
+
+    allocator = SimpleNamespace(pointer_to_data={}, get_current_usage=lambda: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm, "LLM", llm)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(
+            vllm_engine, "engine_memory", lambda name, frozen: EngineMemory(name, allocator, driver=None, frozen=frozen)
+        )
+        with pytest.raises(Stop):
+            HiddenStateEngine(
+                "x",
+                "nowhere",
+                tokenizer="nowhere",
+                dtype="float32",
+                max_model_len=8,
+                kv_cache_gib=0.1,
+                trust_remote_code=False,
+            )
+    known = {f.name for f in dataclasses.fields(EngineArgs)} | set(inspect.signature(vllm.LLM.__init__).parameters)
+    assert {"enable_sleep_mode", "gpu_memory_utilization"} <= set(seen) <= known
+
+    engine = teachers["addition"].engine
+    engine.llm.collective_rpc(vllm_engine._use_own_sleep)
+    (name,) = engine.llm.collective_rpc(_sleep_backend_of)
+    assert name == "opd"
+
+
+def _sleep_backend_of(worker) -> str:
+    return worker.vllm_config.model_config.sleep_mode_backend
 
 
 def test_the_rollout_engines_canary(rollout_engine, reference, monkeypatch):
