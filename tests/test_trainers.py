@@ -26,6 +26,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd import distributed
+from tests.conftest import LAUNCH_VARIABLES
 from tests.test_metrics import documented_keys, undocumented
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +98,8 @@ def command(models: Models, output_dir, *flags, script="train_mopd.py", launcher
 
 def start(arguments: list[str], **env) -> subprocess.CompletedProcess:
     """Runs to the end; the output is in the error message if a test fails on it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
+    mine = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}  # this process may be a rank of its own
+    environment = {**mine, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
     return subprocess.run(
         arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False
     )
