@@ -198,7 +198,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     for flag in ("gpus", "gpu_memory", "host_memory", "pcie_gb_s"):
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{flag} {value:g}: must be a number above 0")
+            raise ValueError(f"--{flag} {value:g}: must be above 0 and finite")
     cfg = parse(Config, rest)
     # Where prompts come from and results go does not matter here.
     complete = replace(

@@ -424,6 +424,12 @@ def test_the_planner_takes_every_flag_of_the_trainers():
         (("--config", "nope.yaml"), "--config nope.yaml: no such file"),
         (("--gpus", "0"), "--gpus 0: must be above 0"),
         (("--gpu_memory", "-1"), "--gpu_memory -1: must be above 0"),
+        (("--host_memory", "inf"), "--host_memory inf: must be above 0 and finite"),
+        (("--gpus", "8", "--prompts_per_step", "12"), "--prompts_per_step 12: must be a multiple of the 8 ranks"),
+        (
+            ("--gpus", "2", "--rollout_tensor_parallel_size", "4"),
+            "--rollout_tensor_parallel_size 4: does not divide the 2 ranks",
+        ),
         (("--student_model", "/nope"), "--student_model /nope: no such model directory"),
         (("--plot", "/nope/x.png"), "--plot /nope/x.png: cannot be written"),
         (("--ds_config", "nope.json"), "--ds_config nope.json: no such file"),
@@ -510,6 +516,27 @@ def test_off_changes_nothing_and_plans_all_the_same(tiny, tmp_path, capsys):
     run = prepare(cfg)
     assert run.cfg == cfg and "plan:" not in capsys.readouterr().out
     assert run.plan.choices.kv_cache == GIB and run.plan.fits
+
+
+def test_a_resumed_run_keeps_the_support_that_was_planned(tiny, tmp_path):
+    """Memory that is free at another moment must not make it another run."""
+    run_dir = tmp_path / "run"
+    flags = [
+        f"--student_model={tiny.student}",
+        f"--teacher={tiny.addition}",
+        f"--data={tiny.train}",
+        f"--output_dir={run_dir}",
+    ]
+    cfg = parse(train_mopd.Config, [*flags, "--plan", "auto"])
+    assert plan._with_choices_of(cfg) == cfg, "a fresh run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("support: teacher_topk\n")
+    kept = plan._with_choices_of(cfg)
+    assert kept.loss.support == "teacher_topk" and "support" in kept.explicit
+    given = parse(train_mopd.Config, [*flags, "--plan", "auto", "--support", "full"])
+    assert plan._with_choices_of(given) == given, "a flag is the user's word"
+    (run_dir / "config.yaml").write_text("[")
+    assert plan._with_choices_of(cfg) == cfg
 
 
 def test_without_a_prediction_a_run_goes_on_but_auto_stops(tiny, says_too_little, tmp_path):
