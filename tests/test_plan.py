@@ -427,8 +427,8 @@ def test_the_planner_takes_every_flag_of_the_trainers():
         (("--host_memory", "inf"), "--host_memory inf: must be above 0 and finite"),
         (("--gpus", "8", "--prompts_per_step", "12"), "--prompts_per_step 12: must be a multiple of the 8 ranks"),
         (
-            ("--gpus", "2", "--rollout_tensor_parallel_size", "4"),
-            "--rollout_tensor_parallel_size 4: does not divide the 2 ranks",
+            ("--gpus", "3", "--prompts_per_step", "3", "--rollout_tensor_parallel_size", "2"),
+            "--rollout_tensor_parallel_size 2: does not",
         ),
         (("--student_model", "/nope"), "--student_model /nope: no such model directory"),
         (("--plot", "/nope/x.png"), "--plot /nope/x.png: cannot be written"),
