@@ -455,17 +455,12 @@ def test_a_model_that_says_too_little(run_yaml, says_too_little, capsys):
     assert status == 2 and "config.json has no num_attention_heads" in err and str(says_too_little) in err
 
 
-def test_tensor_parallelism_that_does_not_divide_the_heads(published):
-    @dataclasses.dataclass(frozen=True)
-    class Spec(TeacherSpec):
-        tensor_parallel_size: int = 1
-
+@pytest.mark.parametrize(("size", "ranks", "what"), [(64, 64, "32 attention heads"), (3, 8, "8 ranks")])
+def test_tensor_parallelism_that_does_not_divide(published, size, ranks, what):
     job = job_of(published, "1.7B", ["8B"])
-    cfg = replace(job.cfg, teachers=(Spec("t0", "t0", ("t0",), tensor_parallel_size=3),))
-    with pytest.raises(
-        ValueError, match=r"teachers: t0: tensor_parallel_size 3: does not divide the 32 attention heads"
-    ):
-        plan.make_job(cfg, job.student, job.teachers, job.machine)
+    cfg = replace(job.cfg, teachers=(TeacherSpec("t0", "t0", ("t0",), tensor_parallel_size=size),))
+    with pytest.raises(ValueError, match=f"teachers: t0: tensor_parallel_size {size}: does not divide the {what}"):
+        plan.make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
 
 
 def test_json_is_plain_data(published):
