@@ -99,12 +99,9 @@ def what_leaves(
     if offload_student == "states":
         return frozenset({"states"}), ""
     if zero["stage"] < 3:  # DeepSpeed 0.19.8 brings them back without their shapes
-        return frozenset(
-            {"states"}
-        ), f"parameters stay on the GPU under ZeRO stage {zero['stage']}; only stage 3 moves them"
-    if (
-        dtype is torch.float32
-    ):  # DeepSpeed may keep masters that are views of the parameters, and brings these back apart
+        why = f"parameters stay on the GPU under ZeRO stage {zero['stage']}; only stage 3 moves them"
+        return frozenset({"states"}), why
+    if dtype is torch.float32:  # masters may be views of the parameters, which DeepSpeed would bring back apart
         return frozenset({"states"}), "float32 parameters stay on the GPU; only bfloat16 ones move"
     return frozenset({"states", "parameters"}), ""
 
@@ -199,7 +196,7 @@ class ShardedEngine:
         return self.engine
 
     def _masters_and_moments(self) -> list[Tensor]:
-        """What AdamW owns under ZeRO-3. A float32 model is its own master and is left out."""
+        """What AdamW owns under ZeRO-3, without masters that are the parameters themselves."""
         zero = self.engine.optimizer
         parameters = zero.lp_param_buffer.untyped_storage().data_ptr()
         masters = [t for t in zero.fp32_partitioned_groups_flat if t.untyped_storage().data_ptr() != parameters]
@@ -272,10 +269,8 @@ class ShardedEngine:
         Returns the bytes that leave; their GPU memory is free after `settle`. Only what `offloads` names ever moves.
         """
         away = set()
-        if "states" in self.offloads and not states:
-            away |= (
-                {"lp_grads", "contiguous_grad_buffer"} if self.stage == 3 else {"hp_params", "optim_states", "lp_grads"}
-            )
+        if "states" in self.offloads and not states:  # under ZeRO-3 masters and moments go by `HostCopy`
+            away |= {"lp_grads", *(("contiguous_grad_buffer",) if self.stage == 3 else ("hp_params", "optim_states"))}
         if "parameters" in self.offloads and not parameters:
             away.add("lp_params")
         if self._on_host - away:  # DeepSpeed 0.19.8 brings all back or nothing

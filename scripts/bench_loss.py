@@ -50,7 +50,8 @@ KINDS = ("forward_kl", "reverse_kl", "jsd")
 LOGIT_STD = 3.0  # the softmax is neither flat nor a single token
 CHECKED_TOKENS = 16
 MATMUL_TOKENS = {"cpu": 512, "cuda": 4096}  # at a time: enough to be as fast as it gets
-MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 1e-1}  # naive logits of 10 are rounded to .03
+MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # naive logits of 10 are rounded to .03
+MAX_ERROR_OF_PEERS = {**MAX_ERROR, torch.float32: 1e-3}  # the naive JSD is 1.5e-4 off at H = 2,048
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def check_agreement(names: list[str], inputs: Inputs, case: Case, reference: tup
     for name in names:
         loss, grad_CH = loss_and_gradients(LOSSES[name], inputs, case)
         errors[name] = max(relative_error(loss, reference[0]), relative_error(grad_CH, reference[1]))
-        if not errors[name] <= MAX_ERROR[case.dtype]:
+        if not errors[name] <= (MAX_ERROR if name == "ours" else MAX_ERROR_OF_PEERS)[case.dtype]:
             sys.exit(f"{name} disagrees with float64 by {errors[name]:.2g} on {case}: nothing was timed")
     return errors
 
