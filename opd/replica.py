@@ -1,0 +1,129 @@
+"""What a pool knows of one replica: whether it is in rotation, how many strikes it has, how fast it is. No I/O, no clock.
+
+A replica leaves the rotation when it is dead (its port refuses), after three strikes in a row (a failed request, or a probe
+that failed while nothing else came back), or when it is far slower than its neighbours for three windows. It comes back
+after a probe that was answered, and not before its time out is over; each time it leaves, that time doubles.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long and how often; seconds. A stopped or wedged replica is out after `probe_every_s + strikes * probe_timeout_s`."""
+
+    wait_s: float = 30.0  # a request that has failed waits this long for an answer, from its first failure
+    timeout_s: float = 120.0  # of one attempt; for a replica that loses answers while its probes succeed
+    connect_s: float = 3.0
+    max_inflight: int = 32  # requests per replica
+    probe_every_s: float = 2.0
+    probe_timeout_s: float = 3.0
+    strikes: int = 3
+    retry_share: float = 0.1  # of the requests may be sent again to replicas that are alive
+    retry_reserve: float = 10.0  # and so many at least
+    slow_factor: float = 5.0  # times the fastest neighbour
+    slow_s: float = 1.0  # nobody is slow below
+    shortest_out_s: float = 0.5
+    longest_out_s: float = 30.0
+
+
+@dataclass(slots=True)
+class Replica:
+    """One URL. Times are those of a monotonic clock."""
+
+    url: str
+    limits: Limits
+    in_rotation: bool = True
+    suspect: bool = False  # a connection broke: no new requests until a probe says whether it lives
+    strikes: int = 0
+    slow_windows: int = 0
+    answers: int = 0  # forward progress, of requests and probes
+    sent: int = 0
+    last_error: str = ""
+    not_before: float = 0.0  # it said that it is busy until then
+    back_after: float = 0.0  # no earlier return to the rotation
+    engine_steps: float = -1.0  # what its metrics said last; below 0 nothing
+    inflight: dict[object, float] = field(default_factory=dict)  # attempt -> when it was sent
+    _pace: float = 0.0  # s per request, a moving average
+    _out_s: float = 0.0  # how long it was out last time
+    _returned: float = 0.0
+
+    def may_take(self, now: float) -> bool:
+        """Whether a new request may go there."""
+        return (
+            self.in_rotation and not self.suspect and now >= self.not_before
+            and len(self.inflight) < self.limits.max_inflight
+        )  # fmt: skip
+
+    def answered(self, seconds: float | None) -> None:
+        """An answer that is good came; `seconds` is None for a probe's, which says nothing of how fast requests are."""
+        self.answers += 1
+        self.strikes = 0
+        if seconds is not None:
+            self._pace = seconds if self._pace == 0 else 0.7 * self._pace + 0.3 * seconds
+
+    def struck(self, error: str) -> bool:
+        """A strike; whether it was the last one allowed."""
+        self.strikes, self.last_error = self.strikes + 1, error
+        return self.strikes >= self.limits.strikes
+
+    def leave(self, error: str, now: float) -> None:
+        """Out of rotation. Who leaves again soon after coming back stays out for twice as long."""
+        soon = now - self._returned < 4 * max(self._out_s, self.limits.probe_every_s)
+        wanted = 2 * self._out_s if soon and self._out_s else self.limits.shortest_out_s
+        self._out_s = min(wanted, self.limits.longest_out_s)
+        self.in_rotation, self.suspect, self.last_error = False, False, error
+        self.back_after, self.slow_windows = now + self._out_s, 0
+
+    def come_back(self, now: float) -> bool:
+        """A probe was answered: in rotation again, if its time is over. Whether it is."""
+        if now >= self.back_after:
+            self.in_rotation, self._returned = True, now
+            self.strikes, self._pace = 0, 0.0
+        return self.in_rotation
+
+    def latency(self, now: float) -> float:
+        """Seconds that a request takes here at the moment: by the last answers, or by how long the oldest has waited."""
+        oldest = min(self.inflight.values(), default=now)
+        return max(self._pace, now - oldest)
+
+    def is_slow(self, others: list["Replica"], now: float) -> bool:
+        """One window more: whether three in a row were far slower than those of the fastest neighbour.
+
+        Like is compared with like: long requests make all of them slow, and then none of them is.
+        """
+        latency = self.latency(now)
+        neighbours = [o.latency(now) for o in others if o is not self and o.in_rotation and o.answers > 0]
+        bound = max(self.limits.slow_s, self.limits.slow_factor * min(neighbours, default=float("inf")))
+        self.slow_windows = self.slow_windows + 1 if self.inflight and latency > bound else 0
+        return self.slow_windows >= 3
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    """How often requests may be sent again to replicas that are alive: a share of all requests, and then one at a time.
+
+    A request that cannot be dropped must be sent until it is answered; but a fleet that fails now and then must not get a
+    multiple of the load for it. Requests that a dead replica took with it are no retries: nobody answers them twice.
+    """
+
+    limits: Limits
+    tokens: float = 0.0
+    one_under_way: bool = False
+
+    def __post_init__(self):
+        self.tokens = self.limits.retry_reserve
+
+    def earn(self) -> None:
+        """A new request came."""
+        self.tokens = min(self.tokens + self.limits.retry_share, 10 * self.limits.retry_reserve)
+
+    def spend(self) -> bool | None:
+        """Whether a retry may go now: False: paid for; True: as the one beyond the budget; None: it has to wait."""
+        if self.tokens >= 1:
+            self.tokens -= 1
+            return False
+        if self.one_under_way:
+            return None
+        self.one_under_way = True
+        return True

@@ -1,0 +1,230 @@
+"""A teacher behind URLs: what its servers say of themselves, and whether that fits the run. Asked once, at start.
+
+Two protocols look alike here: `json` is a vLLM server's `/v1/completions` with `prompt_logprobs`, `binary` is our own scoring
+server. Which one it is, the server says at `/version`. Every replica is asked, and all must give the same answers: model,
+context length, tokenizer, and the log-probability of one fixed token, the canary. The canary is also the probe of the pool: a
+replica that comes back with another model does not come back into the rotation.
+"""
+
+import functools
+import json
+import math
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from opd.replica import Limits
+from opd.servers import ReplicaPool
+from opd.transport import Call
+from opd.wire import BadAnswer, Question, completion_request, decode_completion, decode_scores, encode_ids
+
+Protocol = Literal["json", "binary"]
+
+CANARY = Question(prompt_ids=list(range(2, 9)), response_ids=[9], payload="sampled", support_k=0, vocab=10)
+CANARY_TOLERANCE = 0.05  # nats: kernels may add up in another order, in half precision
+PROBE_TEXT = "Tokens: 12 + 34 = 46, naïve café\n\tdef f(x):\n        return x ** 2  # 你好"
+BINARY_PROTOCOL = "opd-scoring-1"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What all replicas of a teacher agree on."""
+
+    protocol: Protocol
+    name: str  # what requests call it
+    context: int  # tokens
+    tokens: tuple[int, ...] | None  # of PROBE_TEXT; None if the server has no tokenizer
+    canary: float  # log-probability
+    content: str | None = None  # the content hash of its files, where the server tells
+    vocab_size: int | None = None
+    hidden_size: int = 0
+    max_support_k: int | None = None
+    eos_ids: tuple[int, ...] | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    @property
+    def identity(self) -> str:
+        """For the fingerprint of a run: the content where it is known, else the name."""
+        return self.content or f"served:{self.name}"
+
+
+def score_call(model: ServedModel | str, protocol: Protocol, question: Question, request_id: str = "") -> Call:
+    """The request that scores one response; its `read` gives the fields of `TeacherScores`."""
+    name = model if isinstance(model, str) else model.name
+    if protocol == "json":
+        return Call(
+            "/v1/completions", json.dumps(completion_request(question, name)).encode(), request_id=request_id,
+            most_bytes=question.most_bytes_json, read=functools.partial(decode_completion, question=question),
+            tokens=question.num_tokens,
+        )  # fmt: skip
+    asked = {
+        "prompt_length": len(question.prompt_ids), "payload": question.payload, "support_k": question.support_k,
+        "temperature": question.temperature, "vocab": question.vocab,
+    }  # fmt: skip
+    return Call(
+        "/score?" + urllib.parse.urlencode(asked), encode_ids([*question.prompt_ids, *question.response_ids]),
+        content_type="application/octet-stream", request_id=request_id, most_bytes=question.most_bytes_binary,
+        read=functools.partial(decode_scores, question=question), tokens=question.num_tokens,
+    )  # fmt: skip
+
+
+def probe_call(model: ServedModel) -> Call:
+    """One token, scored: the engine has to compute it, and with the weights that it had at start."""
+    call = score_call(model, model.protocol, CANARY)
+
+    def read(body: bytes) -> float:
+        logprob = float(call.read(body)["sampled_logprobs"][0])
+        if not abs(logprob - model.canary) <= CANARY_TOLERANCE:
+            raise BadAnswer(f"another model: its canary is {logprob:.4f} and was {model.canary:.4f} at start")
+        return logprob
+
+    return Call(call.path, call.body, content_type=call.content_type, most_bytes=call.most_bytes, read=read)
+
+
+def progress_call(model: ServedModel) -> Call:
+    """The engine's own count of steps, from its metrics: it grows while a full server answers nothing."""
+    names = {"json": "vllm:iteration_tokens_total_count", "binary": "opd_batches_total"}
+
+    def read(body: bytes) -> float:
+        lines = [line for line in body.decode(errors="replace").splitlines() if line.startswith(names[model.protocol])]
+        if not lines:
+            raise BadAnswer(f"its metrics have no {names[model.protocol]}")
+        return math.fsum(float(line.rpartition(" ")[2]) for line in lines)
+
+    return Call("/metrics", read=read, most_bytes=1 << 22)
+
+
+def open_pool(name: str, urls: Sequence[str], model: ServedModel, limits: Limits, api_key: str | None) -> ReplicaPool:
+    """The pool that scores, of replicas that `inspect_replicas` has found to be alike."""
+    return ReplicaPool(
+        name, urls, probe=probe_call(model), progress=progress_call(model), limits=limits, api_key=api_key
+    )
+
+
+# ---- At start --------------------------------------------------------------------------------------------------------
+
+
+def inspect_replicas(flag: str, urls: Sequence[str], model: str, api_key: str | None, timeout_s: float = 60.0) -> ServedModel:
+    """Asks every replica what it is. ValueError with one line, beginning with `flag`, for whatever does not fit.
+
+    `model` is the name to use where a server has several; empty or a local directory where it has one.
+    """
+    # Nobody is in rotation or out of it yet, so no probes: the pool is only asked directly.
+    quiet = Limits(probe_every_s=1e6)
+    with ReplicaPool(flag, urls, probe=Call("/health"), limits=quiet, api_key=api_key) as pool:
+
+        def ask(call: Call, what: str) -> dict[str, Any]:
+            answers = pool.ask_each(call, timeout_s)
+            for url, answer in answers.items():
+                if isinstance(answer, Exception):
+                    raise ValueError(f"{flag}: {url} {what}: {answer}")
+            return answers
+
+        versions = ask(_json_call("/version"), "cannot be reached")
+        found = {
+            url: "binary" if version.get("protocol") == BINARY_PROTOCOL else "json" for url, version in versions.items()
+        }
+        protocol = _agreed(flag, "protocol", found)
+        listed = ask(_json_call("/v1/models"), "does not list its models")
+        chosen = {url: _choose(flag, url, content, model) for url, content in listed.items()}
+        name = _agreed(flag, "model", {url: entry["id"] for url, entry in chosen.items()})
+        context = _agreed(flag, "context length", {url: entry.get("max_model_len") for url, entry in chosen.items()})
+        if not isinstance(context, int):
+            raise ValueError(f"{flag}: {urls[0]} does not say its context length (max_model_len)")
+        tokens = _tokens(pool, name, timeout_s)
+        facts: dict[str, Any] = {}
+        if protocol == "binary":
+            answers = ask(_json_call("/info"), "does not describe its model")
+            _agreed(flag, "content of the model", {url: a.get("content") for url, a in answers.items()})
+            facts = _binary_facts(flag, next(iter(answers.values())))
+        scored = ask(score_call(name, protocol, CANARY), "does not score (a vLLM server has to allow prompt_logprobs)")
+        canaries = {url: float(answer["sampled_logprobs"][0]) for url, answer in scored.items()}
+    first = next(iter(canaries.values()))
+    for url, canary in canaries.items():
+        if not abs(canary - first) <= CANARY_TOLERANCE:
+            raise ValueError(
+                f"{flag}: {url} has another model than {urls[0]}: the log-probability of the canary is {canary:.4f} there "
+                f"and {first:.4f} here; replicas of one teacher must serve the same weights"
+            )
+    return ServedModel(
+        protocol=protocol, name=name, context=context, tokens=_agreed(flag, "tokenizer", tokens), canary=first, **facts
+    )
+
+
+def check_support_k(flag: str, urls: Sequence[str], model: ServedModel, question: Question, api_key: str | None) -> None:
+    """Asks every replica for as many candidates as the run will; ValueError if one gives fewer."""
+    with ReplicaPool(flag, urls, probe=Call("/health"), limits=Limits(probe_every_s=1e6), api_key=api_key) as pool:
+        for url, answer in pool.ask_each(score_call(model, model.protocol, question)).items():
+            if isinstance(answer, Exception):
+                raise ValueError(
+                    f"--support_k {question.support_k}: {flag}: {url} does not give as many: {answer}; start it with "
+                    f"--max-logprobs {question.support_k} (a scoring server: --max_support_k), or lower --support_k"
+                )
+
+
+def _json_call(path: str) -> Call:
+    def read(body: bytes) -> dict:
+        try:
+            content = json.loads(body)
+        except ValueError:
+            raise BadAnswer("its answer is not JSON: is it a vLLM or a scoring server?") from None
+        if not isinstance(content, dict):
+            raise BadAnswer("its answer is not a JSON object: is it a vLLM or a scoring server?")
+        return content
+
+    return Call(path, read=read)
+
+
+def _agreed(flag: str, what: str, by_url: dict[str, Any]) -> Any:
+    (first_url, first), *others = by_url.items()
+    for url, value in others:
+        if value != first:
+            raise ValueError(
+                f"{flag}: the replicas differ in their {what}: {_short(first)} at {first_url}, {_short(value)} at {url}; "
+                "they must serve the same model alike"
+            )
+    return first
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _choose(flag: str, url: str, content: dict, model: str) -> dict:
+    entries = [entry for entry in content.get("data", ()) if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    named = [entry for entry in entries if model in (entry["id"], entry.get("root"))]
+    if named:
+        return named[0]
+    if len(entries) != 1:
+        names = ", ".join(entry["id"] for entry in entries) or "no model"
+        raise ValueError(f"{flag}: {url} serves {names}; name the teacher's with `model`")
+    return entries[0]
+
+
+def _tokens(pool: ReplicaPool, name: str, timeout_s: float) -> dict[str, tuple[int, ...] | None]:
+    """URL -> the tokens of PROBE_TEXT; None where a server has no tokenizer."""
+
+    def read(body: bytes) -> tuple[int, ...]:
+        try:
+            return tuple(map(int, json.loads(body)["tokens"]))
+        except (ValueError, KeyError, TypeError):
+            raise BadAnswer("no tokens") from None
+
+    body = json.dumps({"model": name, "prompt": PROBE_TEXT, "add_special_tokens": False}).encode()
+    answers = pool.ask_each(Call("/tokenize", body, read=read), timeout_s)
+    return {url: None if isinstance(answer, Exception) else answer for url, answer in answers.items()}
+
+
+def _binary_facts(flag: str, info: dict) -> dict[str, Any]:
+    readers: dict[str, tuple[str, Callable]] = {
+        "content": ("content", str), "vocab_size": ("vocab_size", int), "hidden_size": ("hidden_size", int),
+        "max_support_k": ("max_support_k", int), "eos_ids": ("eos_ids", lambda ids: tuple(map(int, ids))),
+        "logit_scale": ("logit_scale", float), "logit_softcap": ("logit_softcap", lambda x: None if x is None else float(x)),
+    }  # fmt: skip
+    try:
+        return {name: read(info[key]) for name, (key, read) in readers.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{flag}: a scoring server of another version: {error!r} in its /info") from None

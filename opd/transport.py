@@ -1,0 +1,110 @@
+"""One HTTP request: what is asked, how long and how much is waited for, and what can become of it.
+
+An answer's body is read up to a bound and a deadline that the caller sets, whatever its headers promise. Redirects are not
+followed and the environment's proxies not used: a request goes where its URL says. Compressed bodies are not asked for.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from opd.wire import BadAnswer
+
+LONGEST_RETRY_AFTER_S = 10.0
+ERROR_BYTES = 1 << 16  # of the text of an error
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request, the same at whichever replica. `read` turns the body of the answer into a value, or raises BadAnswer."""
+
+    path: str
+    body: bytes | None = None  # None is a GET
+    content_type: str = "application/json"
+    request_id: str = ""  # the same at every attempt: whoever answers, it is the same question
+    most_bytes: int = 1 << 20  # of an answer's body; a longer one is not read
+    read: Callable[[bytes], Any] = bytes
+    tokens: int = 0  # for the statistics
+
+
+class Rejected(RuntimeError):
+    """A server understood the request and refuses it (4xx): no other replica will answer it either."""
+
+
+class Failure(Exception):
+    """One attempt failed. `kind` is refused (nobody listens), connection (it broke), busy, status, timeout or answer."""
+
+    def __init__(self, kind: str, text: str, retry_after: float = 0.0):
+        super().__init__(text)
+        self.kind, self.retry_after = kind, retry_after
+
+
+class Transport:
+    """A pool of at most `connections` connections, for one event loop. The key is sent as a bearer token."""
+
+    def __init__(self, connections: int, connect_s: float, api_key: str | None = None):
+        self._client = httpx.AsyncClient(
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            trust_env=False, follow_redirects=False, timeout=httpx.Timeout(None, connect=connect_s),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        )  # fmt: skip
+        self._sent = self._received = 0
+
+    async def send(self, url: str, call: Call, timeout_s: float) -> bytes:
+        """The body of a 200. Raises Failure, Rejected, or BadAnswer if it is too long."""
+        headers = {"X-Request-Id": call.request_id} if call.request_id else {}
+        if call.body is not None:
+            headers["Content-Type"] = call.content_type
+        self._sent += len(call.body or b"")
+        method = "GET" if call.body is None else "POST"
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._client.stream(method, url + call.path, content=call.body, headers=headers) as response,
+            ):
+                body = await _read(response, call.most_bytes if response.status_code == 200 else ERROR_BYTES)
+        except TimeoutError:
+            raise Failure("timeout", f"no answer within {timeout_s:g} s") from None
+        except (httpx.ConnectTimeout, httpx.ConnectError) as error:
+            raise Failure("refused", f"cannot connect: {str(error) or type(error).__name__}") from None
+        except httpx.HTTPError as error:
+            raise Failure("connection", f"{type(error).__name__}: {error}") from None
+        self._received += len(body)
+        if response.status_code == 200:
+            return body
+        text = f"HTTP {response.status_code}: {' '.join(body[:300].decode(errors='replace').split())}"
+        if response.status_code == 429:
+            raise Failure("busy", text, _retry_after(response.headers.get("Retry-After", "")))
+        if 400 <= response.status_code < 500:
+            raise Rejected(f"{url}{call.path.partition('?')[0]}: {text}")
+        raise Failure("status", text)
+
+    def take_bytes(self) -> tuple[int, int]:
+        """Bytes of bodies sent and received since the last call."""
+        taken, self._sent, self._received = (self._sent, self._received), 0, 0
+        return taken
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await self._client.aclose()
+
+
+async def _read(response: httpx.Response, most: int) -> bytes:
+    parts, size = [], 0
+    async for part in response.aiter_raw():
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            raise BadAnswer(f"a body of more than {most} bytes")
+    return b"".join(parts)
+
+
+def _retry_after(value: str) -> float:
+    """Seconds of a Retry-After header; its other form, a date, counts as 1 s."""
+    try:
+        return min(max(float(value), 0.0), LONGEST_RETRY_AFTER_S)
+    except ValueError:
+        return 1.0
