@@ -9,61 +9,104 @@ import difflib
 import sys
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from opd.config import Backend, TeacherSpec, groups_of
+from opd.config import Backend, LocalBackend, TeacherSpec, groups_of
+
+# Keys under which people write the secret itself.
+_SECRET_KEYS = {"api_key", "apikey", "key", "token", "auth_token", "access_token", "secret", "password"}
 
 
-def resolve_teachers(flags: list[str], backend: Backend = "vllm") -> tuple[TeacherSpec, ...]:
-    """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH takes every domain."""
+def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:
+    """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH every domain; URLs may stand for a path."""
     specs = []
     for value in flags:
         name, equals, model = value.partition("=")
-        if not equals or "/" in name:  # a path may hold an equals sign, a name no slash
-            specs.append(TeacherSpec("default", value, "*", backend=backend))
+        if not equals or "/" in name:  # a path or URL may hold an equals sign, a name no slash
+            name, model, domains = "default", value, "*"
         elif name and model:
-            specs.append(TeacherSpec(name, model, (name,), backend=backend))
+            domains = (name,)
         else:
-            raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH")
+            raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH, or URLs instead of the path")
+        if model.lower().startswith(("http://", "https://")):
+            specs.append(TeacherSpec(name, "", domains, backend="server", urls=tuple(map(base_url, model.split(",")))))
+        else:
+            specs.append(TeacherSpec(name, model, domains, backend=backend))
     return tuple(specs)
 
 
-def teachers_from_yaml(entries: Any, path: str, backend: Backend = "vllm") -> tuple[TeacherSpec, ...]:
+def base_url(url: str) -> str:
+    """A server's address in one spelling: host in lower case, without a slash or `/v1` at its end."""
+    try:
+        parts = urlsplit(url.strip())
+    except ValueError:
+        return url  # the validation says what is wrong with it
+    host = parts.netloc.rpartition("@")
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return parts._replace(netloc="".join((*host[:2], host[2].lower())), path=path).geturl()
+
+
+def teachers_from_yaml(entries: Any, path: str, backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:
     """The long form of `teachers`, checked key by key; `backend` is for entries that name none."""
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: teachers must be a list of {{name, model, domains, weight, backend}}")
-    specs = []
-    known = [f.name for f in dataclasses.fields(TeacherSpec)]
-    for entry in entries:
-        if not isinstance(entry, dict) or not entry.get("name") or not entry.get("model"):
-            raise ValueError(f"{path}: teachers: {entry!r} needs at least `name` and `model`")
-        for key in entry:
-            if key not in known:
-                raise ValueError(f"{path}: teachers: {entry['name']}: unknown key `{key}`{nearest(key, known)}")
-        domains = entry.get("domains", [entry["name"]])
-        if domains != "*" and not (isinstance(domains, list) and domains):
+    return tuple(_teacher_from_yaml(entry, path, backend) for entry in entries)
+
+
+def _teacher_from_yaml(entry: Any, path: str, backend: LocalBackend) -> TeacherSpec:
+    known, backends = [f.name for f in dataclasses.fields(TeacherSpec)], get_args(Backend)
+    if isinstance(entry, dict):
+        _refuse_secrets(entry, f"{path}: teachers")
+    if not isinstance(entry, dict) or not entry.get("name"):
+        raise ValueError(f"{path}: teachers: {entry!r} needs at least `name` and `model`")
+    where = f"{path}: teachers: {entry['name']}"
+    for key in entry:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key `{key}`{nearest(str(key), known)}")
+
+    own_backend = entry.get("backend", backend)
+    if own_backend not in backends:
+        raise ValueError(
+            f"{where}: backend must be {', '.join(backends[:-1])} or {backends[-1]}, got {own_backend!r}"
+            f"{nearest(str(own_backend).lower(), list(backends))}"
+        )
+    if not entry.get("model") and own_backend != "server":
+        raise ValueError(f"{where}: needs at least `name` and `model`; only backend server does without a model")
+    domains = entry.get("domains", [entry["name"]])
+    if domains != "*" and not (isinstance(domains, list) and domains):
+        raise ValueError(f"{where}: domains must be a list of names or '*', got {domains!r}")
+    weight = entry.get("weight")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
+        raise ValueError(f"{where}: weight must be a number, got {weight!r}")
+    size = entry.get("tensor_parallel_size", 1)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ValueError(f"{where}: tensor_parallel_size must be a whole number, got {size!r}")
+    urls = entry.get("urls") or []
+    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):  # not shown: it may hold a secret
+        raise ValueError(f"{where}: urls must be a list like [http://127.0.0.1:8000]")
+    return TeacherSpec(
+        name=str(entry["name"]),
+        model=str(entry.get("model") or ""),
+        domains="*" if domains == "*" else tuple(map(str, domains)),
+        weight=None if weight is None else float(weight),
+        backend=own_backend,
+        tensor_parallel_size=size,
+        urls=tuple(map(base_url, urls)),
+        api_key_env=str(entry.get("api_key_env") or ""),
+    )
+
+
+def _refuse_secrets(content: dict[Any, Any], where: str) -> None:
+    """A file is copied into the run directory, so no key may stand in it. The message does not repeat the secret."""
+    for key in content:
+        if str(key).lower().replace("-", "_") in _SECRET_KEYS:
             raise ValueError(
-                f"{path}: teachers: {entry['name']}: domains must be a list of names or '*', got {domains!r}"
+                f"{where}: `{key}`: no secret may stand in a file; put it into an environment variable and name that one in "
+                "the teacher's `api_key_env`"
             )
-        weight = entry.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"{path}: teachers: {entry['name']}: weight must be a number, got {weight!r}")
-        size = entry.get("tensor_parallel_size", 1)
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise ValueError(
-                f"{path}: teachers: {entry['name']}: tensor_parallel_size must be a whole number, got {size!r}"
-            )
-        own_backend, backends = entry.get("backend", backend), list(get_args(Backend))
-        if own_backend not in backends:
-            raise ValueError(
-                f"{path}: teachers: {entry['name']}: backend must be {' or '.join(backends)}, got {own_backend!r}"
-                f"{nearest(str(own_backend).lower(), backends)}"
-            )
-        domains = "*" if domains == "*" else tuple(map(str, domains))
-        specs.append(TeacherSpec(str(entry["name"]), str(entry["model"]), domains, float(weight), own_backend, size))
-    return tuple(specs)
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -125,6 +168,7 @@ def parse(config_class, argv: list[str] | None = None):
     yaml_argv: list[str] = []
     path = _value_of(argv, "--config")
     content = _read_yaml(path) if path else {}
+    _refuse_secrets(content, f"--config {path}")
     for key, value in content.items():
         if key not in [*known, "teachers"]:
             raise ValueError(f"--config {path}: unknown key `{key}`{nearest(str(key), [*known, 'teachers'])}")

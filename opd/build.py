@@ -63,9 +63,9 @@ def build_student(run: Run) -> Student:
 
 
 def build_teachers(run: Run) -> list[ColocatedTeacher]:
-    """Every teacher's engine and head on this rank, each put to sleep as soon as it stands."""
+    """Every colocated teacher's engine and head on this rank, each put to sleep as soon as it stands."""
     teachers = []
-    for spec in run.cfg.teachers:
+    for spec in (spec for spec in run.cfg.teachers if not spec.is_served):
         with distributed.agree_on_error(f"building teacher {spec.name}"), _console_to_log(run.run_dir):
             on_disk = run.cfg.teacher.teacher_residency == "disk"
             head = (map_head if on_disk else load_head)(spec.model)

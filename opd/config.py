@@ -39,7 +39,8 @@ class ModelConfig:
     )
 
 
-Backend = Literal["vllm", "hf"]
+LocalBackend = Literal["vllm", "hf"]
+Backend = Literal["vllm", "hf", "server"]
 Residency = Literal["gpu", "host", "disk"]
 
 
@@ -49,10 +50,11 @@ class TeacherConfig:
 
     teacher: list[str] = option(
         [],
-        "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. The YAML key `teachers` "
-        "is the long form: a list of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size}.",
+        "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. Instead of a path, the "
+        "URLs of servers of one model: NAME=http://HOST:PORT,http://HOST:PORT. The YAML key `teachers` is the long form: a "
+        "list of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size, urls, api_key_env}.",
     )
-    teacher_backend: Backend = option(
+    teacher_backend: LocalBackend = option(
         "vllm",
         "What runs a teacher whose entry names no backend: vllm, or hf for transformers: models vLLM does not know.",
     )
@@ -63,6 +65,17 @@ class TeacherConfig:
     allow_template_mismatch: bool = option(
         False, "Accept a teacher whose EOS token or chat template differs from the student's."
     )
+    teacher_mode: Literal["auto", "colocate", "standalone"] = option(
+        "auto",
+        "When teachers score. standalone: served ones score each response as soon as it is finished; colocate: all score "
+        "when all responses are; auto is standalone where a teacher is served.",
+    )
+    teacher_wait_s: float = option(
+        30.0,
+        "How long a step waits for a served teacher none of whose replicas answers, before the run saves and stops, s.",
+    )
+    teacher_timeout_s: float = option(120.0, "How long one request to a served teacher may take, s.")
+    teacher_max_inflight: int = option(32, "Requests in flight to one replica of a served teacher, per rank.")
 
 
 @dataclass(frozen=True)
@@ -70,11 +83,23 @@ class TeacherSpec:
     """One entry of `teachers`. `domains` is "*" for every domain that no other teacher claims."""
 
     name: str
-    model: str
+    model: str  # of a served teacher: its name at the server or a local directory of the same model, or ""
     domains: tuple[str, ...] | Literal["*"]
-    weight: float = 1.0  # relative to the other teachers of the same domain
+    weight: float | None = None  # relative to the other teachers of the same domain, where several claim it
     backend: Backend = "vllm"
     tensor_parallel_size: int = 1  # GPUs that share one copy of its weights
+    urls: tuple[str, ...] = ()  # of a served teacher: its replicas
+    api_key_env: str = ""  # of a served teacher: the environment variable that holds its API key; never the key itself
+
+    @property
+    def share(self) -> float:
+        """The weight, 1 where none is given."""
+        return 1.0 if self.weight is None else self.weight
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it runs elsewhere: no weights, head or configuration of it are read here."""
+        return self.backend == "server"
 
 
 @dataclass(frozen=True)
@@ -227,7 +252,7 @@ def to_dict(config) -> dict[str, Any]:
     flat = {k: v for name in groups_of(type(config)) for k, v in dataclasses.asdict(getattr(config, name)).items()}
     flat.pop("teacher", None)
     entries = [dataclasses.asdict(spec) for spec in config.teachers]
-    flat["teachers"] = [{**e, "domains": e["domains"] if e["domains"] == "*" else list(e["domains"])} for e in entries]
+    flat["teachers"] = [{k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()} for entry in entries]
     return flat
 
 

@@ -272,15 +272,16 @@ def routes(
 ) -> dict[str, tuple[tuple[str, float], ...]]:
     """Domain -> ((teacher, weight), ...), weights summing to 1: the teachers that name it, else the "*" teacher.
 
-    A domain without a teacher and a teacher without a domain are ValueErrors: neither is dropped, nor averaged over.
+    A domain without a teacher and a teacher without a domain are ValueErrors: neither is dropped, nor averaged over. A
+    teacher of weight 0 has no part in its domains.
     """
     counts = sum((Counter(prompt_set.counts) for prompt_set in prompt_sets), Counter())
     in_data = "the data has " + ", ".join(f"{domain} ({n} rows)" for domain, n in sorted(counts.items()))
     table: dict[str, tuple[tuple[str, float], ...]] = {}
     for domain in sorted(counts):
         named = [t for t in teachers if t.domains != "*" and domain in t.domains]
-        chosen = named or [t for t in teachers if t.domains == "*"]
-        table[domain] = tuple((t.name, t.weight / sum(c.weight for c in chosen)) for t in chosen)
+        chosen = [t for t in named or [t for t in teachers if t.domains == "*"] if t.share > 0]
+        table[domain] = tuple((t.name, t.share / sum(c.share for c in chosen)) for t in chosen)
     orphans = [f"{domain} ({counts[domain]} rows)" for domain, chosen in table.items() if not chosen]
     if orphans:
         claims = ", ".join(f"{t.name}: {', '.join(t.domains)}" for t in teachers)
@@ -291,5 +292,5 @@ def routes(
         if absent:
             raise ValueError(f"--teacher {teacher.name}: no row has the domain {', '.join(absent)}; {in_data}")
         if teacher.name not in used:
-            raise ValueError(f"--teacher {teacher.name}: never used, the others take every domain; {in_data}")
+            raise ValueError(f"--teacher {teacher.name}: never used, the others take every domain, or its weight is 0; {in_data}")
     return table

@@ -236,7 +236,7 @@ def hidden_bytes(job: Job) -> int:
         spec = job.spec(name)
         for domain in ("*",) if spec.domains == "*" else spec.domains:
             per_domain[domain] = per_domain.get(domain, 0) + job.teachers[name].hidden_size * job.width
-    return job.sequences * job.cfg.rollout.max_response_tokens * max(per_domain.values())
+    return job.sequences * job.cfg.rollout.max_response_tokens * max(per_domain.values(), default=0)
 
 
 def payload_bytes(job: Job, support: str) -> int:
@@ -273,14 +273,14 @@ def _teachers(job: Job, choices: Choices) -> Iterator[Row]:
         if keeps_copy and name in sleepers:
             yield _host(job, f"teacher {name}, pinned copy", weights, PHASES, moved)
     read = min(job.engine_limits[0], job.sequences * job.longest)
-    work = max(_forward(shape, job.width, read) for shape in job.teachers.values())
+    work = max((_forward(shape, job.width, read) for shape in job.teachers.values()), default=0)
     yield _device("teachers, working memory (estimate)", work, ("score",))
     heads = [shape.head_parameters * job.width for shape in job.teachers.values()]
     support = support_of(job.cfg.loss) if choices.support == "auto" else choices.support
     visits = (support != "full") + (support in ("full", "union_topk"))
     head_phases = ("train",) if support == "full" else ("score", "train") if support == "union_topk" else ("score",)
     if job.machine.is_gpu:
-        yield _device("teacher lm_head, the largest", max(heads), head_phases)
+        yield _device("teacher lm_head, the largest", max(heads, default=0), head_phases)
     yield _host(job, "teacher lm_heads", sum(heads), PHASES, moved=visits * sum(heads))
     payload = payload_bytes(job, support)
     yield _host(job, "what teachers said", payload, ("score", "train"), moved=2 * payload)

@@ -51,7 +51,11 @@ def _free_host_memory() -> int:
 
 
 def read_job(cfg, machine: Machine) -> Job:
-    """Reads the models' configurations and the ds_config. ValueError with one line for what is wrong with them."""
+    """Reads the models' configurations and the ds_config. ValueError with one line for what is wrong with them.
+
+    A served teacher takes no memory here: the job does not know it.
+    """
+    cfg = replace(cfg, teachers=tuple(spec for spec in cfg.teachers if not spec.is_served))
     trust = cfg.model.trust_remote_code
     paths = {"": ("--student_model", cfg.model.student_model)}
     paths |= {spec.name: (f"--teacher {spec.name}", spec.model) for spec in cfg.teachers}
@@ -103,7 +107,7 @@ def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
                 cfg = replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
     specs = []
     for spec in cfg.teachers:
-        size = choices.tensor_parallel[spec.name]
+        size = choices.tensor_parallel.get(spec.name, 1)  # a served teacher is not in the plan
         if size != getattr(spec, "tensor_parallel_size", 1):
             lines.append(f"plan: teachers: {spec.name}: tensor_parallel_size {size}")
             if hasattr(spec, "tensor_parallel_size"):

@@ -97,7 +97,7 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
     heads = [shape.num_heads for shape in job.teachers.values()]
     for size in (2, 4, 8):
         possible = job.machine.is_gpu and size <= job.machine.gpus and all(n % size == 0 for n in heads)
-        if possible and size > max(choices.tensor_parallel.values()):
+        if possible and size > max(choices.tensor_parallel.values(), default=size):
             sizes = dict.fromkeys(job.teachers, size)
             text = f"tensor_parallel_size {size} of the teachers"
             yield text, lambda j, c, sizes=sizes: (j, replace(c, tensor_parallel=sizes))

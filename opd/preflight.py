@@ -198,6 +198,8 @@ def check_models(config) -> ModelFacts:
     student = _read_model("--student_model", config.model.student_model, tokenizer, trust)
     teachers: dict[str, ModelFact] = {}
     for spec in config.teachers:
+        if spec.is_served:
+            continue  # it is asked for its tokenizer and context when the servers are
         flag = f"--teacher {spec.name}"
         teacher_tokenizer = load_tokenizer(spec.model, trust, flag=flag)
         teachers[spec.name] = fact = _read_model(flag, spec.model, teacher_tokenizer, trust)
@@ -230,6 +232,8 @@ def check_tensor_parallel(config, facts: ModelFacts, world_size: int) -> None:
     flag, size = "--rollout_tensor_parallel_size", config.rollout.rollout_tensor_parallel_size
     engines = [(f"{flag} {size}", size, facts.student)]
     for spec in config.teachers:
+        if spec.is_served:
+            continue
         size = spec.tensor_parallel_size
         engines.append((f"--teacher {spec.name}: tensor_parallel_size {size}", size, facts.teachers[spec.name]))
     for flag, size, fact in engines:
@@ -317,11 +321,13 @@ def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
 
 
 def _identity(flat: dict[str, Any]) -> dict[str, Any]:
-    """A flat configuration without each teacher's backend: it decides what runs a teacher, not what the teacher says."""
+    """A flat configuration without what runs a teacher: where it runs does not decide what it says."""
     entries = flat.get("teachers")
     if not isinstance(entries, list):
         return flat
-    return {
-        **flat,
-        "teachers": [{k: v for k, v in e.items() if k != "backend"} for e in entries if isinstance(e, dict)],
-    }
+    identities = []
+    for entry in entries:
+        if isinstance(entry, dict):
+            says = {k: v for k, v in entry.items() if k not in ("backend", "urls", "api_key_env")}
+            identities.append(says | {"weight": 1.0 if entry.get("weight") is None else entry["weight"]})
+    return {**flat, "teachers": identities}

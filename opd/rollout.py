@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from opd import distributed
-from opd.config import Backend, RolloutConfig
+from opd.config import LocalBackend, RolloutConfig
 from opd.hf_engine import HFGenerator
 from opd.types import Prompt, Rollout
 from opd.vllm_engine import GeneratorEngine, Sample
@@ -141,7 +141,7 @@ def with_rewards(rollouts: Sequence[Rollout], rewards: Sequence[float], advantag
 
 
 def write_with_model(
-    model: str, prompts: Sequence[Prompt], *, log: Path, backend: Backend = "vllm", **sampling
+    model: str, prompts: Sequence[Prompt], *, log: Path, backend: LocalBackend = "vllm", **sampling
 ) -> list[Sample]:
     """Responses of `model` to `prompts`, from a child process of this rank that is gone afterwards, and its memory with it.
 

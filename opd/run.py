@@ -111,13 +111,13 @@ class Run:
 
     @functools.cached_property
     def teachers_of(self) -> Callable[[int], tuple[str, ...]]:
-        """step -> the teachers that its prompts need, those of all ranks, in the order of the configuration."""
+        """step -> the teachers of this machine that its prompts need, those of all ranks, in the configuration's order."""
 
         @functools.lru_cache(maxsize=8)
         def teachers_of(step: int) -> tuple[str, ...]:
             domains = {prompt.domain for prompt in self.prompt_batch(step, rank=0, world_size=1)}
             needed = {name for domain in domains for name, _ in self.routes[domain]}
-            return tuple(spec.name for spec in self.cfg.teachers if spec.name in needed)
+            return tuple(spec.name for spec in self.cfg.teachers if spec.name in needed and not spec.is_served)
 
         return teachers_of
 
@@ -167,7 +167,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, memory=memory))
         sys.exit(0)
 
-    hashes = {t.name: content.content_hash(t.model) for t in cfg.teachers}
+    hashes = {t.name: _teacher_hash(t) for t in cfg.teachers}
     fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)
     fingerprint["eval"] = _asked(run)
     resume_from = checkpoint.find(run.run_dir, cfg.run.resume)
@@ -204,7 +204,7 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     eval_set = load(cfg.data.eval_data, flag="--eval_data", need_answer=True) if cfg.data.eval_data else None
     routes = data.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
     reward = rewards.load_rewards(cfg.loss.reward_fn, routes)
-    for model in (cfg.model.student_model, *(spec.model for spec in cfg.teachers)):
+    for model in (cfg.model.student_model, *(spec.model for spec in cfg.teachers if not spec.is_served)):
         find_head(model)
     check_ds_config(cfg.run.ds_config, ds_config)
     run = Run(
@@ -225,12 +225,19 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
+def _teacher_hash(spec: config.TeacherSpec) -> str:
+    """What a teacher is, wherever it runs: its content; of a served one without a local directory, its name there."""
+    if spec.is_served and not Path(spec.model).is_dir():
+        return f"served: {spec.model or spec.name}"
+    return content.content_hash(spec.model)
+
+
 def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
     """What must not change under a resumed run, by content: a renamed directory is the same model."""
     return {
         "student": content.content_hash(cfg.model.student_model),  # its tokenizer included
         "teachers": {
-            t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.weight} for t in cfg.teachers
+            t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.share} for t in cfg.teachers
         },
         "data": data_hash,
         "loss": {k: v for k, v in dataclasses.asdict(cfg.loss).items() if k not in _WITHOUT_EFFECT},

@@ -9,7 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from opd.config import LossConfig, RolloutConfig, TeacherSpec, pairs, to_dict
+from opd.config import LossConfig, RolloutConfig, pairs, to_dict
+from opd.teacher_rules import validate_teachers
 
 
 def _require(ok: bool, message: str) -> None:
@@ -21,16 +22,17 @@ def validate_common(config) -> None:
     """What both scripts check before anything is read but the configuration itself."""
     for group, flag in ((config.model, "student_model"), (config.run, "output_dir"), (config.data, "data")):
         _require(bool(getattr(group, flag)), f"--{flag} is required")
-    _validate_teachers(config.teachers)
+    validate_teachers(config.teachers, config.teacher)
     minimum = {"support_k": 1, "prompts_per_step": 1, "num_generations": 1, "max_prompt_tokens": 1, "max_response_tokens": 1,
                "micro_batch_size": 1, "keep_checkpoints": 1, "loss_chunk_bytes": 1, "inner_updates": 1,
-               "rollout_tensor_parallel_size": 1,
+               "rollout_tensor_parallel_size": 1, "teacher_max_inflight": 1,
                "num_steps": 0, "seed": 0, "eval_every": 0,
                "save_every": 0, "parity_every": 0, "eval_max_prompts": 0, "rollout_every": 0, "rollout_samples": 0,
                "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "min_lr_ratio": 0, "top_k": 0,
                "reward_weight": 0, "overlap_k": 0, "max_tokens_per_micro_batch": 0, "teacher_cache_bytes": 0}  # fmt: skip
     above_zero = {"temperature", "loss_temperature", "rollout_kv_cache_gib", "teacher_kv_cache_gib", "advantage_clip",
-                  "clip_low", "clip_high", "is_low", "is_high", "adam_eps", "top_p"}  # fmt: skip
+                  "clip_low", "clip_high", "is_low", "is_high", "adam_eps", "top_p",
+                  "teacher_wait_s", "teacher_timeout_s"}  # fmt: skip
     inside_unit = {"jsd_beta", "skew_alpha"}
     for name, value in to_dict(config).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -48,20 +50,6 @@ def validate_common(config) -> None:
     pairs("domain_weights", config.data.domain_weights)
     _validate_loss(config.loss, config.rollout)
     _validate_batch(config)
-
-
-def _validate_teachers(teachers: tuple[TeacherSpec, ...]) -> None:
-    _require(bool(teachers), "no teacher: give --teacher NAME=PATH (or PATH), or `teachers` in the YAML file")
-    names = [spec.name for spec in teachers]
-    for spec in teachers:
-        _require(names.count(spec.name) == 1, f"--teacher: two teachers are called {spec.name}; names must differ")
-        _require(0 < spec.weight < float("inf"), f"teachers: {spec.name}: weight {spec.weight} must be above 0")
-        _require(spec.tensor_parallel_size >= 1,
-                 f"teachers: {spec.name}: tensor_parallel_size {spec.tensor_parallel_size} must be at least 1")  # fmt: skip
-        _require(spec.tensor_parallel_size == 1 or spec.backend == "vllm",
-                 f"teachers: {spec.name}: tensor_parallel_size {spec.tensor_parallel_size}: backend {spec.backend} cannot split "
-                 "a model; use backend vllm")  # fmt: skip
-    _require(sum(spec.domains == "*" for spec in teachers) <= 1, "teachers: only one teacher can take the domains '*'")
 
 
 def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:

@@ -59,12 +59,19 @@ teachers:
 
 TEACHER_KEYS = {
     "name": "Name of the teacher: unique, used in messages, logs and errors.",
-    "model": "A Hugging Face model directory or hub id.",
+    "model": "A Hugging Face model directory or hub id. With backend `server`: the model's name there, or a local directory "
+    "of the same model; may be left out.",
     "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. Default: its own name.',
-    "weight": "Share in the domains that it shares with other teachers, relative to theirs.",
-    "backend": "`vllm` or `hf`, see [teachers.md](teachers.md). Default: `--teacher_backend`.",
+    "weight": "Share in the domains that it shares with other teachers, relative to theirs; every one of them needs it. A "
+    "teacher of weight 0 takes no part.",
+    "backend": "`vllm`, `hf` or `server`, see [teachers.md](teachers.md). Default: `--teacher_backend`.",
     "tensor_parallel_size": "GPUs that share one copy of its weights; see [tensor_parallel.md](tensor_parallel.md).",
+    "urls": "Backend `server`: list of the addresses of its replicas, like `http://127.0.0.1:8000`.",
+    "api_key_env": "Backend `server`: name of the environment variable with its API key. The key itself stands in no file.",
 }
+
+
+NO_DEFAULT = ("domains", "backend", "urls")  # none, or one that the text says
 
 
 def type_text(hint: Any) -> str:
@@ -108,7 +115,7 @@ def page() -> str:
         if name == "teacher":
             keys = dataclasses.fields(TeacherSpec)
             text += TEACHERS_NOTE + "".join(
-                f"| `{f.name}` | {'' if f.name in ('domains', 'backend') else default_of(f)} | {TEACHER_KEYS[f.name]} |\n"
+                f"| `{f.name}` | {'' if f.name in NO_DEFAULT else default_of(f)} | {TEACHER_KEYS[f.name]} |\n"
                 for f in keys
             )
     return text

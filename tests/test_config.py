@@ -145,9 +145,12 @@ BAD_TEACHERS = {
     "unknown key `domain`; did you mean domains?": [{"name": "a", "model": "m", "domain": ["x"]}],
     "domains must be a list": [{"name": "a", "model": "m", "domains": "math"}],
     "weight must be a number": [{"name": "a", "model": "m", "weight": "big"}],
-    "a: backend must be vllm or hf, got 'vlm'; did you mean vllm?": [{"name": "a", "model": "m", "backend": "vlm"}],
-    "a: backend must be vllm or hf, got 'HFF'; did you mean hf?": [{"name": "a", "model": "m", "backend": "HFF"}],
-    "a: backend must be vllm or hf, got 7": [{"name": "a", "model": "m", "backend": 7}],
+    "a: backend must be vllm, hf or server, got 'vlm'; did you mean vllm?": [{"name": "a", "model": "m", "backend": "vlm"}],
+    "a: backend must be vllm, hf or server, got 'HFF'; did you mean hf?": [{"name": "a", "model": "m", "backend": "HFF"}],
+    "a: backend must be vllm, hf or server, got 7": [{"name": "a", "model": "m", "backend": 7}],
+    "a: urls must be a list": [{"name": "a", "backend": "server", "urls": "http://h"}],
+    "`api_key`: no secret may stand in a file": [{"name": "a", "backend": "server", "api_key": "hush"}],
+    "`Token`: no secret may stand in a file": [{"name": "a", "model": "m", "Token": "hush"}],
 }
 
 
@@ -155,7 +158,7 @@ BAD_TEACHERS = {
 def test_bad_teachers_in_yaml(tmp_path, message):
     path = write_yaml(tmp_path / "c.yaml", {"teachers": BAD_TEACHERS[message]})
     found = error(parse, Config, ["--config", path])
-    assert message in found and "c.yaml" in found
+    assert message in found and "c.yaml" in found and "hush" not in found
 
 
 def test_backends_of_teachers(tmp_path):
@@ -194,11 +197,109 @@ def test_teachers_that_do_not_go_together(specs, message):
 
 
 def test_only_one_teacher_takes_the_rest():
-    config = dataclasses.replace(validated(), teachers=(TeacherSpec("a", "m", "*"), TeacherSpec("b", "m", "*")))
-    assert "only one teacher can take" in error(validate_common, config)
-    for weight in (0.0, -1.0, float("inf"), float("nan")):
-        config = dataclasses.replace(validated(), teachers=(TeacherSpec("a", "m", "*", weight),))
-        assert "weight" in error(validate_common, config)
+    assert "the domain * is claimed by a and b without weights" in refused(
+        TeacherSpec("a", "m", "*"), TeacherSpec("b", "m", "*")
+    )
+    for weight in (-1.0, float("inf"), float("nan")):
+        assert f"a: weight {weight}: must be finite and at least 0" in refused(TeacherSpec("a", "m", "*", weight))
+
+
+# ---- Served teachers and mixtures ------------------------------------------------------------------------------------
+
+A, B = "http://127.0.0.1:8000", "http://127.0.0.1:8001"
+
+
+def refused(*specs: TeacherSpec, argv: str = "") -> str:
+    return error(validate_common, dataclasses.replace(parse(Config, [*REQUIRED, *words(argv)]), teachers=specs))
+
+
+def served(name: str, *urls: str, model: str = "", **more) -> TeacherSpec:
+    return TeacherSpec(name, model, (name,), backend="server", urls=urls, **more)
+
+
+def test_urls_on_the_command_line():
+    config = parse(Config, ["--teacher", f"math=HTTP://LocalHost:8000/v1/,{B}", "--teacher", "https://far.org/Q=3/"])
+    assert config.teachers == (
+        served("math", "http://localhost:8000", B),
+        TeacherSpec("default", "", "*", backend="server", urls=("https://far.org/Q=3",)),
+    )
+    assert all(spec.is_served for spec in config.teachers) and not validated().teachers[0].is_served
+
+
+def test_a_served_teacher_in_yaml_comes_back_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "hush")
+    entries = [
+        {"name": "math", "backend": "server", "urls": [A + "/", B], "api_key_env": "TEACHER_KEY", "weight": 1},
+        {"name": "code", "model": "big", "backend": "server", "urls": [A], "domains": ["code", "math"], "weight": 0.5},
+        {"name": "rest", "model": "m", "domains": "*", "weight": None},
+    ]
+    flags = {"teacher_mode": "standalone", "teacher_wait_s": 5, "teacher_timeout_s": 2.5, "teacher_max_inflight": 4}
+    path = write_yaml(tmp_path / "c.yaml", {"teachers": entries, **flags})
+    config = parse(Config, [*REQUIRED[:-2], "--config", path])
+    validate_common(config)
+    assert config.teachers[0] == served("math", A, B, weight=1.0, api_key_env="TEACHER_KEY")
+    assert [spec.share for spec in config.teachers] == [1.0, 0.5, 1.0] and config.teachers[2].weight is None
+    again = parse(Config, ["--config", write_yaml(tmp_path / "d.yaml", to_dict(config))])
+    assert again == config and "hush" not in (tmp_path / "d.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([served("a")], "teachers: a: no replicas; give `urls`"),
+        ([TeacherSpec("a", "m", "*", urls=(A,))], "teachers: a: urls given for backend vllm; set `backend: server`"),
+        ([TeacherSpec("a", "m", "*", backend="hf", api_key_env="K")], "teachers: a: api_key_env given for backend hf"),
+        ([served("a", A, B, A)], f"teachers: a: duplicate URL {A}; list each replica once"),
+        ([served("a", A), served("b", B, A)], f"teachers: b: duplicate URL {A}, teacher a has it too; give each its own"),
+        ([served("a", "ftp://h:1")], "teachers: a: urls[0] 'ftp://h:1': not an http(s) URL; write http://HOST:PORT"),
+        ([served("a", A, "")], "teachers: a: urls[1] '': not an http(s) URL"),
+        ([served("a", "http://")], "not an http(s) URL"),
+        ([served("a", "http://h:port")], "not an http(s) URL"),
+        ([served("a", "http://[h")], "not an http(s) URL"),
+        ([served("a", "http://h 1:80")], "not an http(s) URL"),
+        ([served("a", "http://me:hush@h:1")], "teachers: a: urls[0]: user info in a URL; put the key into an environment"),
+        ([served("a", A + "?key=hush")], f"urls[0] '{A}': a query or fragment does not belong to a server's address"),
+        ([served("a", A + "#hush")], "a query or fragment does not belong"),
+        ([served("a", A, tensor_parallel_size=2)], "a: tensor_parallel_size 2: backend server cannot split a model here"),
+        ([served("a", A, api_key_env="UNSET_KEY")], "a: api_key_env UNSET_KEY: this variable is not set; export it"),
+        ([served("a", A, api_key_env="sk-hush")], "a: api_key_env must be the NAME of an environment variable"),
+        ([served("a", A, weight=float("nan"))], "a: weight nan: must be finite and at least 0"),
+    ],
+)  # fmt: skip
+def test_served_teachers_that_cannot_be(specs, message, monkeypatch):
+    monkeypatch.delenv("UNSET_KEY", raising=False)
+    found = refused(*specs)
+    assert message in found and "hush" not in found
+
+
+def test_one_server_may_serve_two_teachers_by_their_models():
+    config = dataclasses.replace(validated(), teachers=(served("a", A, model="one"), served("b", A, model="two")))
+    validate_common(config)
+
+
+def test_standalone_needs_a_served_teacher():
+    assert "--teacher_mode standalone: no teacher is served" in refused(
+        TeacherSpec("a", "m", "*"), argv="--teacher_mode standalone"
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((None, None), "the domain x is claimed by a and b without weights; give each a `weight`, or x to one"),
+        ((1.0, None), "the domain x is claimed by a and b without weights"),
+        ((0.0, 0.0), "the weights of the domain x sum to 0 (a and b); give one of them a weight above 0"),
+        ((1.0, -0.5), "b: weight -0.5: must be finite and at least 0"),
+        ((0.0, 2.0), None),
+    ],
+)
+def test_two_teachers_of_one_domain(weights, message):
+    specs = [TeacherSpec(n, "m", ("x",), weight) for n, weight in zip("ab", weights, strict=True)]
+    if message is None:
+        validate_common(dataclasses.replace(validated(), teachers=tuple(specs)))
+    else:
+        assert message in refused(*specs)
+    assert "sum to 0 (a)" in refused(TeacherSpec("a", "m", "*", 0.0))
 
 
 @pytest.mark.parametrize("missing", ["student_model", "data", "output_dir"])
@@ -217,6 +318,8 @@ BAD_FLAGS = {
     "--tail none": ["--tail", "'none'", "bucket"],
     "--estimator k4": ["--estimator", "'k4'"],
     "--teacher_backend sglang": ["--teacher_backend", "'sglang'", "vllm", "hf"],
+    "--teacher_backend server": ["--teacher_backend", "'server'", "vllm", "hf"],
+    "--teacher_mode stream": ["--teacher_mode", "'stream'", "standalone"],
     "--teacher_residency disc": ["--teacher_residency", "'disc'", "disk"],
     "--seed one": ["--seed", "'one'"],
     "--learning_rate fast": ["--learning_rate", "'fast'"],
@@ -243,6 +346,8 @@ BAD_YAML = {
     "a: [1": ["not a YAML file"],
     "seed: one": ["--seed", "'one'"],
     "loss: {a: 1}": ["--loss"],
+    "api_key: hush": ["c.yaml", "`api_key`: no secret may stand in a file", "`api_key_env`"],
+    "token: hush": ["c.yaml", "`token`: no secret may stand in a file", "`api_key_env`"],
 }
 
 
@@ -251,6 +356,7 @@ def test_bad_yaml(tmp_path, content):
     message = error(parse, Config, ["--config", write_yaml(tmp_path / "c.yaml", content)])
     for part in BAD_YAML[content]:
         assert part in message, message
+    assert "hush" not in message.replace(str(tmp_path), "")
 
 
 def test_missing_yaml(tmp_path):
@@ -296,6 +402,7 @@ BAD_VALUES = [
         for name in words(
             "prompts_per_step num_generations max_prompt_tokens max_response_tokens micro_batch_size keep_checkpoints "
             "loss_chunk_bytes inner_updates overlap_k max_tokens_per_micro_batch teacher_cache_bytes "
+            "teacher_wait_s teacher_timeout_s teacher_max_inflight "
             "num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
             "rollout_samples warmup_steps learning_rate weight_decay max_grad_norm min_lr_ratio top_k reward_weight "
             "rollout_kv_cache_gib teacher_kv_cache_gib advantage_clip clip_low clip_high is_low is_high adam_eps "

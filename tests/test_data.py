@@ -349,6 +349,8 @@ def test_routes(prompt_set):
     assert routes((teacher("t"),), [prompt_set]) == {"a": one, "b": one, "c": one}
     table = routes((teacher("x", "a"), teacher("y", "a", "b", weight=3), teacher("rest")), [prompt_set])
     assert table == {"a": (("x", 0.25), ("y", 0.75)), "b": (("y", 1.0),), "c": (("rest", 1.0),)}
+    with pytest.raises(ValueError, match=r"--teacher x: never used, .* or its weight is 0"):
+        routes((teacher("x", "a", weight=0), teacher("y", "a", "b", "c")), [prompt_set])
 
 
 def test_a_domain_only_in_the_held_out_set_needs_a_teacher_too(prompt_set, tmp_path):

@@ -32,6 +32,7 @@ ONLY_IMPORTERS = {"deepspeed": {"deepspeed_engine"}, "vllm": {"vllm_engine", "vl
 MOPD_FLAGS = re.findall(r"\w+", """
 student_model dtype gradient_checkpointing attn_implementation trust_remote_code
 teacher teacher_backend teacher_residency allow_template_mismatch
+teacher_mode teacher_wait_s teacher_timeout_s teacher_max_inflight
 data eval_data domain_key prompt_key answer_key response_key domain_weights max_prompt_tokens overlong_prompts
 prompts_per_step num_generations max_response_tokens temperature top_p top_k rollout_kv_cache_gib enforce_eager
 rollout_tensor_parallel_size

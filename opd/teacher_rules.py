@@ -1,0 +1,123 @@
+"""What is wrong with the teachers of a configuration by themselves: one ValueError names teacher, value and remedy.
+
+Nothing is asked of a server or read from a model. A message never repeats what may be a secret.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from opd.config import TeacherConfig, TeacherSpec
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def validate_teachers(teachers: Sequence[TeacherSpec], flags: TeacherConfig) -> None:
+    """Checks every teacher, then what they claim together. ValueError with one line."""
+    _require(bool(teachers), "no teacher: give --teacher NAME=PATH (or PATH), or `teachers` in the YAML file")
+    names = [spec.name for spec in teachers]
+    for spec in teachers:
+        where = f"teachers: {spec.name}"
+        _require(names.count(spec.name) == 1, f"--teacher: two teachers are called {spec.name}; names must differ")
+        _require(0 <= spec.share < math.inf, f"{where}: weight {spec.weight}: must be finite and at least 0")
+        size = spec.tensor_parallel_size
+        _require(size >= 1, f"{where}: tensor_parallel_size {size} must be at least 1")
+        remedy = "give it to the server" if spec.is_served else "use backend vllm"
+        _require(
+            size == 1 or spec.backend == "vllm",
+            f"{where}: tensor_parallel_size {size}: backend {spec.backend} cannot split a model here; {remedy}",
+        )
+        if spec.is_served:
+            _check_served(spec, where)
+        else:
+            given = "urls" if spec.urls else "api_key_env"
+            _require(
+                not spec.urls and not spec.api_key_env,
+                f"{where}: {given} given for backend {spec.backend}; set `backend: server`, or remove it",
+            )
+    _check_replicas_are_distinct(teachers)
+    _check_claims(teachers)
+    _require(
+        flags.teacher_mode != "standalone" or any(spec.is_served for spec in teachers),
+        "--teacher_mode standalone: no teacher is served; give one of them urls, or use --teacher_mode auto",
+    )
+
+
+# ---- Served teachers -------------------------------------------------------------------------------------------------
+
+
+def _check_served(spec: TeacherSpec, where: str) -> None:
+    _require(bool(spec.urls), f"{where}: no replicas; give `urls`, a list like [http://127.0.0.1:8000]")
+    for place, url in enumerate(spec.urls):
+        _check_url(url, f"{where}: urls[{place}]")
+    variable = spec.api_key_env
+    if variable:
+        _require(
+            re.fullmatch("[A-Z_][A-Z0-9_]*", variable) is not None,
+            f"{where}: api_key_env must be the NAME of an environment variable, in capitals; never the key itself",
+        )
+        _require(
+            bool(os.environ.get(variable)), f"{where}: api_key_env {variable}: this variable is not set; export it"
+        )
+
+
+def _check_url(url: str, where: str) -> None:
+    address, *rest = re.split("[?#]", url, maxsplit=1)
+    _require(
+        "@" not in address.partition("//")[2].partition("/")[0],
+        f"{where}: user info in a URL; put the key into an environment variable and name it in `api_key_env`",
+    )
+    _require(_is_http(address), f"{where} {address!r}: not an http(s) URL; write http://HOST:PORT")
+    _require(
+        not rest,
+        f"{where} {address!r}: a query or fragment does not belong to a server's address; a key goes to `api_key_env`",
+    )
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  raises where it is no port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"\s", url)
+
+
+def _check_replicas_are_distinct(teachers: Sequence[TeacherSpec]) -> None:
+    """One server may serve several models: its URL may stand at several teachers if `model` tells them apart."""
+    seen: dict[tuple[str, str], str] = {}
+    for spec in teachers:
+        for url in spec.urls:
+            _require(spec.urls.count(url) == 1, f"teachers: {spec.name}: duplicate URL {url}; list each replica once")
+            first = seen.setdefault((url, spec.model), spec.name)
+            _require(
+                first == spec.name,
+                f"teachers: {spec.name}: duplicate URL {url}, teacher {first} has it too; give each its own `model` as the "
+                "server names it, or one teacher both domains",
+            )
+
+
+# ---- Domains ---------------------------------------------------------------------------------------------------------
+
+
+def _check_claims(teachers: Sequence[TeacherSpec]) -> None:
+    """Two teachers of one domain are a mixture only if each says how much it counts."""
+    claims: dict[str, list[TeacherSpec]] = {}
+    for spec in teachers:
+        for domain in {"*"} if spec.domains == "*" else set(spec.domains):
+            claims.setdefault(domain, []).append(spec)
+    for domain, claimants in sorted(claims.items()):
+        names = " and ".join(spec.name for spec in claimants)
+        _require(
+            len(claimants) == 1 or all(spec.weight is not None for spec in claimants),
+            f"teachers: the domain {domain} is claimed by {names} without weights; give each a `weight`, or {domain} to one",
+        )
+        _require(
+            sum(spec.share for spec in claimants) > 0,
+            f"teachers: the weights of the domain {domain} sum to 0 ({names}); give one of them a weight above 0",
+        )
