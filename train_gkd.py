@@ -25,14 +25,14 @@ from torch import Tensor
 
 from opd import checkpoint, config, distributed, weight_sync
 from opd.arguments import parse
-from opd.build import build_rollout_engine, build_student, build_teachers, restore
+from opd.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers, restore
 from opd.colocation import Colocation
-from opd.distillation import compare, payload_of
+from opd.distillation import compare
 from opd.ledger import Ledger
 from opd.logits import LogitsChunk
 from opd.metrics import Metrics, say
 from opd.padding import count_loss_tokens, make_micro_batches
-from opd.rollout import dataset_rollouts, write_with_model
+from opd.rollout import dataset_rollouts
 from opd.run import (
     Run,
     evaluate,
@@ -134,8 +134,7 @@ def with_teacher_responses(run: Run) -> Run:
         with distributed.agree_on_error("writing the teacher's responses"):
             share = run.train_set.prompts[distributed.rank() :: distributed.world_size()]
             log = run.run_dir / "logs" / f"seq_kd_{distributed.rank()}.log"
-            options = {"log": log, "backend": spec.backend, "temperature": cfg.gkd.seq_kd_temperature}
-            samples = write_with_model(spec.model, share, **options, **run.writing_options)
+            samples = run.write(spec, share, log, temperature=cfg.gkd.seq_kd_temperature)
             mine = {str(p.prompt_id): sample.token_ids for p, sample in zip(share, samples, strict=True)}
         kept = {
             "made_from": made_from,
@@ -167,11 +166,7 @@ def main(run: Run) -> None:
     rollout_engine = build_rollout_engine(run)
     engines = build_teachers(run)
     colocation = Colocation(rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of)
-    teachers = TeacherPool(
-        engines, run.routes, cfg.loss,
-        payload=payload_of(cfg.loss), cache_bytes=cfg.rollout.teacher_cache_bytes, shared_vocab=run.facts.shared_vocab,
-        device=run.device, turns=colocation.turns,
-    )  # fmt: skip
+    teachers = build_teacher_pool(run, engines, colocation.turns)
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg)
     inner_updates = cfg.batch.inner_updates
 
@@ -192,7 +187,9 @@ def main(run: Run) -> None:
 
             with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
                 if on_policy:
-                    rollouts = rollout_engine.generate(prompts, step, with_logprobs=run.checks_parity(step))
+                    rollouts = rollout_engine.generate(
+                        prompts, step, with_logprobs=run.checks_parity(step), on_finished=teachers.hear
+                    )
                 else:
                     rollouts = dataset_rollouts(prompts, run.facts.student.eos_ids, state.policy_version)
 
@@ -237,6 +234,7 @@ def main(run: Run) -> None:
                 checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
 
     # Finish
+    teachers.close()
     colocation.close()
     metrics.close()
     finish(run, student, teacher_scores, ledger)

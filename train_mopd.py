@@ -27,9 +27,9 @@ from torch import Tensor
 
 from opd import checkpoint, config, distributed, evaluation, rewards, weight_sync
 from opd.arguments import parse
-from opd.build import build_rollout_engine, build_student, build_teachers, restore
+from opd.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers, restore
 from opd.colocation import Colocation
-from opd.distillation import compare, payload_of
+from opd.distillation import compare
 from opd.ledger import Ledger
 from opd.logits import LogitsChunk
 from opd.losses import MAX_LOG_RATIO, distillation_advantage, importance_weights, policy_gradient_loss
@@ -155,11 +155,7 @@ def main(run: Run) -> None:
     rollout_engine = build_rollout_engine(run)
     engines = build_teachers(run)
     colocation = Colocation(rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of)
-    teachers = TeacherPool(
-        engines, run.routes, cfg.loss,
-        payload=payload_of(cfg.loss), cache_bytes=cfg.rollout.teacher_cache_bytes, shared_vocab=run.facts.shared_vocab,
-        device=run.device, turns=colocation.turns,
-    )  # fmt: skip
+    teachers = build_teacher_pool(run, engines, colocation.turns)
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
     logprob_temperature = None if cfg.loss.is_mode == "none" else cfg.rollout.temperature
     reads_logprobs = cfg.loss.is_mode != "none" or cfg.loss.clip_low is not None
@@ -181,7 +177,9 @@ def main(run: Run) -> None:
 
             with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
                 with_logprobs = reads_logprobs or run.checks_parity(step)
-                rollouts = rollout_engine.generate(prompts, step, with_logprobs=with_logprobs)  # P * G responses
+                rollouts = rollout_engine.generate(  # P * G responses
+                    prompts, step, with_logprobs=with_logprobs, on_finished=teachers.hear
+                )
                 if cfg.loss.reward_weight > 0:
                     rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
 
@@ -227,6 +225,7 @@ def main(run: Run) -> None:
                 checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
 
     # Finish
+    teachers.close()
     colocation.close()
     metrics.close()
     finish(run, student, teacher_scores, ledger)

@@ -5,18 +5,22 @@ What libraries print while they load goes to the rank's log.
 
 import os
 import sys
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from opd import checkpoint, config, distributed
 from opd.deepspeed_engine import what_leaves
+from opd.distillation import payload_of
 from opd.heads import load_head, map_head
 from opd.hf_engine import HFEngine
 from opd.metrics import Metrics, say
 from opd.rollout import RolloutEngine
 from opd.run import Run, user_errors
+from opd.served_preflight import api_key_of
+from opd.served_teachers import ServedTeacher
 from opd.student import LossSettings, Student, resolve_dtype
-from opd.teachers import ColocatedTeacher
+from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import LoopState
 from opd.vllm_engine import HiddenStateEngine
 
@@ -73,6 +77,32 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
         with distributed.agree_on_error(f"putting teacher {spec.name} to sleep"):
             teachers[-1].sleep()
     return teachers
+
+
+def build_served_teachers(run: Run) -> list[ServedTeacher]:
+    """The teachers that run elsewhere, connected: what their servers are, `prepare` has found out."""
+    teachers = []
+    for spec in (spec for spec in run.cfg.teachers if spec.is_served):
+        with distributed.agree_on_error(f"connecting to teacher {spec.name}"):
+            teachers.append(
+                ServedTeacher(
+                    spec, run.served[spec.name], run.cfg.loss, limits=run.limits, api_key=api_key_of(spec),
+                    shared_vocab=run.facts.shared_vocab, needs_head="hidden" in payload_of(run.cfg.loss),
+                )
+            )  # fmt: skip
+    return teachers
+
+
+def build_teacher_pool(
+    run: Run, engines: list[ColocatedTeacher], turns: Callable[[Collection[str]], Iterator[str]]
+) -> TeacherPool:
+    """All teachers of the run; those that are served are connected here."""
+    cfg = run.cfg
+    return TeacherPool(
+        engines, run.routes, cfg.loss, served=build_served_teachers(run), streams=cfg.teacher.teacher_mode != "colocate",
+        payload=payload_of(cfg.loss), cache_bytes=cfg.rollout.teacher_cache_bytes, shared_vocab=run.facts.shared_vocab,
+        device=run.device, turns=turns,
+    )  # fmt: skip
 
 
 def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFEngine:

@@ -134,7 +134,7 @@ def _against(
         else:
             estimator = "k3" if cfg.estimator == "auto" else cfg.estimator
             divergence_M = kl_estimate(student_M, part.sampled_logprobs_M, estimator=estimator)
-        return _Against(divergence_M, part.sampled_logprobs_M, part.entropy_M)
+        return _Against(divergence_M, part.sampled_logprobs_M, _entropy(part))
     ids_MK, teacher_MK, repeated_MK = part.topk_ids_MK, part.topk_logprobs_MK, None
     if support == "union_topk" and part.hidden_MH is not None:
         ids_MK, teacher_MK, repeated_MK = _union(part, logits, index_M, head_of(part.teacher), cfg)
@@ -147,8 +147,13 @@ def _against(
     )
     mass = (student_MK.detach().exp().sum(-1), teacher_MK.exp().sum(-1))
     return _Against(
-        divergence_M, part.sampled_logprobs_M, part.entropy_M, part.topk_ids_MK, part.topk_logprobs_MK, mass
+        divergence_M, part.sampled_logprobs_M, _entropy(part), part.topk_ids_MK, part.topk_logprobs_MK, mass
     )
+
+
+def _entropy(part: TeacherSlice) -> Tensor:
+    """The teacher's, [M]; NaN where it does not say, as a vLLM server does not."""
+    return torch.full_like(part.sampled_logprobs_M, torch.nan) if part.entropy_M is None else part.entropy_M
 
 
 @torch.no_grad()

@@ -8,12 +8,14 @@ from opd import distributed
 from opd.config import TeacherSpec
 from opd.data import PromptSet
 from opd.metrics import Metrics
-from opd.rollout import RolloutEngine, write_with_model
+from opd.rollout import RolloutEngine
 from opd.run_files import replace_text
 from opd.types import Prompt
+from opd.vllm_engine import Sample
 
 Scores = dict[str, list[float]]  # domain -> the score of each prompt, in prompt order
 Judge = Callable[[Prompt, list[int]], float]  # (prompt, response ids) -> score
+Write = Callable[[TeacherSpec, Sequence[Prompt], Path], list[Sample]]  # (teacher, prompts, log) -> its responses
 
 
 def held_out(prompt_set: PromptSet, max_per_domain: int) -> list[Prompt]:
@@ -46,12 +48,13 @@ def evaluate_student(engine: RolloutEngine, prompts: Sequence[Prompt], judge: Ju
 
 def evaluate_teachers(
     teachers: Sequence[TeacherSpec], routes: dict[str, tuple[tuple[str, float], ...]], prompts: Sequence[Prompt],
-    judge: Judge, *, run_dir: Path, hashes: dict[str, str], sampling: dict,
+    judge: Judge, *, run_dir: Path, hashes: dict[str, str], write: Write,
 ) -> Scores:  # fmt: skip
     """Greedy answers of each domain's teacher (of a mixture, the one of the largest weight) on the same prompts.
 
-    Done once, by a child process per rank before the trainer's engines exist, and kept in `eval/teachers.json` under the
-    teachers' and the data's hashes, so that a resumed run does not repeat it. Collective.
+    Done once, before the trainer's engines exist, and kept in `eval/teachers.json` under the teachers' and the data's
+    hashes, so that a resumed run does not repeat it. `write(teacher, prompts, log)` gives a teacher's responses. A domain
+    whose teacher is not among `teachers` has no scores. Collective.
     """
     path = run_dir / "eval" / "teachers.json"
     kept = distributed.broadcast_object(json.loads(path.read_text()) if path.exists() else None)
@@ -66,8 +69,7 @@ def evaluate_teachers(
         with distributed.agree_on_error(f"evaluating teacher {spec.name}"):
             share = own[distributed.rank() :: distributed.world_size()]
             log = run_dir / "logs" / f"teacher_eval_{distributed.rank()}.log"
-            options = {"log": log, "backend": spec.backend, "temperature": 0.0, **sampling}
-            samples = write_with_model(spec.model, share, **options) if share else []
+            samples = write(spec, share, log) if share else []
             mine = [judge(p, sample.token_ids) for p, sample in zip(share, samples, strict=True)]
         scores.update(_gather_scores(own, mine))
     if distributed.rank() == 0:

@@ -8,7 +8,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +35,15 @@ from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.plan import plan_run
 from opd.plan_types import PHASES
 from opd.planner import Plan
-from opd.rollout import RolloutEngine
+from opd.replica import Limits
+from opd.rollout import RolloutEngine, write_with_model
+from opd.served_model import ServedModel
+from opd.served_preflight import api_key_of, check_served, limits_of
+from opd.served_teachers import write_with_servers
 from opd.student import Student, resolve_dtype
 from opd.types import Prompt
 from opd.validation import load_ds_config
+from opd.vllm_engine import Sample
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Run:
     routes: dict[str, tuple[tuple[str, float], ...]]  # domain -> ((teacher, weight), ...)
     reward: Any  # (prompt, text) -> float
     hashes: dict[str, str]  # teacher name -> content hash
+    served: dict[str, ServedModel]  # teacher name -> what its servers say it is
     fingerprint: dict[str, Any]
     resume_from: Path | None
     started: float
@@ -87,6 +93,32 @@ class Run:
             "max_model_len": self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens,
             "trust_remote_code": self.cfg.model.trust_remote_code,
         }
+
+    @property
+    def limits(self) -> Limits:
+        """Waits and bounds towards servers."""
+        return limits_of(self.cfg)
+
+    def can_write(self, spec: config.TeacherSpec) -> bool:
+        """Whether answers of a teacher can be had: a scoring server does not write, and its model may not be here."""
+        served = self.served.get(spec.name)
+        return served is None or served.protocol == "json" or Path(spec.model).is_dir()
+
+    def write(
+        self, spec: config.TeacherSpec, prompts: Sequence[Prompt], log: Path, *, temperature: float = 0.0
+    ) -> list[Sample]:
+        """A teacher's responses to this rank's prompts: from its servers, or from a child process that is gone afterwards."""
+        options = self.writing_options | {"temperature": temperature}
+        served = self.served.get(spec.name)
+        if served is None or served.protocol != "json":
+            backend = "vllm" if spec.is_served else spec.backend
+            return write_with_model(spec.model, prompts, log=log, backend=backend, **options)
+        seeds = [distributed.fold_seed(self.cfg.run.seed, p.prompt_id, "teacher") for p in prompts]
+        limits = dataclasses.replace(self.limits, timeout_s=10 * self.limits.timeout_s)  # it writes, and does not only read
+        asked = {name: options[name] for name in ("eos_ids", "max_tokens", "temperature")}
+        return write_with_servers(
+            spec, served, prompts, limits=limits, api_key=api_key_of(spec), seeds=seeds, **asked
+        )  # fmt: skip
 
     @property
     def writing_options(self) -> dict[str, Any]:
@@ -167,7 +199,10 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, memory=memory))
         sys.exit(0)
 
-    hashes = {t.name: _teacher_hash(t) for t in cfg.teachers}
+    hashes = {
+        t.name: run.served[t.name].identity if t.is_served and not Path(t.model).is_dir() else content.content_hash(t.model)
+        for t in cfg.teachers
+    }
     fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)
     fingerprint["eval"] = _asked(run)
     resume_from = checkpoint.find(run.run_dir, cfg.run.resume)
@@ -195,6 +230,7 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     tokenizer = preflight.load_tokenizer(cfg.model.student_model, cfg.model.trust_remote_code)
     facts = preflight.check_models(cfg)
     preflight.check_tensor_parallel(cfg, facts, distributed.world_size())
+    facts, served = check_served(cfg, tokenizer, facts)
     takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
     load = functools.partial(data.load_prompts, tokenizer=tokenizer, cfg=cfg.data, default_domain=takes_all)
     train_set = load(
@@ -209,8 +245,8 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     check_ds_config(cfg.run.ds_config, ds_config)
     run = Run(
         cfg=cfg, device=device, run_dir=Path(cfg.run.output_dir), ds_config=ds_config, tokenizer=tokenizer, facts=facts,
-        train_set=train_set, eval_set=eval_set, routes=routes, reward=reward, hashes={}, fingerprint={}, resume_from=None,
-        started=0.0,
+        train_set=train_set, eval_set=eval_set, routes=routes, reward=reward, hashes={}, served=served, fingerprint={},
+        resume_from=None, started=0.0,
     )  # fmt: skip
     run.prompt_batch(0)  # refuses batch sizes and domain weights that do not fit
     judged = [*run.eval_prompts, *(train_set.prompts if cfg.loss.reward_weight > 0 else ())]
@@ -223,13 +259,6 @@ _WITHOUT_EFFECT = (
     "rollout_kv_cache_gib", "teacher_kv_cache_gib", "rollout_tensor_parallel_size", "enforce_eager", "loss_chunk_bytes",
     "overlap_k",
 )  # fmt: skip
-
-
-def _teacher_hash(spec: config.TeacherSpec) -> str:
-    """What a teacher is, wherever it runs: its content; of a served one without a local directory, its name there."""
-    if spec.is_served and not Path(spec.model).is_dir():
-        return f"served: {spec.model or spec.name}"
-    return content.content_hash(spec.model)
 
 
 def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
@@ -277,10 +306,15 @@ def _asked(run: Run) -> str:
 
 def evaluate_teachers(run: Run) -> evaluation.Scores:
     """What the teachers score on the held-out prompts; before any engine of this process is built."""
+    for spec in run.cfg.teachers:
+        if run.eval_prompts and not run.can_write(spec):
+            say(
+                f"teacher {spec.name}: a scoring server does not write, so its own score, and the recovery, stay unknown; "
+                "name a local directory of its model in its entry (`model`)"
+            )
     return evaluation.evaluate_teachers(
-        run.cfg.teachers, run.routes, run.eval_prompts, run.judge, run_dir=run.run_dir,
-        hashes={**run.hashes, "asked": _asked(run)},
-        sampling=run.writing_options,
+        [spec for spec in run.cfg.teachers if run.can_write(spec)], run.routes, run.eval_prompts, run.judge,
+        run_dir=run.run_dir, hashes={**run.hashes, "asked": _asked(run)}, write=run.write,
     )  # fmt: skip
 
 

@@ -232,7 +232,7 @@ class ReplicaPool:
         elif isinstance(error, Failure):
             self._failed(replica, pending, error)
         else:  # Rejected, or a fault of this program
-            self._resolve(pending, error=error)
+            self._resolve(pending, error=Rejected(f"{self.name}: {error}") if isinstance(error, Rejected) else error)
         self._dispatch()
 
     def _answered(self, replica: Replica, pending: _Pending, value: Any) -> None:

@@ -1,10 +1,15 @@
 """Teachers: colocated engines that return hidden states, their `lm_head`, and the pool that routes by domain.
 
+Served teachers are beside them in the pool, and differ in one thing: they may start on a response before the others are
+written.
+
 L response length, K support size, V vocabulary, H teacher hidden size.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -13,9 +18,11 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import LossConfig, TeacherSpec
+from opd.faults import fault_point
 from opd.fused_linear import score_hidden
 from opd.heads import MappedHead, OutputHead
 from opd.run_files import warn
+from opd.served_teachers import ServedTeacher
 from opd.types import Rollout, TeacherEngine, TeacherPayload, TeacherScores
 
 CANARY_IDS = list(range(2, 10))  # tokens that every vocabulary has; what they mean does not matter
@@ -107,17 +114,26 @@ class TeacherPool:
 
     Hidden states wait on the host until the loss needs them. Where a step's would pass `cache_bytes`, the rest is scored
     at once and only its top-k is kept: the loss of those tokens is then the divergence on `support_k` tokens with its tail.
+
+    With `streams` a served teacher scores a response from the moment that `hear` is told of it (`--teacher_mode standalone`);
+    without, from the moment that all are there. `score` waits for whatever is not answered by then.
     """
 
     def __init__(
         self, teachers: Sequence[ColocatedTeacher], routes: dict[str, tuple[tuple[str, float], ...]],
         cfg: LossConfig, *, payload: TeacherPayload, cache_bytes: int, shared_vocab: int, device: torch.device,
-        turns: Callable[[Collection[str]], Iterator[str]] | None = None,
+        turns: Callable[[Collection[str]], Iterator[str]] | None = None, served: Sequence[ServedTeacher] = (),
+        streams: bool = False,
     ):  # fmt: skip
         self._turns = turns or self._one_after_another
         self.teachers = {teacher.name: teacher for teacher in teachers}
+        self.served, self.streams = {teacher.name: teacher for teacher in served}, streams
+        self._under_way: dict[tuple[str, str], Future] = {}  # (sample, served teacher) -> its answer
+        self._served_bytes = 0  # of the hidden states that served teachers were asked for in this step
+        self.waited_s = dict.fromkeys(self.served, 0.0)  # in the last `score`, beyond all other work
         self.routes, self.cfg, self.payload, self.device = routes, cfg, payload, device
-        self._place = {name: place for place, name in enumerate(self.teachers)}  # turns change, a token's scores do not
+        names = [*self.teachers, *self.served]
+        self._place = {name: place for place, name in enumerate(names)}  # turns change, a token's scores do not
         self.cache_bytes = cache_bytes
         self.shared_vocab = shared_vocab  # padded vocabularies differ; what they share is what the tokenizer can say
         self.spilled_tokens = 0  # of the last `score`
@@ -128,24 +144,88 @@ class TeacherPool:
         """The teacher's head on the device, cut to the shared vocabulary. One is resident at a time."""
         if self._resident is None or self._resident[0] != name:
             self._resident = None  # free the last one before the next arrives
-            self._resident = (name, self.teachers[name].head.cut(self.shared_vocab).to(self.device))
+            head = (self.served if name in self.served else self.teachers)[name].head
+            self._resident = (name, head.cut(self.shared_vocab).to(self.device))
         return self._resident[1]
 
     def release_head(self) -> None:
         self._resident = None
 
+    @property
+    def hear(self) -> Callable[[Rollout], None] | None:
+        """What a rollout engine should tell of each finished response; None where nobody is waiting for it."""
+        return self._submit if self.streams and self.served else None
+
     def score(self, rollouts: Sequence[Rollout]) -> list[tuple[TeacherScores, ...]]:
-        """One tuple of scores per rollout, in the order of the rollouts; every teacher wakes at most once."""
-        for rollout in rollouts:
-            if max(rollout.response_ids) >= self.shared_vocab:
-                raise RuntimeError(
-                    f"prompt {rollout.prompt.prompt_id}: the student wrote token {max(rollout.response_ids)}, which lies in "
-                    f"the padding beyond the {self.shared_vocab} tokens that all models share"
-                )
+        """One tuple of scores per rollout, in the order of the rollouts; every teacher wakes at most once.
+
+        No rollout is left without scores: whatever keeps a teacher from answering is raised, with its name.
+        """
+        try:
+            for rollout in rollouts:
+                self._submit(rollout)
+            scores = self._score_here(rollouts)
+            self._collect(rollouts, scores)
+        except BaseException:
+            for (_, name), future in self._under_way.items():
+                self.served[name].cancel([future])
+            raise
+        finally:
+            self._under_way, self._served_bytes = {}, 0
+        self.release_head()
+        fault_point("score.done")
+        return [tuple(sorted(row, key=lambda score: self._place[score.teacher])) for row in scores]
+
+    def close(self) -> None:
+        """Ends the threads and connections of served teachers."""
+        for teacher in self.served.values():
+            teacher.close()
+
+    def _submit(self, rollout: Rollout) -> None:
+        """Sends a response to its served teachers, each once."""
+        if max(rollout.response_ids) >= self.shared_vocab:
+            raise RuntimeError(
+                f"prompt {rollout.prompt.prompt_id}: the student wrote token {max(rollout.response_ids)}, which lies in "
+                f"the padding beyond the {self.shared_vocab} tokens that all models share"
+            )
+        for name, _ in self.routes[rollout.prompt.domain]:
+            if name in self.served and (rollout.sample_id, name) not in self._under_way:
+                fault_point("teachers.submit")
+                future = self.served[name].submit(rollout, self._payload_of_served(name, rollout))
+                self._under_way[rollout.sample_id, name] = future
+
+    def _payload_of_served(self, name: str, rollout: Rollout) -> TeacherPayload:
+        """Hidden states as long as the cache has room: they are asked for before all responses are known."""
+        payload = self.served[name].payload(self.payload)
+        if "hidden" in payload:
+            size = len(rollout.response_ids) * self.served[name].bytes_per_token
+            if self._served_bytes + size > self.cache_bytes:
+                return "topk"
+            self._served_bytes += size
+        return payload
+
+    def _collect(self, rollouts: Sequence[Rollout], scores: list[list[TeacherScores]]) -> None:
+        """Waits for the served teachers."""
+        for name, teacher in self.served.items():
+            started = time.perf_counter()
+            mine = [
+                (index, weight) for index, rollout in enumerate(rollouts)
+                for known, weight in self.routes[rollout.prompt.domain] if known == name
+            ]  # fmt: skip
+            answers = teacher.collect([self._under_way[rollouts[index].sample_id, name] for index, _ in mine])
+            for (index, weight), score in zip(mine, answers, strict=True):
+                scores[index].append(replace(score, weight=weight))
+                if "hidden" in self.payload and score.hidden is None:
+                    self.spilled_tokens += len(rollouts[index].response_ids)
+            self.waited_s[name] = time.perf_counter() - started
+
+    def _score_here(self, rollouts: Sequence[Rollout]) -> list[list[TeacherScores]]:
+        """What the colocated teachers say, in their turns."""
         work: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for index, rollout in enumerate(rollouts):
             for name, weight in self.routes[rollout.prompt.domain]:
-                work[name].append((index, weight))
+                if name in self.teachers:
+                    work[name].append((index, weight))
         share = self._share_that_fits(rollouts, work)
         scores: list[list[TeacherScores]] = [[] for _ in rollouts]
         self.spilled_tokens = 0
@@ -160,8 +240,7 @@ class TeacherPool:
                     found = self._score(name, mine, self.teachers[name].hidden_states(mine), job.payload)
                     for index, weight, score in zip(job.indices, job.weights, found, strict=True):
                         scores[index].append(replace(score, weight=weight))
-        self.release_head()
-        return [tuple(sorted(row, key=lambda score: self._place[score.teacher])) for row in scores]
+        return scores
 
     def _one_after_another(self, names: Collection[str]) -> Iterator[str]:
         """Turns where nobody shares the GPU with the teachers."""
@@ -180,7 +259,7 @@ class TeacherPool:
         if "hidden" not in self.payload:
             return 1.0
         needed = sum(self._bytes_of(name, rollouts[index]) for name, mine in work.items() for index, _ in mine)
-        share = min(1.0, self.cache_bytes / max(1, needed))
+        share = min(1.0, max(0, self.cache_bytes - self._served_bytes) / max(1, needed))
         if share < 1.0 and not self._warned:
             self._warned = True
             warn(
