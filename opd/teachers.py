@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import LossConfig, TeacherSpec
+from opd.faults import fault_point
 from opd.fused_linear import score_hidden
 from opd.heads import MappedHead, OutputHead
 from opd.run_files import warn
@@ -161,6 +162,7 @@ class TeacherPool:
                     for index, weight, score in zip(job.indices, job.weights, found, strict=True):
                         scores[index].append(replace(score, weight=weight))
         self.release_head()
+        fault_point("score.done")
         return [tuple(sorted(row, key=lambda score: self._place[score.teacher])) for row in scores]
 
     def _one_after_another(self, names: Collection[str]) -> Iterator[str]:
