@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from opd.distributed import agree_on_error, broadcast_object, fault_point, gather_objects, rank, world_size
+from opd.distributed import agree_on_error, broadcast_object, gather_objects, rank, world_size
+from opd.faults import fault_point
 from opd.types import LoopState
 
 MANIFEST = "manifest.json"

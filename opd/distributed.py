@@ -277,13 +277,3 @@ def die_with_launcher(poll_seconds: float = 1.0) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
-
-
-def fault_point(name: str) -> None:
-    """A named place where a test may strike: OPD_FAULT="name:kill" or "name:raise", on the rank OPD_FAULT_RANK (default 0)."""
-    point, _, action = os.environ.get("OPD_FAULT", "").partition(":")
-    if point != name or int(os.environ.get("OPD_FAULT_RANK", 0)) != rank():
-        return
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise RuntimeError(f"fault injected at {name}")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from opd.distributed import gather_objects, rank
+from opd.faults import fault_point
 from opd.run_files import (
     append_text,
     json_line,
@@ -106,6 +107,7 @@ class Metrics:
             logger.info("step %d: %s", step, row)
             self._progress.show(step, row)
         self._last_step = step  # last: TensorBoard's writer, opened above, purges what lies beyond the step before
+        fault_point("metrics.flushed")
         return row
 
     def truncate(self, step: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import LocalBackend, RolloutConfig
+from opd.faults import fault_point
 from opd.hf_engine import HFGenerator
 from opd.types import Prompt, Rollout
 from opd.vllm_engine import GeneratorEngine, Sample
@@ -83,7 +84,7 @@ class RolloutEngine:
         the number of ranks and whatever else is in the batch. Log-probabilities cost the sampler time: without importance
         weights, a PPO ratio or a parity check nothing reads them.
         """
-        distributed.fault_point("rollout")
+        fault_point("rollout")
         place = [distributed.rank() + distributed.world_size() * i for i in range(len(prompts))]
         repeated = [(p, i, g) for p, i in zip(prompts, place, strict=True) for g in range(self.cfg.num_generations)]
         seeds = [distributed.fold_seed(self.seed, step, p.prompt_id, i, g, "rollout") for p, i, g in repeated]
@@ -92,6 +93,7 @@ class RolloutEngine:
             temperature=self.cfg.temperature, top_p=self.cfg.top_p, top_k=self.cfg.top_k,
             with_logprobs=with_logprobs,
         )  # fmt: skip
+        fault_point("rollout.sampled")
         return [self._rollout(p, sample) for (p, _, _), sample in zip(repeated, samples, strict=True)]
 
     def generate_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:

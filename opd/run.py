@@ -24,6 +24,7 @@ from opd import (
     distributed,
     evaluation,
     export,
+    faults,
     preflight,
     report,
     rewards,
@@ -189,6 +190,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     Raises ValueError with one line for whatever the user has to mend.
     """
     started = time.time()
+    faults.check()
     cfg.validate()
     device = distributed.init(cfg.run.local_rank)
     with distributed.agree_on_error("checking the inputs"):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from opd import distributed
 from opd.config import ModelConfig, OptimConfig
 from opd.deepspeed_engine import ShardedEngine
+from opd.faults import fault_point
 from opd.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
 from opd.heads import OutputHead, logit_form
 from opd.logits import LogitsChunk
@@ -168,7 +169,7 @@ class Student:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient. A loss that is not finite stops all ranks before the weights are touched."""
-        distributed.fault_point("backward")
+        fault_point("backward")
         (bad,) = distributed.all_reduce([float(not torch.isfinite(loss.detach()))], "max")
         if bad:
             raise FloatingPointError("the loss is not finite; the last checkpoint is whole")
@@ -176,7 +177,9 @@ class Student:
 
     def step(self, learning_rate: float) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
+        fault_point("train.before_step")
         grad_norm = self.sharded.step(learning_rate)
+        fault_point("train.after_step")
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm is {grad_norm}; the last checkpoint is whole")
         return grad_norm

@@ -1,5 +1,6 @@
 """Student to rollout engine: gathered bucket by bucket, stamped with a version."""
 
+from opd.faults import fault_point
 from opd.types import WeightSource, WeightTarget
 
 
@@ -9,5 +10,6 @@ def push(student: WeightSource, rollout_engine: WeightTarget, version: int) -> i
     Collective: under ZeRO-3 every rank gathers the same buckets and feeds its own engine. The engine resets its caches and
     stamps what it samples from now on with `version`; if the load fails halfway the version is not stamped.
     """
+    fault_point("sync.before")
     rollout_engine.load_weights(student.named_full_parameters(), version)
     return version

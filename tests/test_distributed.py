@@ -171,13 +171,3 @@ def test_seeds_are_stable():
     assert distributed.fold_seed(0, 12) != distributed.fold_seed(0, 1, 2) != distributed.fold_seed(1, 0, 2)
     seeds = {distributed.fold_seed(0, step, prompt) for step in range(50) for prompt in range(50)}
     assert len(seeds) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_fault_points_strike_where_they_are_told(monkeypatch):
-    distributed.fault_point("save.begin")  # unset: nothing
-    monkeypatch.setenv("OPD_FAULT", "save.begin:raise")
-    distributed.fault_point("save.end")
-    with pytest.raises(RuntimeError, match=r"fault injected at save\.begin"):
-        distributed.fault_point("save.begin")
-    monkeypatch.setenv("OPD_FAULT_RANK", "1")
-    distributed.fault_point("save.begin")

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from opd import checkpoint, distributed, export  # noqa: E402
 from opd.config import OptimConfig  # noqa: E402
 from opd.deepspeed_engine import ShardedEngine  # noqa: E402
+from opd.faults import fault_point  # noqa: E402
 from opd.types import LoopState  # noqa: E402
 
 RANK_DEADLINE = 300  # seconds; a rank that hangs is ended by SIGALRM and its trial fails
@@ -46,7 +47,7 @@ class StruckWriter:
 
     def save(self, state_dict, path):
         self.writer.save(state_dict, path)
-        distributed.fault_point("worker.first_shard")
+        fault_point("worker.first_shard")
 
 
 def zero_3() -> ShardedEngine:
