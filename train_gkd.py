@@ -40,10 +40,11 @@ from opd.run import (
     finish,
     is_due,
     prepare,
+    saves_on_failure,
     user_errors,
 )
 from opd.run_files import replace_text
-from opd.step_log import log_mismatch, log_step
+from opd.step_log import log_mismatch, log_step, log_teachers
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch
@@ -181,7 +182,7 @@ def main(run: Run) -> None:
     # Loop
     for step in range(state.step, cfg.run.num_steps):
         started = time.perf_counter()
-        with colocation.step(step), metrics.timed("step"):
+        with colocation.step(step), metrics.timed("step"), saves_on_failure(run, student, state):
             prompts = run.prompt_batch(step)  # P prompts of this rank
             on_policy = is_on_policy(step, cfg)
 
@@ -225,6 +226,7 @@ def main(run: Run) -> None:
         metrics.add("distill/on_policy_share", float(on_policy))
         seconds = time.perf_counter() - started
         log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
+        log_teachers(metrics, teachers, seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)

@@ -113,6 +113,14 @@ class PeerError(RankError):
     """Raised where a rank would have waited for one that has failed; `agree_on_error` turns it into the cause."""
 
 
+_agreed: BaseException | None = None  # what this rank raised when all ranks last agreed to
+
+
+def was_agreed(error: BaseException) -> bool:
+    """Whether every rank raises at this point, so that they may still meet."""
+    return error is _agreed
+
+
 def gather_in_group(value, size: int, what: str) -> list:
     """The values of this rank's group in rank order; rank r belongs to group r // `size`. `what` names the work.
 
@@ -171,7 +179,7 @@ def agree_on_error(what: str):
     A rank that raises alone leaves the others in their next collective until its timeout. Here every rank reports, and
     all raise together with the first cause. Those who wait in `gather_in_group` meanwhile are called off.
     """
-    global _agreements
+    global _agreements, _agreed
     error, report = None, None
     try:
         yield
@@ -189,8 +197,10 @@ def agree_on_error(what: str):
         assert error is None, f"{what}: called off, but no rank says why"
         return
     if isinstance(error, ValueError):
+        _agreed = error
         raise error
-    raise RankError(f"{what} failed on rank {first[0]}: {first[1]}") from error
+    _agreed = RankError(f"{what} failed on rank {first[0]}: {first[1]}")
+    raise _agreed from error
 
 
 @contextmanager

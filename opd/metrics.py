@@ -37,7 +37,7 @@ from opd.run_files import (
 
 __all__ = ["GROUPS", "Metrics", "memory", "say", "setup_logging", "step_line", "write_rollouts", "write_run_files"]
 
-GROUPS = ("loss", "distill", "rollout", "mismatch", "staleness", "optim", "time", "perf", "mem", "eval")
+GROUPS = ("loss", "distill", "teacher", "rollout", "mismatch", "staleness", "optim", "time", "perf", "mem", "eval")
 GIB = 2**30
 ETA_WINDOW = 20  # steps
 
@@ -51,7 +51,7 @@ logger = logging.getLogger("opd")
 class Metrics:
     """Accumulates `key -> (sum, count)` on every rank and writes one line per step on rank 0.
 
-    Keys are `group/name[/domain]`. A step is the number of optimizer steps done when its line is written: 0 is before
+    Keys are `group/name[/domain]`, of a served teacher `teacher/name/TEACHER`. A step is the number of optimizer steps done when its line is written: 0 is before
     training, and a checkpoint of step s belongs to lines 0..s.
     """
 
@@ -143,8 +143,9 @@ class Metrics:
     def _check(self, key: str) -> None:
         group, *rest = key.split("/", 2)
         assert group in GROUPS and rest and all(rest), f"metric {key}: expected group/name[/domain] of {GROUPS}"
-        # Evaluation data may hold domains that no training prompt has.
-        assert len(rest) == 1 or group == "eval" or rest[1] in self._domains, f"metric {key}: not a domain of this run"
+        # Evaluation data may hold domains that no training prompt has; teachers have names of their own.
+        known = len(rest) == 1 or group in ("eval", "teacher") or rest[1] in self._domains
+        assert known, f"metric {key}: not a domain of this run"
 
     def _drain(self) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
         """This rank's sums and maxima, moved to the host with one copy per dtype."""

@@ -42,7 +42,7 @@ from opd.served_model import ServedModel
 from opd.served_preflight import api_key_of, check_served, limits_of
 from opd.served_teachers import write_with_servers
 from opd.student import Student, resolve_dtype
-from opd.types import Prompt
+from opd.types import LoopState, Prompt
 from opd.validation import load_ds_config
 from opd.vllm_engine import Sample
 
@@ -294,6 +294,22 @@ def _say_counts(*prompt_sets: data.PromptSet | None) -> None:
 def is_due(step: int, every: int, last: int) -> bool:
     """After `step` optimizer steps: at the last one, and at every multiple of `every` above 0."""
     return step == last or (every > 0 and step % every == 0)
+
+
+@contextmanager
+def saves_on_failure(run: Run, student: Student, state: LoopState):
+    """Around a step. If all ranks stop in it, as without a teacher, they save what the steps before it have learned.
+
+    Ranks agree on errors before the update only, so the weights are those of `state`. A run that has no step to save starts
+    afresh, and repeats what it did.
+    """
+    try:
+        yield
+    except Exception as error:
+        if distributed.was_agreed(error) and state.step > 0:
+            say(f"step {state.step + 1} cannot be done: saving step {state.step}")
+            checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=run.cfg.run.keep_checkpoints)
+        raise
 
 
 # ---- Evaluation and report -------------------------------------------------------------------------------------------

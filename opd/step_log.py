@@ -5,11 +5,14 @@ N loss tokens of a micro-batch.
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from opd import distributed
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, memory, write_rollouts
 from opd.run import Run
 from opd.student import Student
+from opd.teachers import TeacherPool
 from opd.types import LoopState, MicroBatch, Rollout
 
 
@@ -70,6 +73,25 @@ def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollo
     write_rollouts(run.run_dir, step, rows)
     for index, row in enumerate(rows):
         metrics.text(f"rollout/sample_{index}", f"[{row['domain']}] {row['prompt']}\n{row['response']}", step)
+
+
+def log_teachers(metrics: Metrics, teachers: TeacherPool, seconds: float) -> None:
+    """What the servers of the served teachers did in a step of so many seconds. Counts are sums over the ranks."""
+    each = 1 / distributed.world_size()
+    for name, teacher in teachers.served.items():
+        stats = teacher.take_stats()
+        counts = {
+            "requests": stats.requests, "retries": stats.retries, "failovers": stats.failovers,
+            "ejections": stats.ejections, "failures": stats.failures.total(), "tokens_per_second": stats.tokens / seconds,
+        }  # fmt: skip
+        for key, value in counts.items():
+            metrics.add(f"teacher/{key}/{name}", value, each)
+        metrics.add(f"teacher/bytes_per_token/{name}", stats.bytes_received, stats.tokens)
+        metrics.add_max(f"teacher/inflight/{name}", stats.most_inflight)
+        metrics.add_max(f"teacher/waited_s/{name}", teachers.waited_s[name])
+        if stats.latencies:
+            for share in (50, 95, 99):
+                metrics.add_max(f"teacher/latency_p{share}_s/{name}", float(np.percentile(stats.latencies, share)))
 
 
 def log_mismatch(metrics: Metrics, student: Student, micro_batches: Sequence[MicroBatch], temperature: float) -> None:
