@@ -25,6 +25,7 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _agreements = 0
 _meetings: Counter[int] = Counter()
 _process_groups: dict[int, dist.ProcessGroup] = {}
+_agreed: BaseException | None = None  # what this rank raised when all ranks last agreed to
 
 
 def init(local_rank: int = -1) -> torch.device:
@@ -111,9 +112,6 @@ class RankError(RuntimeError):
 
 class PeerError(RankError):
     """Raised where a rank would have waited for one that has failed; `agree_on_error` turns it into the cause."""
-
-
-_agreed: BaseException | None = None  # what this rank raised when all ranks last agreed to
 
 
 def was_agreed(error: BaseException) -> bool:

@@ -51,8 +51,8 @@ logger = logging.getLogger("opd")
 class Metrics:
     """Accumulates `key -> (sum, count)` on every rank and writes one line per step on rank 0.
 
-    Keys are `group/name[/domain]`, of a served teacher `teacher/name/TEACHER`. A step is the number of optimizer steps done when its line is written: 0 is before
-    training, and a checkpoint of step s belongs to lines 0..s.
+    Keys are `group/name[/domain]`, of a served teacher `teacher/name/TEACHER`. A step is the number of optimizer steps done
+    when its line is written: 0 is before training, and a checkpoint of step s belongs to lines 0..s.
     """
 
     def __init__(self, run_dir: Path, *, num_steps: int, domains: Iterable[str]):
