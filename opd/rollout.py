@@ -85,8 +85,8 @@ class RolloutEngine:
         weights, a PPO ratio or a parity check nothing reads them.
         """
         fault_point("rollout")
-        place = [distributed.rank() + distributed.world_size() * i for i in range(len(prompts))]
-        repeated = [(p, i, g) for p, i in zip(prompts, place, strict=True) for g in range(self.cfg.num_generations)]
+        places = _places(prompts)
+        repeated = [(p, i, g) for p, i in zip(prompts, places, strict=True) for g in range(self.cfg.num_generations)]
         seeds = [distributed.fold_seed(self.seed, step, p.prompt_id, i, g, "rollout") for p, i, g in repeated]
         samples = self.engine.generate(
             [p.token_ids for p, _, _ in repeated], seeds, self.eos_ids, max_tokens=self.cfg.max_response_tokens,
@@ -94,7 +94,9 @@ class RolloutEngine:
             with_logprobs=with_logprobs,
         )  # fmt: skip
         fault_point("rollout.sampled")
-        return [self._rollout(p, sample) for (p, _, _), sample in zip(repeated, samples, strict=True)]
+        return [
+            self._rollout(f"{step}/{i}/{g}", p, sample) for (p, i, g), sample in zip(repeated, samples, strict=True)
+        ]
 
     def generate_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response per prompt at temperature 0, for evaluation."""
@@ -102,10 +104,11 @@ class RolloutEngine:
             [p.token_ids for p in prompts], [0] * len(prompts), self.eos_ids,
             max_tokens=self.cfg.max_response_tokens, temperature=0.0, with_logprobs=False,
         )  # fmt: skip
-        return [self._rollout(p, sample) for p, sample in zip(prompts, samples, strict=True)]
+        return [self._rollout(f"greedy/{p.prompt_id}/0", p, s) for p, s in zip(prompts, samples, strict=True)]
 
-    def _rollout(self, prompt: Prompt, sample: Sample) -> Rollout:
+    def _rollout(self, sample_id: str, prompt: Prompt, sample: Sample) -> Rollout:
         return Rollout(
+            sample_id=sample_id,
             prompt=prompt,
             source="student",
             response_ids=sample.token_ids,
@@ -119,10 +122,18 @@ class RolloutEngine:
         self.policy_version = version
 
 
-def dataset_rollouts(prompts: Sequence[Prompt], eos_ids: tuple[int, ...], policy_version: int) -> list[Rollout]:
+def _places(prompts: Sequence[Prompt]) -> range:
+    """Where this rank's prompts stand in the global batch, which was dealt one by one to the ranks."""
+    return range(distributed.rank(), distributed.world_size() * len(prompts), distributed.world_size())
+
+
+def dataset_rollouts(
+    prompts: Sequence[Prompt], step: int, *, eos_ids: tuple[int, ...], policy_version: int
+) -> list[Rollout]:
     """The prompts' own responses as rollouts, for off-policy distillation."""
     return [
         Rollout(
+            sample_id=f"{step}/{place}/0",
             prompt=prompt,
             source="dataset",
             response_ids=prompt.target_ids,
@@ -130,7 +141,7 @@ def dataset_rollouts(prompts: Sequence[Prompt], eos_ids: tuple[int, ...], policy
             finish_reason="stop" if prompt.target_ids[-1] in eos_ids else "length",
             policy_version=policy_version,
         )
-        for prompt in prompts
+        for place, prompt in zip(_places(prompts), prompts, strict=True)
     ]
 
 

@@ -463,6 +463,15 @@ def test_tensor_parallelism_that_does_not_divide(published, size, ranks, what):
         plan.make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
 
 
+def test_a_served_teacher_takes_no_memory_here(run_yaml, capsys):
+    url = "http://127.0.0.1:8000"
+    status, out, err = command(capsys, "--config", str(run_yaml), "--teacher", f"math={url}", "--teacher", f"code={url}1")
+    assert status in (0, 1), err
+    assert "teacher math" not in out and "teacher code" not in out
+    status, mixed, err = command(capsys, "--config", str(run_yaml), "--plan", "auto")
+    assert "teacher" in mixed and status in (0, 1), err
+
+
 def test_json_is_plain_data(published):
     made = make_plan(job_of(published, "0.6B", ["1.7B"]))
     assert json.loads(json.dumps(as_json(made)))["choices"]["prefetch"] is False
