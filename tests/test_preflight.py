@@ -43,7 +43,7 @@ from opd.plan import read_job
 from opd.plan_types import GIB, Machine
 from opd.plan_view import table
 from opd.planner import make_plan
-from opd.preflight import check_models, check_output_dir, dry_run_report, load_tokenizer
+from opd.preflight import check_models, check_output_dir, check_tensor_parallel, dry_run_report, load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
