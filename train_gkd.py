@@ -44,6 +44,7 @@ from opd.run import (
     user_errors,
 )
 from opd.run_files import replace_text
+from opd.sample_ledger import SampleLedger, rows_of
 from opd.step_log import log_mismatch, log_step, log_teachers
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
@@ -154,14 +155,14 @@ def main(run: Run) -> None:
     # Setup and Data: `prepare` did both; the configuration, model, prompts and responses of `run` fit together.
     cfg = run.cfg
     metrics = Metrics(run.run_dir, num_steps=cfg.run.num_steps, domains=run.domains)
-    ledger = Ledger(run.run_dir / "ledger.jsonl", distributed.rank())
+    ledger, samples = Ledger(run.run_dir / "ledger.jsonl", distributed.rank()), SampleLedger(run.run_dir)
     teacher_scores = evaluate_teachers(run)  # in a child process that is gone before the engines below exist
     if cfg.gkd.seq_kd and cfg.gkd.lmbda < 1:
         run = with_teacher_responses(run)
 
     # Student and Resume, Rollout engine, Teacher: all on this rank's GPU, each asleep until its phase
     student = build_student(run)
-    state = restore(run, student, metrics)
+    state = restore(run, student, metrics, samples)
     student.place(states=False, parameters=True)  # its optimizer states make room for the engines
     student.settle()
     rollout_engine = build_rollout_engine(run)
@@ -192,7 +193,9 @@ def main(run: Run) -> None:
                         prompts, step, with_logprobs=run.checks_parity(step), on_finished=teachers.hear
                     )
                 else:
-                    rollouts = dataset_rollouts(prompts, run.facts.student.eos_ids, state.policy_version)
+                    rollouts = dataset_rollouts(
+                        prompts, step, eos_ids=run.facts.student.eos_ids, policy_version=state.policy_version
+                    )
 
             with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
                 scores = teachers.score(rollouts)
@@ -202,6 +205,7 @@ def main(run: Run) -> None:
                 micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
                 packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
+            trained_on = rows_of(rollouts, scores, step=step + 1)
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
@@ -221,6 +225,7 @@ def main(run: Run) -> None:
             with colocation.phase("sync"), metrics.timed("sync"):
                 state.policy_version = weight_sync.push(student, rollout_engine, version=step + 1)
 
+        samples.record(trained_on)
         state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
         metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
         metrics.add("distill/on_policy_share", float(on_policy))

@@ -46,6 +46,7 @@ from opd.run import (
     saves_on_failure,
     user_errors,
 )
+from opd.sample_ledger import SampleLedger, rows_of
 from opd.step_log import log_mismatch, log_step, log_teachers
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
@@ -145,12 +146,12 @@ def main(run: Run) -> None:
     # Setup and Data: `prepare` did both; the configuration, models, prompts and routes of `run` fit together.
     cfg = run.cfg
     metrics = Metrics(run.run_dir, num_steps=cfg.run.num_steps, domains=run.domains)
-    ledger = Ledger(run.run_dir / "ledger.jsonl", distributed.rank())
+    ledger, samples = Ledger(run.run_dir / "ledger.jsonl", distributed.rank()), SampleLedger(run.run_dir)
     teacher_scores = evaluate_teachers(run)  # in a child process that is gone before the engines below exist
 
     # Student and Resume, Rollout engine, Teachers: all on this rank's GPU, each asleep until its phase
     student = build_student(run)
-    state = restore(run, student, metrics)
+    state = restore(run, student, metrics, samples)
     student.place(states=False, parameters=True)  # its optimizer states make room for the engines
     student.settle()
     rollout_engine = build_rollout_engine(run)
@@ -192,6 +193,7 @@ def main(run: Run) -> None:
                 micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
                 packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
+            trained_on = rows_of(rollouts, scores, step=step + 1)
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
@@ -213,6 +215,7 @@ def main(run: Run) -> None:
             with colocation.phase("sync"), metrics.timed("sync"):
                 state.policy_version = weight_sync.push(student, rollout_engine, version=step + 1)
 
+        samples.record(trained_on)
         state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
         metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
         seconds = time.perf_counter() - started

@@ -17,6 +17,7 @@ from opd.hf_engine import HFEngine
 from opd.metrics import Metrics, say
 from opd.rollout import RolloutEngine
 from opd.run import Run, user_errors
+from opd.sample_ledger import SampleLedger
 from opd.served_preflight import api_key_of
 from opd.served_teachers import ServedTeacher
 from opd.student import LossSettings, Student, resolve_dtype
@@ -130,12 +131,13 @@ def build_rollout_engine(run: Run) -> RolloutEngine:
     return engine
 
 
-def restore(run: Run, student: Student, metrics: Metrics) -> LoopState:
-    """The state to go on from: the checkpoint's, or a fresh one. Collective."""
-    if run.resume_from is None:
-        metrics.truncate(-1)
-        return LoopState()
-    student.load_shards(run.resume_from)
-    state = checkpoint.load_state(run.resume_from)
-    metrics.truncate(state.step)
+def restore(run: Run, student: Student, metrics: Metrics, samples: SampleLedger) -> LoopState:
+    """The state to go on from: the checkpoint's, or a fresh one; what was written beyond it is forgotten. Collective."""
+    state, written = LoopState(), -1
+    if run.resume_from is not None:
+        student.load_shards(run.resume_from)
+        state = checkpoint.load_state(run.resume_from)
+        written = state.step
+    metrics.truncate(written)
+    samples.truncate(written)
     return state

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,24 +77,33 @@ class RolloutEngine:
             raise RuntimeError(f"rollout engine woke up without weights: its canary has the log-probability {found[1]}")
         self._canary, self._canary_version = found, self.policy_version
 
-    def generate(self, prompts: Sequence[Prompt], step: int, *, with_logprobs: bool = True) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], step: int, *, with_logprobs: bool = True,
+        on_finished: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:  # fmt: skip
         """`num_generations` rollouts per prompt, prompt by prompt.
 
         The seed of a sample is a function of (seed, step, prompt, place in the global batch, sample): the same whatever
         the number of ranks and whatever else is in the batch. Log-probabilities cost the sampler time: without importance
-        weights, a PPO ratio or a parity check nothing reads them.
+        weights, a PPO ratio or a parity check nothing reads them. `on_finished` hears of each rollout as soon as it is
+        complete, while others are still being written.
         """
         fault_point("rollout")
-        place = [distributed.rank() + distributed.world_size() * i for i in range(len(prompts))]
-        repeated = [(p, i, g) for p, i in zip(prompts, place, strict=True) for g in range(self.cfg.num_generations)]
+        places = _places(prompts)
+        repeated = [(p, i, g) for p, i in zip(prompts, places, strict=True) for g in range(self.cfg.num_generations)]
         seeds = [distributed.fold_seed(self.seed, step, p.prompt_id, i, g, "rollout") for p, i, g in repeated]
+
+        def rollout(index: int, sample: Sample) -> Rollout:
+            prompt, place, g = repeated[index]
+            return self._rollout(f"{step}/{place}/{g}", prompt, sample)
+
         samples = self.engine.generate(
             [p.token_ids for p, _, _ in repeated], seeds, self.eos_ids, max_tokens=self.cfg.max_response_tokens,
-            temperature=self.cfg.temperature, top_p=self.cfg.top_p, top_k=self.cfg.top_k,
-            with_logprobs=with_logprobs,
+            temperature=self.cfg.temperature, top_p=self.cfg.top_p, top_k=self.cfg.top_k, with_logprobs=with_logprobs,
+            on_finished=None if on_finished is None else lambda index, sample: on_finished(rollout(index, sample)),
         )  # fmt: skip
         fault_point("rollout.sampled")
-        return [self._rollout(p, sample) for (p, _, _), sample in zip(repeated, samples, strict=True)]
+        return [rollout(index, sample) for index, sample in enumerate(samples)]
 
     def generate_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response per prompt at temperature 0, for evaluation."""
@@ -102,10 +111,11 @@ class RolloutEngine:
             [p.token_ids for p in prompts], [0] * len(prompts), self.eos_ids,
             max_tokens=self.cfg.max_response_tokens, temperature=0.0, with_logprobs=False,
         )  # fmt: skip
-        return [self._rollout(p, sample) for p, sample in zip(prompts, samples, strict=True)]
+        return [self._rollout(f"greedy/{p.prompt_id}/0", p, s) for p, s in zip(prompts, samples, strict=True)]
 
-    def _rollout(self, prompt: Prompt, sample: Sample) -> Rollout:
+    def _rollout(self, sample_id: str, prompt: Prompt, sample: Sample) -> Rollout:
         return Rollout(
+            sample_id=sample_id,
             prompt=prompt,
             source="student",
             response_ids=sample.token_ids,
@@ -119,10 +129,18 @@ class RolloutEngine:
         self.policy_version = version
 
 
-def dataset_rollouts(prompts: Sequence[Prompt], eos_ids: tuple[int, ...], policy_version: int) -> list[Rollout]:
+def _places(prompts: Sequence[Prompt]) -> range:
+    """Where this rank's prompts stand in the global batch, which was dealt one by one to the ranks."""
+    return range(distributed.rank(), distributed.world_size() * len(prompts), distributed.world_size())
+
+
+def dataset_rollouts(
+    prompts: Sequence[Prompt], step: int, *, eos_ids: tuple[int, ...], policy_version: int
+) -> list[Rollout]:
     """The prompts' own responses as rollouts, for off-policy distillation."""
     return [
         Rollout(
+            sample_id=f"{step}/{place}/0",
             prompt=prompt,
             source="dataset",
             response_ids=prompt.target_ids,
@@ -130,7 +148,7 @@ def dataset_rollouts(prompts: Sequence[Prompt], eos_ids: tuple[int, ...], policy
             finish_reason="stop" if prompt.target_ids[-1] in eos_ids else "length",
             policy_version=policy_version,
         )
-        for prompt in prompts
+        for place, prompt in zip(_places(prompts), prompts, strict=True)
     ]
 
 

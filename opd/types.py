@@ -40,6 +40,7 @@ class Prompt:
 class Rollout:
     """One response. `response_ids` includes the stop token if one was sampled, and is never re-tokenised."""
 
+    sample_id: str  # STEP/PLACE/GENERATION, unique in a run and the same on any number of ranks
     prompt: Prompt
     source: RolloutSource
     response_ids: list[int]  # [L]

@@ -110,7 +110,7 @@ def peak_of_children():
         yield peak
     finally:
         ended.set()
-        thread.join()
+        thread.join(timeout=60)
 
 
 # ---- Models and prompts ----------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def run_child(command: list[str], log: Path, env: dict[str, str], deadline_s: in
         finally:
             if child.poll() is None:  # nothing that we started outlives us
                 os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+                child.wait(60)
     if status:
         text = log.read_text(errors="replace")
         sys.stderr.write(text[-3000:])

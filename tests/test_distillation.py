@@ -62,7 +62,7 @@ class Batch:
         logprobs_L = logits_LV.log_softmax(-1).gather(-1, ids_L[:, None])[:, 0]
         logprobs_L += 0.4 * torch.randn(ids_L.shape, generator=generator)
         return Rollout(
-            prompt=Prompt(prompt_id=i, domain=domain, token_ids=[1] * (1 + i % 3)), source="student",
+            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain=domain, token_ids=[1] * (1 + i % 3)), source="student",
             response_ids=ids_L.tolist(), finish_reason="stop", rollout_logprobs=logprobs_L.tolist(), policy_version=0,
             task_advantage=(i - 2.5) / 2,
         )  # fmt: skip

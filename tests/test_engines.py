@@ -98,7 +98,8 @@ def written(prompts, *, longest=9) -> list[Rollout]:
         length = int(torch.randint(1, longest + 1, (), generator=generator))
         rollouts.append(
             Rollout(
-                prompt=prompt, source="dataset", rollout_logprobs=None, finish_reason="length", policy_version=0,
+                sample_id=f"0/{len(rollouts)}/0", prompt=prompt, source="dataset", rollout_logprobs=None,
+                finish_reason="length", policy_version=0,
                 response_ids=torch.randint(VOCAB, (length,), generator=generator).tolist(),
             )
         )  # fmt: skip

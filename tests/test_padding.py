@@ -24,6 +24,7 @@ def make_rollout(rng: random.Random, prompt_id: int, domain: str, source: str = 
     response_ids = [rng.randrange(40) for _ in range(rng.randint(1, 9))]
     logprobs = [-rng.uniform(0.1, 5.0) for _ in response_ids] if source == "student" else None
     return Rollout(
+        sample_id=f"0/{prompt_id}/0",
         prompt=Prompt(prompt_id=prompt_id, domain=domain, token_ids=[rng.randrange(40) for _ in range(rng.randint(1, 7))]),
         source=source,
         response_ids=response_ids,
@@ -118,7 +119,7 @@ def test_round_trip(seed):
 def test_the_worked_example():
     """Prompt [5, 6], response [7, 8]: the state of 6 predicts 7, the state of 7 predicts 8."""
     rollout = Rollout(
-        prompt=Prompt(prompt_id=0, domain="addition", token_ids=[5, 6]), source="student", response_ids=[7, 8],
+        sample_id="0/0/0", prompt=Prompt(prompt_id=0, domain="addition", token_ids=[5, 6]), source="student", response_ids=[7, 8],
         rollout_logprobs=[-0.5, -0.25], finish_reason="length", policy_version=3,
     )  # fmt: skip
     mb = collate([(rollout, make_scores(rollout))], pad_id=PAD, domains=DOMAINS)
@@ -184,8 +185,8 @@ def of_lengths(lengths: list[int], domains: list[str] | None = None):
     """Rollouts that take `lengths` tokens after the shift: a prompt of one token and a response of that length."""
     rollouts = [
         Rollout(
-            prompt=Prompt(prompt_id=i, domain=domain, token_ids=[i]), source="dataset", response_ids=[2] * length,
-            rollout_logprobs=None, finish_reason="stop", policy_version=0,
+            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain=domain, token_ids=[i]), source="dataset",
+            response_ids=[2] * length, rollout_logprobs=None, finish_reason="stop", policy_version=0,
         )
         for i, (length, domain) in enumerate(zip(lengths, domains or ["addition"] * len(lengths), strict=True))
     ]  # fmt: skip
@@ -344,8 +345,8 @@ def test_rollouts_and_scores_come_in_pairs():
 def test_scores_of_another_length_are_refused():
     rollout = make_rollout(random.Random(0), 0, "addition")
     longer = make_scores(Rollout(
-        prompt=rollout.prompt, source="dataset", response_ids=[*rollout.response_ids, 1], rollout_logprobs=None,
-        finish_reason="stop", policy_version=0,
+        sample_id=rollout.sample_id, prompt=rollout.prompt, source="dataset",
+        response_ids=[*rollout.response_ids, 1], rollout_logprobs=None, finish_reason="stop", policy_version=0,
     ))  # fmt: skip
     with pytest.raises(AssertionError, match=r"A\.sampled_logprobs has \d+ rows for \d+ response tokens"):
         collate([(rollout, longer)], pad_id=PAD, domains=DOMAINS)

@@ -463,6 +463,16 @@ def test_tensor_parallelism_that_does_not_divide(published, size, ranks, what):
         plan.make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
 
 
+def test_a_served_teacher_takes_no_memory_here(run_yaml, capsys):
+    teachers = ("--teacher", "math=http://127.0.0.1:8000", "--teacher", "code=http://127.0.0.1:8001")
+    status, out, err = command(capsys, "--config", str(run_yaml), *teachers)
+    assert status in (0, 1), err
+    assert "teacher math" not in out and "teacher code" not in out
+    gpu = ("--gpus", "2", "--gpu_memory", "24", "--host_memory", "64")
+    status, _, err = command(capsys, "--config", str(run_yaml), *teachers, *gpu)
+    assert status == 0, err
+
+
 def test_json_is_plain_data(published):
     made = make_plan(job_of(published, "0.6B", ["1.7B"]))
     assert json.loads(json.dumps(as_json(made)))["choices"]["prefetch"] is False

@@ -43,7 +43,7 @@ from opd.plan import read_job
 from opd.plan_types import GIB, Machine
 from opd.plan_view import table
 from opd.planner import make_plan
-from opd.preflight import check_models, check_output_dir, dry_run_report, load_tokenizer
+from opd.preflight import check_models, check_output_dir, check_tensor_parallel, dry_run_report, load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -417,12 +417,21 @@ def test_output_dir(student, tmp_path):
     del old["teachers"][0]["backend"]  # of a run that knew one backend only
     (run / "config.yaml").write_text(yaml.safe_dump(old))
     check_output_dir(run, "auto", config)
+    moved = dataclasses.replace(config.teachers[0], backend="server", urls=("http://h:1",), api_key_env="KEY")
+    check_output_dir(run, "auto", dataclasses.replace(config, teachers=(moved,)))
     heavier = dataclasses.replace(config, teachers=(dataclasses.replace(config.teachers[0], weight=2.0),))
     assert "holds another run (teachers differ)" in error(check_output_dir, run, "auto", heavier)
     other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
     assert "holds another run (seed differ)" in error(check_output_dir, run, "auto", other)
     (run / "config.yaml").write_text("- a")
     assert "its config.yaml is not a run's" in error(check_output_dir, run, "auto", config)
+
+
+def test_a_served_teacher_is_not_read_here(student):
+    config = make_config(student, "http://127.0.0.1:9", "--teacher_residency", "disk")
+    facts = check_models(config)
+    assert facts.teachers == {} and facts.shared_vocab == facts.student.vocab_size
+    check_tensor_parallel(config, facts, 1)
 
 
 def test_output_dir_that_is_a_file(tmp_path):

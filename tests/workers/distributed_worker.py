@@ -58,8 +58,8 @@ def micro_batches(out: Path) -> None:
     lengths = [1, 2, 3, 4, 5] if rank == 0 else [7]
     rollouts = [
         Rollout(
-            prompt=Prompt(prompt_id=i, domain="d", token_ids=[1, 2]), source="dataset", response_ids=[3] * length,
-            rollout_logprobs=None, finish_reason="stop", policy_version=0,
+            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain="d", token_ids=[1, 2]), source="dataset",
+            response_ids=[3] * length, rollout_logprobs=None, finish_reason="stop", policy_version=0,
         )
         for i, length in enumerate(lengths)
     ]  # fmt: skip

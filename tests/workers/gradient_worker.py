@@ -83,6 +83,7 @@ def make_batch() -> list[tuple[Rollout, tuple[TeacherScores, ...]]]:
                 )
             )  # fmt: skip
         rollout = Rollout(
+            sample_id=f"0/{i}/0",
             prompt=Prompt(prompt_id=i, domain=domain, token_ids=[rng.randrange(VOCAB) for _ in range(2 + i)]),
             source="student", response_ids=response_ids, rollout_logprobs=[-rng.uniform(2.0, 6.0) for _ in range(length)],
             finish_reason="stop", policy_version=0, task_advantage=rng.choice([-1.0, -0.5, 0.5, 1.5]),

@@ -73,7 +73,7 @@ def scored(job: dict, engines: dict, cache_bytes: int) -> dict[str, torch.Tensor
     domains = ["addition", "reversal"] if distributed.rank() == 0 else ["addition"]
     rollouts = [
         Rollout(
-            prompt=Prompt(prompt_id=i, domain=domains[i % len(domains)], token_ids=ids), source="dataset",
+            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain=domains[i % len(domains)], token_ids=ids), source="dataset",
             response_ids=[2 + i, 5, 9, 1][: 2 + i % 3], rollout_logprobs=None, finish_reason="stop", policy_version=0,
         )
         for i, ids in enumerate(share(job["prompts"], DEAL["unequal"]))
