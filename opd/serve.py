@@ -144,6 +144,8 @@ def main() -> int:
             dtype=str(resolve_dtype(args.dtype)).removeprefix("torch."), max_logprobs=args.max_logprobs,
             kv_cache_gib=args.kv_cache_gib, extra=args.extra,
         ) as replicas:  # fmt: skip
+            for replica in replicas:
+                say(f"{replica.url}: process {replica.process.pid}")
             print(yaml_entry(args.name, args.model, [replica.url for replica in replicas]), flush=True)
             return watch(replicas)
     except StartError as error:
