@@ -176,8 +176,9 @@ class ReplicaPool:
         running = [*watchers, *(pending.task for pending in under_way)]
         for task in running:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        await self._transport.close()
+        async with asyncio.timeout(CLOSE_S):
+            await asyncio.gather(*running, return_exceptions=True)
+            await self._transport.close()
 
     def _enqueue(self, pending: _Pending) -> None:
         self._budget.earn()

@@ -23,6 +23,8 @@ ALLOWED = {
         "bench_tools.py",
         "process.submit(function, *args).result",
     ): "a measurement takes what it takes; a dead child raises",
+    ("servers.py", "self._stop.wait"): "the life of the pool: `close` ends it",
+    ("servers.py", "task.result"): "a callback of a task that is done",
     ("make_demo.py", "job.result"): "training takes what it takes; a dead child raises",
 }
 
