@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The demo with one teacher on the trainer's own device and the other one behind two servers, one of which is killed in the
-# middle of the run. No GPU needed. Arguments are passed on to train_mopd.py; PROTOCOL=binary takes our scoring servers.
+# The demo of scripts/quickstart.sh with one of its teachers behind two servers, one of which is killed in the middle of the
+# run. No GPU needed. PROTOCOL=json takes vLLM servers, which send top-k instead of hidden states. Arguments are passed on to
+# train_mopd.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,7 +9,7 @@ bash scripts/setup.sh
 export PATH="$(cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # models this small lose more to thread barriers than they gain
 
-PROTOCOL="${PROTOCOL:-json}" KILL_AT="${KILL_AT:-150}"
+PROTOCOL="${PROTOCOL:-binary}" KILL_AT="${KILL_AT:-150}"
 RUN=runs/standalone SERVERS=runs/standalone_servers
 rm -rf "$RUN" "$SERVERS" # this run is about what happens in it: it starts afresh
 mkdir -p "$SERVERS"
@@ -33,12 +34,23 @@ for NAME in first second; do
     cat "$SERVERS/$NAME.log" >&2
     exit 1
 done
-URLS="$(cat "$SERVERS"/*.yaml | grep -o 'http://[^"]*' | paste -sd,)"
 VICTIM="$(grep -o 'process [0-9]*' "$SERVERS/first.log" | cut -d' ' -f2)"
-echo "teacher addition: $URLS"
+python - "$SERVERS" <<'PY' # the demo's configuration, with one entry of it changed
+import sys, yaml
+from pathlib import Path
 
-deepspeed --num_gpus 1 train_mopd.py --config scripts/quickstart.yaml --output_dir "$RUN" --support auto --support_k 16 \
-    --teacher "addition=$URLS" --teacher reversal=demo/teacher_reversal "$@" &
+servers = Path(sys.argv[1])
+config = yaml.safe_load(Path("scripts/quickstart.yaml").read_text())
+entries = [yaml.safe_load((servers / f"{name}.yaml").read_text())["teachers"][0] for name in ("first", "second")]
+served = {**entries[0], "urls": [url for entry in entries for url in entry["urls"]]}
+config["teachers"] = [served if entry["name"] == served["name"] else entry for entry in config["teachers"]]
+(servers / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+PY
+grep -A 6 "name: addition" "$SERVERS/run.yaml"
+
+SUPPORT=()
+if [ "$PROTOCOL" = json ]; then SUPPORT=(--support auto --support_k 16); fi
+deepspeed --num_gpus 1 train_mopd.py --config "$SERVERS/run.yaml" --output_dir "$RUN" "${SUPPORT[@]}" "$@" &
 TRAINER=$!
 until grep -q "^{\"step\": $KILL_AT," "$RUN/metrics.jsonl" 2>/dev/null; do
     kill -0 "$TRAINER" 2>/dev/null || { wait "$TRAINER"; exit 1; }
