@@ -70,7 +70,8 @@ class ServerOptions:
     extra: Sequence[str] = ()  # flags for the server itself
 
     def command(self) -> list[str]:
-        """Ours come last, so that no extra flag opens what is closed. vLLM's own "auto" is bfloat16 even for float32 files on a CPU."""
+        """Ours come last, so that no extra flag opens what is closed."""
+        # vLLM's own "auto" is bfloat16 even for float32 files on a CPU
         dtype = str(resolve_dtype(self.dtype)).removeprefix("torch.")
         if self.protocol == "binary":
             return [
