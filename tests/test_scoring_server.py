@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import safetensors.torch
 import torch
 from conftest import LOOPBACK, PADDED_VOCAB, listening_addresses, worker_environment
 
@@ -22,6 +23,7 @@ from opd.heads import load_head
 from opd.hf_engine import HFEngine
 from opd.replicas import ServerOptions, start_replica, stop_all
 from opd.scoring_routes import ServedModel, Service
+from opd.scoring_server import check_host
 from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
 from opd.vllm_engine import HiddenStateEngine
@@ -110,13 +112,13 @@ def engines(tiny, device):
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_it_says_what_a_colocated_teacher_says(urls, engines, tiny, backend, payload, vocab, temperature):
     asked = question(payload, vocab=vocab, temperature=temperature)
-    spec = TeacherSpec(name="math", model=str(tiny.padded))
+    spec = TeacherSpec(name="math", model=str(tiny.padded), domains=("any",))
     pool = TeacherPool(
         [ColocatedTeacher(spec, engines[backend], load_head(spec.model))], {"any": (("math", 1.0),)},
         LossConfig(support_k=K, loss_temperature=temperature), payload=payload, cache_bytes=1 << 30,
         shared_vocab=vocab, device=torch.device("cpu"),
     )  # fmt: skip
-    prompt = Prompt(prompt_id="p", domain="any", text="", token_ids=asked.prompt_ids)
+    prompt = Prompt(prompt_id=0, domain="any", token_ids=asked.prompt_ids)
     rollout = Rollout(
         prompt=prompt, source="student", response_ids=asked.response_ids, rollout_logprobs=None,
         finish_reason="stop", policy_version=0,
@@ -125,7 +127,7 @@ def test_it_says_what_a_colocated_teacher_says(urls, engines, tiny, backend, pay
     answer = ask(urls[backend], asked)
     assert answer.keys() == asked.shapes.keys()
     for name, value in answer.items():
-        torch.testing.assert_close(value, getattr(expected, name), atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(value, getattr(expected, name), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_vocab_cuts_the_padding_off(urls):
@@ -163,7 +165,7 @@ def test_many_at_once_are_batched_and_answered_each_for_itself(urls, backend):
     for one, answer, expected in zip(asked, answers, alone, strict=True):
         found = wire.decode_scores(answer.content, one)
         for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(value, expected[name], atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -196,8 +198,6 @@ def test_it_introduces_itself(urls, tiny, tokenizer, backend):
 
 
 def test_the_head_is_that_of_the_checkpoint(urls, tiny):
-    import safetensors.torch
-
     head = safetensors.torch.load(httpx.get(f"{urls['hf']}/head").content)
     assert head.keys() == {"weight_VH"}
     assert torch.equal(head["weight_VH"], load_head(str(tiny.padded)).weight_VH)
@@ -295,9 +295,20 @@ def assert_refused(flags: list[str], says: str, **env: str) -> None:
     assert says in run.stderr and len(run.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_it_does_not_leave_loopback_without_a_token(tiny, host):
-    assert_refused(["--model", str(tiny.padded), "--host", host], f"--host {host}: other machines")
+def test_it_does_not_leave_loopback_without_a_token(tiny):
+    assert_refused(["--model", str(tiny.padded), "--host", "0.0.0.0"], "--host 0.0.0.0: other machines")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", "localhost.example.org", ""])
+def test_only_loopback_is_loopback(host):
+    with pytest.raises(ValueError, match="other machines"):
+        check_host(host, None)
+    check_host(host, TOKEN)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_no_token(host):
+    check_host(host, None)
 
 
 def test_a_token_that_could_be_guessed_is_refused(tiny):
