@@ -16,7 +16,7 @@ from conftest import LOOPBACK, ROOT, listening_addresses, worker_environment
 from opd import process_group, serve, wire
 from opd.replicas import StartError, serving
 
-DEADLINE = 300.0
+DEADLINE = 180.0
 GONE_SECONDS = 10.0
 SMALL = ["--max_logprobs", "40", "--kv_cache_gib", "0.05"]
 
@@ -57,7 +57,7 @@ def ready(process, out) -> None:
 
 # ---- Process groups --------------------------------------------------------------------------------------------------
 
-FAMILY = "sleep 300 & trap '' TERM; sleep 300"  # a leader that ignores SIGTERM, with a child
+FAMILY = "sleep 300 & trap '' TERM; sleep 300; true"  # a leader that ignores SIGTERM, with children
 
 
 def start_family(tmp_path) -> subprocess.Popen:
