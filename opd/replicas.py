@@ -29,6 +29,7 @@ from typing import Literal
 import psutil
 
 from opd import process_group, wire
+from opd.student import resolve_dtype
 from opd.vllm_process import ENVIRONMENT
 
 Protocol = Literal["binary", "json"]
@@ -36,7 +37,7 @@ Protocol = Literal["binary", "json"]
 GIB = 1 << 30
 START_SECONDS = 1800.0  # a large model reads its weights from a slow disk
 ASK_SECONDS = 120.0  # vLLM compiles at its first question
-END_SECONDS = 5.0  # from SIGTERM to the end of a server; the rest of its group has `process_group.GRACE_SECONDS` more
+END_SECONDS = 8.0  # from SIGTERM to the end of all that a server has started
 POLL_SECONDS = 0.1
 LOG_LINES = 15  # of a server that failed
 
@@ -70,16 +71,18 @@ class ServerOptions:
 
     def command(self) -> list[str]:
         """Ours come last, so that no extra flag opens what is closed."""
+        # vLLM's own "auto" is bfloat16 even for float32 files on a CPU
+        dtype = str(resolve_dtype(self.dtype)).removeprefix("torch.")
         if self.protocol == "binary":
             return [
                 sys.executable, "-m", "opd.scoring_server", "--model", self.model, "--name", self.name,
-                "--dtype", self.dtype, "--max_support_k", str(self.max_logprobs),
+                "--dtype", dtype, "--max_support_k", str(self.max_logprobs),
                 "--kv_cache_gib", str(self.kv_cache_gib), *self.extra, "--host", "127.0.0.1", "--port", "0",
             ]  # fmt: skip
         # the CPU package of vllm 0.32 has no metadata, without which `vllm serve` fails
         return [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model,
-            "--served-model-name", self.name, "--dtype", self.dtype, "--max-logprobs", str(self.max_logprobs),
+            "--served-model-name", self.name, "--dtype", dtype, "--max-logprobs", str(self.max_logprobs),
             "--kv-cache-memory-bytes", str(int(self.kv_cache_gib * GIB)), "--no-enable-prefix-caching",
             "--tensor-parallel-size", str(self.tensor_parallel), "--disable-uvicorn-access-log", *self.extra,
             "--host", "127.0.0.1", "--port", "0",

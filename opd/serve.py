@@ -21,7 +21,6 @@ import torch
 from opd.replicas import POLL_SECONDS, START_SECONDS, Replica, StartError, serving
 from opd.rows import one_line
 from opd.shapes import check_path
-from opd.student import resolve_dtype
 
 PLAIN_SCALAR = re.compile(r"[A-Za-z/~][\w./~+-]*")  # what YAML reads as the text that it is; with true and null below
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "null", "~"}
@@ -141,7 +140,7 @@ def main() -> int:
         with serving(
             args.model, replicas=args.replicas, gpus=args.gpus, log_dir=log_dir, start_seconds=args.start_timeout_s,
             name=args.name, protocol=args.protocol, tensor_parallel=args.tensor_parallel,
-            dtype=str(resolve_dtype(args.dtype)).removeprefix("torch."), max_logprobs=args.max_logprobs,
+            dtype=args.dtype, max_logprobs=args.max_logprobs,
             kv_cache_gib=args.kv_cache_gib, extra=args.extra,
         ) as replicas:  # fmt: skip
             for replica in replicas:
