@@ -79,7 +79,7 @@ class Transport:
         except (httpx.ConnectTimeout, httpx.ConnectError) as error:
             raise Failure("refused", f"cannot connect: {str(error) or type(error).__name__}") from None
         except httpx.HTTPError as error:
-            raise Failure("connection", f"{type(error).__name__}: {error}") from None
+            raise Failure("connection", f"the connection broke: {str(error) or type(error).__name__}") from None
         self._received += len(body)
         if response.status_code == 200:
             return body
