@@ -86,6 +86,13 @@ def _set_logprob(value: float | None):
     return change
 
 
+def _fewer(choice: dict) -> None:
+    """As a server whose --max-logprobs is 4 and that does not refuse."""
+    for row in filter(None, choice["prompt_logprobs"]):
+        for id_ in [id_ for id_, entry in row.items() if entry["rank"] > 4]:
+            del row[id_]
+
+
 def _outside(choice: dict) -> None:
     """Another id where none was sampled, or another for all."""
     row = _last_row(choice)
@@ -151,6 +158,7 @@ FAULTS = {
     "short": _changed(lambda choice: choice["prompt_logprobs"].pop()), "nan": _changed(_set_logprob(float("nan"))),
     "null": _changed(_set_logprob(None)), "clamped": _changed(_set_logprob(-9999.0)), "outside": _changed(_outside),
     "positive": _changed(_set_logprob(0.7)), "ten_gigabytes": _ten_gigabytes, "endless": _endless, "redirect": _redirect,
+    "limit_4": _changed(_fewer),
 }  # fmt: skip
 NEEDS_NO_ANSWER = {"500", "503", "429", "hang", "endless", "redirect"}  # the real server is not bothered
 
@@ -300,7 +308,9 @@ class HttpServer:
 
 
 class FaultProxy(HttpServer):
-    """In front of a real server."""
+    """In front of a real server. `rewrite` is (old, new), in requests and in answers."""
+
+    rewrite: tuple[bytes, bytes] | None = None
 
     def __init__(self, upstream: str):
         self._client = httpx.AsyncClient(trust_env=False, timeout=DEADLINE_S, limits=httpx.Limits(max_connections=None))
@@ -310,8 +320,12 @@ class FaultProxy(HttpServer):
     async def _forward(self, request: Request) -> Answer:
         kept = {k: v for k, v in request.headers.items() if k in ("content-type", "x-request-id", "authorization")}
         target = f"{self.upstream}{request.path}" + (f"?{request.query}" if request.query else "")
-        response = await self._client.request(request.method, target, content=request.body or None, headers=kept)
-        return Answer(response.status_code, response.content, {"Content-Type": response.headers.get("Content-Type", "")})
+        body = self._rewritten(request.body)
+        response = await self._client.request(request.method, target, content=body or None, headers=kept)
+        return Answer(response.status_code, self._rewritten(response.content))
+
+    def _rewritten(self, body: bytes) -> bytes:
+        return body.replace(*self.rewrite) if self.rewrite else body
 
     async def _end(self) -> None:
         await super()._end()
