@@ -1,16 +1,20 @@
 """What a pool knows of one replica: whether it is in rotation, how many strikes it has, how fast it is. No I/O, no clock.
 
-A replica leaves the rotation when it is dead (its port refuses), after three strikes in a row (a failed request, or a probe
-that failed while nothing else came back), or when it is far slower than its neighbours for three windows. It comes back
-after a probe that was answered, and not before its time out is over; each time it leaves, that time doubles.
+A replica leaves the rotation when it is dead (its port refuses), when a probe shows another model, after three strikes in a
+row, or when it is far slower than its neighbours for three windows. A strike is a failed request, or a probe that failed
+while nothing else came back; requests and probes are counted apart, since one may work where the other does not. It comes
+back after a probe that was answered, and not before its time out is over; each time it leaves, that time doubles.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long and how often; seconds. A stopped or wedged replica is out after `probe_every_s + strikes * probe_timeout_s`."""
+    """How long and how often; seconds. A stopped or wedged replica is out after `probe_every_s`, and `strikes` times a probe's
+    `probe_timeout_s` and the second that its metrics are given.
+    """
 
     wait_s: float = 30.0  # a request that has failed waits this long for an answer, from its first failure
     timeout_s: float = 120.0  # of one attempt; for a replica that loses answers while its probes succeed
@@ -23,8 +27,26 @@ class Limits:
     retry_reserve: float = 10.0  # and so many at least
     slow_factor: float = 5.0  # times the fastest neighbour
     slow_s: float = 1.0  # nobody is slow below
+    slow_window_s: float = 1.0  # this often it is looked at
     shortest_out_s: float = 0.5
     longest_out_s: float = 30.0
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a pool did since it was asked last."""
+
+    requests: int = 0  # answered
+    retries: int = 0  # sent again although their replica was alive
+    failovers: int = 0  # sent again because their replica had left the rotation
+    ejections: int = 0
+    failures: Counter = field(default_factory=Counter)  # kind -> how many
+    tokens: int = 0
+    most_inflight: int = 0
+    latencies: list[float] = field(default_factory=list)  # s, from submission to answer
+    by_replica: Counter = field(default_factory=Counter)  # url -> answers
+    bytes_sent: int = 0  # bodies, probes included
+    bytes_received: int = 0
 
 
 @dataclass(slots=True)
@@ -35,7 +57,8 @@ class Replica:
     limits: Limits
     in_rotation: bool = True
     suspect: bool = False  # a connection broke: no new requests until a probe says whether it lives
-    strikes: int = 0
+    strikes: int = 0  # requests that failed since one was answered
+    probe_strikes: int = 0
     slow_windows: int = 0
     answers: int = 0  # forward progress, of requests and probes
     sent: int = 0
@@ -43,8 +66,9 @@ class Replica:
     not_before: float = 0.0  # it said that it is busy until then
     back_after: float = 0.0  # no earlier return to the rotation
     engine_steps: float = -1.0  # what its metrics said last; below 0 nothing
-    inflight: dict[object, float] = field(default_factory=dict)  # attempt -> when it was sent
-    _pace: float = 0.0  # s per request, a moving average
+    inflight: dict[object, tuple[float, int]] = field(default_factory=dict)  # attempt -> when it was sent, its size
+    _pace: float = 0.0  # s per request, a moving average; 0 before the first
+    _size: float = 0.0  # of those requests, in whatever unit the pool has
     _out_s: float = 0.0  # how long it was out last time
     _returned: float = 0.0
 
@@ -55,17 +79,28 @@ class Replica:
             and len(self.inflight) < self.limits.max_inflight
         )  # fmt: skip
 
-    def answered(self, seconds: float | None) -> None:
-        """An answer that is good came; `seconds` is None for a probe's, which says nothing of how fast requests are."""
+    def answered(self, seconds: float, size: int = 0) -> None:
+        """An answer to a request came, and is good."""
         self.answers += 1
         self.strikes = 0
-        if seconds is not None:
-            self._pace = seconds if self._pace == 0 else 0.7 * self._pace + 0.3 * seconds
+        share = 0.3 if self._pace else 1.0
+        self._pace += share * (seconds - self._pace)
+        self._size += share * (size - self._size)
+
+    def probed(self) -> None:
+        """An answer to a probe came, and is good. It says nothing of how fast requests are, or whether they are answered."""
+        self.answers += 1
+        self.probe_strikes, self.engine_steps = 0, -1.0  # a count of long ago would pass for progress
 
     def struck(self, error: str) -> bool:
-        """A strike; whether it was the last one allowed."""
+        """A request failed; whether it was the last one allowed."""
         self.strikes, self.last_error = self.strikes + 1, error
         return self.strikes >= self.limits.strikes
+
+    def probe_struck(self, error: str) -> bool:
+        """A probe failed; whether it was the last one allowed."""
+        self.probe_strikes, self.last_error = self.probe_strikes + 1, error
+        return self.probe_strikes >= self.limits.strikes
 
     def leave(self, error: str, now: float) -> None:
         """Out of rotation. Who leaves again soon after coming back stays out for twice as long."""
@@ -79,24 +114,33 @@ class Replica:
         """A probe was answered: in rotation again, if its time is over. Whether it is."""
         if now >= self.back_after:
             self.in_rotation, self._returned = True, now
-            self.strikes, self._pace = 0, 0.0
+            self.strikes = self.probe_strikes = 0
+            self._pace = self._size = 0.0
         return self.in_rotation
 
-    def latency(self, now: float) -> float:
-        """Seconds that a request takes here at the moment: by the last answers, or by how long the oldest has waited."""
-        oldest = min(self.inflight.values(), default=now)
-        return max(self._pace, now - oldest)
+    def latency(self, now: float) -> tuple[float, float]:
+        """(seconds, size) of a request here at the moment: of the last answers, or of the oldest that waits for one."""
+        sent, size = min(self.inflight.values(), default=(now, 0))
+        return max((self._pace, self._size), (now - sent, size))
 
     def is_slow(self, others: list["Replica"], now: float) -> bool:
         """One window more: whether three in a row were far slower than those of the fastest neighbour.
 
-        Like is compared with like: long requests make all of them slow, and then none of them is.
+        Like is compared with like: what takes long everywhere makes nobody slow, and a request many times the size of those
+        that a neighbour answered may take as many times as long. A neighbour that has answered none says nothing.
         """
-        latency = self.latency(now)
-        neighbours = [o.latency(now) for o in others if o is not self and o.in_rotation and o.answers > 0]
-        bound = max(self.limits.slow_s, self.limits.slow_factor * min(neighbours, default=float("inf")))
-        self.slow_windows = self.slow_windows + 1 if self.inflight and latency > bound else 0
+        seconds, size = self.latency(now)
+        neighbours = [other.latency(now) for other in others if other is not self and other.in_rotation and other._pace]
+        fastest = min((s * max(1.0, size / max(1.0, their_size)) for s, their_size in neighbours), default=float("inf"))
+        bound = max(self.limits.slow_s, self.limits.slow_factor * fastest)
+        self.slow_windows = self.slow_windows + 1 if self.inflight and seconds > bound else 0
         return self.slow_windows >= 3
+
+
+def slow_ones(replicas: list[Replica], now: float) -> list[Replica]:
+    """Those in rotation that are far slower than the others; to be asked once a window."""
+    rest = [replica for replica in replicas if replica.in_rotation]
+    return [replica for replica in rest if replica.is_slow(rest, now)]
 
 
 @dataclass(slots=True)

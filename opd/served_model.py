@@ -91,7 +91,10 @@ def progress_call(model: ServedModel) -> Call:
         lines = [line for line in body.decode(errors="replace").splitlines() if line.startswith(names[model.protocol])]
         if not lines:
             raise BadAnswer(f"its metrics have no {names[model.protocol]}")
-        return math.fsum(float(line.rpartition(" ")[2]) for line in lines)
+        try:
+            return math.fsum(float(line.rpartition(" ")[2]) for line in lines)
+        except ValueError:
+            raise BadAnswer(f"its {names[model.protocol]} is not a number") from None
 
     return Call("/metrics", read=read, most_bytes=1 << 22)
 
@@ -194,7 +197,9 @@ def _short(value: Any) -> str:
 
 
 def _choose(flag: str, url: str, content: dict, model: str) -> dict:
-    entries = [entry for entry in content.get("data", ()) if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    data = content.get("data")
+    listed = data if isinstance(data, list) else ()
+    entries = [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
     named = [entry for entry in entries if model in (entry["id"], entry.get("root"))]
     if named:
         return named[0]

@@ -8,51 +8,28 @@
 * No request is given up while there is hope, and none waits without a deadline: one that has failed and has no answer
   `wait_s` later raises `Unanswered`, with the pool's name, the URLs and their last errors.
 
-One background thread runs one event loop with one connection pool; it belongs to the pool and ends with it. The methods
-below are called from the trainer's thread.
+One background thread runs one event loop with one connection pool; it belongs to the pool and ends with it.
 """
 
 import asyncio
 import contextlib
 import functools
-import itertools
 import random
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import wait as wait_for_futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from opd.faults import fault_point
-from opd.replica import Limits, Replica, RetryBudget
-from opd.transport import Call, Failure, Rejected, Transport
+from opd.replica import Limits, Replica, RetryBudget, Stats, slow_ones
+from opd.transport import Call, Failure, Rejected, Transport, Unanswered
 from opd.wire import BadAnswer
 
 CLOSE_S = 10.0  # to end the background thread
-
-
-class Unanswered(RuntimeError):
-    """No replica answered in time; names the pool, every URL and its last error."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """What a pool did since it was asked last."""
-
-    requests: int = 0  # answered
-    retries: int = 0  # sent again although their replica was alive
-    failovers: int = 0  # sent again because their replica had left the rotation
-    ejections: int = 0
-    failures: Counter = field(default_factory=Counter)  # kind -> how many
-    tokens: int = 0
-    most_inflight: int = 0
-    latencies: list[float] = field(default_factory=list)  # s, from submission to answer
-    by_replica: Counter = field(default_factory=Counter)  # url -> answers
-    bytes_sent: int = 0  # bodies, probes included
-    bytes_received: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +61,7 @@ class ReplicaPool:
         self.replicas = [Replica(url.rstrip("/"), self.limits) for url in urls]
         self.stats = Stats()
         self._budget = RetryBudget(self.limits)
+        self._open: set[_Pending] = set()  # whatever has no answer yet, wherever it is
         self._waiting: deque[_Pending] = deque()
         self._held: deque[_Pending] = deque()  # retries beyond the budget
         self._on_trial: dict[str, list[_Pending]] = {r.url: [] for r in self.replicas}  # until a probe has spoken
@@ -107,20 +85,23 @@ class ReplicaPool:
     def collect(self, futures: Sequence[Future]) -> list[Any]:
         """The answers, in order. The first failure is raised at once, and the other futures are cancelled."""
         pending = set(futures)
-        while pending:
-            done, pending = wait_for_futures(pending, timeout=1.0, return_when="FIRST_EXCEPTION")
-            failed = next((f for f in done if not f.cancelled() and f.exception(timeout=0) is not None), None)
-            if failed is not None or (pending and not self._thread.is_alive()):
-                self.cancel(futures)
-                raise failed.exception(timeout=0) if failed else RuntimeError(f"{self.name}: its thread has ended")
+        try:
+            while pending:
+                done, pending = wait_for_futures(pending, timeout=1.0, return_when="FIRST_EXCEPTION")
+                for future in [*done, *(f for f in pending if f.cancelled())]:  # `wait` does not call those done
+                    future.result(timeout=0)
+                if pending and not self._thread.is_alive():
+                    raise RuntimeError(f"{self.name}: its thread has ended")
+        except BaseException:
+            self.cancel(futures)
+            raise
         return [future.result(timeout=0) for future in futures]
 
     def cancel(self, futures: Sequence[Future]) -> None:
         """Gives requests up; what a server is computing for them is aborted there."""
         for future in futures:
             future.cancel()
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._drop_cancelled)
+        self._tell(self._drop_cancelled)
 
     def ask_each(self, call: Call, timeout_s: float = 60.0) -> dict[str, Any]:
         """URL -> that replica's own answer to `call`, or the exception; one attempt, whoever is in rotation."""
@@ -147,10 +128,13 @@ class ReplicaPool:
     def close(self) -> None:
         """Ends everything; what is under way is cancelled. More than one call is fine."""
         if self._thread.is_alive():
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stop.set)
+            self._tell(self._stop.set)
             self._thread.join(timeout=CLOSE_S)
             assert not self._thread.is_alive(), f"pool {self.name}: its thread does not end"
+
+    def _tell(self, what: Callable[[], Any]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(what)
 
     def __enter__(self) -> "ReplicaPool":
         return self
@@ -168,19 +152,27 @@ class ReplicaPool:
 
     async def _main(self) -> None:
         watchers = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
-        watchers.append(asyncio.create_task(self._keep_deadlines()))
-        await self._stop.wait()
-        under_way = [pending for replica in self.replicas for pending in replica.inflight]
-        for pending in [*self._waiting, *self._held, *itertools.chain(*self._on_trial.values()), *under_way]:
+        watchers.append(asyncio.create_task(self._keep_deadlines()))  # ends when the pool is closed
+        ended = set()
+        while not ended:
+            ended, _ = await asyncio.wait(watchers, timeout=1.0, return_when="FIRST_COMPLETED")
+        self._stop.set()
+        error = next(filter(None, (task.exception() for task in ended)), None)  # a fault of this program
+        for pending in list(self._open):
+            if error is not None:
+                self._resolve(pending, error=error)
             pending.future.cancel()
-        running = [*watchers, *(pending.task for pending in under_way)]
+        running = asyncio.all_tasks() - {asyncio.current_task()}
         for task in running:
             task.cancel()
-        async with asyncio.timeout(CLOSE_S):
-            await asyncio.gather(*running, return_exceptions=True)
-            await self._transport.close()
+        await asyncio.wait(running, timeout=CLOSE_S / 2)
+        await self._transport.close()
 
     def _enqueue(self, pending: _Pending) -> None:
+        if self._stop.is_set():
+            pending.future.cancel()
+            return
+        self._open.add(pending)
         self._budget.earn()
         self._waiting.append(pending)
         self._dispatch()
@@ -194,6 +186,7 @@ class ReplicaPool:
                 return
             pending = self._waiting.popleft()
             if pending.future.cancelled():
+                self._open.discard(pending)
                 continue
             if pending.is_retry:
                 pending.beyond_budget = self._budget.spend()
@@ -204,7 +197,7 @@ class ReplicaPool:
             others = [replica for replica in free if replica is not pending.failed_at] or free
             replica = min(others, key=lambda r: (len(r.inflight), r.sent))
             replica.sent += 1
-            replica.inflight[pending] = pending.sent = now
+            pending.sent, replica.inflight[pending] = now, (now, pending.call.tokens)
             pending.task = asyncio.create_task(self._attempt(replica, pending.call))
             pending.task.add_done_callback(functools.partial(self._ended, replica, pending))
             self.stats.most_inflight = max(self.stats.most_inflight, sum(len(r.inflight) for r in self.replicas))
@@ -219,26 +212,26 @@ class ReplicaPool:
         """An attempt is over. A callback: it also hears of one that was cancelled before it began."""
         del replica.inflight[pending]
         if pending.beyond_budget:
-            self._budget.one_under_way = False
+            self._budget.one_under_way = pending.beyond_budget = False
         if self._held and not self._budget.one_under_way:
             self._waiting.append(self._held.popleft())
         error = None if task.cancelled() else task.exception()
         if task.cancelled():
-            if not self._stop.is_set() and not pending.future.cancelled():  # its replica left the rotation
+            if pending.future.cancelled():
+                self._open.discard(pending)
+            elif not self._stop.is_set():  # its replica left the rotation
                 self._again(replica, pending)
         elif error is None:
             self._answered(replica, pending, task.result())
-        elif isinstance(error, BadAnswer):
-            self._failed(replica, pending, Failure("answer", str(error)))
-        elif isinstance(error, Failure):
-            self._failed(replica, pending, error)
+        elif isinstance(error, Failure | BadAnswer):
+            self._failed(replica, pending, error if isinstance(error, Failure) else Failure("answer", str(error)))
         else:  # Rejected, or a fault of this program
             self._resolve(pending, error=Rejected(f"{self.name}: {error}") if isinstance(error, Rejected) else error)
         self._dispatch()
 
     def _answered(self, replica: Replica, pending: _Pending, value: Any) -> None:
         now = self._last_answer = time.monotonic()
-        replica.answered(now - pending.sent)
+        replica.answered(now - pending.sent, pending.call.tokens)
         self.stats.requests += 1
         self.stats.tokens += pending.call.tokens
         self.stats.latencies.append(now - pending.submitted)
@@ -246,6 +239,7 @@ class ReplicaPool:
         self._resolve(pending, value)
 
     def _resolve(self, pending: _Pending, value: Any = None, error: BaseException | None = None) -> None:
+        self._open.discard(pending)
         with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
             if error is not None:
                 pending.future.set_exception(error)
@@ -306,9 +300,8 @@ class ReplicaPool:
         self._dispatch()
 
     def _drop_cancelled(self) -> None:
-        for queue in (self._waiting, self._held, *self._on_trial.values()):
-            for pending in [p for p in queue if p.future.cancelled()]:
-                queue.remove(pending)
+        """Aborts what is under way; what waits is passed over when its turn comes."""
+        self._open = {pending for pending in self._open if not pending.future.cancelled()}
         for replica in self.replicas:
             for pending in [p for p in replica.inflight if p.future.cancelled()]:
                 pending.task.cancel()
@@ -316,13 +309,14 @@ class ReplicaPool:
     # ---- Health ----
 
     async def _watch(self, replica: Replica) -> None:
-        """Probes one replica for as long as the pool lives: at once after a broken connection, and after each strike."""
+        """Probes one replica for as long as the pool lives: at once after a broken connection, and after a failed probe."""
         alarm = self._alarm[replica.url]
         while True:
-            if not replica.strikes and not replica.suspect:
-                pause = self.limits.probe_every_s if replica.in_rotation else self.limits.shortest_out_s
+            if not replica.in_rotation:
+                await asyncio.sleep(self.limits.shortest_out_s)
+            elif not replica.probe_strikes and not replica.suspect:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(alarm.wait(), pause * random.uniform(0.9, 1.0))
+                    await asyncio.wait_for(alarm.wait(), self.limits.probe_every_s * random.uniform(0.9, 1.0))
             alarm.clear()
             await self._probe(replica)
 
@@ -333,34 +327,30 @@ class ReplicaPool:
         except (Failure, BadAnswer, Rejected) as error:
             await self._probe_failed(replica, error, made_progress=replica.answers > answers)
             return
-        now = time.monotonic()
+        replica.probed()
         if not replica.in_rotation:
-            if replica.come_back(now):
+            if replica.come_back(time.monotonic()):
                 self._dispatch()
-            return
-        replica.answered(None)
-        if replica.suspect:
+        elif replica.suspect:  # it lives, and breaks connections
             replica.suspect = False
-            self._end_trial(replica)
-        rest = [other for other in self.replicas if other.in_rotation]
-        if replica.is_slow(rest, now) and len(rest) > 1:
-            self._eject(replica, f"{replica.latency(now):.1f} s a request, far slower than its neighbours")
+            if replica.struck(replica.last_error):
+                self._eject(replica, replica.last_error)
+            else:
+                self._end_trial(replica)
 
     async def _probe_failed(self, replica: Replica, error: Exception, *, made_progress: bool) -> None:
         if not replica.in_rotation:
             replica.last_error = str(error)
-            await asyncio.sleep(self.limits.shortest_out_s)
             return
-        if isinstance(error, Failure) and error.kind == "refused":
-            self._eject(replica, str(error))
+        if isinstance(error, BadAnswer) or (isinstance(error, Failure) and error.kind == "refused"):
+            self._eject(replica, str(error))  # dead, or another model: nothing that it says counts
             return
         may_be_full = isinstance(error, Failure) and error.kind in ("timeout", "busy")
         if may_be_full and (made_progress or await self._engine_moves(replica)):
-            replica.strikes = 0
-            return
-        if replica.struck(str(error)):
+            replica.probe_strikes = 0
+        elif replica.probe_struck(str(error)):
             self._eject(replica, f"{self.limits.strikes} probes failed: {error}")
-        if not isinstance(error, Failure) or error.kind != "timeout":
+        elif not may_be_full or error.kind == "busy":
             await asyncio.sleep(self.limits.shortest_out_s)  # an error comes back at once; three of them take no time
 
     async def _engine_moves(self, replica: Replica) -> bool:
@@ -376,15 +366,26 @@ class ReplicaPool:
 
     async def _keep_deadlines(self) -> None:
         """Ends the waiting requests whose time is over. Those under way have deadlines of their own."""
-        while True:
-            await asyncio.sleep(0.2)
+        looked = time.monotonic()
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), 0.2)
+            if time.monotonic() - looked >= self.limits.slow_window_s:
+                looked = time.monotonic()
+                for replica in slow_ones(self.replicas, looked):
+                    self._eject(replica, f"{replica.latency(looked)[0]:.1f} s a request, far slower than its neighbours")
             is_down = not any(replica.in_rotation for replica in self.replicas)
             self._down_since = (self._down_since or time.monotonic()) if is_down else None
-            for queue in (self._waiting, self._held):
-                for pending in [p for p in queue if self._hopeless_for(p) >= self.limits.wait_s]:
-                    queue.remove(pending)
-                    self._give_up(pending)
+            self._give_up_the_hopeless(time.monotonic())
             self._dispatch()
+
+    def _give_up_the_hopeless(self, now: float) -> None:
+        if any(now - sent >= self.limits.wait_s for replica in self.replicas for sent, _ in replica.inflight.values()):
+            return  # what has been under way for so long is slow, not failing, and ends by itself
+        for queue in (self._waiting, self._held):
+            for pending in [p for p in queue if self._hopeless_for(p) >= self.limits.wait_s]:
+                queue.remove(pending)
+                self._give_up(pending)
 
     def _hopeless_for(self, pending: _Pending) -> float:
         """Seconds since there was last a sign that this request may be answered: it has not failed yet, others are answered."""

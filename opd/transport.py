@@ -14,7 +14,8 @@ import httpx
 from opd.wire import BadAnswer
 
 LONGEST_RETRY_AFTER_S = 10.0
-ERROR_BYTES = 1 << 16  # of the text of an error
+ERROR_BYTES = 1 << 12  # of the text of an error
+KEEPALIVE_S = 3.0  # uvicorn closes an idle connection after 5 s: not to send a request while it does
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class Rejected(RuntimeError):
     """A server understood the request and refuses it (4xx): no other replica will answer it either."""
 
 
+class Unanswered(RuntimeError):
+    """No replica answered in time; names the pool, every URL and its last error."""
+
+
 class Failure(Exception):
     """One attempt failed. `kind` is refused (nobody listens), connection (it broke), busy, status, timeout or answer."""
 
@@ -46,10 +51,13 @@ class Transport:
     """A pool of at most `connections` connections, for one event loop. The key is sent as a bearer token."""
 
     def __init__(self, connections: int, connect_s: float, api_key: str | None = None):
+        self._key = api_key
         self._client = httpx.AsyncClient(
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
             trust_env=False, follow_redirects=False, timeout=httpx.Timeout(None, connect=connect_s),
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx.Limits(
+                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEPALIVE_S
+            ),
         )  # fmt: skip
         self._sent = self._received = 0
 
@@ -65,22 +73,27 @@ class Transport:
                 asyncio.timeout(timeout_s),
                 self._client.stream(method, url + call.path, content=call.body, headers=headers) as response,
             ):
-                body = await _read(response, call.most_bytes if response.status_code == 200 else ERROR_BYTES)
+                body = await (_read(response, call.most_bytes) if response.status_code == 200 else _read_error(response))
         except TimeoutError:
             raise Failure("timeout", f"no answer within {timeout_s:g} s") from None
         except (httpx.ConnectTimeout, httpx.ConnectError) as error:
             raise Failure("refused", f"cannot connect: {str(error) or type(error).__name__}") from None
         except httpx.HTTPError as error:
-            raise Failure("connection", f"{type(error).__name__}: {error}") from None
+            raise Failure("connection", f"the connection broke: {str(error) or type(error).__name__}") from None
         self._received += len(body)
         if response.status_code == 200:
             return body
-        text = f"HTTP {response.status_code}: {' '.join(body[:300].decode(errors='replace').split())}"
+        text = f"HTTP {response.status_code}: {self._quoted(body)}"
         if response.status_code == 429:
             raise Failure("busy", text, _retry_after(response.headers.get("Retry-After", "")))
         if 400 <= response.status_code < 500:
             raise Rejected(f"{url}{call.path.partition('?')[0]}: {text}")
         raise Failure("status", text)
+
+    def _quoted(self, body: bytes) -> str:
+        """The beginning of an error's text, on one line. Some servers repeat the key that they refuse."""
+        text = body.decode(errors="replace")
+        return " ".join((text.replace(self._key, "***") if self._key else text).split())[:300]
 
     def take_bytes(self) -> tuple[int, int]:
         """Bytes of bodies sent and received since the last call."""
@@ -93,6 +106,9 @@ class Transport:
 
 
 async def _read(response: httpx.Response, most: int) -> bytes:
+    promised = response.headers.get("Content-Length", "")
+    if promised.isdecimal() and int(promised[:20]) > most:
+        raise BadAnswer(f"a body of {promised[:20]} bytes, more than {most}")
     parts, size = [], 0
     async for part in response.aiter_raw():
         parts.append(part)
@@ -102,9 +118,20 @@ async def _read(response: httpx.Response, most: int) -> bytes:
     return b"".join(parts)
 
 
+async def _read_error(response: httpx.Response) -> bytes:
+    """The beginning is enough: the status says what to do."""
+    body = b""
+    async for part in response.aiter_raw():
+        body += part
+        if len(body) >= ERROR_BYTES:
+            break
+    return body[:ERROR_BYTES]
+
+
 def _retry_after(value: str) -> float:
     """Seconds of a Retry-After header; its other form, a date, counts as 1 s."""
     try:
-        return min(max(float(value), 0.0), LONGEST_RETRY_AFTER_S)
+        seconds = float(value)
     except ValueError:
         return 1.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S) if seconds == seconds else 1.0  # "nan" is a float to Python

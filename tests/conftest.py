@@ -90,6 +90,19 @@ def device():
             os.environ[name] = value
 
 
+@pytest.fixture(scope="module")
+def served(tiny):
+    """Teacher name -> its two vLLM servers."""
+    from vllm_servers import start_two_by_two
+
+    more = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+    wanted = [(getattr(tiny, name), name) for name in DOMAINS for _ in range(2)]
+    servers = start_two_by_two(wanted, worker_environment(**more))
+    yield {name: [server for server in servers if server.name == name] for name in DOMAINS}
+    for server in servers:
+        server.stop()
+
+
 def worker_environment(**more: str) -> dict[str, str]:
     """For subprocesses on the CPU: nothing of this process's ranks or faults, one thread each."""
     kept = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and not k.startswith("OPD_FAULT")}

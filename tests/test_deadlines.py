@@ -15,6 +15,7 @@ SOURCES = [path for pattern in ("opd/*.py", "train_*.py", "scripts/*.py") for pa
 # (file, the function that waits) -> why it may wait as long as it takes
 ALLOWED = {
     ("rollout.py", "subprocess.run"): "a child writes responses as long as that takes, and dies with this process",
+    ("servers.py", "task.result"): "a callback of that task: it is done",
     (
         "bench_recovery.py",
         "future.result",
@@ -24,7 +25,6 @@ ALLOWED = {
         "process.submit(function, *args).result",
     ): "a measurement takes what it takes; a dead child raises",
     ("servers.py", "self._stop.wait"): "the life of the pool: `close` ends it",
-    ("servers.py", "task.result"): "a callback of a task that is done",
     ("make_demo.py", "job.result"): "training takes what it takes; a dead child raises",
 }
 
