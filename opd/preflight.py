@@ -127,7 +127,8 @@ def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
         )
 
 
-def _read_model(flag: str, path: str, tokenizer, trust_remote_code: bool) -> ModelFact:
+def read_fact(flag: str, path: str, tokenizer, trust_remote_code: bool) -> ModelFact:
+    """Of the model at `path`. ValueError if hidden states and head do not say all that it says, or weights are missing."""
     _check_weights(flag, path)
     model = read_model(flag, path, trust_remote_code)
     model_config = model.config
@@ -195,14 +196,14 @@ def check_models(config) -> ModelFacts:
     _check_residency(config)
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.student_model, trust)
-    student = _read_model("--student_model", config.model.student_model, tokenizer, trust)
+    student = read_fact("--student_model", config.model.student_model, tokenizer, trust)
     teachers: dict[str, ModelFact] = {}
     for spec in config.teachers:
         if spec.is_served:
             continue  # it is asked for its tokenizer and context when the servers are
         flag = f"--teacher {spec.name}"
         teacher_tokenizer = load_tokenizer(spec.model, trust, flag=flag)
-        teachers[spec.name] = fact = _read_model(flag, spec.model, teacher_tokenizer, trust)
+        teachers[spec.name] = fact = read_fact(flag, spec.model, teacher_tokenizer, trust)
         _check_same_tokenizer(fact, teacher_tokenizer, tokenizer)
         if not config.teacher.allow_template_mismatch:
             _check_same_dialect(fact, student, teacher_tokenizer, tokenizer)

@@ -11,7 +11,7 @@ L response length, K support size, V vocabulary, H hidden size.
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -30,6 +30,7 @@ JSON_BYTES_PER_ENTRY = 256  # one candidate of one token with its text; they tak
 HEADER_BYTES = 1 << 16  # of safetensors, and of whatever else surrounds the numbers
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class BadAnswer(ValueError):
@@ -103,6 +104,30 @@ def encode_arrays(arrays: Mapping[str, Tensor]) -> bytes:
     )
 
 
+def stream_arrays(arrays: Mapping[str, Tensor], block_bytes: int = 1 << 22) -> tuple[int, Iterator[bytes]]:
+    """(length, blocks) of the safetensors that `encode_arrays` would make, without a second copy of them.
+
+    The arrays may lie on a GPU: a block at a time visits the host.
+    """
+    assert sys.byteorder == "little", "safetensors are little-endian"
+    header, end = {}, 0
+    for name, array in arrays.items():
+        start, end = end, end + array.numel() * array.element_size()
+        kind = _DTYPE_NAMES[array.dtype]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, end]}
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    head = len(text).to_bytes(8, "little") + text
+
+    def blocks() -> Iterator[bytes]:
+        yield head
+        for array in arrays.values():
+            for block in array.reshape(-1).split(max(1, block_bytes // array.element_size())):
+                yield block.cpu().view(torch.uint8).numpy().tobytes()
+
+    return len(head) + end, blocks()
+
+
 def decode_scores(body: bytes, question: Question) -> dict[str, Tensor]:
     """The fields of `TeacherScores` from a scoring server's answer; ids become int64. Raises BadAnswer."""
     try:
@@ -114,7 +139,9 @@ def decode_scores(body: bytes, question: Question) -> dict[str, Tensor]:
         raise BadAnswer(f"fields {sorted(arrays)} instead of {sorted(expected)}")
     for name, (shape, dtypes) in expected.items():
         if tuple(arrays[name].shape) != shape or arrays[name].dtype not in dtypes:
-            raise BadAnswer(f"{name} is {arrays[name].dtype} {tuple(arrays[name].shape)} instead of {dtypes[0]} {shape}")
+            raise BadAnswer(
+                f"{name} is {arrays[name].dtype} {tuple(arrays[name].shape)} instead of {dtypes[0]} {shape}"
+            )
     if "topk_ids" in arrays:
         arrays["topk_ids"] = arrays["topk_ids"].long()
     return checked(arrays, question)

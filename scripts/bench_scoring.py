@@ -14,7 +14,13 @@ First both routes must name the same k log-probabilities at every token. Then th
 summed: `speedup_vs_prompt_logprobs` is the first over the second (above 1 is better), `ratio_to_floor` the second over
 the third (1 is perfect).
 
+With `--served` the same model is also put behind one server of each protocol, and scored through the trainer's own pool:
+`served_json` (a vLLM server, `prompt_logprobs=k`), `served_binary` (our scoring server, top-k) and `served_hidden` (the same,
+hidden states). Milliseconds, tokens/s and bytes/token, client's decoding and checks included. The servers compute what the
+routes above compute, so the difference to them is what serving costs.
+
     python scripts/bench_scoring.py            # V = 151,936, 8 x 512 tokens: two minutes on two cores
+    python scripts/bench_scoring.py --served   # and behind servers
     python scripts/bench_scoring.py --json     # the last line is one JSON object
 
 Shape suffixes: N tokens, H hidden size, V vocabulary, K support size.
@@ -25,6 +31,8 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -35,12 +43,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opd import distributed, vllm_engine, vllm_process
 from opd.fused_linear import HiddenScores, score_hidden
+from opd.replica import Limits
+from opd.replicas import serving
+from opd.served_model import ServedModel, inspect_replicas, open_pool, score_call
+from opd.servers import ReplicaPool
+from opd.transport import Call
+from opd.wire import Question
 from scripts import bench_tools as tools
 from scripts.make_demo import make_tokenizer
 
 HEAD_DIM = 64
 LOGIT_STD = 3.0
 MATMUL_TOKENS = 256  # rows of the bare product at a time
+SERVED = {  # path -> protocol, payload
+    "served_json": ("json", "topk"),
+    "served_binary": ("binary", "topk"),
+    "served_hidden": ("binary", "hidden"),
+}
 MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.25}  # bfloat16 logits of 15 are 0.06 apart
 
 
@@ -164,9 +183,65 @@ def measure(args: argparse.Namespace, model: Path, device: str, dtype: str) -> d
     }
 
 
+def served_call(served: ServedModel, args: argparse.Namespace, ids: list[int], payload: str) -> Call:
+    """The trainer's own request for all but the first token of `ids`."""
+    question = Question(
+        prompt_ids=ids[:1], response_ids=ids[1:], payload=payload, support_k=args.support_k if "topk" in payload else 0,
+        vocab=args.vocab, hidden_size=args.hidden,
+    )  # fmt: skip
+    return score_call(served, served.protocol, question)
+
+
+def measure_served(args: argparse.Namespace, model: Path, dtype: str) -> dict:
+    """The served paths, which take turns; nothing of the routes above is at work meanwhile."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = torch.randint(args.vocab, (args.sequences, args.length), generator=generator).tolist()
+    common = {"dtype": dtype, "kv_cache_gib": args.kv_cache_gib, "max_logprobs": args.support_k}
+    with ExitStack() as stack:
+        pools: dict[str, ReplicaPool] = {}
+        models: dict[str, ServedModel] = {}
+        for protocol, extra in (("json", ["--enforce-eager"]), ("binary", [])):
+            (server,) = stack.enter_context(serving(str(model), name="bench", protocol=protocol, extra=extra, **common))
+            models[protocol] = inspect_replicas("bench", [server.url], "", None)
+            limits = Limits(timeout_s=600.0, probe_every_s=600.0)  # a probe would compete
+            pools[protocol] = stack.enter_context(open_pool("bench", [server.url], models[protocol], limits, None))
+        calls = {
+            name: [served_call(models[protocol], args, ids, payload) for ids in sequences]
+            for name, (protocol, payload) in SERVED.items()
+        }
+
+        def score(name: str) -> list:
+            pool = pools[SERVED[name][0]]
+            return pool.collect([pool.submit(call) for call in calls[name]])
+
+        received = {
+            name: bytes_received(pools[protocol], lambda name=name: score(name))
+            for name, (protocol, _) in SERVED.items()
+        }
+        ms, _ = tools.take_turns({name: lambda name=name: score(name) for name in SERVED}, args.repeats)
+    tokens = args.sequences * args.length
+    result = {}
+    for name in SERVED:
+        result[f"{name}_ms"] = round(ms[name], 4)
+        result[f"{name}_tokens_per_second"] = round(1000 * tokens / ms[name], 1)
+        result[f"{name}_bytes_per_token"] = round(received[name] / tokens, 1)
+    return result | {
+        "served_json_over_binary_time": tools.ratio(ms["served_json"], ms["served_binary"]),
+        "served_json_over_binary_bytes": tools.ratio(received["served_json"], received["served_binary"]),
+    }
+
+
+def bytes_received(pool: ReplicaPool, run: Callable[[], object]) -> int:
+    """Bytes of the answers while `run` runs."""
+    pool.take_stats()
+    run()
+    return pool.take_stats().bytes_received
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object last instead of a table")
+    parser.add_argument("--served", action="store_true", help="measure servers of the same model too")
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
@@ -181,6 +256,8 @@ def main() -> int:
     dtype = {"cpu": "float32", "cuda": "bfloat16"}[device]
     with tempfile.TemporaryDirectory() as directory:
         result = measure(args, Path(directory), device, dtype)
+        if args.served:
+            result |= measure_served(args, Path(directory), dtype)
     if args.json:
         sizes = {name: value for name, value in vars(args).items() if name != "json"}
         tools.print_json({**result, **sizes, "dtype": dtype, **tools.machine_facts(device)})

@@ -1,5 +1,6 @@
 """Tiny models, tokenizer and data that all tests share: random weights, float32, made once per session."""
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -114,6 +115,24 @@ def worker_environment(**more: str) -> dict[str, str]:
         "PYTHONPATH": path,
         **more,
     }
+
+
+def listening_addresses(pid: int) -> set[str]:
+    """Local addresses, in the kernel's own hexadecimal, of the TCP sockets on which a process listens."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # it closes while we look
+            inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = row.split()[:10]
+            if state == "0A" and inode in inodes:
+                found.add(local.partition(":")[0])
+    return found
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
 
 def _random_model(name: str, tokenizer, **changes) -> Qwen3ForCausalLM:

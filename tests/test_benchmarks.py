@@ -56,12 +56,17 @@ def test_bench_loss_measures_trl():
 
 def test_bench_scoring():
     sizes = ("--vocab", 512, "--hidden", 64, "--layers", 1, "--sequences", 2, "--length", 24, "--support_k", 8)
-    result, _ = bench("scoring", *sizes, "--repeats", 1, "--kv_cache_gib", 0.05)
+    result, _ = bench("scoring", *sizes, "--repeats", 1, "--kv_cache_gib", 0.05, "--served")
     ours_ms = result["prefill_ms"] + result["score_ms"]
     assert result["speedup_vs_prompt_logprobs"] == pytest.approx(result["prompt_logprobs_ms"] / ours_ms, rel=0.01)
     assert result["ratio_to_floor"] == pytest.approx(ours_ms / (result["prefill_ms"] + result["matmul_ms"]), rel=0.01)
     assert result["largest_difference"] <= 1e-3
-    assert min(result[f"{part}_ms"] for part in ("prompt_logprobs", "prefill", "score", "matmul")) > 0
+    served = ("served_json", "served_binary", "served_hidden")
+    assert min(result[f"{part}_ms"] for part in ("prompt_logprobs", "prefill", "score", "matmul", *served)) > 0
+    # 23 of 24 tokens are scored: 8 bytes a candidate and 3 numbers, or 64 hidden numbers, in float32, and headers
+    assert 76 * 23 / 24 < result["served_binary_bytes_per_token"] < 76 + 40
+    assert 256 * 23 / 24 < result["served_hidden_bytes_per_token"] < 256 + 20
+    assert result["served_json_over_binary_bytes"] > 5
 
 
 def test_bench_scaling_plots(tmp_path):

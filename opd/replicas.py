@@ -1,0 +1,233 @@
+"""Server processes of one model on this machine: started, awaited, ended.
+
+`serving` is what tests and launchers use:
+
+    with serving("models/math", replicas=2) as replicas:
+        print([replica.url for replica in replicas])
+
+A replica speaks one of two protocols: "binary" is `opd.scoring_server`, "json" is vLLM's own OpenAI server. Each listens on
+the loopback interface, on a port that the kernel chooses, in a process group of which nothing is left when its starter ends.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import psutil
+
+from opd import process_group, wire
+from opd.student import resolve_dtype
+from opd.vllm_process import ENVIRONMENT
+
+Protocol = Literal["binary", "json"]
+
+GIB = 1 << 30
+START_SECONDS = 1800.0  # a large model reads its weights from a slow disk
+ASK_SECONDS = 120.0  # vLLM compiles at its first question
+END_SECONDS = 8.0  # from SIGTERM to the end of all that a server has started
+POLL_SECONDS = 0.1
+LOG_LINES = 15  # of a server that failed
+
+# Of a rank's environment, or for one engine in this process: nothing that a server of its own should hear.
+NOT_INHERITED = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_SERVER_DEV_MODE", "OPD_FAULT",
+)  # fmt: skip
+LOOPBACK_ONLY = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+# Two tokens that every vocabulary has, and the one log-probability that follows.
+PROBE = wire.Question([2], [3], payload="sampled", support_k=0, vocab=1 << 31)
+
+
+class StartError(RuntimeError):
+    """A server that did not come up; with the end of its log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """What all replicas of a model have in common."""
+
+    model: str
+    name: str
+    protocol: Protocol = "binary"
+    tensor_parallel: int = 1
+    dtype: str = "auto"
+    max_logprobs: int = 1024
+    kv_cache_gib: float = 0.25
+    extra: Sequence[str] = ()  # flags for the server itself
+
+    def command(self) -> list[str]:
+        """Ours come last, so that no extra flag opens what is closed."""
+        # vLLM's own "auto" is bfloat16 even for float32 files on a CPU
+        dtype = str(resolve_dtype(self.dtype)).removeprefix("torch.")
+        if self.protocol == "binary":
+            return [
+                sys.executable, "-m", "opd.scoring_server", "--model", self.model, "--name", self.name,
+                "--dtype", dtype, "--max_support_k", str(self.max_logprobs),
+                "--kv_cache_gib", str(self.kv_cache_gib), *self.extra, "--host", "127.0.0.1", "--port", "0",
+            ]  # fmt: skip
+        # the CPU package of vllm 0.32 has no metadata, without which `vllm serve` fails
+        return [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model,
+            "--served-model-name", self.name, "--dtype", dtype, "--max-logprobs", str(self.max_logprobs),
+            "--kv-cache-memory-bytes", str(int(self.kv_cache_gib * GIB)), "--no-enable-prefix-caching",
+            "--tensor-parallel-size", str(self.tensor_parallel), "--disable-uvicorn-access-log", *self.extra,
+            "--host", "127.0.0.1", "--port", "0",
+        ]  # fmt: skip
+
+    def environment(self, gpus: Sequence[str]) -> dict[str, str]:
+        """This process's, closed and cut to `gpus`; vLLM's server takes the token of ours as its API key."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
+        env |= {**ENVIRONMENT, **LOOPBACK_ONLY}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), env.get("PYTHONPATH")]))
+        if token := env.get("OPD_SERVER_TOKEN"):
+            env["VLLM_API_KEY"] = token
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        return {k: v for k, v in env.items() if k not in NOT_INHERITED}
+
+
+@dataclass(slots=True)
+class Replica:
+    """One server process. `url` is known once it answers."""
+
+    options: ServerOptions
+    process: subprocess.Popen
+    log: Path
+    url: str | None = field(default=None)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all that it has started; returns when it is gone."""
+        process_group.end(self.process.pid, 0)
+        self.process.wait(END_SECONDS)
+
+    def stop(self) -> None:
+        """Ends it in order, and by force what does not end within END_SECONDS."""
+        stop_all([self])
+
+    def last_lines(self) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+
+    def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
+        """Returns when it has answered a question, and `url` is set. StartError if it ends before, or takes longer."""
+        deadline = time.monotonic() + seconds
+        error = "it does not listen yet"
+        while time.monotonic() < deadline:
+            if not self.alive:
+                raise StartError(self._failure(f"ended with status {self.process.returncode} before it was ready"))
+            url = self._find_url()
+            if url is not None:
+                try:
+                    self._ask(url, min(ASK_SECONDS, max(1.0, deadline - time.monotonic())))
+                except (OSError, ValueError) as caught:  # a refused connection, 4xx and 5xx, a bad answer
+                    error = str(caught)
+                else:
+                    self.url = url
+                    return
+            time.sleep(POLL_SECONDS)
+        raise StartError(self._failure(f"was not ready within {seconds:g} s: {error}"))
+
+    def _failure(self, what: str) -> str:
+        return (
+            f"server of {self.options.name} ({self.options.model}) {what}; the end of {self.log}:\n{self.last_lines()}"
+        )
+
+    def _find_url(self) -> str | None:
+        """vLLM does not say which port the kernel chose, and its server process listens on no other."""
+        if self.options.protocol == "binary":
+            found = re.search(r"^serving .* at (http://\S+)$", self.log.read_text(errors="replace"), re.M)
+            return found and found[1]
+        with suppress(psutil.Error):  # it ends while we look
+            for connection in psutil.Process(self.process.pid).net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    return f"http://{connection.laddr.ip}:{connection.laddr.port}"
+        return None
+
+    def _ask(self, url: str, seconds: float) -> None:
+        """A question of two tokens. OSError or ValueError for everything but a right answer."""
+        if self.options.protocol == "binary":
+            query = urllib.parse.urlencode({"prompt_length": len(PROBE.prompt_ids), "payload": PROBE.payload})
+            path, body = f"/score?{query}", wire.encode_ids([*PROBE.prompt_ids, *PROBE.response_ids])
+        else:
+            path, body = "/v1/completions", json.dumps(wire.completion_request(PROBE, self.options.name)).encode()
+        headers = {
+            "Content-Type": "application/json" if self.options.protocol == "json" else "application/octet-stream"
+        }
+        if token := os.environ.get("OPD_SERVER_TOKEN"):
+            headers["Authorization"] = f"Bearer {token}"
+        direct = urllib.request.build_opener(
+            urllib.request.ProxyHandler({})
+        )  # no proxy stands before this machine itself
+        with direct.open(urllib.request.Request(url + path, body, headers), timeout=seconds) as answer:
+            decode = wire.decode_scores if self.options.protocol == "binary" else wire.decode_completion
+            decode(answer.read(), PROBE)
+
+
+def start_replica(options: ServerOptions, log: Path, gpus: Sequence[str] = ()) -> Replica:
+    """Starts a server on `gpus` (all that are visible if none is named), without waiting for it."""
+    return Replica(options, process_group.start(options.command(), log=log, env=options.environment(gpus)), log)
+
+
+def stop_all(replicas: Sequence[Replica]) -> None:
+    """Ends them together: whatever they do, it takes less than 10 s. Those that have ended already are no error."""
+    deadline = time.monotonic() + END_SECONDS
+    for replica in replicas:
+        if replica.alive:
+            replica.process.send_signal(signal.SIGTERM)
+    for replica in replicas:
+        with suppress(subprocess.TimeoutExpired):
+            replica.process.wait(max(0.0, deadline - time.monotonic()))
+    for replica in replicas:
+        group = replica.process.pid
+        while process_group.members(group) and replica.process.poll() is not None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)  # its guard ends the rest, in order
+        replica.kill()
+
+
+@contextmanager
+def serving(
+    model: str, *, replicas: int = 1, gpus: Sequence[str] = (), log_dir: Path | None = None,
+    start_seconds: float = START_SECONDS, name: str | None = None, **options,
+) -> Iterator[list[Replica]]:  # fmt: skip
+    """`replicas` servers of `model` that answer; at the end they are gone, whatever was raised.
+
+    `gpus` are dealt out, `tensor_parallel` to each. `options` are those of `ServerOptions`. Raises StartError.
+    """
+    settings = ServerOptions(model=model, name=name or Path(model).name, **options)
+    share = settings.tensor_parallel
+    assert not gpus or len(gpus) >= replicas * share, f"{len(gpus)} GPUs for {replicas} replicas of {share}"
+    started: list[Replica] = []
+    with TemporaryDirectory(prefix="opd_serve_") if log_dir is None else _made(log_dir) as directory:
+        try:
+            for index in range(replicas):
+                log = Path(directory, f"server_{index}.log")
+                started.append(start_replica(settings, log, gpus[index * share : (index + 1) * share]))
+            for replica in started:
+                replica.wait_until_ready(start_seconds)
+            yield started
+        finally:
+            stop_all(started)
+
+
+@contextmanager
+def _made(directory: Path) -> Iterator[Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    yield directory

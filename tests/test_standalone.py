@@ -1,0 +1,183 @@
+"""Whole runs with served teachers: the same losses wherever a teacher runs, and what is left when its servers die."""
+
+import json
+import os
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opd import sample_ledger
+from opd.replicas import Replica, serving
+from tests.test_metrics import documented_keys, undocumented
+from tests.test_trainers import (
+    BIN,
+    DEADLINE,
+    LAUNCH_VARIABLES,
+    ROOT,
+    Models,
+    at_most_two,
+    command,
+    losses_of,
+    metrics_of,
+    parameter_hash,
+    succeed,
+)
+
+pytestmark = pytest.mark.e2e
+STEPS, STRUCK = 8, 4  # of a run; the step in which its servers are killed
+WAIT_S = 8  # --teacher_wait_s
+KEY_VARIABLE, KEY = "OPD_SERVER_TOKEN", "a-planted-canary-key-0123456789"
+# One request in a batch: its bits do not depend on what else the server is asked at the moment.
+JSON_SERVER = {"protocol": "json", "dtype": "float32", "kv_cache_gib": 0.03, "start_seconds": 300.0,
+               "extra": ["--enforce-eager", "--max-num-seqs", "1"]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tiny) -> Models:
+    return Models(tiny.student, {d: getattr(tiny, d) for d in tiny.domains}, (str(tiny.train),), tiny.eval)
+
+
+@pytest.fixture(scope="module")
+def key():
+    """The servers' token and the trainer's key, in the environment of both."""
+    os.environ[KEY_VARIABLE] = KEY
+    yield KEY
+    del os.environ[KEY_VARIABLE]
+
+
+def with_urls(models: Models, run_dir: Path, urls: list[str], *flags: str, **entry) -> list[str]:
+    """A launch with the addition teacher at `urls` and the reversal teacher on the trainer's own device."""
+    teachers = [
+        {"name": "addition", "backend": "server", "urls": urls, "domains": ["addition"], **entry},
+        {"name": "reversal", "model": str(models.teachers["reversal"]), "domains": ["reversal"]},
+    ]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = run_dir.parent / f"{run_dir.name}.yaml"
+    config.write_text(yaml.safe_dump({"teachers": teachers}))
+    own = [part for part in command(models, run_dir, *flags) if not part.startswith("--teacher=")]
+    return [*own, "--config", str(config)]
+
+
+def two_ranks(arguments: list[str]) -> list[str]:
+    return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", *arguments[1:]]
+
+
+def start_in_background(arguments: list[str], **env) -> subprocess.Popen:
+    mine = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    environment = {**mine, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@contextmanager
+def struck(arguments: list[str], run_dir: Path, *victims: Replica):
+    """A run whose servers are killed while it writes the responses of step STRUCK + 1; yields (output, status, seconds)."""
+    process = start_in_background(arguments, OPD_FAULT=f"rollout:delay=2@{STRUCK + 1}", OPD_FAULT_RANK="all")
+    try:
+        deadline = time.monotonic() + DEADLINE
+        path = run_dir / "metrics.jsonl"
+        while not (path.exists() and f'{{"step": {STRUCK},' in path.read_text()):
+            assert process.poll() is None, process.communicate(timeout=10)[0][-3000:]
+            assert time.monotonic() < deadline, "the run does not get to the step"
+            time.sleep(0.05)
+        for victim in victims:
+            victim.kill()
+        killed = time.monotonic()
+        output, _ = process.communicate(timeout=DEADLINE)
+        yield output, process.returncode, time.monotonic() - killed
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
+def total(run_dir: Path, key: str) -> float:
+    return sum(row.get(f"teacher/{key}/addition", 0) for row in metrics_of(run_dir))
+
+
+def same_samples(run_dir: Path, other: Path) -> None:
+    differences = sample_ledger.compare(
+        sample_ledger.read(run_dir / sample_ledger.FILE), sample_ledger.read(other / sample_ledger.FILE)
+    )
+    assert not differences, differences
+
+
+# ---- Servers die -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_survives_its_servers(models, tmp_path, key):
+    """Undisturbed; one of two servers killed; the only one killed and started again. Same samples, same bits at the end."""
+    flags = ("--num_steps", str(STEPS), "--support_k", "16", "--save_every", "100", "--teacher_wait_s", str(WAIT_S))
+    entry = {"api_key_env": KEY_VARIABLE}
+    addition = str(models.teachers["addition"])
+    calm, one, every = (tmp_path / name for name in ("calm", "one", "every"))
+    with serving(addition, replicas=2, **JSON_SERVER) as (first, second):
+        succeed(two_ranks(with_urls(models, calm, [first.url, second.url], *flags, **entry)))
+        assert not undocumented(
+            {key for row in metrics_of(calm) for key in row if key != "step"},
+            documented_keys(ROOT / "docs" / "metrics.md"),
+        )
+        assert total(calm, "failovers") == 0 and total(calm, "requests") == sum(
+            row["domain"] == "addition" for row in sample_ledger.read(calm / sample_ledger.FILE)
+        )
+
+        arguments = two_ranks(with_urls(models, one, [first.url, second.url], *flags, **entry))
+        with struck(arguments, one, first) as (output, status, _):
+            assert status == 0, output[-3000:]
+        assert total(one, "ejections") >= 1 and total(one, "requests") == total(calm, "requests")
+        assert losses_of(one) == losses_of(calm)
+        same_samples(calm, one)
+        assert parameter_hash(one) == parameter_hash(calm)
+
+        arguments = two_ranks(with_urls(models, every, [second.url], *flags, **entry))
+        with struck(arguments, every, second) as (output, status, seconds):
+            assert status == 1, output[-3000:]
+            assert seconds < WAIT_S + 40, f"{seconds:.0f} s"
+        assert output.count("RankError: scoring failed on rank") >= 2, output[-5000:]  # on each of them
+        assert "teacher addition: no answer for" in output and second.url in output and "cannot connect" in output
+        assert [path.name for path in (every / "checkpoints").iterdir()] == [f"step_{STRUCK}"]
+
+    with serving(addition, replicas=1, **JSON_SERVER) as (third,):
+        output = succeed(two_ranks(with_urls(models, every, [third.url], *flags, **entry)))
+    assert f"resumes from {every / 'checkpoints' / f'step_{STRUCK}'}" in output
+    same_samples(calm, every)
+    assert losses_of(every) == losses_of(calm)
+    assert parameter_hash(every) == parameter_hash(calm)
+
+    written = [path for run in (calm, one, every) for path in run.rglob("*") if path.is_file()]
+    leaks = [path for path in written if key.encode() in path.read_bytes()]
+    assert not leaks and len(written) > 30
+
+
+# ---- Wherever a teacher runs -----------------------------------------------------------------------------------------
+
+
+def test_a_served_teacher_teaches_what_a_colocated_one_does(models, tmp_path):
+    """The exact loss over the full vocabulary: hidden states travel, in both modes, with and without a local head."""
+    flags = ("--num_steps", "3", "--eval_data", str(models.eval))
+    here = tmp_path / "here"
+    succeed(command(models, here, *flags))
+    runs = {
+        "standalone": ({}, "standalone"),
+        "colocate": ({"model": str(models.teachers["addition"])}, "colocate"),
+    }
+    with serving(str(models.teachers["addition"]), protocol="binary", dtype="float32", kv_cache_gib=0.03) as (server,):
+        outputs = at_most_two(
+            [
+                lambda name=name, entry=entry, mode=mode: succeed(
+                    with_urls(models, tmp_path / name, [server.url], *flags, "--teacher_mode", mode, **entry)
+                )
+                for name, (entry, mode) in runs.items()
+            ]
+        )
+    for name in runs:
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(here), rel=1e-4)
+        assert all(row.get("distill/spilled") == 0 for row in metrics_of(tmp_path / name) if row["step"])
+        same_samples(here, tmp_path / name)
+    reports = {name: json.loads((tmp_path / name / "report.json").read_text())["domains"] for name in runs}
+    assert reports["standalone"]["addition"]["teacher"] is None and "a scoring server does not write" in outputs[0]
+    assert reports["colocate"]["addition"]["teacher"] is not None
