@@ -24,7 +24,6 @@ ALLOWED = {
         "bench_tools.py",
         "process.submit(function, *args).result",
     ): "a measurement takes what it takes; a dead child raises",
-    ("servers.py", "self._stop.wait"): "the life of the pool: `close` ends it",
     ("make_demo.py", "job.result"): "training takes what it takes; a dead child raises",
 }
 
