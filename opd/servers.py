@@ -108,7 +108,7 @@ class ReplicaPool:
 
         async def ask(replica: Replica):
             try:
-                return call.read(await self._transport.send(replica.url, call, timeout_s))
+                return await self._transport.ask(replica.url, call, timeout_s)
             except (Failure, Rejected, BadAnswer) as error:
                 return error
 
@@ -204,7 +204,7 @@ class ReplicaPool:
 
     async def _attempt(self, replica: Replica, call: Call) -> Any:
         fault_point("teachers.request")
-        value = call.read(await self._transport.send(replica.url, call, self.limits.timeout_s))
+        value = await self._transport.ask(replica.url, call, self.limits.timeout_s)
         fault_point("teachers.answer")
         return value
 
@@ -323,7 +323,7 @@ class ReplicaPool:
     async def _probe(self, replica: Replica) -> None:
         answers = replica.answers
         try:
-            self.probe.read(await self._transport.send(replica.url, self.probe, self.limits.probe_timeout_s))
+            await self._transport.ask(replica.url, self.probe, self.limits.probe_timeout_s)
         except (Failure, BadAnswer, Rejected) as error:
             await self._probe_failed(replica, error, made_progress=replica.answers > answers)
             return
@@ -358,7 +358,7 @@ class ReplicaPool:
         if self.progress is None:
             return False
         try:
-            steps = self.progress.read(await self._transport.send(replica.url, self.progress, 1.0))
+            steps = await self._transport.ask(replica.url, self.progress, 1.0)
         except (Failure, BadAnswer, Rejected):
             return False
         moves, replica.engine_steps = 0 <= replica.engine_steps < steps, steps

@@ -6,6 +6,7 @@ followed and the environment's proxies not used: a request goes where its URL sa
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from opd.wire import BadAnswer
 
 LONGEST_RETRY_AFTER_S = 10.0
 ERROR_BYTES = 1 << 12  # of the text of an error
+LARGE_BYTES = 1 << 18  # of an answer: to read 8 MB of JSON takes half a second, and everybody else's clock runs on
 KEEPALIVE_S = 3.0  # uvicorn closes an idle connection after 5 s: not to send a request while it does
 
 
@@ -59,7 +61,15 @@ class Transport:
                 max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEPALIVE_S
             ),
         )  # fmt: skip
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="answers")  # starts with the first large one
         self._sent = self._received = 0
+
+    async def ask(self, url: str, call: Call, timeout_s: float) -> Any:
+        """What `call.read` makes of the answer. Raises as `send` does; a large one is read beside the event loop."""
+        body = await self.send(url, call, timeout_s)
+        if len(body) < LARGE_BYTES:
+            return call.read(body)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, call.read, body)
 
     async def send(self, url: str, call: Call, timeout_s: float) -> bytes:
         """The body of a 200. Raises Failure, Rejected, or BadAnswer if it is too long."""
@@ -102,6 +112,7 @@ class Transport:
 
     async def close(self) -> None:
         """Closes every connection."""
+        self._reader.shutdown(cancel_futures=True)
         await self._client.aclose()
 
 

@@ -133,6 +133,24 @@ def test_many_threads_and_two_pools_share_the_servers():
         assert answers == {place: echoes(40, 100 * place) for place in range(8)}
 
 
+def test_large_answers_are_read_beside_the_loop():
+    """Reading them takes longer than a probe may: probes would time out, and a good replica leave."""
+
+    async def answer(request: Request) -> Answer:
+        return Answer(body=request.body if request.path == "/probe" else bytes(1 << 19))
+
+    def read(body: bytes) -> int:
+        time.sleep(1.0)
+        return len(body)
+
+    with servers(answer) as (server,), pool_of([server], limits(timeout_s=10.0)) as pool:
+        calls = [Call("/work", b"x", request_id=f"r{n}", read=read) for n in range(4)]
+        assert pool.collect([pool.submit(call) for call in calls]) == [1 << 19] * 4
+        stats, probes = pool.take_stats(), server.counts["/probe"]
+    assert not stats.ejections and probes > 10, "they were answered all the while"
+    assert "answers" not in " ".join(thread.name for thread in threading.enumerate())
+
+
 def test_everyone_may_be_asked_directly():
     with servers(echo(), echo()) as (a, b), pool_of([a, b]) as pool:
         b.fault = Fault("500")
