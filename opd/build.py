@@ -17,8 +17,9 @@ from opd.hf_engine import HFEngine
 from opd.metrics import Metrics, say
 from opd.rollout import RolloutEngine
 from opd.run import Run, user_errors
+from opd.run_files import warn
 from opd.sample_ledger import SampleLedger
-from opd.served_preflight import api_key_of
+from opd.served_preflight import api_key_of, is_private
 from opd.served_teachers import ServedTeacher
 from opd.student import LossSettings, Student, resolve_dtype
 from opd.teachers import ColocatedTeacher, TeacherPool
@@ -84,6 +85,9 @@ def build_served_teachers(run: Run) -> list[ServedTeacher]:
     """The teachers that run elsewhere, connected: what their servers are, `prepare` has found out."""
     teachers = []
     for spec in (spec for spec in run.cfg.teachers if spec.is_served):
+        open_to_all = [url for url in spec.urls if spec.api_key_env and not is_private(url)]
+        if open_to_all and distributed.rank() == 0:
+            warn(f"teacher {spec.name}: its key goes to {open_to_all[0]} unencrypted; use https or a tunnel (ssh -L)")
         with distributed.agree_on_error(f"connecting to teacher {spec.name}"):
             teachers.append(
                 ServedTeacher(

@@ -7,6 +7,7 @@ Nothing here imports torch, and nothing checks a value: that is `opd/validation.
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 
@@ -95,6 +96,11 @@ class TeacherSpec:
     def share(self) -> float:
         """The weight, 1 where none is given."""
         return 1.0 if self.weight is None else self.weight
+
+    @property
+    def has_local_model(self) -> bool:
+        """Whether `model` is a directory here. A served teacher may have none, and "" is not the working directory."""
+        return bool(self.model) and Path(self.model).is_dir()
 
     @property
     def is_served(self) -> bool:

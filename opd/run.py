@@ -103,7 +103,7 @@ class Run:
     def can_write(self, spec: config.TeacherSpec) -> bool:
         """Whether answers of a teacher can be had: a scoring server does not write, and its model may not be here."""
         served = self.served.get(spec.name)
-        return served is None or served.protocol == "json" or Path(spec.model).is_dir()
+        return served is None or served.protocol == "json" or spec.has_local_model
 
     def write(
         self, spec: config.TeacherSpec, prompts: Sequence[Prompt], log: Path, *, temperature: float = 0.0
@@ -202,7 +202,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         sys.exit(0)
 
     hashes = {
-        t.name: run.served[t.name].identity if t.is_served and not Path(t.model).is_dir() else content.content_hash(t.model)
+        t.name: run.served[t.name].identity if t.is_served and not t.has_local_model else content.content_hash(t.model)
         for t in cfg.teachers
     }
     fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)

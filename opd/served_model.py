@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from opd.replica import Limits
 from opd.servers import ReplicaPool
-from opd.transport import Call
+from opd.transport import Call, Rejected
 from opd.wire import BadAnswer, Question, completion_request, decode_completion, decode_scores, encode_ids
 
 Protocol = Literal["json", "binary"]
@@ -121,6 +121,9 @@ def inspect_replicas(flag: str, urls: Sequence[str], model: str, api_key: str | 
         def ask(call: Call, what: str) -> dict[str, Any]:
             answers = pool.ask_each(call, timeout_s)
             for url, answer in answers.items():
+                if isinstance(answer, Rejected) and "HTTP 401" in str(answer):
+                    remedy = "is not the right one" if api_key else "is missing: name its variable with `api_key_env`"
+                    raise ValueError(f"{flag}: {url} wants a key, and it {remedy}")
                 if isinstance(answer, Exception):
                     raise ValueError(f"{flag}: {url} {what}: {answer}")
             return answers

@@ -1,8 +1,10 @@
 """Whether the served teachers fit the run: asked of their servers before a weight is loaded. ValueError with one line each."""
 
+import contextlib
+import ipaddress
 import os
+import urllib.parse
 from dataclasses import replace
-from pathlib import Path
 
 from opd.config import TeacherSpec
 from opd.content import content_hash
@@ -26,6 +28,14 @@ def api_key_of(spec: TeacherSpec) -> str | None:
     return os.environ[spec.api_key_env] if spec.api_key_env else None
 
 
+def is_private(url: str) -> bool:
+    """Whether nobody on the way can read what is sent there: over https, and to this machine itself."""
+    parts = urllib.parse.urlsplit(url)
+    with contextlib.suppress(ValueError):
+        return parts.scheme == "https" or ipaddress.ip_address(parts.hostname or "").is_loopback
+    return parts.hostname == "localhost"
+
+
 def check_served(config, tokenizer, facts: ModelFacts) -> tuple[ModelFacts, dict[str, ServedModel]]:
     """Asks every served teacher's replicas. The facts of the run with what they add, and teacher name -> what it is."""
     models = {}
@@ -36,7 +46,7 @@ def check_served(config, tokenizer, facts: ModelFacts) -> tuple[ModelFacts, dict
         model = inspect_replicas(flag, spec.urls, spec.model, api_key_of(spec))
         _check_context(config, flag, model)
         _check_tokenizer(config, flag, model, tokenizer, facts)
-        if model.content and Path(spec.model).is_dir() and content_hash(spec.model) != model.content:
+        if model.content and spec.has_local_model and content_hash(spec.model) != model.content:
             raise ValueError(f"{flag}: model {spec.model} is not what {spec.urls[0]} serves; their contents differ")
         _check_loss(config, flag, spec, model)
         models[spec.name] = model

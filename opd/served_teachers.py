@@ -10,7 +10,6 @@ import functools
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 import msgspec
 import safetensors.torch
@@ -39,7 +38,7 @@ class ServedTeacher:
         self.head: OutputHead | None = None
         try:
             if needs_head and model.protocol == "binary":
-                self.head = (load_head(spec.model) if Path(spec.model).is_dir() else self._fetch_head()).pinned()
+                self.head = (load_head(spec.model) if spec.has_local_model else self._fetch_head()).pinned()
         except BaseException:
             self.close()
             raise

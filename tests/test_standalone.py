@@ -41,12 +41,11 @@ def models(tiny) -> Models:
     return Models(tiny.student, {d: getattr(tiny, d) for d in tiny.domains}, (str(tiny.train),), tiny.eval)
 
 
-@pytest.fixture(scope="module")
-def key():
+@pytest.fixture
+def key(monkeypatch) -> str:
     """The servers' token and the trainer's key, in the environment of both."""
-    os.environ[KEY_VARIABLE] = KEY
-    yield KEY
-    del os.environ[KEY_VARIABLE]
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    return KEY
 
 
 def with_urls(models: Models, run_dir: Path, urls: list[str], *flags: str, **entry) -> list[str]:
