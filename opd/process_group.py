@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-GRACE_SECONDS = 8.0  # between SIGTERM and SIGKILL: vLLM takes 6.6 s to unlink its shared memory
+GRACE_SECONDS = 7.0  # between SIGTERM and SIGKILL: vLLM takes 6.6 s to unlink its shared memory
 POLL_SECONDS = 0.1
 
 

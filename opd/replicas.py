@@ -37,7 +37,7 @@ Protocol = Literal["binary", "json"]
 GIB = 1 << 30
 START_SECONDS = 1800.0  # a large model reads its weights from a slow disk
 ASK_SECONDS = 120.0  # vLLM compiles at its first question
-END_SECONDS = 8.0  # from SIGTERM to the end of all that a server has started
+END_SECONDS = 5.0  # from SIGTERM to the end of all that a server has started; then SIGKILL
 POLL_SECONDS = 0.1
 LOG_LINES = 15  # of a server that failed
 

@@ -178,7 +178,8 @@ def test_two_replicas_are_served_and_watched(tiny, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_servers_that_are_starting(tiny, tmp_path, signum):
-    with launched(tmp_path, str(tiny.addition), "--replicas", "2", *SMALL) as (process, _, _):
+    arguments = (str(tiny.addition), "--replicas", "2", *SMALL, "--", "--backend", "hf")
+    with launched(tmp_path, *arguments) as (process, _, _):
         wait_until(lambda: len(children_of(process.pid)) == 2, DEADLINE, "the servers")
         groups = children_of(process.pid)
         process.send_signal(signum)
@@ -195,15 +196,20 @@ def json_launcher(tiny, tmp_path_factory):
         yield process, entry["urls"][0]
 
 
+@pytest.fixture(scope="module")
+def binary(tiny):
+    with serving(str(tiny.addition), extra=["--backend", "hf"]) as (replica,):
+        yield replica
+
+
 @pytest.mark.parametrize("payload", ["sampled", "topk"])
-def test_both_protocols_say_the_same(json_launcher, tiny, payload):
+def test_both_protocols_say_the_same(json_launcher, binary, payload):
     asked = wire.Question([5, 6, 7], [8, 9, 10, 11, 3], payload, 6 if payload == "topk" else 0, vocab=40)
     body = wire.completion_request(asked, "addition")
     from_json = httpx.post(f"{json_launcher[1]}/v1/completions", json=body, timeout=DEADLINE)
-    with serving(str(tiny.addition), extra=["--backend", "hf"]) as (binary,):
-        params = {"prompt_length": 3, "payload": payload, "support_k": asked.support_k}
-        ids = wire.encode_ids([*asked.prompt_ids, *asked.response_ids])
-        from_binary = httpx.post(f"{binary.url}/score", params=params, content=ids, timeout=DEADLINE)
+    params = {"prompt_length": 3, "payload": payload, "support_k": asked.support_k}
+    ids = wire.encode_ids([*asked.prompt_ids, *asked.response_ids])
+    from_binary = httpx.post(f"{binary.url}/score", params=params, content=ids, timeout=DEADLINE)
     expected = wire.decode_scores(from_binary.content, asked)
     found = wire.decode_completion(from_json.content, asked)
     assert set(found) == {"sampled_logprobs"} | ({"topk_ids", "topk_logprobs"} if payload == "topk" else set())
