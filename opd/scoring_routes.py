@@ -25,12 +25,13 @@ from opd.wire import Question, decode_ids, stream_arrays
 
 PROTOCOL = "opd-scoring-1"
 READ_SECONDS = 30.0  # for a client to send a body
+ANSWER_SECONDS = 600.0  # for the engine to compute; clients have shorter deadlines of their own
 BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than the context
 BINARY = "application/octet-stream"
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class ModelInfo:
     """What a server says about itself."""
 
     name: str
@@ -44,9 +45,9 @@ class ServedModel:
 class Service:
     """The routes of one model."""
 
-    def __init__(self, served: ServedModel, engine: ScoringThread, tokenizer, *, max_waiting: int):
+    def __init__(self, served: ModelInfo, engine: ScoringThread, tokenizer, *, max_waiting: int):
         self.served, self.engine, self.tokenizer, self.max_waiting = served, engine, tokenizer, max_waiting
-        self.scorer = engine.ready.result()
+        self.scorer = engine.ready.result(timeout=0)  # whoever serves has waited for it
         self.admitted = 0  # questions whose body is being read or whose answer is due
 
     def app(self, token: str | None) -> Callable:
@@ -200,10 +201,13 @@ async def _answer_or_give_up(request: Request, answer: Future) -> Response:
     scored = asyncio.wrap_future(answer)
     gone = asyncio.ensure_future(request.receive())  # after the body there is one message more: the client has gone
     try:
-        await asyncio.wait({scored, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not scored.done():
-            raise ClientDisconnect
-        return Response(scored.result(), media_type=BINARY)
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await asyncio.wait({scored, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not scored.done():
+                raise ClientDisconnect
+            return Response(await scored, media_type=BINARY)
+    except TimeoutError:
+        return JSONResponse({"error": f"no answer within {ANSWER_SECONDS:g} s"}, 503)
     except ClientDisconnect:
         raise
     except Exception as error:  # the engine thread has printed it; the client hears it too

@@ -40,12 +40,13 @@ from opd.hf_engine import HFEngine
 from opd.preflight import ModelFact, read_fact
 from opd.rows import one_line
 from opd.scoring import BatchLimits, Scorer, ScoringThread, join_alone
-from opd.scoring_routes import ServedModel, Service
+from opd.scoring_routes import ModelInfo, Service
 from opd.shapes import check_path, load_part
 from opd.student import resolve_dtype
 from opd.vllm_engine import HiddenStateEngine
 
 TOKEN_VARIABLE, SHORTEST_TOKEN = "OPD_SERVER_TOKEN", 16
+LOAD_SECONDS = 1800.0  # for the engine to stand: a large model from a slow disk
 END_SECONDS = 5  # for answers under way when the server is told to end
 
 
@@ -165,8 +166,8 @@ def serve(args: argparse.Namespace, token: str | None) -> None:
     max_model_len = args.max_model_len or fact.context
     limits = BatchLimits(args.max_tokens_per_batch, args.max_sequences_per_batch, args.batch_wait_ms / 1000)
     engine = ScoringThread(functools.partial(build_scorer, args, max_model_len), limits)
-    engine.ready.result()
-    served = ServedModel(
+    engine.ready.result(timeout=LOAD_SECONDS)
+    served = ModelInfo(
         name=args.name, model=args.model, content=content_hash(args.model), eos_ids=fact.eos_ids,
         max_model_len=max_model_len, max_support_k=min(args.max_support_k, fact.vocab_size),
     )  # fmt: skip

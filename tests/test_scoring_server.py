@@ -22,7 +22,7 @@ from opd.content import content_hash
 from opd.heads import load_head
 from opd.hf_engine import HFEngine
 from opd.replicas import ServerOptions, start_replica, stop_all
-from opd.scoring_routes import ServedModel, Service
+from opd.scoring_routes import ModelInfo, Service
 from opd.scoring_server import check_host
 from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
@@ -253,7 +253,7 @@ def test_an_engine_that_fails_costs_these_questions_and_no_others(tiny):
     engine = HFEngine("math", str(tiny.padded), dtype="float32", trust_remote_code=False, residency="disk")
     scorer = scoring.Scorer(engine, load_head(str(tiny.padded)), torch.float32)
     thread = scoring.ScoringThread(lambda: scorer, scoring.BatchLimits())
-    served = ServedModel("math", str(tiny.padded), "hash", (1,), CONTEXT, PADDED_VOCAB)
+    served = ModelInfo("math", str(tiny.padded), "hash", (1,), CONTEXT, PADDED_VOCAB)
     app = Service(served, thread, None, max_waiting=4).app(None)
 
     async def statuses():
