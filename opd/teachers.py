@@ -6,6 +6,7 @@ written.
 L response length, K support size, V vocabulary, H teacher hidden size.
 """
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -105,6 +106,14 @@ class _Job:
     payload: TeacherPayload
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A response that a served teacher is scoring."""
+
+    future: Future
+    num_bytes: int  # of the hidden states to come
+
+
 # Hidden states that are scored and dropped lie on the host that long: enough for a prefill to be a good batch.
 PIECE_BYTES = 64 << 20
 
@@ -128,8 +137,8 @@ class TeacherPool:
         self._turns = turns or self._one_after_another
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.served, self.streams = {teacher.name: teacher for teacher in served}, streams
-        self._under_way: dict[tuple[str, str], Future] = {}  # (sample, served teacher) -> its answer
-        self._served_bytes = 0  # of the hidden states that served teachers were asked for in this step
+        self._under_way: dict[tuple[str, str], _Asked] = {}  # (sample, served teacher) -> what was asked
+        self._sending = threading.Lock()  # a rollout engine may tell of responses from a thread of its own
         self.waited_s = dict.fromkeys(self.served, 0.0)  # in the last `score`, beyond all other work
         self.routes, self.cfg, self.payload, self.device = routes, cfg, payload, device
         names = [*self.teachers, *self.served]
@@ -167,11 +176,11 @@ class TeacherPool:
             scores = self._score_here(rollouts)
             self._collect(rollouts, scores)
         except BaseException:
-            for (_, name), future in self._under_way.items():
-                self.served[name].cancel([future])
+            with self._sending:
+                for (_, name), asked in self._under_way.items():
+                    self.served[name].cancel([asked.future])
+                self._under_way.clear()
             raise
-        finally:
-            self._under_way, self._served_bytes = {}, 0
         self.release_head()
         fault_point("score.done")
         return [tuple(sorted(row, key=lambda score: self._place[score.teacher])) for row in scores]
@@ -188,21 +197,24 @@ class TeacherPool:
                 f"prompt {rollout.prompt.prompt_id}: the student wrote token {max(rollout.response_ids)}, which lies in "
                 f"the padding beyond the {self.shared_vocab} tokens that all models share"
             )
-        for name, _ in self.routes[rollout.prompt.domain]:
-            if name in self.served and (rollout.sample_id, name) not in self._under_way:
-                fault_point("teachers.submit")
-                future = self.served[name].submit(rollout, self._payload_of_served(name, rollout))
-                self._under_way[rollout.sample_id, name] = future
+        with self._sending:
+            for name, _ in self.routes[rollout.prompt.domain]:
+                if name in self.served and (rollout.sample_id, name) not in self._under_way:
+                    fault_point("teachers.submit")
+                    payload, size = self._payload_of_served(name, rollout)
+                    future = self.served[name].submit(rollout, payload)
+                    self._under_way[rollout.sample_id, name] = _Asked(future, size)
 
-    def _payload_of_served(self, name: str, rollout: Rollout) -> TeacherPayload:
-        """Hidden states as long as the cache has room: they are asked for before all responses are known."""
+    def _payload_of_served(self, name: str, rollout: Rollout) -> tuple[TeacherPayload, int]:
+        """Hidden states, and their bytes, as long as the cache has room: they are asked for before all responses are known."""
         payload = self.served[name].payload(self.payload)
-        if "hidden" in payload:
-            size = len(rollout.response_ids) * self.served[name].bytes_per_token
-            if self._served_bytes + size > self.cache_bytes:
-                return "topk"
-            self._served_bytes += size
-        return payload
+        size = len(rollout.response_ids) * self.served[name].bytes_per_token if "hidden" in payload else 0
+        return ("topk", 0) if size and self._served_bytes + size > self.cache_bytes else (payload, size)
+
+    @property
+    def _served_bytes(self) -> int:
+        """Of the hidden states that were asked for and not yet handed out."""
+        return sum(asked.num_bytes for asked in self._under_way.values())
 
     def _collect(self, rollouts: Sequence[Rollout], scores: list[list[TeacherScores]]) -> None:
         """Waits for the served teachers."""
@@ -212,7 +224,11 @@ class TeacherPool:
                 (index, weight) for index, rollout in enumerate(rollouts)
                 for known, weight in self.routes[rollout.prompt.domain] if known == name
             ]  # fmt: skip
-            answers = teacher.collect([self._under_way[rollouts[index].sample_id, name] for index, _ in mine])
+            keys = [(rollouts[index].sample_id, name) for index, _ in mine]
+            answers = teacher.collect([self._under_way[key].future for key in keys])
+            with self._sending:
+                for key in keys:
+                    del self._under_way[key]
             for (index, weight), score in zip(mine, answers, strict=True):
                 scores[index].append(replace(score, weight=weight))
                 if "hidden" in self.payload and score.hidden is None:
