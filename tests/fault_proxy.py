@@ -308,13 +308,11 @@ class HttpServer:
 
 
 class FaultProxy(HttpServer):
-    """In front of a real server. `rewrite` is (old, new), in requests and in answers."""
-
-    rewrite: tuple[bytes, bytes] | None = None
+    """In front of a real server. `rewrite` is what to put for what, in requests and in answers."""
 
     def __init__(self, upstream: str):
         self._client = httpx.AsyncClient(trust_env=False, timeout=DEADLINE_S, limits=httpx.Limits(max_connections=None))
-        self.upstream = upstream
+        self.upstream, self.rewrite = upstream, dict[bytes, bytes]()
         super().__init__(self._forward)
 
     async def _forward(self, request: Request) -> Answer:
@@ -325,7 +323,9 @@ class FaultProxy(HttpServer):
         return Answer(response.status_code, self._rewritten(response.content))
 
     def _rewritten(self, body: bytes) -> bytes:
-        return body.replace(*self.rewrite) if self.rewrite else body
+        for old, new in self.rewrite.items():
+            body = body.replace(old, new)
+        return body
 
     async def _end(self) -> None:
         await super()._end()
