@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -208,6 +209,7 @@ class HttpServer:
         self.answer = answer
         self.fault: Fault | None = None
         self.requests: list[Request] = []
+        self.times: list[tuple[str, float]] = []  # path, when it came
         self.counts: Counter = Counter()  # path -> requests
         self.inflight, self.most_inflight, self.left = 0, 0, 0  # of those with an id
         self._connections: set[_Connection] = set()
@@ -280,6 +282,7 @@ class HttpServer:
 
     async def _handle(self, connection: _Connection, request: Request) -> None:
         self.requests.append(request)
+        self.times.append((request.path, time.monotonic()))
         self.counts[request.path] += 1
         counted = is_scoring(request)
         self.inflight += counted
