@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -208,6 +209,7 @@ class HttpServer:
         self.answer = answer
         self.fault: Fault | None = None
         self.requests: list[Request] = []
+        self.times: list[tuple[str, float]] = []  # path, when it came
         self.counts: Counter = Counter()  # path -> requests
         self.inflight, self.most_inflight, self.left = 0, 0, 0  # of those with an id
         self._connections: set[_Connection] = set()
@@ -280,6 +282,7 @@ class HttpServer:
 
     async def _handle(self, connection: _Connection, request: Request) -> None:
         self.requests.append(request)
+        self.times.append((request.path, time.monotonic()))
         self.counts[request.path] += 1
         counted = is_scoring(request)
         self.inflight += counted
@@ -308,13 +311,11 @@ class HttpServer:
 
 
 class FaultProxy(HttpServer):
-    """In front of a real server. `rewrite` is (old, new), in requests and in answers."""
-
-    rewrite: tuple[bytes, bytes] | None = None
+    """In front of a real server. `rewrite` is what to put for what, in requests and in answers."""
 
     def __init__(self, upstream: str):
         self._client = httpx.AsyncClient(trust_env=False, timeout=DEADLINE_S, limits=httpx.Limits(max_connections=None))
-        self.upstream = upstream
+        self.upstream, self.rewrite = upstream, dict[bytes, bytes]()
         super().__init__(self._forward)
 
     async def _forward(self, request: Request) -> Answer:
@@ -325,7 +326,9 @@ class FaultProxy(HttpServer):
         return Answer(response.status_code, self._rewritten(response.content))
 
     def _rewritten(self, body: bytes) -> bytes:
-        return body.replace(*self.rewrite) if self.rewrite else body
+        for old, new in self.rewrite.items():
+            body = body.replace(old, new)
+        return body
 
     async def _end(self) -> None:
         await super()._end()

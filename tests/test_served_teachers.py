@@ -186,6 +186,10 @@ def test_a_served_teacher_writes_what_it_was_asked_to(served, models):
         assert all(1 <= len(s.token_ids) <= 6 for s in first)
 
 
+# The servers of one teacher, under the name of the other.
+RENAMED = {b'"model": "addition"': b'"model": "reversal"', b'"id":"reversal"': b'"id":"addition"'}
+
+
 # ---- Asked at start --------------------------------------------------------------------------------------------------
 
 
@@ -201,15 +205,15 @@ def test_replicas_that_do_not_fit_together(served, models):
     with pytest.raises(ValueError, match=r"^F: the replicas differ in their model: addition at .*, reversal at .*"):
         inspect_replicas("F", [a.url, c.url], "", None)
     with FaultProxy(c.url) as renamed:  # another model under the same name
-        renamed.rewrite = (b"reversal", b"addition")
+        renamed.rewrite = RENAMED
         with pytest.raises(ValueError, match=f"^F: {renamed.url} has another model than {a.url}: .*canary"):
             inspect_replicas("F", [a.url, renamed.url], "", None)
     with FaultProxy(a.url) as shorter:
-        shorter.rewrite = (b'"max_model_len":512', b'"max_model_len":256')
+        shorter.rewrite = {b'"max_model_len":512': b'"max_model_len":256'}
         with pytest.raises(ValueError, match=r"^F: the replicas differ in their context length: 512 at .*, 256 at"):
             inspect_replicas("F", [a.url, shorter.url], "", None)
     with FaultProxy(a.url) as other:
-        other.rewrite = (b'"tokens":[', b'"tokens":[3,')
+        other.rewrite = {b'"tokens":[': b'"tokens":[3,'}
         with pytest.raises(ValueError, match=r"^F: the replicas differ in their tokenizer"):
             inspect_replicas("F", [a.url, other.url], "", None)
 
@@ -259,7 +263,7 @@ def test_the_longest_that_fits_is_scored(tiny, served, models):
 
 def test_another_tokenizer_is_found_out(tiny, served, models):
     with FaultProxy(served["addition"][0].url) as other:
-        other.rewrite = (b'"tokens":[', b'"tokens":[3,')
+        other.rewrite = {b'"tokens":[': b'"tokens":[3,'}
         with pytest.raises(ValueError, match=r"its tokenizer is not the student's: .* the first to differ is number 0"):
             checked(tiny, served, urls=[other.url])
 
@@ -351,7 +355,7 @@ def test_a_replica_that_restarts_in_between_changes_no_bit(served, models, fault
 def test_another_model_behind_a_url_is_out_before_it_is_believed(served, models):
     """The servers of the other teacher, under this one's name."""
     with FaultProxy(served["reversal"][0].url) as other:
-        other.rewrite = (b'"model": "addition"', b'"model": "reversal"')
+        other.rewrite = RENAMED
         urls = [other.url, served["addition"][0].url]
         with teacher("addition", models["addition"], urls, ONE_BY_ONE) as one:
             end = time.monotonic() + 10
