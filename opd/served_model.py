@@ -2,7 +2,7 @@
 
 Two protocols look alike here: `json` is a vLLM server's `/v1/completions` with `prompt_logprobs`, `binary` is our own scoring
 server. Which one it is, the server says at `/version`. Every replica is asked, and all must give the same answers: model,
-context length, tokenizer, and the log-probability of one fixed token, the canary. The canary is also the probe of the pool: a
+context length, tokenizer, and the log-probabilities of a few fixed tokens, the canary. The canary is also the probe of the pool: a
 replica that comes back with another model does not come back into the rotation.
 """
 
@@ -21,8 +21,9 @@ from opd.wire import BadAnswer, Question, completion_request, decode_completion,
 
 Protocol = Literal["json", "binary"]
 
-CANARY = Question(prompt_ids=list(range(2, 9)), response_ids=[9], payload="sampled", support_k=0, vocab=10)
-CANARY_TOLERANCE = 0.05  # nats: kernels may add up in another order, in half precision
+# Tokens that every vocabulary has, in an order that no model expects: two models will hardly agree on all of them.
+CANARY = Question(prompt_ids=[7, 2, 9, 4], response_ids=[3, 8, 2, 6, 9, 5], payload="sampled", support_k=0, vocab=10)
+CANARY_TOLERANCE = 0.2  # nats, of the mean difference: in bfloat16 logits of 16 are .125 apart
 PROBE_TEXT = "Tokens: 12 + 34 = 46, naïve café\n\tdef f(x):\n        return x ** 2  # 你好"
 BINARY_PROTOCOL = "opd-scoring-1"
 
@@ -35,7 +36,7 @@ class ServedModel:
     name: str  # what requests call it
     context: int  # tokens
     tokens: tuple[int, ...] | None  # of PROBE_TEXT; None if the server has no tokenizer
-    canary: float  # log-probability
+    canary: tuple[float, ...]  # log-probabilities of its response
     content: str | None = None  # the content hash of its files, where the server tells
     vocab_size: int | None = None
     hidden_size: int = 0
@@ -74,13 +75,22 @@ def probe_call(model: ServedModel) -> Call:
     """One token, scored: the engine has to compute it, and with the weights that it had at start."""
     call = score_call(model, model.protocol, CANARY)
 
-    def read(body: bytes) -> float:
-        logprob = float(call.read(body)["sampled_logprobs"][0])
-        if not abs(logprob - model.canary) <= CANARY_TOLERANCE:
-            raise BadAnswer(f"another model: its canary is {logprob:.4f} and was {model.canary:.4f} at start")
-        return logprob
+    def read(body: bytes) -> tuple[float, ...]:
+        canary = _canary_of(call.read(body))
+        if not _gap(canary, model.canary) <= CANARY_TOLERANCE:
+            raise BadAnswer(f"another model: its canary is {_gap(canary, model.canary):.3f} nats off what it was at start")
+        return canary
 
     return Call(call.path, call.body, content_type=call.content_type, most_bytes=call.most_bytes, read=read)
+
+
+def _canary_of(answer: dict) -> tuple[float, ...]:
+    return tuple(answer["sampled_logprobs"].tolist())
+
+
+def _gap(canary: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """Mean difference, nats."""
+    return sum(abs(a - b) for a, b in zip(canary, other, strict=True)) / len(canary)
 
 
 def progress_call(model: ServedModel) -> Call:
@@ -146,13 +156,13 @@ def inspect_replicas(flag: str, urls: Sequence[str], model: str, api_key: str | 
             _agreed(flag, "content of the model", {url: a.get("content") for url, a in answers.items()})
             facts = _binary_facts(flag, next(iter(answers.values())))
         scored = ask(score_call(name, protocol, CANARY), "does not score (a vLLM server has to allow prompt_logprobs)")
-        canaries = {url: float(answer["sampled_logprobs"][0]) for url, answer in scored.items()}
+        canaries = {url: _canary_of(answer) for url, answer in scored.items()}
     first = next(iter(canaries.values()))
     for url, canary in canaries.items():
-        if not abs(canary - first) <= CANARY_TOLERANCE:
+        if not _gap(canary, first) <= CANARY_TOLERANCE:
             raise ValueError(
-                f"{flag}: {url} has another model than {urls[0]}: the log-probability of the canary is {canary:.4f} there "
-                f"and {first:.4f} here; replicas of one teacher must serve the same weights"
+                f"{flag}: {url} has another model than {urls[0]}: their log-probabilities of the canary differ by "
+                f"{_gap(canary, first):.3f} nats; replicas of one teacher must serve the same weights"
             )
     return ServedModel(
         protocol=protocol, name=name, context=context, tokens=_agreed(flag, "tokenizer", tokens), canary=first, **facts

@@ -233,7 +233,8 @@ def checked(tiny, served, *flags: str, urls: list[str] | None = None):
 def test_a_run_that_fits(tiny, served, models):
     facts, found = checked(tiny, served)
     assert found == {"addition": dataclasses.replace(models["addition"], canary=found["addition"].canary)}
-    assert abs(found["addition"].canary - models["addition"].canary) < TOLERANCE and facts.shared_vocab == VOCAB
+    assert found["addition"].canary == pytest.approx(models["addition"].canary, abs=TOLERANCE)
+    assert facts.shared_vocab == VOCAB
 
 
 @pytest.mark.parametrize(
