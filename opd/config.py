@@ -109,6 +109,35 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
+class AsyncConfig:
+    """Rollouts from servers that write while the trainer trains."""
+
+    mode: Literal["sync", "async"] = option(
+        "sync", "sync: rollouts and training take turns on the same devices. async: rollout servers write ahead."
+    )
+    max_staleness: int = option(
+        1, "How many versions older than the weights in training a token may be. 0 is the synchronous run, on servers."
+    )
+    sync_every: int = option(1, "Steps between pushes of the weights to the rollout servers.")
+    partial_rollout: bool = option(
+        True,
+        "At a push, responses that are being written go on under the new weights; otherwise they start again.",
+    )
+    rollout_servers: list[str] = option(
+        ["auto"], "URLs of rollout servers; auto starts them on this machine and stops them at the end."
+    )
+    rollout_replicas: int = option(1, "Rollout servers to start with --rollout_servers auto.")
+    max_inflight: int = option(256, "Responses in flight at one rollout server, per rank.")
+    rollout_timeout_s: float = option(1800.0, "How long one response may take, s.")
+    rollout_wait_s: float = option(
+        60.0, "How long a step waits for rollout servers none of which answers, before the run saves and stops, s."
+    )
+    weights_dir: str = option(
+        "", "Where weights pass to servers: a folder that all of them see. Default: one of its own in shared memory."
+    )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Prompt files and their columns."""
 

@@ -89,13 +89,13 @@ class RolloutEngine:
         complete, while others are still being written.
         """
         fault_point("rollout")
-        places = _places(prompts)
+        places = places_of(prompts)
         repeated = [(p, i, g) for p, i in zip(prompts, places, strict=True) for g in range(self.cfg.num_generations)]
-        seeds = [distributed.fold_seed(self.seed, step, p.prompt_id, i, g, "rollout") for p, i, g in repeated]
+        seeds = [sample_seed(self.seed, step, p, i, g) for p, i, g in repeated]
 
         def rollout(index: int, sample: Sample) -> Rollout:
             prompt, place, g = repeated[index]
-            return self._rollout(f"{step}/{place}/{g}", prompt, sample)
+            return self._rollout(sample_id_of(step, place, g), prompt, sample)
 
         samples = self.engine.generate(
             [p.token_ids for p, _, _ in repeated], seeds, self.eos_ids, max_tokens=self.cfg.max_response_tokens,
@@ -129,9 +129,19 @@ class RolloutEngine:
         self.policy_version = version
 
 
-def _places(prompts: Sequence[Prompt]) -> range:
+def places_of(prompts: Sequence[Prompt]) -> range:
     """Where this rank's prompts stand in the global batch, which was dealt one by one to the ranks."""
     return range(distributed.rank(), distributed.world_size() * len(prompts), distributed.world_size())
+
+
+def sample_id_of(step: int, place: int, generation: int) -> str:
+    """Unique in a run, and the same however often the run is killed and resumed."""
+    return f"{step}/{place}/{generation}"
+
+
+def sample_seed(seed: int, step: int, prompt: Prompt, place: int, generation: int) -> int:
+    """The sampler's seed: whoever samples, and whenever."""
+    return distributed.fold_seed(seed, step, prompt.prompt_id, place, generation, "rollout")
 
 
 def dataset_rollouts(
@@ -140,7 +150,7 @@ def dataset_rollouts(
     """The prompts' own responses as rollouts, for off-policy distillation."""
     return [
         Rollout(
-            sample_id=f"{step}/{place}/0",
+            sample_id=sample_id_of(step, place, 0),
             prompt=prompt,
             source="dataset",
             response_ids=prompt.target_ids,
@@ -148,7 +158,7 @@ def dataset_rollouts(
             finish_reason="stop" if prompt.target_ids[-1] in eos_ids else "length",
             policy_version=policy_version,
         )
-        for place, prompt in zip(_places(prompts), prompts, strict=True)
+        for place, prompt in zip(places_of(prompts), prompts, strict=True)
     ]
 
 

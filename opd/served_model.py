@@ -2,8 +2,8 @@
 
 Two protocols look alike here: `json` is a vLLM server's `/v1/completions` with `prompt_logprobs`, `binary` is our own scoring
 server. Which one it is, the server says at `/version`. Every replica is asked, and all must give the same answers: model,
-context length, tokenizer, and the log-probabilities of a few fixed tokens, the canary. The canary is also the probe of the pool: a
-replica that comes back with another model does not come back into the rotation.
+context length, tokenizer, and the log-probabilities of a few fixed tokens, the canary. The canary is also the probe of the
+pool: a replica that comes back with another model does not come back into the rotation.
 """
 
 import functools

@@ -1,12 +1,11 @@
-"""`ReplicaPool`: several servers of one model, asked as one. For teachers now; nothing here knows what a request means.
+"""`ReplicaPool`: several servers of one model, asked as one. Nothing here knows what a request means.
 
 * A request goes to the replica with the fewest outstanding ones, up to a bound on each.
 * Connection errors, 5xx, time-outs and answers that `Call.read` does not believe are tried again, elsewhere if there is an
   elsewhere. 429 waits as it says. Any other 4xx is the request's own fault, and is raised as `Rejected` at once.
 * What a dead replica took with it is sent again at once. What a live one failed is sent again within a `RetryBudget`.
 * Every replica is probed with a real, small request. See `opd/replica.py` for who is in rotation.
-* No request is given up while there is hope, and none waits without a deadline: one that has failed and has no answer
-  `wait_s` later raises `Unanswered`, with the pool's name, the URLs and their last errors.
+* No request is given up while there is hope. After `wait_s` without an answer it raises `Unanswered`, naming URLs and errors.
 
 One background thread runs one event loop with one connection pool; it belongs to the pool and ends with it.
 """
@@ -60,6 +59,7 @@ class ReplicaPool:
         self.name, self.limits, self.probe, self.progress = name, limits or Limits(), probe, progress
         self.replicas = [Replica(url.rstrip("/"), self.limits) for url in urls]
         self.stats = Stats()
+        self.excused = False  # while True, probes that fail are no strikes: the servers are known to be busy otherwise
         self._budget = RetryBudget(self.limits)
         self._open: set[_Pending] = set()  # whatever has no answer yet, wherever it is
         self._waiting: deque[_Pending] = deque()
@@ -312,7 +312,7 @@ class ReplicaPool:
         """Probes one replica for as long as the pool lives: at once after a broken connection, and after a failed probe."""
         alarm = self._alarm[replica.url]
         while True:
-            if not replica.in_rotation:
+            if not replica.in_rotation or self.excused:
                 await asyncio.sleep(self.limits.shortest_out_s)
             elif not replica.probe_strikes and not replica.suspect:
                 with contextlib.suppress(TimeoutError):
@@ -339,7 +339,7 @@ class ReplicaPool:
                 self._end_trial(replica)
 
     async def _probe_failed(self, replica: Replica, error: Exception, *, made_progress: bool) -> None:
-        if not replica.in_rotation:
+        if not replica.in_rotation or self.excused:
             replica.last_error = str(error)
             return
         if isinstance(error, BadAnswer) or (isinstance(error, Failure) and error.kind == "refused"):
@@ -396,5 +396,5 @@ class ReplicaPool:
 
     def _give_up(self, pending: _Pending) -> None:
         errors = "; ".join(f"{r.url}: {r.last_error or 'no error'}" for r in self.replicas)
-        text = f"{self.name}: no answer for {self._hopeless_for(pending):.0f} s; last errors: {errors}"
-        self._resolve(pending, error=Unanswered(text))
+        waited = f"no answer for {self._hopeless_for(pending):.0f} s"
+        self._resolve(pending, error=Unanswered(f"{self.name}: {waited}; last errors: {errors}"))

@@ -48,7 +48,8 @@ class Rollout:
         list[float] | None
     )  # [L] the sampler's, at the sampling temperature; None where nothing reads them
     finish_reason: FinishReason
-    policy_version: int  # the student weights that sampled it
+    policy_version: int  # the student weights that sampled it; the oldest of them, if they changed on the way
+    policy_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) of its tokens; () is one version for all
     reward: float | None = None  # the task reward, None when the run uses none
     task_advantage: float = 0.0  # group-relative, 0 when the run uses no task reward
 
@@ -223,5 +224,7 @@ class WeightSource(Protocol):
 
 class WeightTarget(Protocol):
     """Takes the student's weights: the rollout engine."""
+
+    policy_version: int
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None: ...
