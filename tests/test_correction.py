@@ -92,6 +92,7 @@ def test_a_ratio_on_a_bound_is_inside_and_an_undefined_one_is_not():
     pair = torch.zeros(2, 3), torch.zeros(2, 3)
     mask_BS = torch.tensor([[1, 1, 1], [0, 0, 0]])
     assert accepted_sequences(*pair, mask_BS, level="sequence", low=1.0, high=1.0).tolist() == [True, True]
+    assert accepted_sequences(*pair, mask_BS, level="sequence", low=2.0, high=3.0).tolist() == [False, True]
     undefined = torch.full((2, 3), math.nan), torch.zeros(2, 3)
     assert accepted_sequences(*undefined, mask_BS, level="geometric", low=0.1, high=9.0).tolist() == [False, True]
     assert accepted_sequences(*undefined, mask_BS, level="none", low=1.0, high=1.0).tolist() == [True, True]
