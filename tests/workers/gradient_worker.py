@@ -33,8 +33,8 @@ LOSSES = {
     "ppo": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.2, clip_high=0.3),
     "pg": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, is_mode="truncate", is_level="geometric", is_high=1.2),
     "decoupled": LossConfig(
-        loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.02, clip_high=0.03, old_logprobs="recompute", is_mode="truncate",
-        is_high=1.2, reject_level="geometric", reject_low=0.8, reject_high=1.6,
+        loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.05, clip_high=0.1, old_logprobs="recompute", is_mode="truncate",
+        is_high=1.2, reject_level="geometric", reject_low=0.3, reject_high=1.6,
     ),
 }
 # With such an epsilon the first step of Adam is -lr * g / (|g| + 1): a smooth function of the gradient, not its sign.
