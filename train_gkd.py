@@ -31,6 +31,7 @@ from opd.distillation import compare
 from opd.ledger import Ledger
 from opd.logits import LogitsChunk
 from opd.metrics import Metrics, say
+from opd.mismatch import log_mismatch
 from opd.padding import count_loss_tokens, make_micro_batches
 from opd.rollout import dataset_rollouts
 from opd.run import (
@@ -45,7 +46,7 @@ from opd.run import (
 )
 from opd.run_files import replace_text
 from opd.sample_ledger import SampleLedger, rows_of
-from opd.step_log import log_mismatch, log_step, log_teachers
+from opd.step_log import log_step, log_teachers
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch
@@ -89,6 +90,8 @@ class Config:
             (loss.loss != "reverse_kl_pg", "--loss reverse_kl_pg: train_gkd.py minimises a divergence; use train_mopd.py"),
             (loss.reward_weight == 0, f"--reward_weight {loss.reward_weight}: no task reward here; use train_mopd.py"),
             (loss.is_mode == "none", f"--is_mode {loss.is_mode}: off-policy responses have no sampler; use train_mopd.py"),
+            (loss.reject_level == "none",
+             f"--reject_level {loss.reject_level}: off-policy responses have no sampler; use train_mopd.py"),
             (loss.support != "sampled" or gkd.lmbda == 1,
              "--support sampled: an estimate needs tokens that the student sampled; set --lmbda 1 or --support full"),
         ):  # fmt: skip
@@ -211,7 +214,9 @@ def main(run: Run) -> None:
 
             with colocation.phase("train"), metrics.timed("train"):
                 if on_policy and run.checks_parity(step):
-                    log_mismatch(metrics, student, micro_batches, cfg.rollout.temperature)
+                    sampled_at = cfg.rollout.temperature
+                    scored = [mb.with_old_logprobs(student.logprobs(mb, sampled_at)) for mb in micro_batches]
+                    log_mismatch(metrics, scored, cfg.loss, domains=run.domains)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
                     for mb in micro_batches:
                         out = student.loss(mb, loss_of_token, domains=run.domains)  # a sum over loss tokens

@@ -22,7 +22,6 @@ import functools
 import time
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from opd import checkpoint, config, distributed, evaluation, rewards, weight_sync
@@ -32,8 +31,15 @@ from opd.colocation import Colocation
 from opd.distillation import compare
 from opd.ledger import Ledger
 from opd.logits import LogitsChunk
-from opd.losses import MAX_LOG_RATIO, distillation_advantage, importance_weights, policy_gradient_loss
+from opd.losses import (
+    MAX_LOG_RATIO,
+    accepted_sequences,
+    distillation_advantage,
+    importance_weights,
+    policy_gradient_loss,
+)
 from opd.metrics import Metrics
+from opd.mismatch import corrects, log_mismatch
 from opd.padding import count_loss_tokens, make_micro_batches
 from opd.rollout import with_rewards
 from opd.run import (
@@ -47,7 +53,7 @@ from opd.run import (
     user_errors,
 )
 from opd.sample_ledger import SampleLedger, rows_of
-from opd.step_log import log_mismatch, log_step, log_teachers
+from opd.step_log import log_step, log_teachers
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch, Rollout
@@ -88,7 +94,8 @@ def token_loss(
     """The loss of each token of a chunk, [C], and what to log about it. `rows` are the chunk's tokens among the N."""
     seen = compare(logits, rows, mb, head_of=teachers.head, cfg=cfg)
     stats = seen.stats
-    old_logprobs_C = mb.at_loss_tokens(mb.rollout_logprobs_BS)[rows]
+    sampler_C = mb.at_loss_tokens(mb.rollout_logprobs_BS)[rows]
+    old_logprobs_C = sampler_C if cfg.old_logprobs == "rollout" else mb.at_loss_tokens(mb.old_logprobs_BS)[rows]
     task_advantages_C = cfg.reward_weight * mb.at_loss_tokens(mb.task_advantages_B)[rows]
     policy_gradient = functools.partial(
         policy_gradient_loss, seen.student_logprobs_C, old_logprobs_C,
@@ -113,24 +120,25 @@ def token_loss(
             stats["loss/task"] = task_loss_C.detach()
             loss_C = loss_C + task_loss_C
 
-    if cfg.is_mode != "none":
-        weights_C = importance_weights_of(mb, logprobs_N, cfg)[rows]
+    if corrects(cfg):
+        # With an old policy of its own, the PPO ratio covers current / old, and the weights old / sampler.
+        trainer_N = logprobs_N if cfg.old_logprobs == "rollout" else mb.at_loss_tokens(mb.old_logprobs_BS)
+        weights_C = correction_weights(mb, trainer_N, cfg)[rows]
         stats["mismatch/weight_mean"], stats["mismatch/weight_zero_fraction"] = weights_C, (weights_C == 0).float()
-        stats["mismatch/weight_cut_fraction"] = (weights_C >= cfg.is_high).float()
-        stats["mismatch/clamp_fraction"] = ((logprobs_N[rows] - old_logprobs_C).abs() > MAX_LOG_RATIO).float()
+        if cfg.is_mode != "none":
+            stats["mismatch/weight_cut_fraction"] = (weights_C >= cfg.is_high).float()
+        stats["mismatch/clamp_fraction"] = ((trainer_N[rows] - sampler_C).abs() > MAX_LOG_RATIO).float()
         loss_C = weights_C * loss_C
     stats["loss/total"] = loss_C.detach()
     return loss_C, stats
 
 
-def importance_weights_of(mb: MicroBatch, logprobs_N: Tensor, cfg: config.LossConfig) -> Tensor:
-    """Trainer over sampler, [N]: the engine that sampled is not quite the model that trains."""
-    logprobs_BS = torch.zeros_like(mb.rollout_logprobs_BS).masked_scatter(mb.loss_mask_BS, logprobs_N)
-    weights_BS = importance_weights(
-        logprobs_BS, mb.rollout_logprobs_BS, mb.loss_mask_BS,
-        mode=cfg.is_mode, level=cfg.is_level, low=cfg.is_low, high=cfg.is_high,
-    )  # fmt: skip
-    return mb.at_loss_tokens(weights_BS)
+def correction_weights(mb: MicroBatch, trainer_N: Tensor, cfg: config.LossConfig) -> Tensor:
+    """w_is, [N], from trainer over sampler: what sampled is not quite, or no longer, the model that trains."""
+    trio = (mb.from_loss_tokens(trainer_N), mb.rollout_logprobs_BS, mb.loss_mask_BS)
+    weights_BS = importance_weights(*trio, mode=cfg.is_mode, level=cfg.is_level, low=cfg.is_low, high=cfg.is_high)
+    accepted_B = accepted_sequences(*trio, level=cfg.reject_level, low=cfg.reject_low, high=cfg.reject_high)
+    return mb.at_loss_tokens(weights_BS * accepted_B[:, None])
 
 
 def add_task_rewards(rollouts: list[Rollout], judge: evaluation.Judge, group_size: int) -> list[Rollout]:
@@ -159,8 +167,10 @@ def main(run: Run) -> None:
     colocation = Colocation(rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of)
     teachers = build_teacher_pool(run, engines, colocation.turns)
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
-    logprob_temperature = None if cfg.loss.is_mode == "none" else cfg.rollout.temperature
-    reads_logprobs = cfg.loss.is_mode != "none" or cfg.loss.clip_low is not None
+    recomputes, sampled_at = cfg.loss.old_logprobs == "recompute", cfg.rollout.temperature
+    # Without an old policy of its own, the weights are those of the student of the moment.
+    logprob_temperature = sampled_at if corrects(cfg.loss) and cfg.loss.old_logprobs == "rollout" else None
+    reads_logprobs = corrects(cfg.loss) or cfg.loss.clip_low is not None
     inner_updates = cfg.batch.inner_updates
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
@@ -198,8 +208,9 @@ def main(run: Run) -> None:
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
-                if run.checks_parity(step):
-                    log_mismatch(metrics, student, micro_batches, cfg.rollout.temperature)
+                if recomputes or (run.checks_parity(step) and logprob_temperature is None):
+                    micro_batches = [mb.with_old_logprobs(student.logprobs(mb, sampled_at)) for mb in micro_batches]
+                    log_mismatch(metrics, micro_batches, cfg.loss, domains=run.domains)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
                     for mb in micro_batches:
                         out = student.loss(
@@ -208,6 +219,9 @@ def main(run: Run) -> None:
                         scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
                         student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
                         metrics.merge(out.metrics)
+                        if update == 0 and out.logprobs_N is not None:  # the student before the update: nothing to recompute
+                            scored = [mb.with_old_logprobs(out.logprobs_N)]
+                            log_mismatch(metrics, scored, cfg.loss, domains=run.domains)
                     learning_rate = learning_rate_at(step + update / inner_updates, cfg.run.num_steps, cfg.optim)
                     grad_norm = student.step(learning_rate)
                 teachers.release_head()

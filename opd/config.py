@@ -207,12 +207,25 @@ class LossConfig:
     clip_low: float | None = option(None, "PPO clip below 1; without it reverse_kl_pg is REINFORCE.")
     clip_high: float | None = option(None, "PPO clip above 1; default: clip_low.")
     dual_clip: float | None = option(None, "Bound, above 1, on the PPO ratio where the advantage is negative.")
+    old_logprobs: Literal["rollout", "recompute"] = option(
+        "rollout",
+        "The old policy, which the PPO ratio is against: the sampler, by its own log-probabilities, or the student before "
+        "the step's first update, at the price of one more forward. is_mode and reject_level then weigh the old policy "
+        "against the sampler.",
+    )
     is_mode: Literal["none", "truncate", "mask"] = option(
         "none", "Importance weights against the gap between trainer and sampler: cut at is_high, or zero outside."
     )
     is_level: Literal["token", "sequence", "geometric"] = option("token", "Ratio per token, sequence, or their mean.")
     is_low: float = option(0.5, "Lower bound of the mask mode.")
     is_high: float = option(5.0, "Upper bound of both modes.")
+    reject_level: Literal["none", "sequence", "geometric"] = option(
+        "none",
+        "Give no weight to a whole response whose ratio of trainer to sampler, the product over its tokens or their "
+        "geometric mean, lies outside reject_low and reject_high.",
+    )
+    reject_low: float = option(0.5, "Lower bound of reject_level, at most 1.")
+    reject_high: float = option(2.0, "Upper bound of reject_level, at least 1; for geometric take one near 1.")
     reward_weight: float = option(0.0, "Weight of the group-relative task advantage; 0 is pure distillation.")
     reward_fn: list[str] = option(
         ["exact_match"],

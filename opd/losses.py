@@ -20,6 +20,7 @@ TAILS = ("bucket", "generalized", "renormalize", "truncate")
 ESTIMATORS = ("k1", "k2", "k3")
 IMPORTANCE_MODES = ("none", "truncate", "mask")
 IMPORTANCE_LEVELS = ("token", "sequence", "geometric")
+REJECTION_LEVELS = ("none", "sequence", "geometric")
 
 # Beyond e^20 a ratio says only that the two policies disagree; without the bound, exp overflows on one bad token.
 MAX_LOG_RATIO = 20.0
@@ -186,24 +187,57 @@ def importance_weights(
     """
     _require_choice("mode", mode, IMPORTANCE_MODES)
     _require_choice("level", level, IMPORTANCE_LEVELS)
-    assert logprobs_BS.shape == rollout_logprobs_BS.shape == mask_BS.shape, (
-        f"logprobs {logprobs_BS.shape}, rollout logprobs {rollout_logprobs_BS.shape}, mask {mask_BS.shape}"
-    )
     mask_BS = mask_BS.bool()
-    log_ratio_BS = (upcast(logprobs_BS) - upcast(rollout_logprobs_BS)).masked_fill(~mask_BS, 0.0)
+    log_ratio_BS = _log_ratio(logprobs_BS, rollout_logprobs_BS, mask_BS)
     if mode == "none":
         return mask_BS.to(log_ratio_BS.dtype)
     if level != "token":
-        total_B1 = log_ratio_BS.sum(dim=-1, keepdim=True)
-        if level == "geometric":
-            total_B1 = total_B1 / mask_BS.sum(dim=-1, keepdim=True).clamp(min=1)
-        log_ratio_BS = total_B1.expand_as(log_ratio_BS)
+        log_ratio_BS = _of_sequence(log_ratio_BS, mask_BS, level).unsqueeze(-1).expand_as(log_ratio_BS)
     ratio_BS = log_ratio_BS.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if mode == "truncate":
         weights_BS = ratio_BS.clamp(max=high)
     else:
         weights_BS = ratio_BS.masked_fill((ratio_BS < low) | (ratio_BS > high), 0.0)
     return weights_BS.masked_fill(~mask_BS, 0.0)
+
+
+@torch.no_grad()
+def accepted_sequences(
+    logprobs_BS: Tensor, rollout_logprobs_BS: Tensor, mask_BS: Tensor, *, level: str, low: float, high: float
+) -> Tensor:
+    """Which sequences may be learned from, [B] bool: those whose ratio r of trainer to sampler has low <= r <= high.
+
+    r is the product of the tokens' ratios (`sequence`) or their geometric mean (`geometric`; verl calls it
+    seq_mean_k1); `none` accepts all. Compared as logarithms, so that no length overflows. A sequence without tokens is
+    accepted, and one whose ratio is NaN is not. What stands off the mask is never read.
+
+    The tokens of a rejected sequence get the weight 0 and still count in the denominator. Raises ValueError for an
+    unknown level.
+
+    Example: two tokens of ratio 2: 4 for `sequence`, 2 for `geometric`.
+    """
+    _require_choice("level", level, REJECTION_LEVELS)
+    mask_BS = mask_BS.bool()
+    log_ratio_BS = _log_ratio(logprobs_BS, rollout_logprobs_BS, mask_BS)
+    if level == "none":
+        return torch.ones_like(mask_BS[:, 0])
+    log_ratio_B = _of_sequence(log_ratio_BS, mask_BS, level)
+    inside_B = (log_ratio_B >= math.log(low)) & (log_ratio_B <= math.log(high))
+    return inside_B | ~mask_BS.any(dim=-1)
+
+
+def _log_ratio(logprobs_BS: Tensor, rollout_logprobs_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Logarithm of trainer over sampler, [B, S], 0 off the mask."""
+    assert logprobs_BS.shape == rollout_logprobs_BS.shape == mask_BS.shape, (
+        f"logprobs {logprobs_BS.shape}, rollout logprobs {rollout_logprobs_BS.shape}, mask {mask_BS.shape}"
+    )
+    return (upcast(logprobs_BS) - upcast(rollout_logprobs_BS)).masked_fill(~mask_BS, 0.0)
+
+
+def _of_sequence(log_ratio_BS: Tensor, mask_BS: Tensor, level: str) -> Tensor:
+    """The sum over a sequence, [B], or for `geometric` the mean over its tokens."""
+    total_B = log_ratio_BS.sum(dim=-1)
+    return total_B / mask_BS.sum(dim=-1).clamp(min=1) if level == "geometric" else total_B
 
 
 def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:

@@ -1,8 +1,9 @@
 """Metrics: accumulators on every rank, one line per step in `metrics.jsonl`, TensorBoard and the console.
 
 A metric is a sum and a count, added up over micro-batches and ranks and divided once, so no mean depends on how the
-work was split. `flush` is a collective and so is `histogram`; everything else is local, and only rank 0 writes.
-`docs/metrics.md` has every key with its formula. All values are scalars here: no shape legend is needed.
+work was split; or it is a function of several sums, for the same reason. `flush` is a collective and so is `histogram`;
+everything else is local, and only rank 0 writes. `docs/metrics.md` has every key with its formula. All values are
+scalars here: no shape legend is needed.
 """
 
 import atexit
@@ -13,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ GIB = 2**30
 ETA_WINDOW = 20  # steps
 
 Number = Tensor | float
+Derive = Callable[..., float | None]  # the sums of a step, as arguments -> a number, or None where there is none
 logger = logging.getLogger("opd")
 
 
@@ -60,6 +62,7 @@ class Metrics:
         self._domains = frozenset(domains)
         self._means: list[tuple[str, Number, Number]] = []
         self._maxima: list[tuple[str, Number]] = []
+        self._derived: list[tuple[str, Derive, tuple[Number, ...]]] = []
         self._last_step = -1
         self._writer = None
         self._progress = _Progress(num_steps)
@@ -78,6 +81,11 @@ class Metrics:
         """Keeps the largest value of the step over all ranks."""
         self._check(key)
         self._maxima.append((key, value))
+
+    def add_derived(self, key: str, derive: Derive, sums: tuple[Number, ...]) -> None:
+        """Adds to the sums over all items of all ranks from which `derive`, a function of a module, makes the number."""
+        self._check(key)
+        self._derived.append((key, derive, sums))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -147,7 +155,7 @@ class Metrics:
         known = len(rest) == 1 or group in ("eval", "teacher") or rest[1] in self._domains
         assert known, f"metric {key}: not a domain of this run"
 
-    def _drain(self) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    def _drain(self) -> "_Drained":
         """This rank's sums and maxima, moved to the host with one copy per dtype."""
         means, maxima, self._means, self._maxima = self._means, self._maxima, [], []
         totals, counts, values = (
@@ -161,7 +169,16 @@ class Metrics:
         for (key, _), value in zip(maxima, values, strict=True):
             largest[key] = _largest([value, largest.get(key, value)])
         largest |= {key: sums.pop(key)[0] for key in list(sums) if key.startswith("time/")}
-        return sums, largest
+        return sums, largest, self._drain_derived()
+
+    def _drain_derived(self) -> dict[str, tuple[Derive, list[float]]]:
+        entries, self._derived = self._derived, []
+        numbers = iter(_to_host([number for *_, sums in entries for number in sums]))
+        derived: dict[str, tuple[Derive, list[float]]] = {}
+        for key, derive, sums in entries:
+            _, so_far = derived.get(key, (derive, [0.0] * len(sums)))
+            derived[key] = derive, [total + next(numbers) for total in so_far]
+        return derived
 
     def _tensorboard(self):
         if self._writer is None:
@@ -171,21 +188,34 @@ class Metrics:
         return self._writer
 
 
-def _reduce(per_rank: list[tuple[dict[str, tuple[float, float]], dict[str, float]]]) -> dict[str, float]:
-    """Means and maxima over ranks that may hold different keys, in the order of `GROUPS`."""
+# A rank's key -> (sum, count), key -> maximum, and key -> (function, its sums).
+_Drained = tuple[dict[str, tuple[float, float]], dict[str, float], dict[str, tuple[Derive, list[float]]]]
+
+
+def _reduce(per_rank: list[_Drained]) -> dict[str, float]:
+    """Means, maxima and what is derived, over ranks that may hold different keys, in the order of `GROUPS`."""
     sums: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
     maxima: dict[str, list[float]] = collections.defaultdict(list)
-    for means, largest in per_rank:
+    arguments: dict[str, list[list[float]]] = collections.defaultdict(list)
+    derive_of: dict[str, Derive] = {}
+    for means, largest, derived in per_rank:
         for key, pair in means.items():
             sums[key].append(pair)
         for key, value in largest.items():
             maxima[key].append(value)
+        for key, (derive, totals) in derived.items():
+            arguments[key].append(totals)
+            derive_of[key] = derive
     assert not sums.keys() & maxima.keys(), f"both a mean and a maximum: {sorted(sums.keys() & maxima.keys())}"
     row = {key: _largest(values) for key, values in maxima.items()}
     for key, pairs in sums.items():
         count = sum(count for _, count in pairs)
         if count:
             row[key] = sum(total for total, _ in pairs) / count
+    for key, derive in derive_of.items():
+        value = derive(*map(sum, zip(*arguments[key], strict=True)))
+        if value is not None:
+            row[key] = value
     return dict(sorted(row.items(), key=lambda item: (GROUPS.index(item[0].split("/")[0]), item[0])))
 
 

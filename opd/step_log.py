@@ -1,6 +1,4 @@
-"""What a step leaves behind: throughput, memory, what the rollouts looked like, and how far sampler and student are apart.
-
-N loss tokens of a micro-batch.
+"""What a step leaves behind: throughput, memory, and what the rollouts looked like.
 """
 
 from collections.abc import Sequence
@@ -11,9 +9,8 @@ from opd import distributed
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, memory, write_rollouts
 from opd.run import Run
-from opd.student import Student
 from opd.teachers import TeacherPool
-from opd.types import LoopState, MicroBatch, Rollout
+from opd.types import LoopState, Rollout
 
 
 def log_step(
@@ -92,17 +89,3 @@ def log_teachers(metrics: Metrics, teachers: TeacherPool, seconds: float) -> Non
         if stats.latencies:
             for share in (50, 95, 99):
                 metrics.add_max(f"teacher/latency_p{share}_s/{name}", float(np.percentile(stats.latencies, share)))
-
-
-def log_mismatch(metrics: Metrics, student: Student, micro_batches: Sequence[MicroBatch], temperature: float) -> None:
-    """Parity: the student's log-probabilities of what its sampler wrote, before this step's update. Collective."""
-    for mb in micro_batches:
-        logprobs_N = student.logprobs(mb, temperature).cpu()
-        on_policy_N = mb.at_loss_tokens(mb.on_policy_B)
-        log_ratio_N = (logprobs_N - mb.at_loss_tokens(mb.rollout_logprobs_BS))[on_policy_N]  # trainer over sampler
-        count = len(log_ratio_N)
-        metrics.add("mismatch/k1", -log_ratio_N.sum(), count)
-        metrics.add("mismatch/k3", (log_ratio_N.exp() - log_ratio_N - 1).sum(), count)
-        metrics.add("mismatch/abs_mean", log_ratio_N.abs().sum(), count)
-        if count:
-            metrics.add_max("mismatch/abs_max", log_ratio_N.abs().max())

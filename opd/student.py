@@ -69,7 +69,7 @@ class _ModelWithLoss(nn.Module):
         self.form = logit_form(model.config)
 
     def forward(self, mb: MicroBatch, token_loss: TokenLoss | None, logprob_temperature: float | None):
-        """With `token_loss`: (loss_sum [], stats key -> [N]). Without: the labels' log-probabilities [N], no gradient."""
+        """With `token_loss`: (loss_sum [], stats key -> [N], logprobs_N or None). Without: the labels' logprobs_N alone."""
         hidden_NH = self._hidden_states(mb)
         linear, settings = self.model.get_output_embeddings(), self.settings
         head = OutputHead(linear.weight, getattr(linear, "bias", None), self.form)
@@ -87,7 +87,7 @@ class _ModelWithLoss(nn.Module):
             chunk_bytes=settings.chunk_bytes,
         )  # fmt: skip
         stats["distill/has_gradient"] = stats.pop("has_gradient")
-        return loss_sum, stats
+        return loss_sum, stats, logprobs_N
 
     def _hidden_states(self, mb: MicroBatch) -> Tensor:
         """[N, H] at the loss tokens, in row-major order, padded or packed."""
@@ -159,8 +159,8 @@ class Student:
         temperature: sequence-level importance weights need all of them before the first token's loss.
         """
         mb = mb.to(self.device)
-        loss_sum, stats = self.engine(mb, token_loss, logprob_temperature)
-        return LossOutput(loss_sum, summarise(stats, mb.at_loss_tokens(mb.domain_ids_B), domains))
+        loss_sum, stats, logprobs_N = self.engine(mb, token_loss, logprob_temperature)
+        return LossOutput(loss_sum, summarise(stats, mb.at_loss_tokens(mb.domain_ids_B), domains), logprobs_N)
 
     @torch.no_grad()
     def logprobs(self, mb: MicroBatch, temperature: float) -> Tensor:

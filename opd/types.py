@@ -115,6 +115,8 @@ class MicroBatch:
     domain_ids_B: Tensor  # int64, index into the run's domains; -1 for filler rows
     policy_versions_B: Tensor  # int64
     on_policy_B: Tensor  # bool, the student wrote the response
+    # float32, 0 off-mask: the student's before the step's first update; None where nothing reads them
+    old_logprobs_BS: Tensor | None = None
     teacher_slices: tuple[TeacherSlice, ...] = ()
 
     @property
@@ -144,6 +146,14 @@ class MicroBatch:
             values = values[:, None].expand(self.loss_mask_BS.shape)
         return values[self.loss_mask_BS]
 
+    def from_loss_tokens(self, values_N: Tensor) -> Tensor:
+        """[N] values in their places, [B, S], 0 elsewhere: the inverse of `at_loss_tokens`."""
+        return values_N.new_zeros(self.loss_mask_BS.shape).masked_scatter(self.loss_mask_BS, values_N)
+
+    def with_old_logprobs(self, logprobs_N: Tensor) -> "MicroBatch":
+        """The same micro-batch with the old policy's log-probabilities, on whatever device they are."""
+        return replace(self, old_logprobs_BS=self.from_loss_tokens(logprobs_N.to(self.loss_mask_BS.device)))
+
 
 def _moved(item, device: torch.device):
     """A dataclass with its tensors, and those of its tuples of dataclasses, on `device`."""
@@ -163,6 +173,7 @@ class LossOutput:
 
     loss_sum: Tensor  # []
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # key -> (sum [], count []), detached
+    logprobs_N: Tensor | None = None  # the labels', under the weights of this forward; None unless they were asked for
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ def validate_common(config) -> None:
                "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "min_lr_ratio": 0, "top_k": 0,
                "reward_weight": 0, "overlap_k": 0, "max_tokens_per_micro_batch": 0, "teacher_cache_bytes": 0}  # fmt: skip
     above_zero = {"temperature", "loss_temperature", "rollout_kv_cache_gib", "teacher_kv_cache_gib", "advantage_clip",
-                  "clip_low", "clip_high", "is_low", "is_high", "adam_eps", "top_p",
+                  "clip_low", "clip_high", "is_low", "is_high", "reject_low", "reject_high", "adam_eps", "top_p",
                   "teacher_wait_s", "teacher_timeout_s"}  # fmt: skip
     inside_unit = {"jsd_beta", "skew_alpha"}
     for name, value in to_dict(config).items():
@@ -49,6 +49,7 @@ def validate_common(config) -> None:
         _require(0 <= getattr(config.optim, name) < 1, f"--{name} {getattr(config.optim, name)}: must lie in [0, 1)")
     pairs("domain_weights", config.data.domain_weights)
     _validate_loss(config.loss, config.rollout)
+    _validate_correction(config.loss)
     _validate_batch(config)
 
 
@@ -79,7 +80,6 @@ def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
     _require(loss.clip_high is None or loss.clip_low is not None, "--clip_high: needs --clip_low")
     _require(loss.dual_clip is None or (loss.dual_clip > 1 and loss.clip_low is not None),
              f"--dual_clip {loss.dual_clip}: must be above 1, with --clip_low")  # fmt: skip
-    _require(loss.is_low <= loss.is_high, f"--is_low {loss.is_low}: must not be above --is_high {loss.is_high}")
     _require(
         loss.reward_weight == 0 or rollout.num_generations > 1,
         f"--reward_weight {loss.reward_weight}: the advantage is relative to a group; set --num_generations to 2 or more",
@@ -89,6 +89,17 @@ def _validate_loss(loss: LossConfig, rollout: RolloutConfig) -> None:
              f"{rollout.temperature}")  # fmt: skip
 
 
+def _validate_correction(loss: LossConfig) -> None:
+    _require(loss.is_low <= loss.is_high, f"--is_low {loss.is_low}: must not be above --is_high {loss.is_high}")
+    _require(loss.reject_low <= 1, f"--reject_low {loss.reject_low}: must be at most 1, the ratio of a sequence on which "
+             "trainer and sampler agree")  # fmt: skip
+    _require(loss.reject_high >= 1, f"--reject_high {loss.reject_high}: must be at least 1, the ratio of a sequence on which "
+             "trainer and sampler agree")  # fmt: skip
+    reads_old = loss.clip_low is not None or loss.is_mode != "none" or loss.reject_level != "none"
+    _require(loss.old_logprobs == "rollout" or reads_old, f"--old_logprobs {loss.old_logprobs}: nothing reads them; set "
+             "--clip_low, --is_mode or --reject_level, or leave it at rollout")  # fmt: skip
+
+
 def _validate_batch(config) -> None:
     batch, loss = config.batch, config.loss
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens - 1
@@ -96,11 +107,13 @@ def _validate_batch(config) -> None:
     _require(budget == 0 or budget >= longest, f"--max_tokens_per_micro_batch {budget}: one sequence can have {longest} "
              "tokens (--max_prompt_tokens + --max_response_tokens - 1); allow at least as many")  # fmt: skip
     if batch.inner_updates > 1 and (loss.loss == "reverse_kl_pg" or loss.reward_weight > 0):
-        counted = (loss.clip_low is not None) + (loss.is_mode != "none")
-        _require(counted > 0, f"--inner_updates {batch.inner_updates}: after the first, a policy gradient is off-policy; set "
-                 "--is_mode truncate, or --clip_low for a PPO ratio")  # fmt: skip
-        _require(counted < 2, f"--inner_updates {batch.inner_updates}: --clip_low and --is_mode would both weigh a token by "
-                 "its ratio to the sampler; keep one")  # fmt: skip
+        clips, weighs, decoupled = loss.clip_low is not None, loss.is_mode != "none", loss.old_logprobs != "rollout"
+        _require(clips or weighs, f"--inner_updates {batch.inner_updates}: after the first, a policy gradient is off-policy; "
+                 "set --is_mode truncate, or --clip_low for a PPO ratio")  # fmt: skip
+        _require(clips or not decoupled, f"--inner_updates {batch.inner_updates}: with --old_logprobs {loss.old_logprobs} "
+                 "--is_mode does not see what the updates change; set --clip_low for a PPO ratio")  # fmt: skip
+        _require(not (clips and weighs) or decoupled, f"--inner_updates {batch.inner_updates}: --clip_low and --is_mode would "
+                 "both weigh a token by its ratio to the sampler; keep one, or set --old_logprobs recompute")  # fmt: skip
 
 
 # What a ds_config must not say, because a flag owns it.

@@ -397,6 +397,14 @@ BAD_VALUES = [
         "--inner_updates 2 --loss reverse_kl_pg --clip_low 0.2 --is_mode mask",
         "--inner_updates 2: --clip_low and --is_mode",
     ),
+    (
+        "--inner_updates 2 --loss reverse_kl_pg --is_mode mask --old_logprobs recompute",
+        "--inner_updates 2: with --old_logprobs recompute --is_mode does not see",
+    ),
+    ("--inner_updates 2 --loss reverse_kl_pg --reject_level sequence", "--inner_updates 2: after the first"),
+    ("--old_logprobs recompute", "--old_logprobs recompute: nothing reads them"),
+    ("--reject_level geometric --reject_low 1.1 --reject_high 2", "--reject_low 1.1: must be at most 1"),
+    ("--reject_level geometric --reject_high 0.9", "--reject_high 0.9: must be at least 1"),
     *(
         (f"--{name} -1", f"--{name} -1")
         for name in words(
@@ -406,6 +414,7 @@ BAD_VALUES = [
             "num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
             "rollout_samples warmup_steps learning_rate weight_decay max_grad_norm min_lr_ratio top_k reward_weight "
             "rollout_kv_cache_gib teacher_kv_cache_gib advantage_clip clip_low clip_high is_low is_high adam_eps "
+            "reject_low reject_high "
             "adam_beta1 adam_beta2"
         )
     ),
@@ -427,6 +436,9 @@ def test_bad_values(argv, message):
         "--loss jsd --jsd_beta 0.9 --support teacher_topk --support_k 1 --tail generalized",
         "--support sampled --estimator k2",
         "--reward_weight 0.5 --num_generations 2 --clip_low 0.2",
+        "--loss reverse_kl_pg --old_logprobs recompute --clip_low 0.2 --is_mode truncate --inner_updates 2",
+        "--loss reverse_kl_pg --clip_low 0.2 --inner_updates 2 --reject_level sequence",
+        "--loss jsd --old_logprobs recompute --is_mode mask --reject_level geometric --inner_updates 3",
     ],
 )
 def test_good_values(argv):

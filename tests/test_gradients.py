@@ -72,6 +72,7 @@ TWO_RANKS = (
 REFRESHED = (
     Case(name="refreshed_ppo", loss="ppo", micro_batch_size=3, inner_updates=2, learning_rate=0.02),
     Case(name="refreshed_pg", loss="pg", micro_batch_size=3, inner_updates=3, learning_rate=0.02),
+    Case(name="refreshed_decoupled", loss="decoupled", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3),
     Case(name="refreshed_full", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3),
 )
 
@@ -79,10 +80,28 @@ REFRESHED = (
 # ---- The reference: every response by itself, no padding, no shift, no chunks ----------------------------------------
 
 
-def naive_loss(model, cfg) -> torch.Tensor:
-    """The mean over all response tokens of the batch, from the definitions."""
+@torch.no_grad()
+def sampled_logprobs(model) -> list[torch.Tensor]:
+    """log p(y) of each response's tokens, [L]."""
+    found = []
+    for rollout, _ in make_batch():
+        raw, first = torch.tensor([rollout.prompt.token_ids + rollout.response_ids]), len(rollout.prompt.token_ids)
+        s_LV = model(raw).logits[0, first - 1 : -1].log_softmax(-1)
+        found.append(s_LV[torch.arange(len(s_LV)), torch.tensor(rollout.response_ids)])
+    return found
+
+
+def decoupled_weights(old_L, sampler_L, cfg) -> torch.Tensor:
+    """Old policy over sampler, cut; all 0 where its geometric mean leaves the bounds."""
+    ratio_L = (old_L - sampler_L).exp()
+    inside = cfg.reject_low <= ratio_L.log().mean().exp() <= cfg.reject_high
+    return ratio_L.clamp(max=cfg.is_high) * float(inside)
+
+
+def naive_loss(model, cfg, old=None) -> torch.Tensor:
+    """The mean over all response tokens of the batch, from the definitions; `old` are the old policy's [L], if not sampler's."""
     losses, count = [], 0
-    for rollout, scores in make_batch():
+    for i, (rollout, scores) in enumerate(make_batch()):
         raw, first = torch.tensor([rollout.prompt.token_ids + rollout.response_ids]), len(rollout.prompt.token_ids)
         s_LV = model(raw).logits[0, first - 1 : -1].log_softmax(-1)
         s_L = torch.stack([s_LV[t, token] for t, token in enumerate(rollout.response_ids)])
@@ -91,9 +110,11 @@ def naive_loss(model, cfg) -> torch.Tensor:
             t_L = sum(w * torch.stack([t_LV[t, y] for t, y in enumerate(rollout.response_ids)]) for w, t_LV in t_LVs)
             if cfg.clip_low is not None:
                 advantage_L = (t_L - s_L).detach() + cfg.reward_weight * rollout.task_advantage
-                ratio_L = (s_L - torch.tensor(rollout.rollout_logprobs)).exp()
+                sampler_L = torch.tensor(rollout.rollout_logprobs)
+                ratio_L = (s_L - (sampler_L if old is None else old[i])).exp()
                 clipped_L = ratio_L.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-                losses.append(-torch.minimum(advantage_L * ratio_L, advantage_L * clipped_L).sum())
+                weights_L = 1.0 if old is None else decoupled_weights(old[i], sampler_L, cfg)
+                losses.append(-(weights_L * torch.minimum(advantage_L * ratio_L, advantage_L * clipped_L)).sum())
                 count += len(rollout.response_ids)
                 continue
             ratio = (s_L.detach() - torch.tensor(rollout.rollout_logprobs)).mean().exp().clamp(max=cfg.is_high)
@@ -205,9 +226,11 @@ def test_inner_updates_refresh_the_reward(case, one_rank, two_ranks, models):
         network.parameters(), lr=case.learning_rate, betas=(0.9, 0.95), eps=ADAM_EPS, weight_decay=0
     )
     losses, advantages = [], []
+    decoupled = LOSSES[case.loss].old_logprobs == "recompute"
+    old = sampled_logprobs(network) if decoupled else None
     for _ in range(case.inner_updates):
         advantages.append(mean_advantage(network))
-        loss = naive_loss(network, LOSSES[case.loss])
+        loss = naive_loss(network, LOSSES[case.loss], old)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

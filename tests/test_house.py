@@ -38,7 +38,8 @@ prompts_per_step num_generations max_response_tokens temperature top_p top_k rol
 rollout_tensor_parallel_size
 teacher_kv_cache_gib teacher_cache_bytes
 loss support support_k tail estimator jsd_beta skew_alpha loss_temperature advantage_clip clip_low clip_high dual_clip
-is_mode is_level is_low is_high reward_weight reward_fn overlap_k loss_chunk_bytes
+old_logprobs is_mode is_level is_low is_high reject_level reject_low reject_high
+reward_weight reward_fn overlap_k loss_chunk_bytes
 micro_batch_size max_tokens_per_micro_batch packing inner_updates offload_student
 learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm
 output_dir num_steps seed ds_config eval_every eval_max_prompts save_every keep_checkpoints parity_every rollout_samples
@@ -173,13 +174,15 @@ def test_flags_are_frozen(script, flags):
 def test_choices_of_the_flags_are_those_of_the_losses():
     hints = get_type_hints(config.LossConfig)
     choices = {
-        name: set(get_args(hints[name])) for name in ("loss", "support", "tail", "estimator", "is_mode", "is_level")
+        name: set(get_args(hints[name]))
+        for name in ("loss", "support", "tail", "estimator", "is_mode", "is_level", "reject_level")
     }
     assert choices["loss"] == {*losses.DIVERGENCES, "reverse_kl_pg"}
     assert choices["tail"] == set(losses.TAILS)
     assert choices["estimator"] == {"auto", *losses.ESTIMATORS}
     assert choices["is_mode"] == set(losses.IMPORTANCE_MODES)
     assert choices["is_level"] == set(losses.IMPORTANCE_LEVELS)
+    assert choices["reject_level"] == set(losses.REJECTION_LEVELS)
     for support in choices["support"]:
         distillation.payload_of(config.LossConfig(support=support))
 

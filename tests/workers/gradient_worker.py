@@ -32,6 +32,10 @@ LOSSES = {
     "task": LossConfig(reward_weight=0.5),
     "ppo": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.2, clip_high=0.3),
     "pg": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, is_mode="truncate", is_level="geometric", is_high=1.2),
+    "decoupled": LossConfig(
+        loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.05, clip_high=0.1, old_logprobs="recompute", is_mode="truncate",
+        is_high=1.2, reject_level="geometric", reject_low=0.3, reject_high=1.6,
+    ),
 }
 # With such an epsilon the first step of Adam is -lr * g / (|g| + 1): a smooth function of the gradient, not its sign.
 ADAM_EPS, LEARNING_RATE = 1.0, 1.0
@@ -125,9 +129,11 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     num_loss_tokens = count_loss_tokens(micro_batches)
     loss_of_token = functools.partial(token_loss, teachers=pool, cfg=cfg)
     losses, advantages = [0.0] * case.inner_updates, [0.0] * case.inner_updates
+    if cfg.old_logprobs == "recompute":
+        micro_batches = [mb.with_old_logprobs(student.logprobs(mb, 1.0)) for mb in micro_batches]
     for update in range(case.inner_updates):
         for mb in micro_batches:
-            temperature = None if cfg.is_mode == "none" else 1.0
+            temperature = 1.0 if cfg.is_mode != "none" and cfg.old_logprobs == "rollout" else None
             loss = student.loss(mb, loss_of_token, domains=DOMAINS, logprob_temperature=temperature)
             student.backward(loss.loss_sum * distributed.world_size() / num_loss_tokens, last=mb is micro_batches[-1])
             losses[update] += loss.loss_sum.item()
