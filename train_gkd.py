@@ -186,7 +186,7 @@ def main(run: Run) -> None:
     # Loop
     for step in range(state.step, cfg.run.num_steps):
         started = time.perf_counter()
-        with colocation.step(step), metrics.timed("step"), saves_on_failure(run, student, state):
+        with colocation.step(step), metrics.timed("step"), saves_on_failure(run, student.save_shards, state):
             prompts = run.prompt_batch(step)  # P prompts of this rank
             on_policy = is_on_policy(step, cfg)
 

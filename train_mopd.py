@@ -26,6 +26,7 @@ from torch import Tensor
 
 from opd import checkpoint, config, distributed, evaluation, rewards, weight_sync
 from opd.arguments import parse
+from opd.async_build import saves_buffer
 from opd.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers, restore
 from opd.colocation import Colocation
 from opd.distillation import compare
@@ -53,11 +54,11 @@ from opd.run import (
     user_errors,
 )
 from opd.sample_ledger import SampleLedger, rows_of
-from opd.step_log import log_step, log_teachers
+from opd.step_log import log_ahead, log_step, log_teachers
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch, Rollout
-from opd.validation import validate_common
+from opd.validation import validate_ahead, validate_common
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
@@ -68,6 +69,7 @@ class Config:
     teacher: config.TeacherConfig = field(default_factory=config.TeacherConfig)
     data: config.DataConfig = field(default_factory=config.DataConfig)
     rollout: config.RolloutConfig = field(default_factory=config.RolloutConfig)
+    ahead: config.AsyncConfig = field(default_factory=config.AsyncConfig)
     loss: config.LossConfig = field(default_factory=config.LossConfig)
     batch: config.BatchConfig = field(default_factory=config.BatchConfig)
     optim: config.OptimConfig = field(default_factory=config.OptimConfig)
@@ -77,6 +79,7 @@ class Config:
 
     def validate(self) -> None:
         validate_common(self)
+        validate_ahead(self)
 
 
 # ---- The algorithm ---------------------------------------------------------------------------------------------------
@@ -170,7 +173,7 @@ def main(run: Run) -> None:
     recomputes, sampled_at = cfg.loss.old_logprobs == "recompute", cfg.rollout.temperature
     # Without an old policy of its own, the weights are those of the student of the moment.
     logprob_temperature = sampled_at if corrects(cfg.loss) and cfg.loss.old_logprobs == "rollout" else None
-    reads_logprobs = corrects(cfg.loss) or cfg.loss.clip_low is not None
+    save_shards = saves_buffer(student.save_shards, rollout_engine)
     inner_updates = cfg.batch.inner_updates
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
@@ -184,13 +187,12 @@ def main(run: Run) -> None:
     # Loop
     for step in range(state.step, cfg.run.num_steps):
         started = time.perf_counter()
-        with colocation.step(step), metrics.timed("step"), saves_on_failure(run, student, state):
+        with colocation.step(step), metrics.timed("step"), saves_on_failure(run, save_shards, state):
             prompts = run.prompt_batch(step)  # P prompts of this rank, mixed domains
 
             with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
-                with_logprobs = reads_logprobs or run.checks_parity(step)
                 rollouts = rollout_engine.generate(  # P * G responses
-                    prompts, step, with_logprobs=with_logprobs, on_finished=teachers.hear
+                    prompts, step, with_logprobs=run.reads_logprobs(step), on_finished=teachers.hear
                 )
                 if cfg.loss.reward_weight > 0:
                     rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
@@ -235,15 +237,17 @@ def main(run: Run) -> None:
         seconds = time.perf_counter() - started
         log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
         log_teachers(metrics, teachers, seconds)
+        log_ahead(metrics, rollout_engine, teachers, seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)
         metrics.flush(state.step)  # before the checkpoint: a step that can be resumed from has its line
         if is_due(state.step, cfg.run.save_every, cfg.run.num_steps):
             with metrics.timed("checkpoint"):
-                checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
+                checkpoint.save(run.run_dir, state, save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
 
     # Finish
+    rollout_engine.close()
     teachers.close()
     colocation.close()
     metrics.close()

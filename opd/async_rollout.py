@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,7 @@ class AsyncRolloutEngine:
         self._next_step = 0
         self._hear: Callable[[Rollout], None] | None = None
         self._restored: dict[str, Rollout] = {}
+        self.on_close = ExitStack()
 
     # ---- What the loop asks for ----
 
@@ -95,7 +97,6 @@ class AsyncRolloutEngine:
         on_finished: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:  # fmt: skip
         """The rollouts of a step, in the order of the synchronous engine; waits for those that are still being written."""
-        fault_point("rollout")
         self._listen(on_finished)
         samples = self._issued[step]
         assert [p.prompt_id for p in prompts] == [at.prompt.prompt_id for at, _ in samples[:: self.cfg.num_generations]]
@@ -103,7 +104,6 @@ class AsyncRolloutEngine:
         rollouts = self._wait([landing for _, landing in samples])
         self.waited_s = time.perf_counter() - started
         del self._issued[step]
-        fault_point("rollout.sampled")
         return rollouts
 
     def generate_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -143,8 +143,9 @@ class AsyncRolloutEngine:
         """Nothing."""
 
     def close(self) -> None:
-        """Ends the pool: whatever is being written is given up."""
+        """Ends the pool, and servers that were started for this run: whatever is being written is given up."""
         self.pool.close()
+        self.on_close.close()
 
     # ---- Running ahead ----
 
@@ -177,6 +178,7 @@ class AsyncRolloutEngine:
             at.sample_id.replace("/", "-"), at.prompt.token_ids, seed, self.cfg.max_response_tokens, self.cfg.temperature,
             self.wants_logprobs(at.step), read,
         )  # fmt: skip
+        fault_point("ahead.issue")
         self.pool.submit(call).add_done_callback(functools.partial(self._arrived, at, landing))
 
     def _arrived(self, at: _Place, landing: Future, future: Future) -> None:
@@ -191,6 +193,7 @@ class AsyncRolloutEngine:
             landing.set_exception(error)
 
     def _land(self, landing: Future, rollout: Rollout) -> None:
+        fault_point("ahead.landed")
         with self._lock:
             if self._hear is not None:
                 self._hear(rollout)
@@ -214,6 +217,18 @@ class AsyncRolloutEngine:
             for landing in done:
                 landing.result(timeout=0)
         return [landing.result(timeout=0) for landing in landings]
+
+    @property
+    def ready(self) -> int:
+        """Finished samples of coming steps."""
+        with self._lock:
+            return sum(landing.done() for samples in self._issued.values() for _, landing in samples)
+
+    @property
+    def in_flight(self) -> int:
+        """Samples that are being written, or wait for a server."""
+        with self._lock:
+            return sum(map(len, self._issued.values())) - self.ready
 
     # ---- A checkpoint's part ----
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from opd import checkpoint, config, distributed
+from opd.async_build import build_async_engine, is_async
+from opd.async_rollout import AsyncRolloutEngine
 from opd.deepspeed_engine import what_leaves
 from opd.distillation import payload_of
 from opd.heads import load_head, map_head
@@ -50,7 +52,7 @@ def build_student(run: Run) -> Student:
     """The student under DeepSpeed. Collective: its weights are sharded while they load."""
     cfg = run.cfg
     leaves, why = what_leaves(
-        run.ds_config, cfg.model.offload_student, dtype=resolve_dtype(cfg.model.dtype),
+        run.ds_config, "none" if is_async(cfg) else cfg.model.offload_student, dtype=resolve_dtype(cfg.model.dtype),
         use_cuda=run.device.type == "cuda",
     )  # fmt: skip
     if why:
@@ -123,8 +125,10 @@ def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFE
     )  # fmt: skip
 
 
-def build_rollout_engine(run: Run) -> RolloutEngine:
-    """The sampler on this rank. It sleeps, without weights, until the first push."""
+def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
+    """The sampler on this rank, or what asks the servers for it. It sleeps, without weights, until the first push."""
+    if is_async(run.cfg):
+        return build_async_engine(run, wants_logprobs=run.reads_logprobs)
     with distributed.agree_on_error("building the rollout engine"), _console_to_log(run.run_dir):
         engine = RolloutEngine(
             run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,

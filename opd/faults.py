@@ -25,6 +25,8 @@ ACTIONS = ("kill", "stop", "raise", "exit", "delay=SECONDS")
 POINTS = {
     "rollout": "before the rollout engine is asked for the responses of a step",
     "rollout.sampled": "the responses of a step are sampled, and nobody has seen them",
+    "ahead.issue": "a sample of a coming step is about to be sent to a rollout server",
+    "ahead.landed": "a response has come from a rollout server, and nobody knows of it yet",
     "teachers.submit": "a finished response is about to be handed to a served teacher",
     "teachers.request": "a request to a teacher's server is about to be sent",
     "teachers.answer": "a server's answer has arrived and is not kept yet",

@@ -124,6 +124,9 @@ class RolloutEngine:
             policy_version=self.policy_version,
         )
 
+    def close(self) -> None:
+        """Nothing: the engine ends with its process."""
+
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.engine.load_weights(named_parameters)
         self.policy_version = version

@@ -33,6 +33,7 @@ from opd.deepspeed_engine import check_ds_config
 from opd.heads import find_head
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, say, setup_logging, write_run_files
+from opd.mismatch import corrects
 from opd.plan import plan_run
 from opd.plan_types import PHASES
 from opd.planner import Plan
@@ -136,6 +137,11 @@ class Run:
     def judge(self, prompt: Prompt, response_ids: list[int]) -> float:
         """The task reward of a response."""
         return self.reward(prompt, self.tokenizer.decode(response_ids, skip_special_tokens=True))
+
+    def reads_logprobs(self, step: int) -> bool:
+        """Whether anything reads the sampler's log-probabilities of `step`: a correction, a PPO ratio, the parity check."""
+        loss = self.cfg.loss
+        return corrects(loss) or loss.clip_low is not None or self.checks_parity(step)
 
     def checks_parity(self, step: int) -> bool:
         """Whether `step` compares the log-probabilities of sampler and student."""
@@ -263,6 +269,13 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
+def _staleness(cfg) -> dict[str, Any]:
+    """What makes an asynchronous run another run; nothing if no token may be stale, because then it is the synchronous one."""
+    names = ("max_staleness", "sync_every", "partial_rollout")
+    is_stale = cfg.ahead.mode == "async" and cfg.ahead.max_staleness > 0
+    return {name: getattr(cfg.ahead, name) for name in names} if is_stale else {}
+
+
 def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
     """What must not change under a resumed run, by content: a renamed directory is the same model."""
     return {
@@ -272,7 +285,7 @@ def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
         },
         "data": data_hash,
         "loss": {k: v for k, v in dataclasses.asdict(cfg.loss).items() if k not in _WITHOUT_EFFECT},
-        "algorithm": dataclasses.asdict(cfg.gkd) if hasattr(cfg, "gkd") else {},
+        "algorithm": dataclasses.asdict(cfg.gkd) if hasattr(cfg, "gkd") else _staleness(cfg),
         "optim": dataclasses.asdict(cfg.optim),
         "rollout": {k: v for k, v in dataclasses.asdict(cfg.rollout).items() if k not in _WITHOUT_EFFECT},
         "domain_weights": cfg.data.domain_weights,
@@ -297,7 +310,7 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 
 @contextmanager
-def saves_on_failure(run: Run, student: Student, state: LoopState):
+def saves_on_failure(run: Run, save_shards: Callable[[Path], None], state: LoopState):
     """Around a step. If all ranks stop in it, as without a teacher, they save what the steps before it have learned.
 
     Ranks agree on errors before the update only, so the weights are those of `state`. A run that has no step to save starts
@@ -308,7 +321,7 @@ def saves_on_failure(run: Run, student: Student, state: LoopState):
     except Exception as error:
         if distributed.was_agreed(error) and state.step > 0:
             say(f"step {state.step + 1} cannot be done: saving step {state.step}")
-            checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=run.cfg.run.keep_checkpoints)
+            checkpoint.save(run.run_dir, state, save_shards, run.fingerprint, keep=run.cfg.run.keep_checkpoints)
         raise
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd import distributed
+from opd.async_rollout import AsyncRolloutEngine
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, memory, write_rollouts
+from opd.rollout import RolloutEngine
 from opd.run import Run
 from opd.teachers import TeacherPool
 from opd.types import LoopState, Rollout
@@ -32,6 +34,7 @@ def log_step(
                 metrics.add(f"rollout/reward{suffix}", r.reward)
         metrics.add("rollout/prompt_tokens", len(r.prompt.token_ids))
         metrics.add("staleness/policy_lag", state.step - 1 - r.policy_version)
+        metrics.add_max("staleness/policy_lag_max", state.step - 1 - r.policy_version)
     own = sum(len(r.response_ids) for r in rollouts)
     for domain in run.domains:
         metrics.add(
@@ -49,6 +52,23 @@ def log_step(
     every = run.cfg.run.rollout_every
     if every and ((state.step - 1) % every == 0 or state.step == run.cfg.run.num_steps):
         _log_samples(run, metrics, state.step, rollouts)
+
+
+def log_ahead(
+    metrics: Metrics, engine: RolloutEngine | AsyncRolloutEngine, teachers: TeacherPool, seconds: float
+) -> None:
+    """How far the rollout servers are ahead, and how long the trainer waited for them in a step of so many seconds."""
+    if not isinstance(engine, AsyncRolloutEngine):
+        return
+    stats = engine.pool.take_stats()
+    waited = engine.waited_s + sum(teachers.waited_s.values())
+    metrics.add("perf/trainer_idle", waited, seconds)
+    metrics.add_max("rollout/waited_s", engine.waited_s)
+    metrics.add("rollout/ready", engine.ready)
+    metrics.add("rollout/in_flight", engine.in_flight)
+    metrics.add("rollout/server_retries", stats.retries + stats.failovers, 1 / distributed.world_size())
+    for key, value in engine.push_metrics.items():
+        metrics.add_max(f"rollout/push_{key}", value)
 
 
 def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:

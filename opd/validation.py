@@ -25,14 +25,15 @@ def validate_common(config) -> None:
     validate_teachers(config.teachers, config.teacher)
     minimum = {"support_k": 1, "prompts_per_step": 1, "num_generations": 1, "max_prompt_tokens": 1, "max_response_tokens": 1,
                "micro_batch_size": 1, "keep_checkpoints": 1, "loss_chunk_bytes": 1, "inner_updates": 1,
-               "rollout_tensor_parallel_size": 1, "teacher_max_inflight": 1,
+               "rollout_tensor_parallel_size": 1, "teacher_max_inflight": 1, "max_inflight": 1, "sync_every": 1,
+               "rollout_replicas": 1, "max_staleness": 0,
                "num_steps": 0, "seed": 0, "eval_every": 0,
                "save_every": 0, "parity_every": 0, "eval_max_prompts": 0, "rollout_every": 0, "rollout_samples": 0,
                "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "min_lr_ratio": 0, "top_k": 0,
                "reward_weight": 0, "overlap_k": 0, "max_tokens_per_micro_batch": 0, "teacher_cache_bytes": 0}  # fmt: skip
     above_zero = {"temperature", "loss_temperature", "rollout_kv_cache_gib", "teacher_kv_cache_gib", "advantage_clip",
                   "clip_low", "clip_high", "is_low", "is_high", "reject_low", "reject_high", "adam_eps", "top_p",
-                  "teacher_wait_s", "teacher_timeout_s"}  # fmt: skip
+                  "teacher_wait_s", "teacher_timeout_s", "rollout_timeout_s", "rollout_wait_s"}  # fmt: skip
     inside_unit = {"jsd_beta", "skew_alpha"}
     for name, value in to_dict(config).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -98,6 +99,24 @@ def _validate_correction(loss: LossConfig) -> None:
     reads_old = loss.clip_low is not None or loss.is_mode != "none" or loss.reject_level != "none"
     _require(loss.old_logprobs == "rollout" or reads_old, f"--old_logprobs {loss.old_logprobs}: nothing reads them; set "
              "--clip_low, --is_mode or --reject_level, or leave it at rollout")  # fmt: skip
+
+
+def validate_ahead(config) -> None:
+    """What `train_mopd.py --mode async` needs beside what both scripts check."""
+    ahead, loss = config.ahead, config.loss
+    if ahead.mode == "sync":
+        return
+    _require(ahead.max_staleness >= ahead.sync_every - 1, f"--max_staleness {ahead.max_staleness}: with --sync_every "
+             f"{ahead.sync_every} the last step before a push is {ahead.sync_every - 1} versions behind; allow that many")  # fmt: skip
+    _require(bool(ahead.rollout_servers), "--rollout_servers: give URLs, or auto")
+    _require("auto" not in ahead.rollout_servers or ahead.rollout_servers == ["auto"],
+             "--rollout_servers: auto stands alone; give URLs, or auto")  # fmt: skip
+    urls = [url.rstrip("/").lower() for url in ahead.rollout_servers]
+    _require(len(set(urls)) == len(urls), f"--rollout_servers {' '.join(ahead.rollout_servers)}: a URL stands there twice")
+    is_pg = loss.loss == "reverse_kl_pg" or loss.reward_weight > 0
+    _require(ahead.max_staleness == 0 or not is_pg or loss.is_mode != "none" or loss.clip_low is not None,
+             f"--max_staleness {ahead.max_staleness}: a policy gradient on stale responses is off-policy; set --is_mode "
+             "truncate, or --clip_low for a PPO ratio")  # fmt: skip
 
 
 def _validate_batch(config) -> None:
