@@ -107,7 +107,7 @@ def validate_ahead(config) -> None:
     if ahead.mode == "sync":
         return
     _require(ahead.max_staleness >= ahead.sync_every - 1, f"--max_staleness {ahead.max_staleness}: with --sync_every "
-             f"{ahead.sync_every} the last step before a push is {ahead.sync_every - 1} versions behind; allow that many")  # fmt: skip
+             f"{ahead.sync_every} the step before a push is {ahead.sync_every - 1} versions behind; allow as many")  # fmt: skip
     _require(bool(ahead.rollout_servers), "--rollout_servers: give URLs, or auto")
     _require("auto" not in ahead.rollout_servers or ahead.rollout_servers == ["auto"],
              "--rollout_servers: auto stands alone; give URLs, or auto")  # fmt: skip

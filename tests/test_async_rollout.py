@@ -1,0 +1,263 @@
+"""The engine that runs ahead: order, the bound on staleness, what is done with text that is cut off or too old.
+
+The server here is scripted: real sockets, responses that are a function of the seed, delays of the test's choosing.
+"""
+
+import asyncio
+import json
+import random
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opd.async_rollout import AsyncRolloutEngine
+from opd.config import AsyncConfig, RolloutConfig
+from opd.rollout import sample_seed
+from opd.types import Prompt
+
+EOS, VOCAB, P, G = 1, 50, 3, 2
+DEADLINE_S = 60
+
+
+@dataclass
+class Scripted:
+    """What the server does with requests; `log` has (request id, version) in the order of the answers."""
+
+    version: int = 0
+    delays: dict[str, float] = field(default_factory=dict)
+    first_answers: dict[str, dict] = field(default_factory=dict)  # request id -> what its first answer has instead
+    log: list[tuple[str, int]] = field(default_factory=list)
+    bodies: dict[str, dict] = field(default_factory=dict)
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.post("/generate")
+        async def generate(request: Request):
+            body = await request.json()
+            name, version = body["request_id"], self.version
+            if name != "probe":
+                self.bodies[name] = body
+                await asyncio.sleep(self.delays.get(name, 0))
+                self.log.append((name, version))
+            rng = random.Random(body["seed"])
+            L = rng.randint(1, body["max_tokens"])
+            tokens = [rng.randrange(2, VOCAB) for _ in range(L)]
+            answer = {
+                "token_ids": tokens, "finish_reason": "length", "spans": [[version, 0, L]],
+                "logprobs": [-0.5] * L if body["with_logprobs"] else None,
+            }  # fmt: skip
+            return JSONResponse(answer | self.first_answers.pop(name, {}))
+
+        return app
+
+
+@contextmanager
+def serving(script: Scripted):
+    """`script` behind a port of the loopback interface; its `url` says which."""
+    running = uvicorn.Server(uvicorn.Config(script.app(), host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + DEADLINE_S
+    while not running.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    script.url = f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+    yield script
+    running.should_exit = True
+    thread.join(timeout=DEADLINE_S)
+
+
+@pytest.fixture
+def server():
+    with serving(Scripted()) as script:
+        yield script
+
+
+@pytest.fixture(scope="module")
+def server_forever():
+    with serving(Scripted()) as script:
+        yield script
+
+
+def prompts_of(step: int) -> list[Prompt]:
+    return [Prompt(prompt_id=10 * step + i, domain="d", token_ids=[2, 3 + i]) for i in range(P)]
+
+
+def engine_of(script: Scripted, *, num_steps: int = 6, max_staleness: int = 1, sync_every: int = 1, **ahead):
+    pushed = []
+
+    def push(named_parameters, version):
+        pushed.append(version)
+        script.version = version
+        return {"bytes": 1}
+
+    engine = AsyncRolloutEngine(
+        [script.url], RolloutConfig(num_generations=G, max_response_tokens=6),
+        AsyncConfig(max_staleness=max_staleness, sync_every=sync_every, **ahead), eos_ids=(EOS,), seed=7, vocab=VOCAB,
+        num_steps=num_steps, prompts_of=prompts_of, wants_logprobs=lambda step: True, push=push, token=None,
+    )  # fmt: skip
+    engine.pushed = pushed
+    return engine
+
+
+def train(engine: AsyncRolloutEngine, steps: range, hear=None) -> list[list]:
+    """The loop without a student: every step's rollouts, a push after each."""
+    engine.load_weights([], steps.start)
+    taken = []
+    for step in steps:
+        taken.append(engine.generate(prompts_of(step), step, on_finished=hear))
+        for rollout in taken[-1]:
+            assert 0 <= step - rollout.policy_version <= engine.ahead.max_staleness
+        engine.load_weights([], step + 1)
+    return taken
+
+
+def ids_of(steps: range) -> list[str]:
+    return [f"{step}/{place}/{g}" for step in steps for place in range(P) for g in range(G)]
+
+
+def test_samples_come_in_the_order_and_with_the_seeds_of_the_synchronous_engine(server):
+    engine = engine_of(server)
+    heard = []
+    rollouts = [r for step in train(engine, range(6), heard.append) for r in step]
+    engine.close()
+    assert [r.sample_id for r in rollouts] == ids_of(range(6))
+    assert sorted(r.sample_id for r in heard) == sorted(ids_of(range(6)))  # each once, those that came early too
+    for rollout in rollouts:
+        step, place, g = map(int, rollout.sample_id.split("/"))
+        body = server.bodies[rollout.sample_id.replace("/", "-")]
+        assert body["prompt_ids"] == rollout.prompt.token_ids == prompts_of(step)[place].token_ids
+        assert body["seed"] == sample_seed(7, step, prompts_of(step)[place], place, g)
+
+
+def test_nothing_runs_ahead_without_staleness(server):
+    engine = engine_of(server, max_staleness=0)
+    rollouts = [r for step in train(engine, range(4)) for r in step]
+    engine.close()
+    assert [r.policy_version for r in rollouts] == [step for step in range(4) for _ in range(P * G)]
+    order = [int(name.split("-")[0]) for name, _ in server.log]
+    assert order == sorted(order)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    max_staleness=st.integers(0, 3), sync_every=st.integers(1, 3), steps=st.integers(1, 7),
+    slow=st.dictionaries(st.sampled_from(ids_of(range(7))), st.floats(0, 0.15), max_size=8),
+)  # fmt: skip
+def test_the_bound_holds_and_nothing_is_lost_whatever_the_delays(server_forever, max_staleness, sync_every, steps, slow):
+    max_staleness = max(max_staleness, sync_every - 1)
+    server_forever.delays = {name.replace("/", "-"): seconds for name, seconds in slow.items()}
+    engine = engine_of(server_forever, num_steps=steps, max_staleness=max_staleness, sync_every=sync_every)
+    try:
+        rollouts = [r for step in train(engine, range(steps)) for r in step]  # asserts the bound
+        assert [r.sample_id for r in rollouts] == ids_of(range(steps))
+        assert engine.pushed == [v for v in range(steps + 1) if v == 0 or v % sync_every == 0 or v == steps]
+    finally:
+        engine.close()
+
+
+def test_lengths_that_are_trained_on_are_those_that_were_sampled(server):
+    """Long responses take long here; with any-finished-first they would come late or never."""
+    engine = engine_of(server, max_staleness=3)
+    for name in ids_of(range(6)):
+        rng = random.Random(hash(name))
+        server.delays[name.replace("/", "-")] = rng.random() * 0.1
+    rollouts = [r for step in train(engine, range(6)) for r in step]
+    engine.close()
+    assert len(rollouts) == len(server.log) == 6 * P * G
+
+
+def test_text_that_a_push_cut_off_is_written_again(server):
+    server.first_answers["0-1-0"] = {"finish_reason": "aborted", "token_ids": [5], "spans": [[0, 0, 1]]}
+    engine = engine_of(server, num_steps=2)
+    rollouts = [r for step in train(engine, range(2)) for r in step]
+    engine.close()
+    assert [name for name, _ in server.log].count("0-1-0") == 2
+    again = rollouts[2]
+    assert again.sample_id == "0/1/0" and again.finish_reason == "length" and again.response_ids != [5]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "why"),
+    [
+        ({"token_ids": [VOCAB], "spans": [[0, 0, 1]], "logprobs": [-1.0]}, "vocabulary"),
+        ({"logprobs": None}, "log-probability"),
+        ({"token_ids": [3, 4], "spans": [[0, 0, 2]], "logprobs": [-1.0, 0.5]}, "log-probability"),
+        ({"spans": []}, "spans"),
+        ({"token_ids": [3, 4], "logprobs": [-1.0, -1.0], "spans": [[0, 0, 1], [1, 2, 2]]}, "spans"),
+        ({"token_ids": [], "spans": [], "logprobs": []}, "0 tokens"),
+        ({"token_ids": [3], "logprobs": [-1.0], "spans": [[-5, 0, 1]]}, "missed a push"),
+        ({"finish_reason": "tool_calls"}, "tool_calls"),
+        ({"token_ids": "text"}, "not a response"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_answer_that_cannot_be_believed_is_asked_for_again(server, spoiled, why):
+    server.first_answers["1-0-1"] = spoiled
+    engine = engine_of(server, num_steps=2)
+    rollouts = [r for step in train(engine, range(2)) for r in step]
+    stats, error = engine.pool.take_stats(), engine.pool.replicas[0].last_error
+    engine.close()
+    assert [r.sample_id for r in rollouts] == ids_of(range(2))
+    assert stats.failures["answer"] == 1 and why in error
+
+
+def test_a_checkpoint_keeps_what_is_finished_and_names_what_is_not(server):
+    server.delays["1-2-1"] = 30.0  # of the step after the one that is trained on
+    engine = engine_of(server, num_steps=4)
+    engine.load_weights([], 0)
+    engine.generate(prompts_of(0), 0)
+    deadline = time.monotonic() + DEADLINE_S
+    while engine.ready < P * G - 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    state = json.loads(json.dumps(engine.state()))
+    engine.close()
+    assert [row["id"] for row in state["finished"]] == ids_of(range(1, 2))[:-1]
+    assert state["in_flight"] == ["1/2/1"]
+
+    asked_before = len(server.log)
+    server.delays.clear()
+    resumed = engine_of(server, num_steps=4)
+    resumed.restore(state)
+    heard = []
+    rollouts = [r for step in train(resumed, range(1, 4), heard.append) for r in step]
+    resumed.close()
+    assert [r.sample_id for r in rollouts] == ids_of(range(1, 4))
+    kept = {row["id"]: row for row in state["finished"]}
+    for rollout in rollouts[: P * G - 1]:
+        assert rollout.response_ids == kept[rollout.sample_id]["response_ids"]
+        assert [list(span) for span in rollout.policy_spans] == kept[rollout.sample_id]["spans"]
+    asked = [name for name, _ in server.log[asked_before:]]
+    assert "1-2-1" in asked and not {name.replace("/", "-") for name in kept} & set(asked)
+    assert sorted(r.sample_id for r in heard) == sorted(ids_of(range(1, 4)))
+
+
+def test_greedy_answers_for_an_evaluation_do_not_disturb_the_order(server):
+    engine = engine_of(server, num_steps=2)
+    engine.load_weights([], 0)
+    greedy = engine.generate_greedily(prompts_of(0))
+    assert [r.sample_id for r in greedy] == [f"greedy/{p.prompt_id}/0" for p in prompts_of(0)]
+    assert server.bodies["greedy-0"]["temperature"] == 0.0
+    assert [r.sample_id for r in engine.generate(prompts_of(0), 0)] == ids_of(range(1))
+    engine.close()
+
+
+def test_a_server_that_is_gone_is_named(server):
+    engine = engine_of(server, rollout_wait_s=1.0)
+    server.url = "http://127.0.0.1:1"
+    gone = engine_of(server, rollout_wait_s=1.0)
+    engine.close()
+    gone.load_weights([], 0)
+    with pytest.raises(RuntimeError, match=r"rollout: no answer for .* http://127.0.0.1:1: cannot connect"):
+        gone.generate(prompts_of(0), 0)
+    gone.close()
