@@ -1,0 +1,81 @@
+"""Whole asynchronous runs on real rollout servers: the synchronous run at staleness 0, the bound above it, and kills."""
+
+import json
+import signal
+
+import pytest
+
+from opd import sample_ledger
+from opd.replicas import serving
+from tests.test_standalone import key, models  # noqa: F401 - fixtures
+from tests.test_trainers import command, losses_of, metrics_of, parameter_hash, start, succeed
+
+pytestmark = pytest.mark.e2e
+STEPS = 5
+
+
+def ledger_of(run_dir):
+    return sample_ledger.read(run_dir / sample_ledger.FILE)
+
+
+@pytest.fixture
+def servers(models, key, tmp_path):  # noqa: F811
+    """Two rollout servers that any run of the test may push to, in turn."""
+    weights = tmp_path / "weights"
+    weights.mkdir(mode=0o700)
+    extra = ["--max_model_len", "24", "--enforce_eager"]
+    with serving(
+        str(models.student), replicas=2, name="rollout", protocol="rollout", weights_dir=weights, dtype="float32",
+        kv_cache_gib=0.05, extra=extra, start_seconds=300.0,
+    ) as replicas:  # fmt: skip
+        yield replicas, weights
+
+
+def launch(models, run_dir, servers, *flags, **changes):  # noqa: F811
+    replicas, weights = servers
+    urls = [replica.url for replica in replicas if replica.alive]
+    return command(
+        models, run_dir, "--num_steps", str(STEPS), "--mode", "async", "--weights_dir", str(weights), *flags,
+        "--rollout_servers", *urls, **changes,
+    )  # fmt: skip
+
+
+def test_async_runs(models, servers, tmp_path):  # noqa: F811
+    """One story for one pair of servers, which take half a minute to start."""
+    calm = tmp_path / "sync"
+    succeed(command(models, calm, "--num_steps", str(STEPS)))
+
+    # Staleness 0 is the synchronous run, bit for bit; killed in the middle of a step and resumed, too.
+    same = tmp_path / "staleness_0"
+    arguments = launch(models, same, servers, "--max_staleness", "0", "--save_every", "2")
+    killed = start(arguments, OPD_FAULT="train.after_step:kill@4")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    output = succeed(launch(models, same, servers, "--max_staleness", "0", "--save_every", "2"))
+    assert "resumes from" in output
+    assert losses_of(same) == losses_of(calm)
+    assert not sample_ledger.compare(ledger_of(calm), ledger_of(same))
+    assert parameter_hash(same) == parameter_hash(calm)
+
+    # Above it nothing is lost, nothing is trained on twice, and the bound holds, whatever is killed.
+    stale = tmp_path / "staleness_2"
+    flags = ("--max_staleness", "2", "--save_every", "1", "--is_mode", "truncate")
+    killed = start(launch(models, stale, servers, *flags), OPD_FAULT="ahead.landed:kill@30")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    servers[0][0].kill()  # and one of the servers for good
+    succeed(launch(models, stale, servers, *flags))
+    rows = ledger_of(stale)
+    assert [row["id"] for row in rows] == [row["id"] for row in ledger_of(calm)]
+    assert all(0 <= row["step"] - 1 - row["policy_version"] <= 2 for row in rows)
+    assert any(row["step"] - 1 - row["policy_version"] > 0 for row in rows)
+    trained = [row for row in metrics_of(stale) if row["step"] > 0]
+    assert max(row["staleness/policy_lag_max"] for row in trained) <= 2
+    assert all(0 <= row["perf/trainer_idle"] <= 1 for row in trained)
+
+
+def test_servers_that_the_trainer_starts_are_gone_with_it(models, tmp_path):  # noqa: F811
+    run = tmp_path / "auto"
+    output = succeed(
+        command(models, run, "--num_steps", "2", "--mode", "async", "--rollout_replicas", "1", "--eval_data", str(models.eval))
+    )
+    assert "rollout servers: http://127.0.0.1:" in output
+    assert json.loads((run / "report.json").read_text())["steps"] == 2
