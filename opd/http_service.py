@@ -90,6 +90,23 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
     return content
 
 
+async def unless_gone(request: Request, answer: asyncio.Future, seconds: float) -> Any:
+    """The result of `answer`; it is cancelled if the client goes first (ClientDisconnect) or the time is over (TimeoutError).
+
+    The body has to be read: after it there is one message more, that the client has gone.
+    """
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        async with asyncio.timeout(seconds):
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise ClientDisconnect
+            return await answer
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
 async def _bad_query(request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
     return _closing(JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}"}, 400))
@@ -136,29 +153,32 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def leave_on_signals() -> None:
-    """SIGTERM and SIGINT end the process with status 0, whatever it does."""
+def leave_on_signals(before: Callable[[], None] = lambda: None) -> None:
+    """SIGTERM and SIGINT call `before` and end the process with status 0, whatever it does.
+
+    Nothing is left to save, and an engine that loads or computes would keep the interpreter waiting.
+    """
+
+    def leave(signum, frame) -> None:
+        before()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _leave)
+        signal.signal(signum, leave)
 
 
-def _leave(signum, frame) -> None:
-    """The end: nothing is left to save, and an engine that loads or computes would keep the interpreter waiting."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def run_app(app: Callable, bound: socket.socket, name: str) -> None:
+async def serve_app(app: Callable, bound: socket.socket, name: str, end_seconds: int = END_SECONDS) -> None:
     """Listens, says where, and serves until SIGTERM or SIGINT; at its end uvicorn raises the signal again."""
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
-        timeout_graceful_shutdown=END_SECONDS,
+        timeout_graceful_shutdown=end_seconds,
     )  # fmt: skip
     bound.listen()
     host, port = bound.getsockname()[:2]
     print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    uvicorn.Server(config).run(sockets=[bound])
+    await uvicorn.Server(config).serve(sockets=[bound])
 
 
 def run_main(serve: Callable[[list[str], str | None], None]) -> int:

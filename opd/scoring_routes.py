@@ -13,7 +13,7 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from opd.http_service import RequireToken, new_app, read_body, read_json
+from opd.http_service import RequireToken, new_app, read_body, read_json, unless_gone
 from opd.rows import one_line
 from opd.scoring import ScoringThread
 from opd.types import TeacherPayload
@@ -145,20 +145,11 @@ class Service:
 
 async def _answer_or_give_up(request: Request, answer: Future) -> Response:
     """The answer as a response. A question whose client has gone is taken back."""
-    scored = asyncio.wrap_future(answer)
-    gone = asyncio.ensure_future(request.receive())  # after the body there is one message more: the client has gone
     try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            await asyncio.wait({scored, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not scored.done():
-                raise ClientDisconnect
-            return Response(await scored, media_type=BINARY)
+        return Response(await unless_gone(request, asyncio.wrap_future(answer), ANSWER_SECONDS), media_type=BINARY)
     except TimeoutError:
         return JSONResponse({"error": f"no answer within {ANSWER_SECONDS:g} s"}, 503)
     except ClientDisconnect:
         raise
     except Exception as error:  # the engine thread has printed it; the client hears it too
         return JSONResponse({"error": f"{type(error).__name__}: {one_line(error)}"}, 500)
-    finally:
-        scored.cancel()
-        gone.cancel()

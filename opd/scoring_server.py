@@ -22,6 +22,7 @@ wants `Authorization: Bearer TOKEN`. SIGTERM and SIGINT end it with status 0.
 """
 
 import argparse
+import asyncio
 import functools
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from transformers import AutoTokenizer
 from opd.content import content_hash
 from opd.heads import load_head
 from opd.hf_engine import HFEngine
-from opd.http_service import TOKEN_VARIABLE, bind, check_host, leave_on_signals, run_app, run_main
+from opd.http_service import TOKEN_VARIABLE, bind, check_host, leave_on_signals, run_main, serve_app
 from opd.preflight import ModelFact, read_fact
 from opd.scoring import BatchLimits, Scorer, ScoringThread, join_alone
 from opd.scoring_routes import ModelInfo, Service
@@ -126,7 +127,7 @@ def serve(argv: list[str], token: str | None) -> None:
         max_model_len=max_model_len, max_support_k=min(args.max_support_k, fact.vocab_size),
     )  # fmt: skip
     app = Service(served, engine, tokenizer, max_waiting=args.max_waiting).app(token)
-    run_app(app, bound, args.name)
+    asyncio.run(serve_app(app, bound, args.name))
 
 
 if __name__ == "__main__":
