@@ -16,6 +16,7 @@ from opd.async_rollout import AsyncRolloutEngine, push_from_rank_0
 from opd.metrics import say
 from opd.replicas import serving
 from opd.run import Run
+from opd.run_files import warn
 
 TOKEN_VARIABLE = "OPD_SERVER_TOKEN"
 LEASE_S = 60.0  # a server whose trainer died in a push goes on after so long
@@ -79,7 +80,10 @@ def _pusher(
         report = weight_push.push(
             urls, version, fence, token, mode="keep" if keeps else "abort", lease_s=LEASE_S, deadline_s=PUSH_DEADLINE_S
         )
-        return {"bytes": published.bytes, "pause_s": max(entry.pause_s for entry in report.by_url.values() if entry.ok)}
+        for replica in report.replicas:
+            if not replica.ok:
+                warn(f"weights of version {version} did not reach {replica.url}: {replica.error}; it serves nothing until they do")
+        return {"bytes": published.bytes, "pause_s": max(replica.pause_s for replica in report.replicas if replica.ok)}
 
     return publish_and_push
 

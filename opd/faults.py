@@ -35,6 +35,7 @@ POINTS = {
     "train.before_step": "all gradients of an optimizer step are there, no weight has changed",
     "train.after_step": "the weights have changed, and no file says so",
     "sync.before": "before the rollout engine gets new weights; the first time is before the first step",
+    "push.paused": "a server is paused for new weights and has not read them",
     "ledger.before_write": "a trained step is not in the sample ledger yet",
     "ledger.written": "a trained step is in the sample ledger, but in neither metrics nor checkpoint",
     "metrics.flushed": "the line of a step is written, its checkpoint is not",

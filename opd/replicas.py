@@ -5,8 +5,9 @@
     with serving("models/math", replicas=2) as replicas:
         print([replica.url for replica in replicas])
 
-A replica speaks one of two protocols: "binary" is `opd.scoring_server`, "json" is vLLM's own OpenAI server. Each listens on
-the loopback interface, on a port that the kernel chooses, in a process group of which nothing is left when its starter ends.
+A replica speaks one of three protocols: "binary" is `opd.scoring_server`, "json" is vLLM's own OpenAI server, "rollout" is
+`opd.rollout_server`, which takes its weights from `weights_dir`. Each listens on the loopback interface, on a port that the
+kernel chooses, in a process group of which nothing is left when its starter ends.
 """
 
 import json
@@ -32,7 +33,7 @@ from opd import process_group, wire
 from opd.student import resolve_dtype
 from opd.vllm_process import ENVIRONMENT
 
-Protocol = Literal["binary", "json"]
+Protocol = Literal["binary", "json", "rollout"]
 
 GIB = 1 << 30
 START_SECONDS = 1800.0  # a large model reads its weights from a slow disk
@@ -67,6 +68,7 @@ class ServerOptions:
     dtype: str = "auto"
     max_logprobs: int = 1024
     kv_cache_gib: float = 0.25
+    weights_dir: str | Path | None = None  # where a trainer publishes what "rollout" serves
     extra: Sequence[str] = ()  # flags for the server itself
 
     def command(self) -> list[str]:
@@ -78,6 +80,12 @@ class ServerOptions:
                 sys.executable, "-m", "opd.scoring_server", "--model", self.model, "--name", self.name,
                 "--dtype", dtype, "--max_support_k", str(self.max_logprobs),
                 "--kv_cache_gib", str(self.kv_cache_gib), *self.extra, "--host", "127.0.0.1", "--port", "0",
+            ]  # fmt: skip
+        if self.protocol == "rollout":
+            return [
+                sys.executable, "-m", "opd.rollout_server", "--model", self.model, "--name", self.name, "--dtype", dtype,
+                "--weights_dir", str(self.weights_dir), "--kv_cache_gib", str(self.kv_cache_gib),
+                "--tensor_parallel", str(self.tensor_parallel), *self.extra, "--host", "127.0.0.1", "--port", "0",
             ]  # fmt: skip
         # the CPU package of vllm 0.32 has no metadata, without which `vllm serve` fails
         return [
@@ -152,7 +160,7 @@ class Replica:
 
     def _find_url(self) -> str | None:
         """vLLM does not say which port the kernel chose, and its server process listens on no other."""
-        if self.options.protocol == "binary":
+        if self.options.protocol != "json":
             found = re.search(r"^serving .* at (http://\S+)$", self.log.read_text(errors="replace"), re.M)
             return found and found[1]
         with suppress(psutil.Error):  # it ends while we look
@@ -163,22 +171,29 @@ class Replica:
 
     def _ask(self, url: str, seconds: float) -> None:
         """A question of two tokens. OSError or ValueError for everything but a right answer."""
-        if self.options.protocol == "binary":
+        protocol = self.options.protocol
+        if protocol == "rollout":  # it has computed before it listened, and serves nothing before the first push
+            path, body, decode = "/version", None, _check_rollout_protocol
+        elif protocol == "binary":
             query = urllib.parse.urlencode({"prompt_length": len(PROBE.prompt_ids), "payload": PROBE.payload})
-            path, body = f"/score?{query}", wire.encode_ids([*PROBE.prompt_ids, *PROBE.response_ids])
+            body = wire.encode_ids([*PROBE.prompt_ids, *PROBE.response_ids])
+            path, decode = f"/score?{query}", wire.decode_scores
         else:
-            path, body = "/v1/completions", json.dumps(wire.completion_request(PROBE, self.options.name)).encode()
-        headers = {
-            "Content-Type": "application/json" if self.options.protocol == "json" else "application/octet-stream"
-        }
+            body = json.dumps(wire.completion_request(PROBE, self.options.name)).encode()
+            path, decode = "/v1/completions", wire.decode_completion
+        headers = {"Content-Type": "application/json" if protocol == "json" else "application/octet-stream"}
         if token := os.environ.get("OPD_SERVER_TOKEN"):
             headers["Authorization"] = f"Bearer {token}"
         direct = urllib.request.build_opener(
             urllib.request.ProxyHandler({})
         )  # no proxy stands before this machine itself
         with direct.open(urllib.request.Request(url + path, body, headers), timeout=seconds) as answer:
-            decode = wire.decode_scores if self.options.protocol == "binary" else wire.decode_completion
             decode(answer.read(), PROBE)
+
+
+def _check_rollout_protocol(answer: bytes, _) -> None:
+    if not str(json.loads(answer).get("protocol")).startswith("opd-rollout-"):
+        raise ValueError(f"not a rollout server: {answer[:200]!r}")
 
 
 def start_replica(options: ServerOptions, log: Path, gpus: Sequence[str] = ()) -> Replica:

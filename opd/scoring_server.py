@@ -22,32 +22,26 @@ wants `Authorization: Bearer TOKEN`. SIGTERM and SIGINT end it with status 0.
 """
 
 import argparse
+import asyncio
 import functools
-import ipaddress
-import os
-import signal
-import socket
 import sys
 from pathlib import Path
 
 import torch
-import uvicorn
 from transformers import AutoTokenizer
 
 from opd.content import content_hash
 from opd.heads import load_head
 from opd.hf_engine import HFEngine
+from opd.http_service import TOKEN_VARIABLE, bind, check_host, leave_on_signals, run_main, serve_app
 from opd.preflight import ModelFact, read_fact
-from opd.rows import one_line
 from opd.scoring import BatchLimits, Scorer, ScoringThread, join_alone
 from opd.scoring_routes import ModelInfo, Service
 from opd.shapes import check_path, load_part
 from opd.student import resolve_dtype
 from opd.vllm_engine import HiddenStateEngine
 
-TOKEN_VARIABLE, SHORTEST_TOKEN = "OPD_SERVER_TOKEN", 16
 LOAD_SECONDS = 1800.0  # for the engine to stand: a large model from a slow disk
-END_SECONDS = 5  # for answers under way when the server is told to end
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -86,38 +80,6 @@ def _raise(message: str):
     raise ValueError(message)
 
 
-def read_token() -> str | None:
-    """The token of OPD_SERVER_TOKEN, None without one. ValueError for one that could be guessed."""
-    token = os.environ.get(TOKEN_VARIABLE)
-    if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"{TOKEN_VARIABLE}: {len(token)} characters; take at least {SHORTEST_TOKEN}, or unset it")
-    return token
-
-
-def check_host(host: str, token: str | None) -> None:
-    """ValueError for a host that others reach, unless they need a token."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and token is None:
-        raise ValueError(
-            f"--host {host}: other machines would reach a server that asks for no token; put one of at least "
-            f"{SHORTEST_TOKEN} characters into {TOKEN_VARIABLE}, or listen on 127.0.0.1 and use a tunnel (ssh -L)"
-        )
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: connections are refused until the engine stands."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--host {host} --port {port}: {one_line(error)}") from None
-    return bound
-
-
 def _read_model(args: argparse.Namespace) -> tuple[ModelFact, object]:
     """(facts, tokenizer). ValueError for a model that cannot be served; no weight is loaded."""
     check_path("--tokenizer", args.tokenizer)
@@ -149,19 +111,12 @@ def build_scorer(args: argparse.Namespace, max_model_len: int) -> Scorer:
     return Scorer(engine, load_head(args.model).to(device), dtype)
 
 
-def _leave(signum, frame) -> None:
-    """The end: nothing is left to save, and an engine that loads or computes would keep the interpreter waiting."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def serve(args: argparse.Namespace, token: str | None) -> None:
+def serve(argv: list[str], token: str | None) -> None:
     """Until SIGTERM or SIGINT. ValueError for a user's mistake, before a weight is loaded."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _leave)
+    args = parse_arguments(argv)
+    leave_on_signals()
     check_host(args.host, token)
-    bound = _bind(args.host, args.port)
+    bound = bind(args.host, args.port)
     fact, tokenizer = _read_model(args)
     max_model_len = args.max_model_len or fact.context
     limits = BatchLimits(args.max_tokens_per_batch, args.max_sequences_per_batch, args.batch_wait_ms / 1000)
@@ -172,26 +127,8 @@ def serve(args: argparse.Namespace, token: str | None) -> None:
         max_model_len=max_model_len, max_support_k=min(args.max_support_k, fact.vocab_size),
     )  # fmt: skip
     app = Service(served, engine, tokenizer, max_waiting=args.max_waiting).app(token)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
-        timeout_graceful_shutdown=END_SECONDS,
-    )  # fmt: skip
-    bound.listen()
-    host, port = bound.getsockname()[:2]
-    print(f"serving {args.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    uvicorn.Server(config).run(sockets=[bound])  # at its end it raises the signal again, which then is `_leave`'s
-
-
-def main() -> int:
-    """Exit status 2 for a mistake, 0 after a signal."""
-    try:
-        token = read_token()
-        serve(parse_arguments(sys.argv[1:]), token)
-    except ValueError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    asyncio.run(serve_app(app, bound, args.name))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(serve))

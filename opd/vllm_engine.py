@@ -16,7 +16,7 @@ from torch import Tensor
 from opd import distributed
 from opd.engine_memory import KV_CACHE, WEIGHTS
 from opd.run_files import warn
-from opd.vllm_process import engine_memory, import_vllm, parallel_groups, register_sleep_backend
+from opd.vllm_process import engine_memory, import_vllm, parallel_groups, register_sleep_backend, sampling_params
 
 GIB = 1 << 30
 SLEEP_LEVEL = {"gpu": 0, "host": 1, "disk": 2}  # of a teacher, by its residency
@@ -255,10 +255,9 @@ class GeneratorEngine(_Engine):
 
         def answer(requests: list, mine: range) -> list[Sample]:
             params = [
-                import_vllm().SamplingParams(
-                    max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-                    logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True,
-                    detokenize=False,
+                sampling_params(
+                    seed, stop_ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                    with_logprobs=with_logprobs,
                 )
                 for _, seed in requests
             ]  # fmt: skip

@@ -6,6 +6,7 @@ set before the first import, owned by the engine that made them, and exchanged a
 
 import gc
 import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
@@ -32,6 +33,40 @@ def import_vllm():
     import vllm
 
     return vllm
+
+
+def sampling_params(
+    seed: int, stop_ids: Sequence[int], *, max_tokens: int, temperature: float, top_p: float, top_k: int, with_logprobs: bool
+):  # fmt: skip
+    """vLLM's form of how a response is sampled; whoever samples takes it from here, and so the same tokens."""
+    import_vllm()
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+        logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True,
+        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+
+
+def async_engine(on_step: Callable[[int, int], None], **options):
+    """vLLM's engine for a server: it computes in a child process. `on_step(running, waiting)` hears of every step."""
+    import_vllm()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Steps(StatLoggerBase):
+        def __init__(self, vllm_config, engine_index: int = 0): ...
+
+        def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0):
+            if scheduler_stats is not None:
+                on_step(scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs)
+
+        def log_engine_initialized(self): ...
+
+    arguments = AsyncEngineArgs(disable_log_stats=True, enable_log_requests=False, **options)
+    return AsyncLLM.from_engine_args(arguments, stat_loggers=[Steps])
 
 
 def parallel_groups(tensor_parallel_size: int) -> ParallelGroups:

@@ -21,9 +21,9 @@ from opd.config import LossConfig, TeacherSpec
 from opd.content import content_hash
 from opd.heads import load_head
 from opd.hf_engine import HFEngine
+from opd.http_service import check_host
 from opd.replicas import ServerOptions, start_replica, stop_all
 from opd.scoring_routes import ModelInfo, Service
-from opd.scoring_server import check_host
 from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
 from opd.vllm_engine import HiddenStateEngine

@@ -1,0 +1,135 @@
+"""Published weights on their way into servers: replica by replica, so that the others go on serving.
+
+A push to one replica is a transaction: pause, update, resume. Whatever fails, resume is tried: a server whose weights are
+whole goes on with them, and one whose weights are half loaded says that it is stale. If this process dies in between, the
+lease that it leaves does the same.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import httpx
+
+from opd.faults import fault_point
+from opd.run_files import warn
+
+CONNECT_SECONDS = 5.0
+RESUME_SECONDS = 60.0  # beyond the deadline: a server is not left paused
+RENEWALS = 3.0  # of a lease while it lasts
+FAILURES = (httpx.HTTPError, ValueError)  # of a server, or of what it says
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPush:
+    """What a push did to one server."""
+
+    url: str
+    ok: bool
+    seconds: float
+    pause_s: float  # from the answer to /pause to the one to /resume: it computed nothing
+    error: str = ""  # one line
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What a push did, replica by replica."""
+
+    version: int
+    replicas: tuple[ReplicaPush, ...]
+
+    @property
+    def failed(self) -> tuple[ReplicaPush, ...]:
+        """Those that do not serve the version."""
+        return tuple(replica for replica in self.replicas if not replica.ok)
+
+
+class PushFailed(RuntimeError):
+    """No server took the weights."""
+
+
+def push(
+    urls: Sequence[str], version: int, fence: int, token: str, *, mode: Literal["keep", "abort"] = "keep",
+    lease_s: float = 30.0, deadline_s: float = 600.0,
+) -> PushReport:  # fmt: skip
+    """Makes the servers load a version that `weight_store.publish` has written, one after the other.
+
+    `keep` lets what is being sampled go on under the new weights; `abort` ends it. `deadline_s` is for one server. A server
+    that fails is warned of and reported; PushFailed if all did.
+    """
+    replicas = tuple(_push_one(url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s) for url in urls)
+    report = PushReport(version, replicas)
+    for replica in report.failed:
+        warn(f"{replica.url} did not take the weights of version {version}: {replica.error}")
+    if len(report.failed) == len(replicas):
+        errors = "; ".join(f"{replica.url}: {replica.error}" for replica in report.failed)
+        raise PushFailed(f"no server took the weights of version {version}: {errors}")
+    return report
+
+
+class _Server:
+    """Control requests to one server."""
+
+    def __init__(self, client: httpx.Client, fence: int):
+        self.client, self.fence = client, fence
+
+    def ask(self, path: str, seconds: float, **body) -> dict:
+        """The answer; one of FAILURES for everything but status 200."""
+        limits = httpx.Timeout(max(0.1, seconds), connect=CONNECT_SECONDS)
+        answer = self.client.post(path, json={"fence": self.fence, **body}, timeout=limits)
+        if answer.status_code != 200:
+            raise ValueError(f"{path}: {answer.status_code}: {_error_of(answer)}")
+        return answer.json()
+
+
+def _push_one(url: str, version: int, fence: int, token: str, mode: str, lease_s: float, deadline_s: float) -> ReplicaPush:
+    start = time.monotonic()
+    headers, failure, answer, paused = {"Authorization": f"Bearer {token}"}, None, {}, None
+    with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS) as client:
+        server = _Server(client, fence)
+        try:
+            server.ask("/pause", deadline_s, lease_s=lease_s, mode=mode)
+            paused = time.monotonic()
+            fault_point("push.paused")
+            with _renewed(server, lease_s):
+                server.ask("/update_weights", start + deadline_s - time.monotonic(), version=version)
+        except FAILURES as error:
+            failure = error
+        finally:
+            try:
+                answer = server.ask("/resume", RESUME_SECONDS)
+            except FAILURES as error:
+                failure = failure or error
+    if failure is None and (answer.get("version"), answer.get("state")) != (version, "ready"):
+        failure = ValueError(f"/resume: it says {answer}")
+    error = " ".join(f"{type(failure).__name__}: {failure}".split()) if failure else ""
+    now = time.monotonic()
+    return ReplicaPush(url, not error, now - start, now - paused if paused else 0.0, error)
+
+
+def _error_of(answer: httpx.Response) -> str:
+    with suppress(ValueError, AttributeError):
+        return str(answer.json().get("error"))[:500]
+    return answer.text[:200]
+
+
+@contextmanager
+def _renewed(server: _Server, lease_s: float):
+    """Renews the lease inside: to read large weights takes longer than a server should wait for a dead trainer."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(lease_s / RENEWALS):
+            with suppress(*FAILURES):  # the next one comes in time, or the lease runs out
+                server.ask("/lease", min(CONNECT_SECONDS, lease_s), lease_s=lease_s)
+
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=2 * CONNECT_SECONDS)
