@@ -31,7 +31,7 @@ def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[
             domains = (name,)
         else:
             raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH, or URLs instead of the path")
-        if model.lower().startswith(("http://", "https://")):
+        if "://" in model:  # whether it is one that can be asked, the validation says
             specs.append(TeacherSpec(name, "", domains, backend="server", urls=tuple(map(base_url, model.split(",")))))
         else:
             specs.append(TeacherSpec(name, model, domains, backend=backend))
@@ -74,7 +74,8 @@ def _teacher_from_yaml(entry: Any, path: str, backend: LocalBackend) -> TeacherS
             f"{nearest(str(own_backend).lower(), list(backends))}"
         )
     if not entry.get("model") and own_backend != "server":
-        raise ValueError(f"{where}: needs at least `name` and `model`; only backend server does without a model")
+        remedy = "`urls` need `backend: server`" if entry.get("urls") else "only backend server does without a model"
+        raise ValueError(f"{where}: needs at least `name` and `model`; {remedy}")
     domains = entry.get("domains", [entry["name"]])
     if domains != "*" and not (isinstance(domains, list) and domains):
         raise ValueError(f"{where}: domains must be a list of names or '*', got {domains!r}")

@@ -76,7 +76,7 @@ class AsyncRolloutEngine:
         self.waited_s = 0.0  # for the responses of the last step
         limits = Limits(
             wait_s=ahead.rollout_wait_s, timeout_s=ahead.rollout_timeout_s, max_inflight=ahead.max_inflight,
-            slow_factor=math.inf,  # a long response is not a slow replica
+            slow_factor=math.inf, patience_s=math.inf,  # a long response is not a slow replica
         )  # fmt: skip
         self.pool = ReplicaPool(
             "rollout", urls, probe=self._call("probe", [2, 3], 0, 1, 1.0, False, self._read_probe), limits=limits,

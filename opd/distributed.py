@@ -221,8 +221,10 @@ def collective_region():
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        if was_agreed(error) and rank() == 0:  # what the user needs, below all that he does not
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

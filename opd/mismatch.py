@@ -101,7 +101,7 @@ def pearson(count: float, x: float, y: float, xx: float, yy: float, xy: float) -
     variance_x, variance_y = count * xx - x * x, count * yy - y * y
     if variance_x <= MIN_VARIANCE * count * xx or variance_y <= MIN_VARIANCE * count * yy:
         return None
-    return (count * xy - x * y) / math.sqrt(variance_x * variance_y)
+    return (count * xy - x * y) / (math.sqrt(variance_x) * math.sqrt(variance_y))  # their product may underflow
 
 
 def effective_share(count: float, total: float, squares: float) -> float | None:

@@ -17,7 +17,9 @@ class Limits:
     """
 
     wait_s: float = 30.0  # a request that has failed waits this long for an answer, from its first failure
-    timeout_s: float = 120.0  # of one attempt; for a replica that loses answers while its probes succeed
+    timeout_s: float = 120.0  # of one attempt, at most: see `Patience`
+    patience_s: float = 15.0  # of one attempt, at least, once answers have come
+    patience_factor: float = 10.0  # times the slowest answer of late
     connect_s: float = 3.0
     max_inflight: int = 32  # requests per replica
     probe_every_s: float = 2.0
@@ -171,3 +173,26 @@ class RetryBudget:
             return None
         self.one_under_way = True
         return True
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long an attempt may take, for replicas that lose a request while they answer others, and probes.
+
+    `timeout_s` has to be long enough for the worst; once answers come, ten times the slowest of them is long enough. An
+    attempt that was given up too early has twice the time when it is made again.
+    """
+
+    limits: Limits
+    slowest: float = 0.0  # s, of the answers of late; 0 before the first
+
+    def answered(self, seconds: float) -> None:
+        """An attempt was answered; what was slow long ago, as a first request that compiles, is forgotten."""
+        self.slowest = max(seconds, 0.95 * self.slowest)
+
+    def of(self, timeouts: int) -> float:
+        """Seconds for the next attempt of a request that has run out of time so many times."""
+        if not self.slowest:
+            return self.limits.timeout_s
+        wanted = max(self.limits.patience_s, self.limits.patience_factor * self.slowest)
+        return min(self.limits.timeout_s, wanted * 2**timeouts)

@@ -119,7 +119,7 @@ class Run:
         limits = dataclasses.replace(self.limits, timeout_s=10 * self.limits.timeout_s)  # it writes, and does not only read
         asked = {name: options[name] for name in ("eos_ids", "max_tokens", "temperature")}
         return write_with_servers(
-            spec, served, prompts, limits=limits, api_key=api_key_of(spec), seeds=seeds, **asked
+            spec, served, prompts, limits=limits, api_key=api_key_of(spec), seeds=seeds, vocab=self.facts.shared_vocab, **asked
         )  # fmt: skip
 
     @property
@@ -208,7 +208,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         sys.exit(0)
 
     hashes = {
-        t.name: run.served[t.name].identity if t.is_served and not t.has_local_model else content.content_hash(t.model)
+        t.name: content.content_hash(t.model) if not t.is_served or t.has_local_model else run.served[t.name].identity
         for t in cfg.teachers
     }
     fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)
@@ -320,7 +320,7 @@ def saves_on_failure(run: Run, save_shards: Callable[[Path], None], state: LoopS
         yield
     except Exception as error:
         if distributed.was_agreed(error) and state.step > 0:
-            say(f"step {state.step + 1} cannot be done: saving step {state.step}")
+            say(f"step {state.step + 1} cannot be done: saving step {state.step}, from where the same command goes on")
             checkpoint.save(run.run_dir, state, save_shards, run.fingerprint, keep=run.cfg.run.keep_checkpoints)
         raise
 

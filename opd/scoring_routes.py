@@ -3,7 +3,6 @@
 
 import asyncio
 import functools
-import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ PROTOCOL = "opd-scoring-1"
 ANSWER_SECONDS = 600.0  # for the engine to compute; clients have shorter deadlines of their own
 BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than the context
 BINARY = "application/octet-stream"
+LEAST_TEMPERATURE = 1e-3  # below, logits overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,10 @@ class Service:
         if not isinstance(text, str) or not isinstance(special, bool):
             raise HTTPException(400, 'expected {"prompt": text, "add_special_tokens": true or false}')
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=special)
-        return {"tokens": await asyncio.to_thread(encode)}
+        try:
+            return {"tokens": await asyncio.to_thread(encode)}
+        except (ValueError, TypeError) as error:  # half of a surrogate pair, for one
+            raise HTTPException(400, f"not a text: {one_line(error)}") from None
 
     async def score(
         self, request: Request, prompt_length: int, payload: TeacherPayload, support_k: int = 0,
@@ -130,8 +133,8 @@ class Service:
             raise ValueError(f"vocab={vocab}: must be 1 to {size}")
         if not 1 <= prompt_length <= len(ids):
             raise ValueError(f"prompt_length={prompt_length}: must be 1 to the number of token ids, {len(ids)}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature={temperature}: must be above 0 and finite")
+        if not LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE:
+            raise ValueError(f"temperature={temperature}: must be {LEAST_TEMPERATURE:g} to {1 / LEAST_TEMPERATURE:g}")
         most = min(vocab, self.served.max_support_k)
         if "topk" in payload and not 1 <= support_k <= most:
             raise ValueError(f"support_k={support_k}: must be 1 to {most}")

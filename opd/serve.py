@@ -23,6 +23,7 @@ from opd.rows import one_line
 from opd.shapes import check_path
 
 PLAIN_SCALAR = re.compile(r"[A-Za-z/~][\w./~+-]*")  # what YAML reads as the text that it is; with true and null below
+TOKEN_VARIABLE = "OPD_SERVER_TOKEN"  # whose value the servers ask for, where it is set
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "null", "~"}
 
 
@@ -95,9 +96,9 @@ def yaml_entry(name: str, model: str, urls: Sequence[str]) -> str:
         plain = PLAIN_SCALAR.fullmatch(value) and value.lower() not in YAML_WORDS
         return value if plain else json.dumps(value)
 
-    return (
-        f"teachers:\n  - {{name: {text(name)}, model: {text(model)}, backend: server, urls: {json.dumps(list(urls))}}}"
-    )
+    key = f", api_key_env: {TOKEN_VARIABLE}" if os.environ.get(TOKEN_VARIABLE) else ""
+    fields = f"name: {text(name)}, model: {text(model)}, backend: server, urls: {json.dumps(list(urls))}{key}"
+    return f"teachers:\n  - {{{fields}}}"
 
 
 def watch(replicas: Sequence[Replica]) -> int:

@@ -12,8 +12,10 @@ import math
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from opd.content import content_hash
 from opd.replica import Limits
 from opd.servers import ReplicaPool
 from opd.transport import Call, Rejected
@@ -37,7 +39,7 @@ class ServedModel:
     context: int  # tokens
     tokens: tuple[int, ...] | None  # of PROBE_TEXT; None if the server has no tokenizer
     canary: tuple[float, ...]  # log-probabilities of its response
-    content: str | None = None  # the content hash of its files, where the server tells
+    content: str | None = None  # the content hash of its files, where the server tells, or is on this machine
     vocab_size: int | None = None
     hidden_size: int = 0
     max_support_k: int | None = None
@@ -134,6 +136,8 @@ def inspect_replicas(flag: str, urls: Sequence[str], model: str, api_key: str | 
                 if isinstance(answer, Rejected) and "HTTP 401" in str(answer):
                     remedy = "is not the right one" if api_key else "is missing: name its variable with `api_key_env`"
                     raise ValueError(f"{flag}: {url} wants a key, and it {remedy}")
+                if isinstance(answer, Rejected) and "HTTP 404" in str(answer):
+                    raise ValueError(f"{flag}: {url} answers, and {what}: is it a vLLM or a scoring server?")
                 if isinstance(answer, Exception):
                     raise ValueError(f"{flag}: {url} {what}: {answer}")
             return answers
@@ -146,11 +150,12 @@ def inspect_replicas(flag: str, urls: Sequence[str], model: str, api_key: str | 
         listed = ask(_json_call("/v1/models"), "does not list its models")
         chosen = {url: _choose(flag, url, content, model) for url, content in listed.items()}
         name = _agreed(flag, "model", {url: entry["id"] for url, entry in chosen.items()})
+        content = _content_here(urls, [entry.get("root") for entry in chosen.values()])
         context = _agreed(flag, "context length", {url: entry.get("max_model_len") for url, entry in chosen.items()})
         if not isinstance(context, int):
             raise ValueError(f"{flag}: {urls[0]} does not say its context length (max_model_len)")
         tokens = _tokens(pool, name, timeout_s)
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"content": content}
         if protocol == "binary":
             answers = ask(_json_call("/info"), "does not describe its model")
             _agreed(flag, "content of the model", {url: a.get("content") for url, a in answers.items()})
@@ -175,8 +180,9 @@ def check_support_k(flag: str, urls: Sequence[str], model: ServedModel, question
         for url, answer in pool.ask_each(score_call(model, model.protocol, question)).items():
             if isinstance(answer, Exception):
                 raise ValueError(
-                    f"--support_k {question.support_k}: {flag}: {url} does not give as many: {answer}; start it with "
-                    f"--max-logprobs {question.support_k} (a scoring server: --max_support_k), or lower --support_k"
+                    f"--support_k: {flag}: {url} does not give {question.support_k} candidates of a token; start it with "
+                    f"--max-logprobs {question.support_k} (scripts/serve_teacher.sh: --max_logprobs), or lower --support_k "
+                    f"({answer})"
                 )
 
 
@@ -202,6 +208,18 @@ def _agreed(flag: str, what: str, by_url: dict[str, Any]) -> Any:
                 "they must serve the same model alike"
             )
     return first
+
+
+def _content_here(urls: Sequence[str], roots: Sequence[str | None]) -> str | None:
+    """What a vLLM server of this very machine serves: it says which directory, and what lies there can be read."""
+    hosts = {urllib.parse.urlsplit(url).hostname for url in urls}
+    root = roots[0]
+    if not hosts <= {"127.0.0.1", "localhost", "::1"} or len(set(roots)) != 1 or not root or not Path(root).is_dir():
+        return None
+    try:
+        return content_hash(root)
+    except (ValueError, OSError):
+        return None
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from opd.content import content_hash
 from opd.distillation import payload_of, support_of
 from opd.preflight import ModelFacts
 from opd.replica import Limits
+from opd.run_files import warn
 from opd.served_model import PROBE_TEXT, ServedModel, check_support_k, inspect_replicas
 from opd.wire import Question
 
@@ -46,8 +47,8 @@ def check_served(config, tokenizer, facts: ModelFacts) -> tuple[ModelFacts, dict
         model = inspect_replicas(flag, spec.urls, spec.model, api_key_of(spec))
         _check_context(config, flag, model)
         _check_tokenizer(config, flag, model, tokenizer, facts)
-        if model.content and spec.has_local_model and content_hash(spec.model) != model.content:
-            raise ValueError(f"{flag}: model {spec.model} is not what {spec.urls[0]} serves; their contents differ")
+        if spec.has_local_model:
+            _check_content(flag, spec, model)
         _check_loss(config, flag, spec, model)
         models[spec.name] = model
     vocabs = [model.vocab_size for model in models.values() if model.vocab_size is not None]
@@ -55,6 +56,17 @@ def check_served(config, tokenizer, facts: ModelFacts) -> tuple[ModelFacts, dict
     for spec in (spec for spec in config.teachers if spec.name in models):
         _check_support(config, spec, models[spec.name], facts.shared_vocab)
     return facts, models
+
+
+def _check_content(flag: str, spec: TeacherSpec, model: ServedModel) -> None:
+    """A directory that is named stands for the teacher in reports and fingerprints, so it must be what the servers serve."""
+    if model.content is None:
+        warn(
+            f"teacher {spec.name}: {spec.urls[0]} is another machine's vLLM server, which does not say what its model contains; "
+            f"that it is {spec.model} is believed"
+        )
+    elif content_hash(spec.model) != model.content:
+        raise ValueError(f"{flag}: model {spec.model} is not what {spec.urls[0]} serves; their contents differ")
 
 
 def _check_context(config, flag: str, model: ServedModel) -> None:

@@ -112,9 +112,9 @@ class _WrittenBody(msgspec.Struct):
 
 def write_with_servers(
     spec: TeacherSpec, model: ServedModel, prompts: Sequence[Prompt], *, limits: Limits, api_key: str | None,
-    seeds: Sequence[int], eos_ids: tuple[int, ...], max_tokens: int, temperature: float,
+    seeds: Sequence[int], eos_ids: tuple[int, ...], max_tokens: int, temperature: float, vocab: int,
 ) -> list[Sample]:  # fmt: skip
-    """Responses of a teacher that a vLLM server runs, for the report and for `--seq_kd`."""
+    """Responses of a teacher that a vLLM server runs, for the report and for `--seq_kd`; ids below `vocab` only."""
     calls = []
     for prompt, seed in zip(prompts, seeds, strict=True):
         body = {
@@ -125,18 +125,21 @@ def write_with_servers(
         calls.append(
             Call(
                 "/v1/completions", json.dumps(body).encode(), most_bytes=(1 << 16) + 64 * (len(prompt.token_ids) + max_tokens),
-                read=functools.partial(_read_written, most=max_tokens), tokens=len(prompt.token_ids) + max_tokens,
+                read=functools.partial(_read_written, most=max_tokens, vocab=vocab),
+                tokens=len(prompt.token_ids) + max_tokens, request_id=f"{spec.name}-writes-{prompt.prompt_id}",
             )
         )  # fmt: skip
     with open_pool(f"teacher {spec.name}", spec.urls, model, limits, api_key) as pool:
         return pool.collect([pool.submit(call) for call in calls])
 
 
-def _read_written(body: bytes, most: int) -> Sample:
+def _read_written(body: bytes, most: int, vocab: int) -> Sample:
     try:
         (choice,) = msgspec.json.decode(body, type=_WrittenBody).choices
     except (msgspec.MsgspecError, ValueError) as error:
         raise BadAnswer(f"not a completion with token ids: {error}") from None
-    if not 1 <= len(choice.token_ids) <= most or min(choice.token_ids) < 0:
+    if not 1 <= len(choice.token_ids) <= most:
         raise BadAnswer(f"{len(choice.token_ids)} tokens instead of 1 to {most}")
+    if not all(0 <= token < vocab for token in choice.token_ids):
+        raise BadAnswer(f"a token outside the {vocab} that all models share")
     return Sample(choice.token_ids, None, stopped=choice.finish_reason == "stop")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.faults import fault_point
-from opd.replica import Limits, Replica, RetryBudget, Stats, slow_ones
+from opd.replica import Limits, Patience, Replica, RetryBudget, Stats, slow_ones
 from opd.transport import Call, Failure, Rejected, Transport, Unanswered
 from opd.wire import BadAnswer
 
@@ -40,13 +40,14 @@ class _Pending:
     submitted: float
     sent: float = 0.0  # its last attempt
     first_failure: float | None = None
+    timeouts: int = 0
     failed_at: Replica | None = None  # where it is not tried next, if there is a choice
     is_retry: bool = False  # its next attempt has to be paid for
     beyond_budget: bool = False
     task: asyncio.Task | None = None
 
 
-class ReplicaPool:
+class ReplicaPool(contextlib.AbstractContextManager):
     """See the module. `probe` is a small request that makes the engine compute; it is sent to each replica by itself.
 
     `close` ends thread, sockets and whatever is under way; a pool is a context manager too.
@@ -60,7 +61,7 @@ class ReplicaPool:
         self.replicas = [Replica(url.rstrip("/"), self.limits) for url in urls]
         self.stats = Stats()
         self.excused = False  # while True, probes that fail are no strikes: the servers are known to be busy otherwise
-        self._budget = RetryBudget(self.limits)
+        self._budget, self._patience = RetryBudget(self.limits), Patience(self.limits)
         self._open: set[_Pending] = set()  # whatever has no answer yet, wherever it is
         self._waiting: deque[_Pending] = deque()
         self._held: deque[_Pending] = deque()  # retries beyond the budget
@@ -136,9 +137,6 @@ class ReplicaPool:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(what)
 
-    def __enter__(self) -> "ReplicaPool":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
@@ -198,13 +196,13 @@ class ReplicaPool:
             replica = min(others, key=lambda r: (len(r.inflight), r.sent))
             replica.sent += 1
             pending.sent, replica.inflight[pending] = now, (now, pending.call.tokens)
-            pending.task = asyncio.create_task(self._attempt(replica, pending.call))
+            pending.task = asyncio.create_task(self._attempt(replica, pending))
             pending.task.add_done_callback(functools.partial(self._ended, replica, pending))
             self.stats.most_inflight = max(self.stats.most_inflight, sum(len(r.inflight) for r in self.replicas))
 
-    async def _attempt(self, replica: Replica, call: Call) -> Any:
+    async def _attempt(self, replica: Replica, pending: _Pending) -> Any:
         fault_point("teachers.request")
-        value = await self._transport.ask(replica.url, call, self.limits.timeout_s)
+        value = await self._transport.ask(replica.url, pending.call, self._patience.of(pending.timeouts))
         fault_point("teachers.answer")
         return value
 
@@ -232,6 +230,7 @@ class ReplicaPool:
     def _answered(self, replica: Replica, pending: _Pending, value: Any) -> None:
         now = self._last_answer = time.monotonic()
         replica.answered(now - pending.sent, pending.call.tokens)
+        self._patience.answered(now - pending.sent)
         self.stats.requests += 1
         self.stats.tokens += pending.call.tokens
         self.stats.latencies.append(now - pending.submitted)
@@ -260,6 +259,7 @@ class ReplicaPool:
         elif replica.struck(str(failure)):
             self._eject(replica, str(failure))
         pending.first_failure = pending.first_failure or now
+        pending.timeouts += failure.kind == "timeout"
         if replica.suspect:
             self._on_trial[replica.url].append(pending)
         else:

@@ -107,5 +107,6 @@ def log_teachers(metrics: Metrics, teachers: TeacherPool, seconds: float) -> Non
         metrics.add_max(f"teacher/inflight/{name}", stats.most_inflight)
         metrics.add_max(f"teacher/waited_s/{name}", teachers.waited_s[name])
         if stats.latencies:
-            for share in (50, 95, 99):
-                metrics.add_max(f"teacher/latency_p{share}_s/{name}", float(np.percentile(stats.latencies, share)))
+            for percentile in ("p50", "p95", "p99"):
+                latency_s = float(np.percentile(stats.latencies, int(percentile[1:])))
+                metrics.add_max(f"teacher/latency_{percentile}_s/{name}", latency_s)

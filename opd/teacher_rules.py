@@ -92,8 +92,9 @@ def _check_replicas_are_distinct(teachers: Sequence[TeacherSpec]) -> None:
     """One server may serve several models: its URL may stand at several teachers if `model` tells them apart."""
     seen: dict[tuple[str, str], str] = {}
     for spec in teachers:
-        for url in spec.urls:
-            _require(spec.urls.count(url) == 1, f"teachers: {spec.name}: duplicate URL {url}; list each replica once")
+        places = [url.replace("//localhost", "//127.0.0.1") for url in spec.urls]
+        for url in places:
+            _require(places.count(url) == 1, f"teachers: {spec.name}: duplicate URL {url}; list each replica once")
             first = seen.setdefault((url, spec.model), spec.name)
             _require(
                 first == spec.name,

@@ -34,6 +34,7 @@ TITLES = {
     "teacher": "Teachers",
     "data": "Data",
     "rollout": "Prompts and responses",
+    "ahead": "Asynchronous rollouts (`train_mopd.py` only)",
     "loss": "Loss",
     "gkd": "Generalized Knowledge Distillation (`train_gkd.py` only)",
     "batch": "Batch",
@@ -108,9 +109,10 @@ def group_section(name: str, group: type) -> str:
 def page() -> str:
     """The whole text of docs/config.md."""
     mopd, gkd = groups_of(train_mopd.Config), groups_of(train_gkd.Config)
-    assert mopd.items() <= gkd.items(), f"train_mopd.py has groups of its own: {mopd.keys() - gkd.keys()}"
+    groups = {name: {**gkd, **mopd}[name] for name in TITLES}
+    assert groups == {**gkd, **mopd}, f"groups without a title: {(mopd.keys() | gkd.keys()) - groups.keys()}"
     text = INTRODUCTION
-    for name, group in gkd.items():
+    for name, group in groups.items():
         text += group_section(name, group)
         if name == "teacher":
             keys = dataclasses.fields(TeacherSpec)

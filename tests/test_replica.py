@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.replica import Limits, Replica, RetryBudget, slow_ones
+from opd.replica import Limits, Patience, Replica, RetryBudget, slow_ones
 
 LIMITS = Limits()
 
@@ -204,3 +204,18 @@ def test_what_is_saved_up_is_bounded():
         budget.earn()
     spent = [budget.spend() for _ in range(40)]
     assert spent == [False] * 30 + [True] + [None] * 9
+
+
+# ---- Patience --------------------------------------------------------------------------------------------------------
+
+
+def test_patience_follows_the_answers_and_doubles_with_each_time_out():
+    patience = Patience(Limits(timeout_s=120, patience_s=15, patience_factor=10))
+    assert patience.of(0) == 120  # nothing is known yet: the first request may compile
+    patience.answered(30.0)
+    assert patience.of(0) == 120
+    for _ in range(100):
+        patience.answered(0.1)
+    assert [patience.of(n) for n in range(5)] == [15, 30, 60, 120, 120]
+    patience.answered(4.0)
+    assert patience.of(0) == 40

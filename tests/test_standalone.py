@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd import sample_ledger
+from opd import faults, sample_ledger
 from opd.replicas import Replica, serving
 from tests.test_metrics import documented_keys, undocumented
 from tests.test_trainers import (
@@ -24,6 +25,7 @@ from tests.test_trainers import (
     losses_of,
     metrics_of,
     parameter_hash,
+    start,
     succeed,
 )
 
@@ -137,6 +139,8 @@ def test_a_run_survives_its_servers(models, tmp_path, key):
             assert status == 1, output[-3000:]
             assert seconds < WAIT_S + 40, f"{seconds:.0f} s"
         assert output.count("RankError: scoring failed on rank") >= 2, output[-5000:]  # on each of them
+        assert f"saving step {STRUCK}, from where the same command goes on" in output
+        assert "\nerror: scoring failed on rank" in output
         assert "teacher addition: no answer for" in output and second.url in output and "cannot connect" in output
         assert [path.name for path in (every / "checkpoints").iterdir()] == [f"step_{STRUCK}"]
 
@@ -150,6 +154,37 @@ def test_a_run_survives_its_servers(models, tmp_path, key):
     written = [path for run in (calm, one, every) for path in run.rglob("*") if path.is_file()]
     leaks = [path for path in written if key.encode() in path.read_bytes()]
     assert not leaks and len(written) > 30
+
+
+# ---- Faults at every point of a step ---------------------------------------------------------------------------------
+
+# The points that a step passes, and how often before the fault strikes: at least one step of each start is done by then.
+# Those of a checkpoint are struck in test_checkpoint.py, those of the asynchronous engine in test_async_runs.py.
+ELSEWHERE = ("save.", "ahead.")
+PASSES = {"teachers.submit": 6, "teachers.request": 6, "teachers.answer": 6, "backward": 4, "sync.before": 3}
+
+
+def test_a_run_killed_at_every_point_of_a_step_is_the_undisturbed_one(models, tmp_path):
+    """Two runs, each killed at half of the points one after the other and resumed each time, with a served teacher."""
+    points = [point for point in faults.POINTS if not point.startswith(ELSEWHERE)]
+    assert set(PASSES) < set(points)
+    flags = ("--save_every", "1", "--parity_every", "0", "--num_steps", str(2 * len(points)))
+    server = {"protocol": "binary", "dtype": "float32", "extra": ["--backend", "hf", "--max_sequences_per_batch", "1"]}
+
+    def run(name: str, struck: list[str]) -> None:
+        arguments = with_urls(models, tmp_path / name, [teacher.url], *flags)
+        for point in struck:
+            done = start(arguments, OPD_FAULT=f"{point}:kill@{PASSES.get(point, 2)}")
+            assert done.returncode == -signal.SIGKILL, f"{point}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        succeed(arguments)
+
+    with serving(str(models.teachers["addition"]), **server) as (teacher,):
+        runs = {"calm": [], "first": points[::2], "second": points[1::2]}
+        at_most_two([lambda name=name: run(name, runs[name]) for name in ("first", "second", "calm")])
+    for name in ("first", "second"):
+        same_samples(tmp_path / "calm", tmp_path / name)
+        assert losses_of(tmp_path / name) == losses_of(tmp_path / "calm")
+        assert parameter_hash(tmp_path / name) == parameter_hash(tmp_path / "calm")
 
 
 # ---- Wherever a teacher runs -----------------------------------------------------------------------------------------

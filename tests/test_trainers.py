@@ -267,8 +267,8 @@ def test_killed_in_a_save_and_resumed_equals_undisturbed(models, tmp_path, full_
 
 
 def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
-    """Two steps each: policy gradient with rewards and weights, a mixture in bfloat16 under ZeRO-2, top-k, a union of
-    top-k with all that saves memory and rollouts, seq_kd."""
+    """Two steps each: policy gradient with rewards and weights, then with an old policy of its own, a mixture in bfloat16
+    under ZeRO-2, top-k, a union of top-k with all that saves memory and rollouts, seq_kd."""
     mixture = tmp_path / "mixture.yaml"
     both = [{"name": f"{n}_{d}", "model": str(models.teachers[d]), "domains": ["addition", "reversal"], "weight": w}
             for n, d, w in (("first", "addition", 3), ("second", "reversal", 1))]  # fmt: skip
@@ -276,6 +276,8 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     forms = {
         "pg": ("--loss", "reverse_kl_pg", "--advantage_clip", "2", "--is_mode", "truncate", "--is_level", "sequence",
                "--num_generations", "2", "--reward_weight", "0.5", "--clip_low", "0.2", "--dual_clip", "3"),
+        "decoupled": ("--loss", "reverse_kl_pg", "--old_logprobs", "recompute", "--clip_low", "0.2", "--inner_updates", "2",
+                      "--is_mode", "truncate", "--reject_level", "geometric", "--reject_high", "1.0001", "--parity_every", "0"),
         "mixed": ("--dtype", "bfloat16", "--gradient_checkpointing", "--ds_config", "ds_configs/zero2.json",
                   "--config", str(mixture)),
         "topk": ("--num_generations", "2", "--reward_weight", "0.2", "--loss", "skew_forward_kl", "--support", "teacher_topk",
@@ -301,9 +303,16 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     runs = [full_run[0], *(tmp_path / name for name in (*forms, "seq_kd"))]
     emitted = {key for run_dir in runs for row in metrics_of(run_dir) for key in row}
     never = {key for key, pattern in documented.items() if not any(map(pattern.fullmatch, emitted))}
-    assert all(key.startswith("mem/gpu") for key in never), f"documented, but no run emits {never}"
+    elsewhere = ("mem/gpu", "teacher/")  # a GPU, served teachers
+    assert all(key.startswith(elsewhere) for key in never), f"documented, but no run emits {never}"
     pg, topk = metrics_of(tmp_path / "pg"), metrics_of(tmp_path / "topk")
     assert {"distill/clip_fraction", "rollout/reward", "mismatch/weight_mean"} <= pg[0].keys()
+    assert "mismatch/pearson" in pg[0] and "mismatch/rejected" not in pg[0]
+    decoupled = metrics_of(tmp_path / "decoupled")
+    assert decoupled[0]["distill/ratio_clip_fraction"] > 0, "the second update leaves the old policy"
+    for row in decoupled:  # every step, without parity checks: sampler and trainer are in sync
+        assert row["mismatch/k3"] < 1e-6 and row["mismatch/rejected"] == 0 and row["mismatch/weight_mean"] > 0.999
+        assert row["mismatch/pearson"] > 0.999 and row["mismatch/ess"] > 0.999
     assert 0 < topk[0]["distill/teacher_mass"] < 1
     union = metrics_of(tmp_path / "union")
     assert 0 < union[0]["distill/spilled"] < 1 and union[0]["distill/teacher_mass"] < 1
