@@ -82,7 +82,7 @@ def _pusher(
         )
         for replica in report.replicas:
             if not replica.ok:
-                warn(f"weights of version {version} did not reach {replica.url}: {replica.error}; it serves nothing until they do")
+                warn(f"weights of version {version} did not reach {replica.url}: {replica.error}; until they do it is not asked")
         return {"bytes": published.bytes, "pause_s": max(replica.pause_s for replica in report.replicas if replica.ok)}
 
     return publish_and_push
