@@ -292,6 +292,18 @@ def splits(gpus: int, parts: int = 16, logprob: bool = False) -> list[Split]:
     return found
 
 
+def promising(candidates: Iterable[Split], work: Workload, rates: Rates, count: int) -> list[Split]:
+    """The `count` candidates that would be fastest if every role were busy all the time: the slowest role decides."""
+    tokens = float(np.mean(work.lengths)) + work.prompt
+
+    def bound(split: Split) -> float:
+        decoding = (tokens - work.prompt) * rates.token_seconds(rates.max_batch) / rates.max_batch / split.rollout
+        reading = [(rates.score, split.teacher), (rates.train, split.trainer), (rates.logprob, split.logprob)]
+        return max(decoding, *(tokens * rate / gpus for rate, gpus in reading if gpus))
+
+    return sorted(candidates, key=bound)[:count]
+
+
 def choose(
     work: Workload, rates: Rates, candidates: Iterable[Split], *,
     staleness: Iterable[int], batches: Iterable[int], max_trainer_idle: float = 1.0, slack: float = 0.02,
