@@ -157,9 +157,9 @@ def synchronous(work: Workload, rates: Rates, split: Split | int) -> Result:
         training += tokens.sum() * rates.train / trainers
         decoding += sum(share.max() for share in shares if len(share)) / replicas
     pushing = push * (work.steps - 1)
-    seconds = waited + training + pushing
+    seconds = float(waited + training + pushing)
     samples = Counter({0: work.steps * work.batch})
-    return Result(seconds, waited / seconds, pushing / seconds, 1 - decoding / seconds, trained, samples)
+    return Result(seconds, float(waited) / seconds, pushing / seconds, 1 - float(decoding) / seconds, trained, samples)
 
 
 def _last_scored(ends: np.ndarray, tokens: np.ndarray, rates: Rates, split: Split) -> float:

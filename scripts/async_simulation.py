@@ -248,7 +248,7 @@ class Asynchronous:
         self.loading -= 1
         if not self.loading:
             self._next_wave()
-        self._issue()
+        self._at(self.now, self._issue)  # after all that come back at this moment: the first must not get everything
 
     def _summary(self) -> Result:
         result, self.now = self.result, self.result.seconds

@@ -37,7 +37,7 @@ RATES = Rates(
 )
 MEAN, SIGMA, MAXIMUM, PROMPT = 5000, 1.0, 32_768, 512  # tokens; see docs/benchmarks.md for where the shape comes from
 # GPUs -> samples of a step (64 to 1,024 prompts of 8 responses), steps, portions in which GPUs are dealt out
-SIZES = {8: (512, 100, 8), 64: (2048, 30, 16), 1024: (8192, 12, 16)}
+SIZES = {8: (512, 100, 8), 64: (2048, 40, 16), 1024: (8192, 12, 16)}
 STALENESS, BATCHES, IDLE = (2, 4, 8), (64, 128, 256), 0.10
 CANDIDATES = 5  # splits that are simulated; the others are slower by arithmetic
 RIVALS = {
@@ -89,7 +89,8 @@ def row(gpus: int, work: Workload, choice: Choice, run: Result) -> dict:
 def simulate(gpus: int, steps: int, seed: int) -> tuple[dict, Workload, Choice]:
     """The best split for this many GPUs: its line of the table, what it ran, what was chosen."""
     work = workload(gpus, steps, seed=seed)
-    candidates = promising(splits(gpus, SIZES[gpus][2]), work, RATES, CANDIDATES)
+    small_batches = replace(RATES, max_batch=min(BATCHES))  # what a long tail leaves on a replica
+    candidates = promising(splits(gpus, SIZES[gpus][2]), work, small_batches, CANDIDATES)
     choice = choose(work, RATES, candidates, staleness=STALENESS, batches=BATCHES, max_trainer_idle=IDLE)
     return row(gpus, work, choice, choice.result), work, choice
 
@@ -127,10 +128,11 @@ def by_rule(work: Workload, choice: Choice) -> list[dict]:
     rows = []
     for name, changes in RIVALS.items():
         run = run_choice(work, choice, **changes)
-        lengths = work.lengths[[index for step in run.trained for index in step]]
+        indices = [index for step in run.trained for index in step]
+        lengths, sampled = work.lengths[indices], work.lengths[: max(indices) + 1]
         ages = sorted(run.staleness.elements())
         rows.append({"rule": name, "tokens/s": round(float(lengths.sum()) / run.seconds),
-                     "trained_over_sampled": round(float(lengths.mean() / work.lengths.mean()), 3),
+                     "trained_over_sampled": round(float(lengths.mean() / sampled.mean()), 3),
                      "trained_p99": round(float(np.percentile(lengths, 99))), "largest_staleness": ages[-1],
                      "dropped": run.dropped, "restarted": run.restarts,
                      "trainer_idle": round(run.trainer_idle, 3)})  # fmt: skip
@@ -202,7 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object last instead of tables")
     parser.add_argument("--plot", type=Path, help="write a PNG here, for example docs/async.png")
     parser.add_argument("--gpus", type=int, nargs="+", choices=sorted(SIZES), default=sorted(SIZES))
-    parser.add_argument("--steps", type=int, help="simulated steps (default: 100, 30 and 12 for the three sizes)")
+    parser.add_argument("--steps", type=int, help="simulated steps (default: 100, 40 and 12 for the three sizes)")
     parser.add_argument("--seed", type=int, default=0, help="of the response lengths")
     parser.add_argument("--measured", type=Path, nargs=2, metavar=("RUN_SYNC", "RUN_ASYNC"), help="two run directories")
     args = parser.parse_args()
