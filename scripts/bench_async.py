@@ -57,16 +57,17 @@ def workload(gpus: int, steps: int, *, sigma: float = SIGMA, maximum: int = MAXI
     return Workload(lengths, batch, steps, PROMPT)
 
 
-def run_choice(work: Workload, choice: Choice, **changes) -> Result:
+def run_choice(work: Workload, rates: Rates, choice: Choice, **changes) -> Result:
     """The asynchronous run of a choice; `changes` are those of its rule."""
-    rates = replace(RATES, max_batch=choice.max_batch)
+    rates = replace(rates, max_batch=choice.max_batch)
     return asynchronous(work, rates, choice.split, Rule(**{"max_staleness": choice.max_staleness, **changes}))
 
 
-def row(gpus: int, work: Workload, choice: Choice, run: Result) -> dict:
+def row(gpus: int, work: Workload, rates: Rates, choice: Choice) -> dict:
     """A line of the table: speed-ups over both synchronous runs, each with the batch that suits it best."""
-    colocated = min(synchronous(work, replace(RATES, max_batch=batch), gpus).seconds for batch in BATCHES)
-    split = min(synchronous(work, replace(RATES, max_batch=batch), choice.split).seconds for batch in BATCHES)
+    run = choice.result
+    colocated = min(synchronous(work, replace(rates, max_batch=batch), gpus).seconds for batch in BATCHES)
+    split = min(synchronous(work, replace(rates, max_batch=batch), choice.split).seconds for batch in BATCHES)
     return {
         "gpus": gpus,
         "B": work.batch,
@@ -86,21 +87,21 @@ def row(gpus: int, work: Workload, choice: Choice, run: Result) -> dict:
 # ---- Simulated -------------------------------------------------------------------------------------------------------
 
 
-def simulate(gpus: int, steps: int, seed: int) -> tuple[dict, Workload, Choice]:
+def simulate(gpus: int, steps: int, seed: int, rates: Rates) -> tuple[dict, Workload, Choice]:
     """The best split for this many GPUs: its line of the table, what it ran, what was chosen."""
     work = workload(gpus, steps, seed=seed)
-    small_batches = replace(RATES, max_batch=min(BATCHES))  # what a long tail leaves on a replica
+    small_batches = replace(rates, max_batch=min(BATCHES))  # what a long tail leaves on a replica
     candidates = promising(splits(gpus, SIZES[gpus][2]), work, small_batches, CANDIDATES)
-    choice = choose(work, RATES, candidates, staleness=STALENESS, batches=BATCHES, max_trainer_idle=IDLE)
-    return row(gpus, work, choice, choice.result), work, choice
+    choice = choose(work, rates, candidates, staleness=STALENESS, batches=BATCHES, max_trainer_idle=IDLE)
+    return row(gpus, work, rates, choice), work, choice
 
 
-def by_staleness(work: Workload, choice: Choice, bounds: range) -> list[dict]:
+def by_staleness(work: Workload, rates: Rates, choice: Choice, bounds: range) -> list[dict]:
     """What max_staleness buys, at the chosen split and batch."""
-    colocated = synchronous(work, RATES, choice.split.gpus).seconds
+    colocated = synchronous(work, rates, choice.split.gpus).seconds
     rows = []
     for bound in bounds:
-        run = run_choice(work, choice, max_staleness=bound)
+        run = run_choice(work, rates, choice, max_staleness=bound)
         mean = sum(age * count for age, count in run.staleness.items()) / run.staleness.total()
         rows.append({"max_staleness": bound, "vs_colocated": round(colocated / run.seconds, 2),
                      "trainer_idle": round(run.trainer_idle, 3), "rollout_idle": round(run.rollout_idle, 3),
@@ -108,13 +109,13 @@ def by_staleness(work: Workload, choice: Choice, bounds: range) -> list[dict]:
     return rows
 
 
-def by_tail(gpus: int, steps: int, seed: int, choice: Choice) -> list[dict]:
+def by_tail(gpus: int, steps: int, seed: int, rates: Rates, choice: Choice) -> list[dict]:
     """Other tails of the same mean before the cut; the split stays that of the standard workload."""
     rows = []
     for sigma, maximum in TAILS:
         work = workload(gpus, steps, sigma=sigma, maximum=maximum, seed=seed)
-        run = run_choice(work, choice)
-        colocated = synchronous(work, RATES, gpus).seconds
+        run = run_choice(work, rates, choice)
+        colocated = synchronous(work, rates, gpus).seconds
         rows.append({"sigma": sigma, "maximum": maximum, "mean": round(float(work.lengths.mean())),
                      "p99/p50": round(float(np.divide(*np.percentile(work.lengths, (99, 50)))), 1),
                      "at_maximum": round(float((work.lengths == maximum).mean()), 4),
@@ -123,11 +124,11 @@ def by_tail(gpus: int, steps: int, seed: int, choice: Choice) -> list[dict]:
     return rows
 
 
-def by_rule(work: Workload, choice: Choice) -> list[dict]:
+def by_rule(work: Workload, rates: Rates, choice: Choice) -> list[dict]:
     """Strict order against its rivals. Speed is in tokens: a rule that prefers short responses has less to train on."""
     rows = []
     for name, changes in RIVALS.items():
-        run = run_choice(work, choice, **changes)
+        run = run_choice(work, rates, choice, **changes)
         indices = [index for step in run.trained for index in step]
         lengths, sampled = work.lengths[indices], work.lengths[: max(indices) + 1]
         ages = sorted(run.staleness.elements())
@@ -206,12 +207,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, nargs="+", choices=sorted(SIZES), default=sorted(SIZES))
     parser.add_argument("--steps", type=int, help="simulated steps (default: 100, 40 and 12 for the three sizes)")
     parser.add_argument("--seed", type=int, default=0, help="of the response lengths")
+    parser.add_argument("--rates", type=json.loads, default={}, help='JSON, such as {"train": 2e-4}: rates of your own')
     parser.add_argument("--measured", type=Path, nargs=2, metavar=("RUN_SYNC", "RUN_ASYNC"), help="two run directories")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 2:
         parser.error(f"--steps {args.steps}: take at least 2")
     if args.plot and not find_spec("matplotlib"):
         parser.error(f"--plot {args.plot}: matplotlib is not installed: pip install matplotlib")
+    if unknown := set(args.rates) - set(asdict(RATES)):
+        parser.error(f"--rates {sorted(unknown)}: take from {', '.join(asdict(RATES))}")
     try:
         args.measurement = measured(*args.measured) if args.measured else {}
     except ValueError as error:
@@ -222,17 +226,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Tables, or one JSON object. The detailed tables are those of the smallest size."""
     args = parse_arguments()
-    sizes = {}
+    rates, sizes = replace(RATES, **args.rates), {}
     for gpus in sorted(args.gpus):
-        sizes[gpus] = simulate(gpus, args.steps or SIZES[gpus][1], args.seed)
+        sizes[gpus] = simulate(gpus, args.steps or SIZES[gpus][1], args.seed, rates)
         tools.say(f"{gpus} GPUs: {sizes[gpus][0]}")
     gpus = min(sizes)
     _, work, choice = sizes[gpus]
     tables = {
         "sizes": [line for line, _, _ in sizes.values()],
-        "staleness": by_staleness(work, choice, range(9)),
-        "tails": by_tail(gpus, work.steps, args.seed, choice),
-        "rules": by_rule(work, choice),
+        "staleness": by_staleness(work, rates, choice, range(9)),
+        "tails": by_tail(gpus, work.steps, args.seed, rates, choice),
+        "rules": by_rule(work, rates, choice),
     }
     if args.plot:
         save_plot(args.plot, tables["staleness"], tables["tails"], f"simulated, {gpus} GPUs: {choice.split}")
@@ -243,7 +247,7 @@ def main() -> int:
         **{"speedup_measured": None, "trainer_idle_measured": None, **args.measurement},
     }
     if args.json:
-        tools.print_json({**result, **tables, "rates": asdict(RATES), "mean": MEAN, "sigma": SIGMA, "maximum": MAXIMUM})
+        tools.print_json({**result, **tables, "rates": asdict(rates), "mean": MEAN, "sigma": SIGMA, "maximum": MAXIMUM})
     else:
         print("\n\n".join(tools.table(rows) for rows in [*tables.values(), [result]]))
     return 0
