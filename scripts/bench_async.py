@@ -5,7 +5,7 @@
   step waits for the one before. Reported is the fastest split that leaves the trainer idle for less than a tenth of the time.
 * Measured (`--measured RUN_SYNC RUN_ASYNC`): from the metrics.jsonl of two runs of the trainer.
 
-    python scripts/bench_async.py --json                         # eight minutes on one core
+    python scripts/bench_async.py --json                         # three minutes of one core
     python scripts/bench_async.py --plot docs/async.png --gpus 8
 """
 
