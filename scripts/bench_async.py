@@ -1,0 +1,257 @@
+"""How much faster asynchronous distillation is than synchronous, and how long the trainer waits.
+
+* Simulated (`scripts/async_simulation.py`): responses with a long tail on 8, 64 and 1,024 GPUs, the same samples, updates and
+  GPUs on all sides. *Colocated*: all GPUs write, then score, then train. *Split*: the GPUs of the asynchronous run, but every
+  step waits for the one before. Reported is the fastest split that leaves the trainer idle for less than a tenth of the time.
+* Measured (`--measured RUN_SYNC RUN_ASYNC`): from the metrics.jsonl of two runs of the trainer.
+
+    python scripts/bench_async.py --json                         # three minutes of one core
+    python scripts/bench_async.py --plot docs/async.png --gpus 8
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts import bench_tools as tools
+from scripts.async_model import Rates, Result, Rule, Workload, lognormal_lengths, synchronous
+from scripts.async_simulation import Choice, asynchronous, choose, promising, splits
+
+# A student of 7.6 billion parameters (Qwen2.5-7B) in bfloat16 and teachers of its size, on H100s: 3.35 TB/s, 989 TFLOP/s.
+# Derived from data sheets, with assumed efficiencies; none of it is measured.
+RATES = Rates(
+    decode_a=7.0e-3,  # 15.2 GB of weights at 80 % of the bandwidth, and 1.3 ms around it
+    decode_b=1.2e-4,  # 57 KB of KV cache for each of about 4,000 tokens at 80 %, and 2 FLOP a parameter at half speed
+    max_batch=256,  # chosen below; as many average responses as 57 GB of KV cache hold
+    score=3.1e-5,  # 2 FLOP a parameter at half speed
+    train=1.54e-4,  # 8 FLOP a parameter (with recomputed activations) at 40 %
+    publish=3.0,  # gather, and 15.2 GB into shared memory at 5 GB/s
+    load=3.0,  # the same way back
+)
+MEAN, SIGMA, MAXIMUM, PROMPT = 5000, 1.0, 32_768, 512  # tokens; see docs/benchmarks.md for where the shape comes from
+# GPUs -> samples of a step (64 to 1,024 prompts of 8 responses), steps, portions in which GPUs are dealt out
+SIZES = {8: (512, 100, 8), 64: (2048, 40, 16), 1024: (8192, 12, 16)}
+STALENESS, BATCHES, IDLE = (2, 4, 8), (64, 128, 256), 0.10
+CANDIDATES = 5  # splits that are simulated; the others are slower by arithmetic
+RIVALS = {
+    "strict order": {},
+    "strict, drained at a push": {"at_push": "drain"},
+    "strict, restarted at a push": {"at_push": "restart"},
+    "finished first": {"order": "finished"},
+    "finished first, stale dropped": {"order": "finished", "drop_stale": True},
+}
+TAILS = ((0.0, 32_768), (0.5, 32_768), (0.8, 32_768), (1.0, 16_384), (1.0, 32_768), (1.2, 32_768))
+
+
+def workload(gpus: int, steps: int, *, sigma: float = SIGMA, maximum: int = MAXIMUM, seed: int = 0) -> Workload:
+    """The workload for this many GPUs; its lengths go on beyond what strict order needs, for the rival rule."""
+    batch = SIZES[gpus][0]
+    lengths = lognormal_lengths(batch * steps * 2, MEAN, sigma, maximum, seed)
+    return Workload(lengths, batch, steps, PROMPT)
+
+
+def run_choice(work: Workload, rates: Rates, choice: Choice, **changes) -> Result:
+    """The asynchronous run of a choice; `changes` are those of its rule."""
+    rates = replace(rates, max_batch=choice.max_batch)
+    return asynchronous(work, rates, choice.split, Rule(**{"max_staleness": choice.max_staleness, **changes}))
+
+
+def row(gpus: int, work: Workload, rates: Rates, choice: Choice) -> dict:
+    """A line of the table: speed-ups over both synchronous runs, each with the batch that suits it best."""
+    run = choice.result
+    colocated = min(synchronous(work, replace(rates, max_batch=batch), gpus).seconds for batch in BATCHES)
+    split = min(synchronous(work, replace(rates, max_batch=batch), choice.split).seconds for batch in BATCHES)
+    return {
+        "gpus": gpus,
+        "B": work.batch,
+        "split": f"{choice.split.rollout}+{choice.split.teacher}+{choice.split.trainer}",
+        "staleness": choice.max_staleness,
+        "max_batch": choice.max_batch,
+        "s/step": round(run.seconds / work.steps, 1),
+        "vs_colocated": round(colocated / run.seconds, 2),
+        "vs_split": round(split / run.seconds, 2),
+        "trainer_idle": round(run.trainer_idle, 3),
+        "publishing": round(run.trainer_publishing, 3),
+        "rollout_idle": round(run.rollout_idle, 3),
+        "queue": round(run.queue_mean),
+    }
+
+
+# ---- Simulated -------------------------------------------------------------------------------------------------------
+
+
+def simulate(gpus: int, steps: int, seed: int, rates: Rates) -> tuple[dict, Workload, Choice]:
+    """The best split for this many GPUs: its line of the table, what it ran, what was chosen."""
+    work = workload(gpus, steps, seed=seed)
+    small_batches = replace(rates, max_batch=min(BATCHES))  # what a long tail leaves on a replica
+    candidates = promising(splits(gpus, SIZES[gpus][2]), work, small_batches, CANDIDATES)
+    choice = choose(work, rates, candidates, staleness=STALENESS, batches=BATCHES, max_trainer_idle=IDLE)
+    return row(gpus, work, rates, choice), work, choice
+
+
+def by_staleness(work: Workload, rates: Rates, choice: Choice, bounds: range) -> list[dict]:
+    """What max_staleness buys, at the chosen split and batch."""
+    colocated = synchronous(work, rates, choice.split.gpus).seconds
+    rows = []
+    for bound in bounds:
+        run = run_choice(work, rates, choice, max_staleness=bound)
+        mean = sum(age * count for age, count in run.staleness.items()) / run.staleness.total()
+        rows.append({"max_staleness": bound, "vs_colocated": round(colocated / run.seconds, 2),
+                     "trainer_idle": round(run.trainer_idle, 3), "rollout_idle": round(run.rollout_idle, 3),
+                     "mean_staleness": round(mean, 2), "queue": round(run.queue_mean)})  # fmt: skip
+    return rows
+
+
+def by_tail(gpus: int, steps: int, seed: int, rates: Rates, choice: Choice) -> list[dict]:
+    """Other tails of the same mean before the cut; the split stays that of the standard workload."""
+    rows = []
+    for sigma, maximum in TAILS:
+        work = workload(gpus, steps, sigma=sigma, maximum=maximum, seed=seed)
+        run = run_choice(work, rates, choice)
+        colocated = synchronous(work, rates, gpus).seconds
+        rows.append({"sigma": sigma, "maximum": maximum, "mean": round(float(work.lengths.mean())),
+                     "p99/p50": round(float(np.divide(*np.percentile(work.lengths, (99, 50)))), 1),
+                     "at_maximum": round(float((work.lengths == maximum).mean()), 4),
+                     "vs_colocated": round(colocated / run.seconds, 2),
+                     "trainer_idle": round(run.trainer_idle, 3)})  # fmt: skip
+    return rows
+
+
+def by_rule(work: Workload, rates: Rates, choice: Choice) -> list[dict]:
+    """Strict order against its rivals. Speed is in tokens: a rule that prefers short responses has less to train on."""
+    rows = []
+    for name, changes in RIVALS.items():
+        run = run_choice(work, rates, choice, **changes)
+        indices = [index for step in run.trained for index in step]
+        lengths, sampled = work.lengths[indices], work.lengths[: max(indices) + 1]
+        ages = sorted(run.staleness.elements())
+        rows.append({"rule": name, "tokens/s": round(float(lengths.sum()) / run.seconds),
+                     "trained_over_sampled": round(float(lengths.mean() / sampled.mean()), 3),
+                     "trained_p99": round(float(np.percentile(lengths, 99))), "largest_staleness": ages[-1],
+                     "dropped": run.dropped, "restarted": run.restarts,
+                     "trainer_idle": round(run.trainer_idle, 3)})  # fmt: skip
+    return rows
+
+
+# ---- Measured --------------------------------------------------------------------------------------------------------
+
+
+def read_run(directory: Path) -> dict[str, float]:
+    """Samples per second, and the share of the time in which the trainer neither trains nor hands out weights, of the
+    run in `directory`. The first step is left out: it compiles, and nothing ran ahead of it."""
+    path = directory / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"--measured {directory}: no metrics.jsonl in it")
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+    rows = [row for row in rows if "time/step" in row][1:]
+    if not rows:
+        raise ValueError(f"--measured {directory}: fewer than two steps in metrics.jsonl")
+    seconds = sum(row["time/step"] for row in rows)
+    samples = sum(row["perf/samples_per_second"] * row["time/step"] for row in rows)
+    working = sum(row["time/train"] + row.get("time/sync", 0.0) for row in rows)
+    return {"samples_per_second": samples / seconds, "trainer_idle": 1 - working / seconds, "steps": len(rows)}
+
+
+def measured(run_sync: Path, run_async: Path) -> dict[str, float]:
+    """What two runs of the trainer say: `speedup_measured` in samples per second, `trainer_idle_measured`."""
+    synchronous_run, asynchronous_run = read_run(run_sync), read_run(run_async)
+    speedup = tools.ratio(asynchronous_run["samples_per_second"], synchronous_run["samples_per_second"])
+    return {"speedup_measured": speedup, "trainer_idle_measured": round(asynchronous_run["trainer_idle"], 4)}
+
+
+# ---- The plot --------------------------------------------------------------------------------------------------------
+
+
+def save_plot(path: Path, staleness: list[dict], tails: list[dict], caption: str) -> None:
+    """Speed-up and idle fractions against max_staleness; speed-up against the tail."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    bounds = [point["max_staleness"] for point in staleness]
+    left.plot(bounds, [point["vs_colocated"] for point in staleness], "o-")
+    left.axhline(1, color="tab:gray", linestyle="--")
+    left.set(title="times as fast as colocated", xlabel="max_staleness")
+    for key in ("trainer_idle", "rollout_idle"):
+        middle.plot(bounds, [point[key] for point in staleness], "o-", label=key.replace("_", " "))
+    middle.set(title="idle fraction", xlabel="max_staleness", ylim=(0, 1))
+    middle.legend()
+    tails = [point for point in tails if point["maximum"] == MAXIMUM]
+    right.plot([point["sigma"] for point in tails], [point["vs_colocated"] for point in tails], "o-")
+    right.axhline(1, color="tab:gray", linestyle="--")
+    right.set(title="times as fast as colocated", xlabel="sigma of the lognormal lengths")
+    for axis in (left, right):
+        axis.set_ylim(bottom=0)
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(caption, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """A mistake ends the process."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object last instead of tables")
+    parser.add_argument("--plot", type=Path, help="write a PNG here, for example docs/async.png")
+    parser.add_argument("--gpus", type=int, nargs="+", choices=sorted(SIZES), default=sorted(SIZES))
+    parser.add_argument("--steps", type=int, help="simulated steps (default: 100, 40 and 12 for the three sizes)")
+    parser.add_argument("--seed", type=int, default=0, help="of the response lengths")
+    parser.add_argument("--rates", type=json.loads, default={}, help='JSON, such as {"train": 2e-4}: rates of your own')
+    parser.add_argument("--measured", type=Path, nargs=2, metavar=("RUN_SYNC", "RUN_ASYNC"), help="two run directories")
+    args = parser.parse_args()
+    if args.steps is not None and args.steps < 2:
+        parser.error(f"--steps {args.steps}: take at least 2")
+    if args.plot and not find_spec("matplotlib"):
+        parser.error(f"--plot {args.plot}: matplotlib is not installed: pip install matplotlib")
+    if unknown := set(args.rates) - set(asdict(RATES)):
+        parser.error(f"--rates {sorted(unknown)}: take from {', '.join(asdict(RATES))}")
+    try:
+        args.measurement = measured(*args.measured) if args.measured else {}
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main() -> int:
+    """Tables, or one JSON object. The detailed tables are those of the smallest size."""
+    args = parse_arguments()
+    rates, sizes = replace(RATES, **args.rates), {}
+    for gpus in sorted(args.gpus):
+        sizes[gpus] = simulate(gpus, args.steps or SIZES[gpus][1], args.seed, rates)
+        tools.say(f"{gpus} GPUs: {sizes[gpus][0]}")
+    gpus = min(sizes)
+    _, work, choice = sizes[gpus]
+    tables = {
+        "sizes": [line for line, _, _ in sizes.values()],
+        "staleness": by_staleness(work, rates, choice, range(9)),
+        "tails": by_tail(gpus, work.steps, args.seed, rates, choice),
+        "rules": by_rule(work, rates, choice),
+    }
+    if args.plot:
+        save_plot(args.plot, tables["staleness"], tables["tails"], f"simulated, {gpus} GPUs: {choice.split}")
+    eight = sizes[8][0] if 8 in sizes else {}
+    result = {
+        "speedup_simulated_8gpu": eight.get("vs_colocated"),
+        "trainer_idle_simulated": eight.get("trainer_idle"),
+        **{"speedup_measured": None, "trainer_idle_measured": None, **args.measurement},
+    }
+    if args.json:
+        tools.print_json({**result, **tables, "rates": asdict(rates), "mean": MEAN, "sigma": SIGMA, "maximum": MAXIMUM})
+    else:
+        print("\n\n".join(tools.table(rows) for rows in [*tables.values(), [result]]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
