@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 import torch
 from conftest import LOOPBACK, listening_addresses, worker_environment
@@ -297,6 +298,21 @@ def test_it_ends_with_what_it_has_started(client, replica):
     wait_for(lambda: not process_group.members(replica.process.pid), 10 - (time.monotonic() - start))
     print(f"end: {time.monotonic() - start:.2f} s")
     assert future.exception(timeout=SECONDS) is not None
+
+
+def test_a_server_whose_engine_died_ends(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPD_SERVER_TOKEN", raising=False)
+    with serving(
+        str(tiny.student), protocol="rollout", weights_dir=tmp_path / "root", kv_cache_gib=KV_GIB, log_dir=tmp_path,
+        start_seconds=300.0, extra=("--enforce_eager", "--serve_initial"),
+    ) as (replica,), httpx.Client(base_url=replica.url, timeout=SECONDS, trust_env=False) as client:  # fmt: skip
+        assert generate(client, **{**LONG, "max_tokens": 2})["spans"] == [[0, 0, 2]]
+        assert client.post("/pause", json={"fence": 1, "lease_s": 9}).status_code == 403  # no token, no control
+        (engine,) = [child for child in psutil.Process(replica.process.pid).children() if "Engine" in child.name()]
+        future = under_way(client, **LONG)
+        engine.kill()
+        assert future.exception(timeout=SECONDS) is not None
+        wait_for(lambda: replica.process.poll() is not None, 10)
 
 
 # ---- Questions that make no sense ------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ SHARD, MANIFEST = "model-00001.safetensors", weight_store.MANIFEST
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        (SHARD, flip), (SHARD, tear), (SHARD, link), (SHARD, os.remove), (SHARD, lambda p: p.chmod(0)),
+        (SHARD, flip), (SHARD, tear), (SHARD, link), (SHARD, os.remove),
         (weight_store.INDEX, flip), (weight_store.INDEX, os.remove), (MANIFEST, tear), (MANIFEST, os.remove),
         (MANIFEST, link), (MANIFEST, renumber), (MANIFEST, escape),
         ("extra.safetensors", lambda p: p.write_bytes(b"")), (".", lambda p: p.chmod(0o755)),
@@ -126,8 +126,6 @@ SHARD, MANIFEST = "model-00001.safetensors", weight_store.MANIFEST
     ],
 )  # fmt: skip
 def test_damage_is_refused(root, name, damage):
-    if damage.__name__ == "<lambda>" and name == SHARD and os.geteuid() == 0:
-        pytest.skip("root reads everything")
     damage(root / "v3" / name if name != "../v3" else root / "v3")
     with pytest.raises(ValueError):
         verify(root, 3, 5)
