@@ -130,7 +130,9 @@ def test_a_server_without_a_push_serves_nothing(client, replica):
     assert (answer.status_code, answer.json()) == (503, {"error": "stale"})
     facts = {"version": "1", "protocol": "opd-rollout-1", "weights": None, "state": "stale", "fence": 0}
     assert client.get("/version").json() == facts
-    assert listening_addresses(replica.process.pid) <= LOOPBACK
+    children = psutil.Process(replica.process.pid).children(recursive=True)
+    for pid in (replica.process.pid, *(child.pid for child in children)):
+        assert listening_addresses(pid) <= LOOPBACK
 
 
 def test_only_our_routes_are_open_and_only_with_the_token(client, replica):
