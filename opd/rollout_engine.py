@@ -50,7 +50,8 @@ class RolloutEngine:
         trust_remote_code: bool, enforce_eager: bool, tensor_parallel_size: int,
     ):  # fmt: skip
         self.requests = self.tokens = self.aborted = 0  # answered; their tokens; of them unfinished
-        self.steps = self.running = self.waiting = 0  # of the engine
+        self.steps = 0  # of the engine
+        self._inflight = self._running_at_step = 0
         self._version, self._numbers = version, itertools.count()
         # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for nothing else when the size of
         # the cache is given
@@ -62,8 +63,18 @@ class RolloutEngine:
             logprobs_mode="processed_logprobs", **options,
         )  # fmt: skip
 
-    def _stepped(self, running: int, waiting: int) -> None:
-        self.steps, self.running, self.waiting = self.steps + 1, running, waiting
+    def _stepped(self, running: int) -> None:
+        self.steps, self._running_at_step = self.steps + 1, running
+
+    @property
+    def running(self) -> int:
+        """Requests that were in the engine's last step and are not over."""
+        return min(self._running_at_step, self._inflight)
+
+    @property
+    def waiting(self) -> int:
+        """All others."""
+        return self._inflight - self.running
 
     @property
     def dead(self) -> bool:
@@ -73,11 +84,13 @@ class RolloutEngine:
     async def generate(self, name: str, sampling: Sampling) -> Response:
         """One response; if the task is cancelled the engine forgets the request. ValueError for what vLLM refuses."""
         asked = {key: value for key, value in asdict(sampling).items() if key != "prompt_ids"}
-        final = None
-        async for output in self.llm.generate(
-            {"prompt_token_ids": sampling.prompt_ids}, sampling_params(**asked), f"{name}-{next(self._numbers)}"
-        ):
-            final = output
+        prompt, final = {"prompt_token_ids": sampling.prompt_ids}, None
+        self._inflight += 1
+        try:
+            async for output in self.llm.generate(prompt, sampling_params(**asked), f"{name}-{next(self._numbers)}"):
+                final = output
+        finally:
+            self._inflight -= 1
         response = _response(final.outputs[0], sampling.with_logprobs)
         self.requests, self.tokens = self.requests + 1, self.tokens + len(response.token_ids)
         self.aborted += response.finish_reason == "aborted"
@@ -97,7 +110,7 @@ class RolloutEngine:
     async def load(self, directory: Path, version: int) -> None:
         """Reads weights; the old ones' prefixes go, those of requests that are kept too: they are computed again."""
         self._version = None
-        await self.llm.collective_rpc("reload_weights", timeout=LOAD_SECONDS, kwargs={"weights_path": str(directory)})
+        await self.llm.collective_rpc("reload_from", timeout=LOAD_SECONDS, args=(str(directory),))
         await self._reset_cache()
         self._version = version
         await self._tell_version()

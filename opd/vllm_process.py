@@ -49,8 +49,26 @@ def sampling_params(
     )  # fmt: skip
 
 
-def async_engine(on_step: Callable[[int, int], None], **options):
-    """vLLM's engine for a server: it computes in a child process. `on_step(running, waiting)` hears of every step."""
+class ReloadingWorker:
+    """What vLLM mixes into the workers of a server's engine: a reload after which, if it fails, another one can work."""
+
+    def reload_from(self, directory: str) -> None:
+        """vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here it is forgotten."""
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        try:
+            self.reload_weights(weights_path=directory)
+        except BaseException:
+            for layer in self.get_model().modules():
+                info = layerwise.get_layerwise_info(layer)
+                if info.can_load():
+                    layerwise._place_kernel_tensors(layer, info)
+                info.reset()
+            raise
+
+
+def async_engine(on_step: Callable[[int], None], **options):
+    """vLLM's engine for a server: it computes in a child process. `on_step(running)` hears of every step."""
     import_vllm()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -61,11 +79,14 @@ def async_engine(on_step: Callable[[int, int], None], **options):
 
         def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0):
             if scheduler_stats is not None:
-                on_step(scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs)
+                on_step(scheduler_stats.num_running_reqs)
 
         def log_engine_initialized(self): ...
 
-    arguments = AsyncEngineArgs(disable_log_stats=True, enable_log_requests=False, **options)
+    extension = f"{__name__}.{ReloadingWorker.__name__}"
+    arguments = AsyncEngineArgs(
+        disable_log_stats=True, enable_log_requests=False, worker_extension_cls=extension, **options
+    )  # fmt: skip
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[Steps])
 
 

@@ -18,7 +18,8 @@ from opd.faults import fault_point
 from opd.run_files import warn
 
 CONNECT_SECONDS = 5.0
-RESUME_SECONDS = 60.0  # beyond the deadline: a server is not left paused
+PAUSE_SECONDS = 60.0  # a server that does not even pause must not keep the others from their weights
+RESUME_SECONDS = 30.0  # beyond the deadline: a server is not left paused
 RENEWALS = 3.0  # of a lease while it lasts
 FAILURES = (httpx.HTTPError, ValueError)  # of a server, or of what it says
 
@@ -91,7 +92,7 @@ def _push_one(url: str, version: int, fence: int, token: str, mode: str, lease_s
     with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS) as client:
         server = _Server(client, fence)
         try:
-            server.ask("/pause", deadline_s, lease_s=lease_s, mode=mode)
+            server.ask("/pause", min(deadline_s, PAUSE_SECONDS), lease_s=lease_s, mode=mode)
             paused = time.monotonic()
             fault_point("push.paused")
             with _renewed(server, lease_s):

@@ -74,7 +74,7 @@ def publish(root: Path, named_parameters: Iterable[tuple[str, Tensor]], version:
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    _prune(root)
+    _prune(root, target)
     size = sum(file["size"] for file in files)
     return Published(version, size, hashlib.sha256(manifest).hexdigest(), time.monotonic() - start)
 
@@ -202,8 +202,9 @@ def _check_fence(root: Path, fence: int) -> None:
         raise ValueError(f"{root}: a trainer with fence {newest} has published here; this one has {fence}")
 
 
-def _prune(root: Path) -> None:
-    for _, _, directory in _versions(root)[:-KEPT]:
+def _prune(root: Path, newest: Path) -> None:
+    older = [directory for _, _, directory in _versions(root) if directory != newest]
+    for directory in older[: len(older) - (KEPT - 1)]:
         doomed = root / f".tmp.old.{secrets.token_hex(4)}"
         directory.rename(doomed)  # first: whoever looks for it finds all of it or nothing
         shutil.rmtree(doomed, ignore_errors=True)

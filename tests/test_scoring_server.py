@@ -120,7 +120,7 @@ def test_it_says_what_a_colocated_teacher_says(urls, engines, tiny, backend, pay
     )  # fmt: skip
     prompt = Prompt(prompt_id=0, domain="any", token_ids=asked.prompt_ids)
     rollout = Rollout(
-        prompt=prompt, source="student", response_ids=asked.response_ids, rollout_logprobs=None,
+        sample_id="0/0/0", prompt=prompt, source="student", response_ids=asked.response_ids, rollout_logprobs=None,
         finish_reason="stop", policy_version=0,
     )  # fmt: skip
     ((expected,),) = pool.score([rollout])
