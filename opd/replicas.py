@@ -5,8 +5,9 @@
     with serving("models/math", replicas=2) as replicas:
         print([replica.url for replica in replicas])
 
-A replica speaks one of two protocols: "binary" is `opd.scoring_server`, "json" is vLLM's own OpenAI server. Each listens on
-the loopback interface, on a port that the kernel chooses, in a process group of which nothing is left when its starter ends.
+A replica of a teacher speaks one of two protocols: "binary" is `opd.scoring_server`, "json" is vLLM's own OpenAI server. Those
+of PUSHED are servers of the student, whose weights a trainer pushes: they are ready before they have any. Each listens on the
+loopback interface, on a port that the kernel chooses, in a process group of which nothing is left when its starter ends.
 """
 
 import json
@@ -32,7 +33,8 @@ from opd import process_group, wire
 from opd.student import resolve_dtype
 from opd.vllm_process import ENVIRONMENT
 
-Protocol = Literal["binary", "json"]
+Protocol = Literal["binary", "json", "logprob"]
+PUSHED = {"logprob": ("opd.logprob_server", "opd-logprob-1")}  # protocol -> (module, what it says at /version)
 
 GIB = 1 << 30
 START_SECONDS = 1800.0  # a large model reads its weights from a slow disk
@@ -67,12 +69,19 @@ class ServerOptions:
     dtype: str = "auto"
     max_logprobs: int = 1024
     kv_cache_gib: float = 0.25
+    weights_dir: Path | None = None  # of servers whose weights a trainer pushes
     extra: Sequence[str] = ()  # flags for the server itself
 
     def command(self) -> list[str]:
         """Ours come last, so that no extra flag opens what is closed."""
         # vLLM's own "auto" is bfloat16 even for float32 files on a CPU
         dtype = str(resolve_dtype(self.dtype)).removeprefix("torch.")
+        if self.protocol in PUSHED:
+            assert self.weights_dir is not None, f"protocol {self.protocol}: no weights_dir"
+            return [
+                sys.executable, "-m", PUSHED[self.protocol][0], "--model", self.model, "--weights_dir",
+                str(self.weights_dir), "--dtype", dtype, *self.extra, "--host", "127.0.0.1", "--port", "0",
+            ]  # fmt: skip
         if self.protocol == "binary":
             return [
                 sys.executable, "-m", "opd.scoring_server", "--model", self.model, "--name", self.name,
@@ -152,7 +161,7 @@ class Replica:
 
     def _find_url(self) -> str | None:
         """vLLM does not say which port the kernel chose, and its server process listens on no other."""
-        if self.options.protocol == "binary":
+        if self.options.protocol != "json":
             found = re.search(r"^serving .* at (http://\S+)$", self.log.read_text(errors="replace"), re.M)
             return found and found[1]
         with suppress(psutil.Error):  # it ends while we look
@@ -162,23 +171,28 @@ class Replica:
         return None
 
     def _ask(self, url: str, seconds: float) -> None:
-        """A question of two tokens. OSError or ValueError for everything but a right answer."""
-        if self.options.protocol == "binary":
+        """A question of two tokens, or what it is. OSError or ValueError for everything but a right answer."""
+        protocol = self.options.protocol
+        if protocol in PUSHED:
+            path, body = "/version", None
+        elif protocol == "binary":
             query = urllib.parse.urlencode({"prompt_length": len(PROBE.prompt_ids), "payload": PROBE.payload})
             path, body = f"/score?{query}", wire.encode_ids([*PROBE.prompt_ids, *PROBE.response_ids])
         else:
             path, body = "/v1/completions", json.dumps(wire.completion_request(PROBE, self.options.name)).encode()
-        headers = {
-            "Content-Type": "application/json" if self.options.protocol == "json" else "application/octet-stream"
-        }
+        headers = {"Content-Type": "application/json" if protocol == "json" else "application/octet-stream"}
         if token := os.environ.get("OPD_SERVER_TOKEN"):
             headers["Authorization"] = f"Bearer {token}"
         direct = urllib.request.build_opener(
             urllib.request.ProxyHandler({})
         )  # no proxy stands before this machine itself
         with direct.open(urllib.request.Request(url + path, body, headers), timeout=seconds) as answer:
-            decode = wire.decode_scores if self.options.protocol == "binary" else wire.decode_completion
-            decode(answer.read(), PROBE)
+            content = answer.read()
+        if protocol in PUSHED:
+            if f'"{PUSHED[protocol][1]}"'.encode() not in content:
+                raise ValueError(f"it speaks another protocol: {content[:200]!r}")
+        else:
+            (wire.decode_scores if protocol == "binary" else wire.decode_completion)(content, PROBE)
 
 
 def start_replica(options: ServerOptions, log: Path, gpus: Sequence[str] = ()) -> Replica:

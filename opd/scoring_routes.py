@@ -1,5 +1,4 @@
-"""The routes of `opd.scoring_server`: what a question may look like, who may ask it, and what is answered to a mistake.
-"""
+"""The routes of `opd.scoring_server`: what a question may look like, who may ask it, and what is answered to a mistake."""
 
 import asyncio
 import functools
@@ -115,7 +114,7 @@ class Service:
                 question = self._question(body, prompt_length, payload, support_k, temperature, vocab)
             except ValueError as error:
                 raise HTTPException(400, one_line(error)) from None
-            return await _answer_or_give_up(request, self.engine.submit(question))
+            return await answer_or_give_up(request, self.engine.submit(question))
         finally:
             self.admitted -= 1
 
@@ -143,8 +142,13 @@ class Service:
         return Question(ids[:prompt_length], response_ids, payload, support_k, vocab, temperature, hidden_size)
 
 
-async def _answer_or_give_up(request: Request, answer: Future) -> Response:
-    """The answer as a response. A question whose client has gone is taken back."""
+def binary(body: bytes) -> Response:
+    """Raw arrays."""
+    return Response(body, media_type=BINARY)
+
+
+async def answer_or_give_up(request: Request, answer: Future, respond: Callable[[Any], Response] = binary) -> Response:
+    """What `respond` makes of the answer. A question whose client has gone is taken back."""
     scored = asyncio.wrap_future(answer)
     gone = asyncio.ensure_future(request.receive())  # after the body there is one message more: the client has gone
     try:
@@ -152,7 +156,7 @@ async def _answer_or_give_up(request: Request, answer: Future) -> Response:
             await asyncio.wait({scored, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not scored.done():
                 raise ClientDisconnect
-            return Response(await scored, media_type=BINARY)
+            return respond(await scored)
     except TimeoutError:
         return JSONResponse({"error": f"no answer within {ANSWER_SECONDS:g} s"}, 503)
     except ClientDisconnect:
