@@ -5,11 +5,13 @@
     with serving("models/math", replicas=2) as replicas:
         print([replica.url for replica in replicas])
 
-A replica speaks one of three protocols: "binary" is `opd.scoring_server`, "json" is vLLM's own OpenAI server, "rollout" is
-`opd.rollout_server`, which takes its weights from `weights_dir`. Each listens on the loopback interface, on a port that the
-kernel chooses, in a process group of which nothing is left when its starter ends.
+A replica speaks one of four protocols. "binary" is `opd.scoring_server` and "json" is vLLM's own OpenAI server: teachers. Those
+of PUSHED are servers of the student, whose weights a trainer pushes through `weights_dir`: they are ready before they have
+any. Each listens on the loopback interface, on a port that the kernel chooses, in a process group of which nothing is left
+when its starter ends.
 """
 
+import functools
 import json
 import os
 import re
@@ -33,7 +35,9 @@ from opd import process_group, wire
 from opd.student import resolve_dtype
 from opd.vllm_process import ENVIRONMENT
 
-Protocol = Literal["binary", "json", "rollout"]
+Protocol = Literal["binary", "json", "rollout", "logprob"]
+# Servers of the student: protocol -> what they say at /version.
+PUSHED = {"rollout": "opd-rollout-1", "logprob": "opd-logprob-1"}
 
 GIB = 1 << 30
 START_SECONDS = 1800.0  # a large model reads its weights from a slow disk
@@ -68,13 +72,19 @@ class ServerOptions:
     dtype: str = "auto"
     max_logprobs: int = 1024
     kv_cache_gib: float = 0.25
-    weights_dir: str | Path | None = None  # where a trainer publishes what "rollout" serves
+    weights_dir: str | Path | None = None  # where a trainer publishes what servers of PUSHED serve
     extra: Sequence[str] = ()  # flags for the server itself
 
     def command(self) -> list[str]:
         """Ours come last, so that no extra flag opens what is closed."""
         # vLLM's own "auto" is bfloat16 even for float32 files on a CPU
         dtype = str(resolve_dtype(self.dtype)).removeprefix("torch.")
+        assert self.protocol not in PUSHED or self.weights_dir is not None, f"protocol {self.protocol}: no weights_dir"
+        if self.protocol == "logprob":
+            return [
+                sys.executable, "-m", "opd.logprob_server", "--model", self.model, "--weights_dir",
+                str(self.weights_dir), "--dtype", dtype, *self.extra, "--host", "127.0.0.1", "--port", "0",
+            ]  # fmt: skip
         if self.protocol == "binary":
             return [
                 sys.executable, "-m", "opd.scoring_server", "--model", self.model, "--name", self.name,
@@ -170,10 +180,10 @@ class Replica:
         return None
 
     def _ask(self, url: str, seconds: float) -> None:
-        """A question of two tokens. OSError or ValueError for everything but a right answer."""
+        """A question of two tokens, or what it is. OSError or ValueError for everything but a right answer."""
         protocol = self.options.protocol
-        if protocol == "rollout":  # it has computed before it listened, and serves nothing before the first push
-            path, body, decode = "/version", None, _check_rollout_protocol
+        if protocol in PUSHED:  # it has computed before it listened, and serves nothing before the first push
+            path, body, decode = "/version", None, functools.partial(_check_protocol, PUSHED[protocol])
         elif protocol == "binary":
             query = urllib.parse.urlencode({"prompt_length": len(PROBE.prompt_ids), "payload": PROBE.payload})
             body = wire.encode_ids([*PROBE.prompt_ids, *PROBE.response_ids])
@@ -191,9 +201,9 @@ class Replica:
             decode(answer.read(), PROBE)
 
 
-def _check_rollout_protocol(answer: bytes, _) -> None:
-    if not str(json.loads(answer).get("protocol")).startswith("opd-rollout-"):
-        raise ValueError(f"not a rollout server: {answer[:200]!r}")
+def _check_protocol(expected: str, answer: bytes, _) -> None:
+    if json.loads(answer).get("protocol") != expected:
+        raise ValueError(f"it does not speak {expected}: {answer[:200]!r}")
 
 
 def start_replica(options: ServerOptions, log: Path, gpus: Sequence[str] = ()) -> Replica:

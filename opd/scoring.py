@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,16 @@ def join_alone() -> None:
     os.environ.update(alone, GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", VLLM_HOST_IP="127.0.0.1")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # a TCP store listens everywhere
+
+
+class Answering(Protocol):
+    """What the engine's thread owns."""
+
+    def score(self, questions: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """The arrays that answer each question, on the host."""
+
+    def encode(self, arrays: dict[str, Tensor], question: Any) -> Any:
+        """What is sent for them. ValueError for what no model says."""
 
 
 class Scorer:
@@ -79,6 +90,10 @@ class Scorer:
                     answers[index][name] = value
         return answers
 
+    def encode(self, arrays: dict[str, Tensor], question: Question) -> bytes:
+        """The body of an answer."""
+        return encode_arrays(checked(arrays, question))
+
     def _hidden_states(self, questions: Sequence[Question]) -> list[Tensor]:
         """[L, H] of each: the state that predicts response token t is the one at its predecessor."""
         hidden_size = self.head.weight_VH.shape[1]
@@ -106,17 +121,22 @@ def _no_scores(support_k: int) -> HiddenScores:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    question: Question
+    question: Any = None  # with `num_tokens`
+    act: Callable | None = None  # instead of a question
     answer: Future = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.question.num_tokens if self.act is None else 0
 
 
 class ScoringThread:
     """The thread that owns the engine, and the queue before it. `ready` holds its scorer, or why there is none."""
 
-    def __init__(self, build: Callable[[], Scorer], limits: BatchLimits):
+    def __init__(self, build: Callable[[], Answering], limits: BatchLimits):
         self.limits = limits
-        self.ready: Future[Scorer] = Future()
+        self.ready: Future[Answering] = Future()
         self.requests = self.tokens = self.batches = 0  # answered so far
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -127,15 +147,21 @@ class ScoringThread:
         """Questions that are not in a prefill yet."""
         return len(self._jobs)
 
-    def submit(self, question: Question) -> Future:
-        """The future body of an answer. Who cancels it before its turn costs no computation."""
-        job = _Job(question)
+    def submit(self, question: Any) -> Future:
+        """The future answer, encoded. Who cancels it before its turn costs no computation."""
+        return self._add(_Job(question))
+
+    def do(self, act: Callable[[Any], Any]) -> Future:
+        """The future result of `act(scorer)`, alone: after every question that came before, ahead of those that come later."""
+        return self._add(_Job(act=act))
+
+    def _add(self, job: _Job) -> Future:
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
         return job.answer
 
-    def _run(self, build: Callable[[], Scorer]) -> None:
+    def _run(self, build: Callable[[], Answering]) -> None:
         try:
             scorer = build()
         except BaseException as error:  # whoever waits for `ready` raises it
@@ -143,7 +169,10 @@ class ScoringThread:
             return
         self.ready.set_result(scorer)
         while True:
-            if batch := self._next_batch():
+            batch = self._next_batch()
+            if batch and batch[0].act is not None:
+                self._act(scorer, batch[0])
+            elif batch:
                 self._answer(scorer, batch)
 
     def _next_batch(self) -> list[_Job]:
@@ -156,17 +185,28 @@ class ScoringThread:
                 self._changed.wait(left)
             batch, tokens = [], 0
             while self._jobs and len(batch) < self.limits.sequences:
-                tokens += self._jobs[0].question.num_tokens
-                if batch and tokens > self.limits.tokens:
+                tokens += self._jobs[0].num_tokens
+                if batch and (tokens > self.limits.tokens or self._jobs[0].act is not None):
                     break
                 batch.append(self._jobs.popleft())
+                if batch[0].act is not None:
+                    break
         return [job for job in batch if job.answer.set_running_or_notify_cancel()]
 
     def _is_full(self) -> bool:
-        tokens = sum(job.question.num_tokens for job in self._jobs)
-        return len(self._jobs) >= self.limits.sequences or tokens >= self.limits.tokens
+        """Whether waiting brings nothing to the next batch: its room is taken, or something else comes behind it."""
+        tokens = sum(job.num_tokens for job in self._jobs)
+        acts = any(job.act is not None for job in self._jobs)
+        return acts or len(self._jobs) >= self.limits.sequences or tokens >= self.limits.tokens
 
-    def _answer(self, scorer: Scorer, batch: list[_Job]) -> None:
+    def _act(self, scorer: Answering, job: _Job) -> None:
+        try:
+            job.answer.set_result(job.act(scorer))
+        except Exception as error:  # whatever it is, whoever waits for it hears it
+            traceback.print_exc()
+            job.answer.set_exception(error)
+
+    def _answer(self, scorer: Answering, batch: list[_Job]) -> None:
         try:
             answers = scorer.score([job.question for job in batch])
         except Exception as error:  # whatever it is, it is these questions' and not the next ones'
@@ -176,9 +216,9 @@ class ScoringThread:
             return
         self.batches += 1
         self.requests += len(batch)
-        self.tokens += sum(job.question.num_tokens for job in batch)
+        self.tokens += sum(job.num_tokens for job in batch)
         for job, arrays in zip(batch, answers, strict=True):
             try:  # one text may overflow where the others of its batch do not
-                job.answer.set_result(encode_arrays(checked(arrays, job.question)))
+                job.answer.set_result(scorer.encode(arrays, job.question))
             except ValueError as error:
                 job.answer.set_exception(error)

@@ -1,5 +1,4 @@
-"""The routes of `opd.scoring_server`: what a question may look like, who may ask it, and what is answered to a mistake.
-"""
+"""The routes of `opd.scoring_server`: what a question may look like, who may ask it, and what is answered to a mistake."""
 
 import asyncio
 import functools
@@ -118,7 +117,7 @@ class Service:
                 question = self._question(body, prompt_length, payload, support_k, temperature, vocab)
             except ValueError as error:
                 raise HTTPException(400, one_line(error)) from None
-            return await _answer_or_give_up(request, self.engine.submit(question))
+            return await answer_or_give_up(request, self.engine.submit(question))
         finally:
             self.admitted -= 1
 
@@ -146,10 +145,15 @@ class Service:
         return Question(ids[:prompt_length], response_ids, payload, support_k, vocab, temperature, hidden_size)
 
 
-async def _answer_or_give_up(request: Request, answer: Future) -> Response:
-    """The answer as a response. A question whose client has gone is taken back."""
+def binary(body: bytes) -> Response:
+    """Raw arrays."""
+    return Response(body, media_type=BINARY)
+
+
+async def answer_or_give_up(request: Request, answer: Future, respond: Callable[[Any], Response] = binary) -> Response:
+    """What `respond` makes of the answer. A question whose client has gone is taken back."""
     try:
-        return Response(await unless_gone(request, asyncio.wrap_future(answer), ANSWER_SECONDS), media_type=BINARY)
+        return respond(await unless_gone(request, asyncio.wrap_future(answer), ANSWER_SECONDS))
     except TimeoutError:
         return JSONResponse({"error": f"no answer within {ANSWER_SECONDS:g} s"}, 503)
     except ClientDisconnect:

@@ -1,0 +1,111 @@
+"""`LogprobServers`: the log-prob servers of a run, asked as one. An answer names the version of the weights that gave it.
+
+The pool of `opd/servers.py` balances, retries and fails over. A replica whose weights are being changed answers late and not
+badly: its own metrics excuse it. One that has no whole weights answers 503, is out of the rotation, and comes back with the
+probe that follows a complete push.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from opd.logprob_wire import PROTOCOL, LogprobQuestion, Logprobs, decode_logprobs
+from opd.replica import Limits, Stats
+from opd.servers import ReplicaPool
+from opd.transport import Call
+from opd.types import Rollout
+from opd.wire import BadAnswer
+
+NAME = "log-prob servers"
+PROBE = LogprobQuestion([2], [3])  # one token: the engine has to compute it
+LONGEST_PUSH_S = 60.0  # what a push takes makes no replica slow
+
+
+class LogprobServers:
+    """`submit` starts, `collect` waits. A context manager; `close` ends thread and connections."""
+
+    def __init__(
+        self, urls: Sequence[str], token: str | None, limits: Limits | None = None, *, temperature: float = 1.0
+    ):
+        limits = limits or Limits()
+        self.temperature = temperature
+        self.pool = ReplicaPool(
+            NAME, urls, probe=_call(PROBE), progress=Call("/metrics", read=_progress), api_key=token,
+            limits=replace(limits, slow_s=max(limits.slow_s, LONGEST_PUSH_S)),
+        )  # fmt: skip
+
+    def versions(self, timeout_s: float = 60.0) -> dict[str, int | None]:
+        """URL -> version of the weights there, None without whole ones. ValueError for what is no log-prob server."""
+        found = self.pool.ask_each(Call("/version", read=_read_version), timeout_s)
+        for url, version in found.items():
+            if isinstance(version, Exception):
+                raise ValueError(f"{NAME}: {url}: {version}")
+        return found
+
+    def submit(self, rollout: Rollout) -> "Future[Logprobs]":
+        """Asks for a response's log-probabilities and entropies, [L] each, without waiting for them.
+
+        The future raises `servers.Unanswered` or `Rejected`; an answer that no model gives is asked for again elsewhere.
+        """
+        question = LogprobQuestion(rollout.prompt.token_ids, rollout.response_ids, self.temperature)
+        return self.pool.submit(_call(question, f"logprobs-{rollout.sample_id.replace('/', '-')}"))
+
+    def collect(self, futures: Sequence[Future]) -> list[Logprobs]:
+        """The answers, in order; the first failure is raised at once."""
+        return self.pool.collect(futures)
+
+    def cancel(self, futures: Sequence[Future]) -> None:
+        """Nobody waits for these any more."""
+        self.pool.cancel(futures)
+
+    def take_stats(self) -> Stats:
+        """What the servers did since the last call."""
+        return self.pool.take_stats()
+
+    def close(self) -> None:
+        """More than one call is fine."""
+        self.pool.close()
+
+    def __enter__(self) -> "LogprobServers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _call(question: LogprobQuestion, request_id: str = "") -> Call:
+    return Call(
+        question.path, question.body, content_type="application/octet-stream", request_id=request_id,
+        most_bytes=question.most_bytes, read=functools.partial(decode_logprobs, question=question),
+        tokens=question.num_tokens,
+    )  # fmt: skip
+
+
+def _progress(body: bytes) -> float:
+    """A number that grows while the engine moves: its batches; or the clock, while a trainer holds it."""
+    values = dict(line.split(" ", 1) for line in body.decode(errors="replace").splitlines() if line[:4] == "opd_")
+    try:
+        batches, paused = float(values["opd_batches_total"]), float(values["opd_paused"])
+    except (KeyError, ValueError):
+        raise BadAnswer("its metrics do not say batches and pauses") from None
+    return batches + (time.monotonic() if paused else 0.0)
+
+
+class _Version(msgspec.Struct):
+    protocol: str
+    weights: int | None = None
+
+
+def _read_version(body: bytes) -> int | None:
+    try:
+        found = msgspec.json.decode(body, type=_Version)
+    except msgspec.MsgspecError as error:
+        raise BadAnswer(f"no server with weights: {error}") from None
+    if found.protocol != PROTOCOL:
+        raise BadAnswer(f"protocol {found.protocol} instead of {PROTOCOL}")
+    return found.weights
