@@ -17,6 +17,7 @@ SIGTERM and SIGINT end it with status 0.
 """
 
 import argparse
+import asyncio
 import functools
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from opd.heads import logit_form
-from opd.http_service import TOKEN_VARIABLE, bind, check_host, leave_on_signals, run_app, run_main
+from opd.http_service import TOKEN_VARIABLE, bind, check_host, leave_on_signals, run_main, serve_app
 from opd.logprob_engine import LogprobScorer, load_model
 from opd.logprob_routes import EngineHolder, Service
 from opd.logprob_wire import PROTOCOL
@@ -102,7 +103,7 @@ def serve(argv: list[str], token: str | None) -> None:
     gate = WeightsGate(engine.ready.result(timeout=LOAD_SECONDS).version)
     control = Control(gate, EngineHolder(engine), args.weights_dir, protocol=PROTOCOL, token=token)
     app = Service(engine, control, max_model_len=max_model_len, max_waiting=args.max_waiting).app(token)
-    run_app(app, bound, Path(args.model).name)
+    asyncio.run(serve_app(app, bound, Path(args.model).name))
 
 
 if __name__ == "__main__":
