@@ -153,7 +153,7 @@ def test_only_our_routes_are_open_and_only_with_the_token(client, replica):
 
 
 def test_a_push_replaces_weights_and_cached_prefixes(client, replica, versions):
-    prompt_ids = [2 + i % 38 for i in range(100)]  # several blocks of the prefix cache
+    prompt_ids = [2 + i % 38 for i in range(300)]  # two blocks of the prefix cache, on a CPU of 128 tokens each
     for version in (1, 2):
         versions.publish(version)
         report = push_to(versions, replica, version)
