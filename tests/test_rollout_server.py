@@ -1,7 +1,9 @@
 """Rollout servers and the weights that are pushed into them: real servers, tiny models, real pushes."""
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,6 @@ from transformers import Qwen3ForCausalLM
 from opd import process_group, weight_store
 from opd.replicas import serving
 from opd.rollout_server import read_sampling
-from opd.vllm_engine import GeneratorEngine
 from opd.weight_push import PushFailed, push
 
 TOKEN = "a-token-of-more-than-16-characters"
@@ -81,13 +82,19 @@ def client(replica):
         yield client
 
 
-@pytest.fixture(scope="module")
-def local(tiny, device):
-    """The in-process engine that a synchronous trainer asks."""
-    return GeneratorEngine(
-        str(tiny.student), dtype="float32", max_model_len=CONTEXT, kv_cache_gib=KV_GIB, seed=0, trust_remote_code=False,
-        enforce_eager=True,
-    )  # fmt: skip
+# A cold engine as a synchronous trainer has it, in a process of its own: other tests' engines need theirs for themselves.
+IN_PROCESS = """
+import dataclasses, json, sys
+from opd import distributed
+from opd.vllm_engine import GeneratorEngine
+job = json.load(open(sys.argv[1]))
+distributed.init()
+engine = GeneratorEngine(
+    job["model"], dtype="float32", max_model_len=512, kv_cache_gib=0.03, seed=0, trust_remote_code=False, enforce_eager=True
+)
+samples = [engine.generate(job["prompts"], job["seeds"], job["stop_ids"], **options) for options in job["options"]]
+json.dump([[dataclasses.asdict(s) for s in part] for part in samples], open(sys.argv[2], "w"))
+"""
 
 
 def generate(client, **question) -> dict:
@@ -146,7 +153,7 @@ def test_only_our_routes_are_open_and_only_with_the_token(client, replica):
 
 
 def test_a_push_replaces_weights_and_cached_prefixes(client, replica, versions):
-    prompt_ids = [2 + i % 38 for i in range(100)]  # several blocks of the prefix cache
+    prompt_ids = [2 + i % 38 for i in range(300)]  # two blocks of the prefix cache, on a CPU of 128 tokens each
     for version in (1, 2):
         versions.publish(version)
         report = push_to(versions, replica, version)
@@ -159,21 +166,26 @@ def test_a_push_replaces_weights_and_cached_prefixes(client, replica, versions):
             assert answer["spans"] == [[version, 0, 20]]
 
 
-def test_tokens_are_those_of_the_in_process_engine(client, versions, local):
-    local.load_weights(versions.models[2].named_parameters())
-    prompts, seeds = [[3, 4, 5], [6, 7], [8, 9, 10, 11]] * 4, list(range(12))
-    for options in (
+def test_tokens_are_those_of_a_cold_in_process_engine(client, versions, tiny, tmp_path):
+    shutil.copytree(tiny.student, tmp_path / "model")
+    versions.models[2].save_pretrained(tmp_path / "model")
+    options = [
         {"temperature": 1.0, "max_tokens": 40}, {"temperature": 0.7, "top_p": 0.9, "max_tokens": 12},
         {"temperature": 1.3, "top_k": 5, "max_tokens": 12}, {"temperature": 0.0, "max_tokens": 12},
-    ):  # fmt: skip
-        expected = local.generate(prompts, seeds, (EOS, 17), **options)
-        ask = [{"prompt_ids": p, "seed": s, "stop_ids": [EOS, 17], **options} for p, s in zip(prompts, seeds, strict=True)]
+    ]  # fmt: skip
+    prompts, seeds = [[3, 4, 5], [6, 7], [8, 9, 10, 11]] * 4, list(range(12))
+    job = {"model": str(tmp_path / "model"), "prompts": prompts, "seeds": seeds, "stop_ids": [EOS, 17], "options": options}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-c", IN_PROCESS, tmp_path / "job.json", tmp_path / "samples.json"]
+    subprocess.run(command, env=worker_environment(), check=True, timeout=300)
+    for part, expected in zip(options, json.loads((tmp_path / "samples.json").read_text()), strict=True):
+        ask = [{"prompt_ids": p, "seed": s, "stop_ids": [EOS, 17], **part} for p, s in zip(prompts, seeds, strict=True)]
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda question: generate(client, **question), ask))
         for answer, sample in zip(answers, expected, strict=True):
-            assert answer["token_ids"] == sample.token_ids
-            assert answer["finish_reason"] == ("stop" if sample.stopped else "length")
-            torch.testing.assert_close(answer["logprobs"], sample.logprobs, atol=1e-5, rtol=0)
+            assert answer["token_ids"] == sample["token_ids"]
+            assert answer["finish_reason"] == ("stop" if sample["stopped"] else "length")
+            torch.testing.assert_close(answer["logprobs"], sample["logprobs"], atol=1e-5, rtol=0)
     assert generate(client, **{**LONG, "max_tokens": 3}, with_logprobs=False)["logprobs"] is None
 
 
