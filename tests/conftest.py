@@ -103,6 +103,17 @@ def served(tiny):
         server.stop()
 
 
+def leave_vllm() -> None:
+    """Ends vLLM's process groups, so that the next module of tests may build engines in this process again."""
+    import gc
+
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    gc.collect()
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
 def worker_environment(**more: str) -> dict[str, str]:
     """For subprocesses on the CPU: nothing of this process's ranks or faults, one thread each."""
     kept = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and not k.startswith("OPD_FAULT")}

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import safetensors.torch
 import torch
-from conftest import LOOPBACK, PADDED_VOCAB, listening_addresses, worker_environment
+from conftest import LOOPBACK, PADDED_VOCAB, leave_vllm, listening_addresses, worker_environment
 
 from opd import process_group, scoring, wire
 from opd.config import LossConfig, TeacherSpec
@@ -98,10 +98,11 @@ def engines(tiny, device):
     options = {"dtype": "float32", "trust_remote_code": False}
     model = str(tiny.padded)
     vllm = {"tokenizer": model, "max_model_len": CONTEXT, "kv_cache_gib": 0.05, "residency": "gpu"}
-    return {
+    yield {
         "hf": HFEngine("math", model, residency="gpu", **options),
         "vllm": HiddenStateEngine("math", model, **vllm, **options),
     }
+    leave_vllm()
 
 
 # ---- What it says ----------------------------------------------------------------------------------------------------

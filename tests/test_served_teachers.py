@@ -4,13 +4,13 @@ Two teachers with two replicas each, started once. L response length, K support.
 """
 
 import dataclasses
-import gc
 import os
 import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from conftest import leave_vllm
 from fault_proxy import FAULTS, Fault, FaultProxy, is_scoring
 
 import train_mopd
@@ -81,11 +81,7 @@ def colocated(device, tiny):
         built[name] = ColocatedTeacher(TeacherSpec(name, path, (name,)), engine, load_head(path))
         built[name].sleep()
     yield built
-    gc.collect()
-    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-    destroy_model_parallel()
-    destroy_distributed_environment()
+    leave_vllm()
 
 
 @contextmanager
@@ -177,7 +173,7 @@ def test_one_served_and_one_colocated_with_mixture_weights_streamed_or_not(serve
 def test_a_served_teacher_writes_what_it_was_asked_to(served, models):
     prompts = [rollout.prompt for rollout in MIXED[:4]]
     spec = TeacherSpec("addition", "", ("addition",), backend="server", urls=tuple(s.url for s in served["addition"]))
-    options = {"limits": Limits(), "api_key": None, "seeds": range(4), "eos_ids": (1,), "max_tokens": 6}
+    options = {"limits": Limits(), "api_key": None, "seeds": range(4), "eos_ids": (1,), "max_tokens": 6, "vocab": VOCAB}
     for temperature in (0.0, 1.0):
         first, again = (
             write_with_servers(spec, models["addition"], prompts, temperature=temperature, **options) for _ in range(2)
@@ -272,7 +268,7 @@ def test_another_tokenizer_is_found_out(tiny, served, models):
 def test_a_server_that_gives_fewer_candidates_is_found_out(tiny, served, models):
     with FaultProxy(served["addition"][0].url) as fewer:
         fewer.fault = Fault("limit_4", only=lambda r: r.path == "/v1/completions" and b'"prompt_logprobs": 5' in r.body)
-        with pytest.raises(ValueError, match=r"^--support_k 5: --teacher addition: .* --max-logprobs 5"):
+        with pytest.raises(ValueError, match=r"^--support_k: --teacher addition: .* not give 5 candidates .* --max-logprobs 5"):
             checked(tiny, served, urls=[fewer.url])
 
 
