@@ -161,7 +161,7 @@ def test_one_served_and_one_colocated_with_mixture_weights_streamed_or_not(serve
             for rollout in MIXED[::-1]:  # as they finish
                 pool.hear(rollout)
             end = time.monotonic() + 60
-            while not all(future.done() for future in pool._under_way.values()):
+            while not all(asked.future.done() for asked in pool._under_way.values()):
                 assert time.monotonic() < end
                 time.sleep(0.01)
         else:
