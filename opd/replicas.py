@@ -43,6 +43,7 @@ GIB = 1 << 30
 START_SECONDS = 1800.0  # a large model reads its weights from a slow disk
 ASK_SECONDS = 120.0  # vLLM compiles at its first question
 END_SECONDS = 5.0  # from SIGTERM to the end of all that a server has started; then SIGKILL
+REAP_SECONDS = 30.0  # for the kernel to take a killed process away, on a machine that is busy
 POLL_SECONDS = 0.1
 LOG_LINES = 15  # of a server that failed
 
@@ -134,7 +135,7 @@ class Replica:
     def kill(self) -> None:
         """SIGKILL to the server and all that it has started; returns when it is gone."""
         process_group.end(self.process.pid, 0)
-        self.process.wait(END_SECONDS)
+        self.process.wait(REAP_SECONDS)
 
     def stop(self) -> None:
         """Ends it in order, and by force what does not end within END_SECONDS."""
