@@ -7,8 +7,9 @@ import pytest
 
 from opd import sample_ledger
 from opd.replicas import serving
+from tests.test_metrics import documented_keys, undocumented
 from tests.test_standalone import key, models  # noqa: F401 - fixtures
-from tests.test_trainers import command, losses_of, metrics_of, parameter_hash, start, succeed
+from tests.test_trainers import ROOT, command, losses_of, metrics_of, parameter_hash, start, succeed
 
 pytestmark = pytest.mark.e2e
 STEPS = 5
@@ -70,6 +71,9 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     trained = [row for row in metrics_of(stale) if row["step"] > 0]
     assert max(row["staleness/policy_lag_max"] for row in trained) <= 2
     assert all(0 <= row["perf/trainer_idle"] <= 1 for row in trained)
+    emitted = {key for row in trained for key in row if key != "step"}
+    assert not undocumented(emitted, documented_keys(ROOT / "docs" / "metrics.md"))
+    assert {"rollout/waited_s", "rollout/ready", "rollout/in_flight", "rollout/push_pause_s"} <= emitted
 
 
 def test_servers_that_the_trainer_starts_are_gone_with_it(models, tmp_path):  # noqa: F811

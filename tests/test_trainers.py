@@ -303,7 +303,9 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     runs = [full_run[0], *(tmp_path / name for name in (*forms, "seq_kd"))]
     emitted = {key for run_dir in runs for row in metrics_of(run_dir) for key in row}
     never = {key for key, pattern in documented.items() if not any(map(pattern.fullmatch, emitted))}
-    elsewhere = ("mem/gpu", "teacher/")  # a GPU, served teachers
+    # a GPU, served teachers, the asynchronous mode
+    elsewhere = ("mem/gpu", "teacher/", "rollout/waited_s", "rollout/ready", "rollout/in_flight", "rollout/server_retries",
+                 "rollout/push_", "perf/trainer_idle")  # fmt: skip
     assert all(key.startswith(elsewhere) for key in never), f"documented, but no run emits {never}"
     pg, topk = metrics_of(tmp_path / "pg"), metrics_of(tmp_path / "topk")
     assert {"distill/clip_fraction", "rollout/reward", "mismatch/weight_mean"} <= pg[0].keys()
