@@ -71,7 +71,7 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     trained = [row for row in metrics_of(stale) if row["step"] > 0]
     assert max(row["staleness/policy_lag_max"] for row in trained) <= 2
     assert all(0 <= row["perf/trainer_idle"] <= 1 for row in trained)
-    emitted = {key for row in trained for key in row if key != "step"}
+    emitted = {name for row in trained for name in row if name != "step"}
     assert not undocumented(emitted, documented_keys(ROOT / "docs" / "metrics.md"))
     assert {"rollout/waited_s", "rollout/ready", "rollout/in_flight", "rollout/push_pause_s"} <= emitted
 
