@@ -159,7 +159,7 @@ def test_a_run_survives_its_servers(models, tmp_path, key):
 # ---- Faults at every point of a step ---------------------------------------------------------------------------------
 
 # The points that a step passes, and how often before the fault strikes: at least one step of each start is done by then.
-# Those of a checkpoint are struck in test_checkpoint.py, those of the asynchronous mode in test_async_runs.py and test_rollout_server.py.
+# Those of a checkpoint are struck in test_checkpoint.py, those of the asynchronous mode elsewhere too.
 ELSEWHERE = ("save.", "ahead.", "push.")
 PASSES = {"teachers.submit": 6, "teachers.request": 6, "teachers.answer": 6, "backward": 4, "sync.before": 3}
 
