@@ -186,22 +186,23 @@ def main(run: Run) -> None:
     # Loop
     for step in range(state.step, cfg.run.num_steps):
         started = time.perf_counter()
-        with colocation.step(step), metrics.timed("step"), saves_on_failure(run, student.save_shards, state):
+        with colocation.step(step), metrics.timed("step"):
             prompts = run.prompt_batch(step)  # P prompts of this rank
             on_policy = is_on_policy(step, cfg)
 
-            with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
-                if on_policy:
-                    rollouts = rollout_engine.generate(
-                        prompts, step, with_logprobs=run.checks_parity(step), on_finished=teachers.hear
-                    )
-                else:
-                    rollouts = dataset_rollouts(
-                        prompts, step, eos_ids=run.facts.student.eos_ids, policy_version=state.policy_version
-                    )
+            with saves_on_failure(run, student.save_shards, state):  # no weight has changed yet
+                with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
+                    if on_policy:
+                        rollouts = rollout_engine.generate(
+                            prompts, step, with_logprobs=run.checks_parity(step), on_finished=teachers.hear
+                        )
+                    else:
+                        rollouts = dataset_rollouts(
+                            prompts, step, eos_ids=run.facts.student.eos_ids, policy_version=state.policy_version
+                        )
 
-            with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
-                scores = teachers.score(rollouts)
+                with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
+                    scores = teachers.score(rollouts)
 
             micro_batches = make_micro_batches(
                 rollouts, scores,

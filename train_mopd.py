@@ -187,18 +187,19 @@ def main(run: Run) -> None:
     # Loop
     for step in range(state.step, cfg.run.num_steps):
         started = time.perf_counter()
-        with colocation.step(step), metrics.timed("step"), saves_on_failure(run, save_shards, state):
+        with colocation.step(step), metrics.timed("step"):
             prompts = run.prompt_batch(step)  # P prompts of this rank, mixed domains
 
-            with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
-                rollouts = rollout_engine.generate(  # P * G responses
-                    prompts, step, with_logprobs=run.reads_logprobs(step), on_finished=teachers.hear
-                )
-                if cfg.loss.reward_weight > 0:
-                    rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
+            with saves_on_failure(run, save_shards, state):  # no weight has changed yet
+                with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
+                    rollouts = rollout_engine.generate(  # P * G responses
+                        prompts, step, with_logprobs=run.reads_logprobs(step), on_finished=teachers.hear
+                    )
+                    if cfg.loss.reward_weight > 0:
+                        rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
 
-            with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
-                scores = teachers.score(rollouts)  # by each rollout's own domain
+                with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
+                    scores = teachers.score(rollouts)  # by each rollout's own domain
 
             micro_batches = make_micro_batches(
                 rollouts, scores,

@@ -311,10 +311,10 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 @contextmanager
 def saves_on_failure(run: Run, save_shards: Callable[[Path], None], state: LoopState):
-    """Around a step. If all ranks stop in it, as without a teacher, they save what the steps before it have learned.
+    """Around the part of a step before its update. If all ranks stop there, as without a teacher, they save `state`.
 
-    Ranks agree on errors before the update only, so the weights are those of `state`. A run that has no step to save starts
-    afresh, and repeats what it did.
+    The weights must be those of `state`: a checkpoint after the update would train on the step twice. A run that has no step to
+    save starts afresh, and repeats what it did.
     """
     try:
         yield
