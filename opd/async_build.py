@@ -14,11 +14,10 @@ from torch import Tensor
 from opd import distributed, weight_push, weight_store
 from opd.async_rollout import AsyncRolloutEngine, push_from_rank_0
 from opd.metrics import say
+from opd.protocols import TOKEN_VARIABLE
 from opd.replicas import serving
 from opd.run import Run
-from opd.run_files import warn
 
-TOKEN_VARIABLE = "OPD_SERVER_TOKEN"
 LEASE_S = 60.0  # a server whose trainer died in a push goes on after so long
 PUSH_DEADLINE_S = 600.0  # of one server
 
@@ -80,9 +79,6 @@ def _pusher(
         report = weight_push.push(
             urls, version, fence, token, mode="keep" if keeps else "abort", lease_s=LEASE_S, deadline_s=PUSH_DEADLINE_S
         )
-        for replica in report.replicas:
-            if not replica.ok:
-                warn(f"weights of version {version} did not reach {replica.url}: {replica.error}; until they do it is not asked")
         return {"bytes": published.bytes, "pause_s": max(replica.pause_s for replica in report.replicas if replica.ok)}
 
     return publish_and_push

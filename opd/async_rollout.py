@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for_futures
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,7 @@ from opd.rollout import places_of, sample_id_of, sample_seed
 from opd.servers import ReplicaPool
 from opd.transport import Call
 from opd.types import Prompt, Rollout
-from opd.wire import ABOVE_ZERO, BadAnswer
+from opd.wire import ABOVE_ZERO, BadAnswer, metric
 
 Push = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]  # (parameters, version) -> metrics; collective
 
@@ -80,7 +79,7 @@ class AsyncRolloutEngine:
         )  # fmt: skip
         self.pool = ReplicaPool(
             "rollout", urls, probe=self._call("probe", [2, 3], 0, 1, 1.0, False, self._read_probe), limits=limits,
-            api_key=token, progress=Call("/metrics", read=_engine_steps),
+            api_key=token, progress=Call("/metrics", read=functools.partial(metric, name="opd_engine_steps_total")),
         )  # fmt: skip
         self.pool.excused = True  # without weights, a server answers nothing
         self._lock = threading.RLock()
@@ -101,7 +100,7 @@ class AsyncRolloutEngine:
         samples = self._issued[step]
         assert [p.prompt_id for p in prompts] == [at.prompt.prompt_id for at, _ in samples[:: self.cfg.num_generations]]
         started = time.perf_counter()
-        rollouts = self._wait([landing for _, landing in samples])
+        rollouts = self.pool.collect([landing for _, landing in samples])
         self.waited_s = time.perf_counter() - started
         del self._issued[step]
         return rollouts
@@ -183,6 +182,8 @@ class AsyncRolloutEngine:
 
     def _arrived(self, at: _Place, landing: Future, future: Future) -> None:
         """In the pool's thread. Text that a push cut off is not kept: its prompt is sent again."""
+        if landing.cancelled():  # its step was given up
+            return
         try:
             answer = future.result(timeout=0)
             if answer.finish_reason == "aborted":
@@ -209,14 +210,6 @@ class AsyncRolloutEngine:
                 for _, landing in samples:
                     if landing.done() and landing.exception(timeout=0) is None:
                         on_finished(landing.result(timeout=0))
-
-    def _wait(self, landings: list[Future]) -> list[Rollout]:
-        pending = set(landings)
-        while pending:
-            done, pending = wait_for_futures(pending, timeout=1.0, return_when="FIRST_EXCEPTION")
-            for landing in done:
-                landing.result(timeout=0)
-        return [landing.result(timeout=0) for landing in landings]
 
     @property
     def ready(self) -> int:
@@ -317,13 +310,6 @@ class AsyncRolloutEngine:
             policy_version=min(version for version, _, _ in answer.spans),
             policy_spans=tuple(tuple(span) for span in answer.spans),
         )
-
-
-def _engine_steps(body: bytes) -> float:
-    for line in body.decode(errors="replace").splitlines():
-        if line.startswith("opd_engine_steps_total "):
-            return float(line.split()[1])
-    raise BadAnswer("its metrics have no opd_engine_steps_total")
 
 
 def push_from_rank_0(publish_and_push: Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]) -> Push:

@@ -7,7 +7,6 @@ may have.
 
 import asyncio
 import hmac
-import ipaddress
 import json
 import os
 import signal
@@ -23,9 +22,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
+from opd.protocols import TOKEN_VARIABLE, is_loopback
 from opd.rows import one_line
 
-TOKEN_VARIABLE, SHORTEST_TOKEN = "OPD_SERVER_TOKEN", 16
+SHORTEST_TOKEN = 16
 READ_SECONDS = 30.0  # for a client to send a body
 END_SECONDS = 5  # for answers under way when the server is told to end
 
@@ -131,11 +131,7 @@ def read_token() -> str | None:
 
 def check_host(host: str, token: str | None) -> None:
     """ValueError for a host that others reach, unless they need a token."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and token is None:
+    if not is_loopback(host) and token is None:
         raise ValueError(
             f"--host {host}: other machines would reach a server that asks for no token; put one of at least "
             f"{SHORTEST_TOKEN} characters into {TOKEN_VARIABLE}, or listen on 127.0.0.1 and use a tunnel (ssh -L)"

@@ -14,12 +14,13 @@ from typing import Any
 
 import msgspec
 
-from opd.logprob_wire import PROTOCOL, LogprobQuestion, Logprobs, decode_logprobs
+from opd.logprob_wire import LogprobQuestion, Logprobs, decode_logprobs
+from opd.protocols import LOGPROB
 from opd.replica import Limits, Stats
 from opd.servers import ReplicaPool
 from opd.transport import Call
 from opd.types import Rollout
-from opd.wire import BadAnswer
+from opd.wire import BadAnswer, metric
 
 NAME = "log-prob servers"
 PROBE = LogprobQuestion([2], [3])  # one token: the engine has to compute it
@@ -88,12 +89,7 @@ def _call(question: LogprobQuestion, request_id: str = "") -> Call:
 
 def _progress(body: bytes) -> float:
     """A number that grows while the engine moves: its batches; or the clock, while a trainer holds it."""
-    values = dict(line.split(" ", 1) for line in body.decode(errors="replace").splitlines() if line[:4] == "opd_")
-    try:
-        batches, paused = float(values["opd_batches_total"]), float(values["opd_paused"])
-    except (KeyError, ValueError):
-        raise BadAnswer("its metrics do not say batches and pauses") from None
-    return batches + (time.monotonic() if paused else 0.0)
+    return metric(body, "opd_batches_total") + (time.monotonic() if metric(body, "opd_paused") else 0.0)
 
 
 class _Version(msgspec.Struct):
@@ -106,6 +102,6 @@ def _read_version(body: bytes) -> int | None:
         found = msgspec.json.decode(body, type=_Version)
     except msgspec.MsgspecError as error:
         raise BadAnswer(f"no server with weights: {error}") from None
-    if found.protocol != PROTOCOL:
-        raise BadAnswer(f"protocol {found.protocol} instead of {PROTOCOL}")
+    if found.protocol != LOGPROB:
+        raise BadAnswer(f"protocol {found.protocol} instead of {LOGPROB}")
     return found.weights

@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 
 from opd.heads import logit_form
-from opd.http_service import TOKEN_VARIABLE, bind, check_host, leave_on_signals, run_main, serve_app
+from opd.http_service import bind, check_host, leave_on_signals, run_main, serve_app
 from opd.logprob_engine import LogprobScorer, load_model
 from opd.logprob_routes import EngineHolder, Service
-from opd.logprob_wire import PROTOCOL
+from opd.protocols import LOGPROB, TOKEN_VARIABLE
 from opd.scoring import BatchLimits, ScoringThread
 from opd.server_control import Control, WeightsGate
 from opd.shapes import read_model
@@ -101,7 +101,7 @@ def serve(argv: list[str], token: str | None) -> None:
     limits = BatchLimits(args.max_tokens_per_batch, args.max_tokens_per_batch, args.batch_wait_ms / 1000)
     engine = ScoringThread(functools.partial(build_scorer, args), limits)
     gate = WeightsGate(engine.ready.result(timeout=LOAD_SECONDS).version)
-    control = Control(gate, EngineHolder(engine), args.weights_dir, protocol=PROTOCOL, token=token)
+    control = Control(gate, EngineHolder(engine), args.weights_dir, protocol=LOGPROB, token=token)
     app = Service(engine, control, max_model_len=max_model_len, max_waiting=args.max_waiting).app(token)
     asyncio.run(serve_app(app, bound, Path(args.model).name))
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from opd.wire import ABOVE_ZERO, HEADER_BYTES, BadAnswer, checked, encode_ids
 
-PROTOCOL = "opd-logprob-1"
 VERSION_HEADER = "X-Weights-Version"
 FIELDS = ("logprobs", "entropy")
 

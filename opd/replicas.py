@@ -32,12 +32,13 @@ from typing import Literal
 import psutil
 
 from opd import process_group, wire
+from opd.protocols import LOGPROB, ROLLOUT, TOKEN_VARIABLE
 from opd.student import resolve_dtype
 from opd.vllm_process import ENVIRONMENT
 
 Protocol = Literal["binary", "json", "rollout", "logprob"]
 # Servers of the student: protocol -> what they say at /version.
-PUSHED = {"rollout": "opd-rollout-1", "logprob": "opd-logprob-1"}
+PUSHED = {"rollout": ROLLOUT, "logprob": LOGPROB}
 
 GIB = 1 << 30
 START_SECONDS = 1800.0  # a large model reads its weights from a slow disk
@@ -112,7 +113,7 @@ class ServerOptions:
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
         env |= {**ENVIRONMENT, **LOOPBACK_ONLY}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), env.get("PYTHONPATH")]))
-        if token := env.get("OPD_SERVER_TOKEN"):
+        if token := env.get(TOKEN_VARIABLE):
             env["VLLM_API_KEY"] = token
         if gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -193,7 +194,7 @@ class Replica:
             body = json.dumps(wire.completion_request(PROBE, self.options.name)).encode()
             path, decode = "/v1/completions", wire.decode_completion
         headers = {"Content-Type": "application/json" if protocol == "json" else "application/octet-stream"}
-        if token := os.environ.get("OPD_SERVER_TOKEN"):
+        if token := os.environ.get(TOKEN_VARIABLE):
             headers["Authorization"] = f"Bearer {token}"
         direct = urllib.request.build_opener(
             urllib.request.ProxyHandler({})

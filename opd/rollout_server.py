@@ -31,13 +31,13 @@ from starlette.requests import ClientDisconnect
 from transformers import AutoConfig
 
 from opd import http_service
+from opd.protocols import ROLLOUT
 from opd.rollout_engine import RolloutEngine, Sampling
 from opd.rows import one_line
 from opd.server_control import Control, WeightsGate
 from opd.shapes import check_path, load_part
 from opd.student import resolve_dtype
 
-PROTOCOL = "opd-rollout-1"
 ANSWER_SECONDS = 3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
 WARM_UP_SECONDS = 600.0  # for the engine to compile
 END_SECONDS = 1  # for answers under way when the server is told to end: their client asks again elsewhere
@@ -214,7 +214,7 @@ async def _serve(args: argparse.Namespace, token: str | None, bound, vocab_size:
     )  # fmt: skip
     async with asyncio.timeout(WARM_UP_SECONDS):
         await engine.warm_up()
-    control = Control(WeightsGate(version), engine, args.weights_dir, protocol=PROTOCOL, token=token)
+    control = Control(WeightsGate(version), engine, args.weights_dir, protocol=ROLLOUT, token=token)
     app = Service(engine, control, vocab_size=vocab_size, max_model_len=max_model_len).app(token)
     await http_service.serve_app(app, bound, args.name, END_SECONDS)
 

@@ -12,12 +12,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.requests import ClientDisconnect
 
 from opd.http_service import RequireToken, new_app, read_body, read_json, unless_gone
+from opd.protocols import SCORING
 from opd.rows import one_line
 from opd.scoring import ScoringThread
 from opd.types import TeacherPayload
 from opd.wire import Question, decode_ids, stream_arrays
 
-PROTOCOL = "opd-scoring-1"
 ANSWER_SECONDS = 600.0  # for the engine to compute; clients have shorter deadlines of their own
 BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than the context
 BINARY = "application/octet-stream"
@@ -58,7 +58,7 @@ class Service:
         return Response()
 
     async def version(self) -> dict[str, str]:
-        return {"version": "1", "protocol": PROTOCOL}
+        return {"version": "1", "protocol": SCORING}
 
     async def models(self) -> dict[str, Any]:
         served = self.served

@@ -33,8 +33,9 @@ from transformers import AutoTokenizer
 from opd.content import content_hash
 from opd.heads import load_head
 from opd.hf_engine import HFEngine
-from opd.http_service import TOKEN_VARIABLE, bind, check_host, leave_on_signals, run_main, serve_app
+from opd.http_service import bind, check_host, leave_on_signals, run_main, serve_app
 from opd.preflight import ModelFact, read_fact
+from opd.protocols import TOKEN_VARIABLE
 from opd.scoring import BatchLimits, Scorer, ScoringThread, join_alone
 from opd.scoring_routes import ModelInfo, Service
 from opd.shapes import check_path, load_part

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from opd.protocols import TOKEN_VARIABLE
 from opd.replicas import POLL_SECONDS, START_SECONDS, Replica, StartError, serving
 from opd.rows import one_line
 from opd.shapes import check_path
 
 PLAIN_SCALAR = re.compile(r"[A-Za-z/~][\w./~+-]*")  # what YAML reads as the text that it is; with true and null below
-TOKEN_VARIABLE = "OPD_SERVER_TOKEN"  # whose value the servers ask for, where it is set
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "null", "~"}
 
 

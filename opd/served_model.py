@@ -8,7 +8,6 @@ pool: a replica that comes back with another model does not come back into the r
 
 import functools
 import json
-import math
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd.content import content_hash
+from opd.protocols import SCORING, is_loopback
 from opd.replica import Limits
 from opd.servers import ReplicaPool
 from opd.transport import Call, Rejected
-from opd.wire import BadAnswer, Question, completion_request, decode_completion, decode_scores, encode_ids
+from opd.wire import BadAnswer, Question, completion_request, decode_completion, decode_scores, encode_ids, metric
 
 Protocol = Literal["json", "binary"]
 
@@ -27,7 +27,6 @@ Protocol = Literal["json", "binary"]
 CANARY = Question(prompt_ids=[7, 2, 9, 4], response_ids=[3, 8, 2, 6, 9, 5], payload="sampled", support_k=0, vocab=10)
 CANARY_TOLERANCE = 0.2  # nats, of the mean difference: in bfloat16 logits of 16 are .125 apart
 PROBE_TEXT = "Tokens: 12 + 34 = 46, naïve café\n\tdef f(x):\n        return x ** 2  # 你好"
-BINARY_PROTOCOL = "opd-scoring-1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +98,7 @@ def progress_call(model: ServedModel) -> Call:
     """The engine's own count of steps, from its metrics: it grows while a full server answers nothing."""
     names = {"json": "vllm:iteration_tokens_total_count", "binary": "opd_batches_total"}
 
-    def read(body: bytes) -> float:
-        lines = [line for line in body.decode(errors="replace").splitlines() if line.startswith(names[model.protocol])]
-        if not lines:
-            raise BadAnswer(f"its metrics have no {names[model.protocol]}")
-        try:
-            return math.fsum(float(line.rpartition(" ")[2]) for line in lines)
-        except ValueError:
-            raise BadAnswer(f"its {names[model.protocol]} is not a number") from None
-
-    return Call("/metrics", read=read, most_bytes=1 << 22)
+    return Call("/metrics", read=functools.partial(metric, name=names[model.protocol]), most_bytes=1 << 22)
 
 
 def open_pool(name: str, urls: Sequence[str], model: ServedModel, limits: Limits, api_key: str | None) -> ReplicaPool:
@@ -126,9 +116,7 @@ def inspect_replicas(flag: str, urls: Sequence[str], model: str, api_key: str | 
 
     `model` is the name to use where a server has several; empty or a local directory where it has one.
     """
-    # Nobody is in rotation or out of it yet, so no probes: the pool is only asked directly.
-    quiet = Limits(probe_every_s=1e6)
-    with ReplicaPool(flag, urls, probe=Call("/health"), limits=quiet, api_key=api_key) as pool:
+    with _asked_directly(flag, urls, api_key) as pool:
 
         def ask(call: Call, what: str) -> dict[str, Any]:
             answers = pool.ask_each(call, timeout_s)
@@ -144,7 +132,7 @@ def inspect_replicas(flag: str, urls: Sequence[str], model: str, api_key: str | 
 
         versions = ask(_json_call("/version"), "cannot be reached")
         found = {
-            url: "binary" if version.get("protocol") == BINARY_PROTOCOL else "json" for url, version in versions.items()
+            url: "binary" if version.get("protocol") == SCORING else "json" for url, version in versions.items()
         }
         protocol = _agreed(flag, "protocol", found)
         listed = ask(_json_call("/v1/models"), "does not list its models")
@@ -176,7 +164,7 @@ def inspect_replicas(flag: str, urls: Sequence[str], model: str, api_key: str | 
 
 def check_support_k(flag: str, urls: Sequence[str], model: ServedModel, question: Question, api_key: str | None) -> None:
     """Asks every replica for as many candidates as the run will; ValueError if one gives fewer."""
-    with ReplicaPool(flag, urls, probe=Call("/health"), limits=Limits(probe_every_s=1e6), api_key=api_key) as pool:
+    with _asked_directly(flag, urls, api_key) as pool:
         for url, answer in pool.ask_each(score_call(model, model.protocol, question)).items():
             if isinstance(answer, Exception):
                 raise ValueError(
@@ -184,6 +172,11 @@ def check_support_k(flag: str, urls: Sequence[str], model: ServedModel, question
                     f"--max-logprobs {question.support_k} (scripts/serve_teacher.sh: --max_logprobs), or lower --support_k "
                     f"({answer})"
                 )
+
+
+def _asked_directly(flag: str, urls: Sequence[str], api_key: str | None) -> ReplicaPool:
+    """A pool for `ask_each` only: it probes nobody, since nobody is in a rotation yet."""
+    return ReplicaPool(flag, urls, probe=Call("/health"), limits=Limits(probe_every_s=1e6), api_key=api_key)
 
 
 def _json_call(path: str) -> Call:
@@ -212,9 +205,9 @@ def _agreed(flag: str, what: str, by_url: dict[str, Any]) -> Any:
 
 def _content_here(urls: Sequence[str], roots: Sequence[str | None]) -> str | None:
     """What a vLLM server of this very machine serves: it says which directory, and what lies there can be read."""
-    hosts = {urllib.parse.urlsplit(url).hostname for url in urls}
+    is_here = all(is_loopback(urllib.parse.urlsplit(url).hostname) for url in urls)
     root = roots[0]
-    if not hosts <= {"127.0.0.1", "localhost", "::1"} or len(set(roots)) != 1 or not root or not Path(root).is_dir():
+    if not is_here or len(set(roots)) != 1 or not root or not Path(root).is_dir():
         return None
     try:
         return content_hash(root)

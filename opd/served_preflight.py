@@ -1,15 +1,14 @@
 """Whether the served teachers fit the run: asked of their servers before a weight is loaded. ValueError with one line each."""
 
-import contextlib
-import ipaddress
 import os
 import urllib.parse
 from dataclasses import replace
 
 from opd.config import TeacherSpec
 from opd.content import content_hash
-from opd.distillation import payload_of, support_of
+from opd.distillation import support_of
 from opd.preflight import ModelFacts
+from opd.protocols import is_loopback
 from opd.replica import Limits
 from opd.run_files import warn
 from opd.served_model import PROBE_TEXT, ServedModel, check_support_k, inspect_replicas
@@ -32,9 +31,7 @@ def api_key_of(spec: TeacherSpec) -> str | None:
 def is_private(url: str) -> bool:
     """Whether nobody on the way can read what is sent there: over https, and to this machine itself."""
     parts = urllib.parse.urlsplit(url)
-    with contextlib.suppress(ValueError):
-        return parts.scheme == "https" or ipaddress.ip_address(parts.hostname or "").is_loopback
-    return parts.hostname == "localhost"
+    return parts.scheme == "https" or is_loopback(parts.hostname)
 
 
 def check_served(config, tokenizer, facts: ModelFacts) -> tuple[ModelFacts, dict[str, ServedModel]]:
@@ -126,10 +123,9 @@ def _check_support(config, spec: TeacherSpec, model: ServedModel, shared_vocab: 
         return
     if model.max_support_k is not None and k > model.max_support_k:
         raise ValueError(
-            f"--support_k {k}: {flag}: {spec.urls[0]} gives at most {model.max_support_k}; start it with "
-            f"--max_support_k {k}, or lower --support_k"
+            f"--support_k {config.loss.support_k}: {flag}: {spec.urls[0]} gives at most {model.max_support_k} candidates of a "
+            f"token; start it with --max_support_k {k}, or lower --support_k"
         )
-    assert payload_of(config.loss) != "sampled"
     if model.protocol == "json":
         question = Question(prompt_ids=list(range(2, 9)), response_ids=[9], payload="topk", support_k=k, vocab=shared_vocab)
         check_support_k(flag, spec.urls, model, question, api_key_of(spec))

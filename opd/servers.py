@@ -201,9 +201,9 @@ class ReplicaPool(contextlib.AbstractContextManager):
             self.stats.most_inflight = max(self.stats.most_inflight, sum(len(r.inflight) for r in self.replicas))
 
     async def _attempt(self, replica: Replica, pending: _Pending) -> Any:
-        fault_point("teachers.request")
+        fault_point("pool.request")
         value = await self._transport.ask(replica.url, pending.call, self._patience.of(pending.timeouts))
-        fault_point("teachers.answer")
+        fault_point("pool.answer")
         return value
 
     def _ended(self, replica: Replica, pending: _Pending, task: asyncio.Task) -> None:

@@ -205,6 +205,23 @@ def decode_completion(body: bytes, question: Question) -> dict[str, Tensor]:
     return checked(arrays, question)
 
 
+# ---- Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def metric(body: bytes, name: str) -> float:
+    """The value of a metric in Prometheus' text form, summed over its labels. Raises BadAnswer if there is none.
+
+    Example: `metric(b'steps{engine="0"} 3\nsteps{engine="1"} 4', "steps")` is 7.
+    """
+    lines = [line for line in body.decode(errors="replace").splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+    if not lines:
+        raise BadAnswer(f"its metrics have no {name}")
+    try:
+        return math.fsum(float(line.rpartition(" ")[2]) for line in lines)
+    except ValueError:
+        raise BadAnswer(f"its {name} is not a number") from None
+
+
 # ---- What is believed ------------------------------------------------------------------------------------------------
 
 

@@ -21,8 +21,9 @@ from opd import wire
 from opd.logprob_client import LogprobServers
 from opd.logprob_engine import LogprobScorer, load_model
 from opd.logprob_routes import EngineHolder, Service
-from opd.logprob_wire import PROTOCOL, LogprobQuestion, decode_logprobs, encode_logprobs
+from opd.logprob_wire import LogprobQuestion, decode_logprobs, encode_logprobs
 from opd.padding import collate
+from opd.protocols import LOGPROB
 from opd.replica import Limits
 from opd.replicas import ServerOptions, serving, start_replica, stop_all
 from opd.scoring import BatchLimits, ScoringThread
@@ -176,7 +177,7 @@ def fresh(pair, weights) -> tuple[list[str], int, int]:
 
 
 def test_it_serves_nothing_before_the_first_push(pair):
-    assert state(pair[0]) == {"version": "1", "protocol": PROTOCOL, "weights": None, "state": "stale", "fence": 0}
+    assert state(pair[0]) == {"version": "1", "protocol": LOGPROB, "weights": None, "state": "stale", "fence": 0}
     answer = raw(pair[0], question())
     assert (answer.status_code, answer.json()) == (503, {"error": "stale"})
     assert metrics(pair[0])["opd_weights_version"] == -1
@@ -460,7 +461,7 @@ def test_a_full_queue_is_429(slow):
 def test_without_a_token_nobody_changes_weights(scorer, tmp_path):
     engine = ScoringThread(lambda: scorer, BatchLimits())
     engine.ready.result(DEADLINE)
-    control = Control(WeightsGate(0), EngineHolder(engine), tmp_path, protocol=PROTOCOL, token=None)
+    control = Control(WeightsGate(0), EngineHolder(engine), tmp_path, protocol=LOGPROB, token=None)
     app = Service(engine, control, max_model_len=CONTEXT, max_waiting=4).app(None)
 
     async def statuses():

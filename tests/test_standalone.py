@@ -161,7 +161,7 @@ def test_a_run_survives_its_servers(models, tmp_path, key):
 # The points that a step passes, and how often before the fault strikes: at least one step of each start is done by then.
 # Those of a checkpoint are struck in test_checkpoint.py, those of the asynchronous mode elsewhere too.
 ELSEWHERE = ("save.", "ahead.", "push.")
-PASSES = {"teachers.submit": 6, "teachers.request": 6, "teachers.answer": 6, "backward": 4, "sync.before": 3}
+PASSES = {"teachers.submit": 6, "pool.request": 6, "pool.answer": 6, "backward": 4, "sync.before": 3}
 
 
 def test_a_run_killed_at_every_point_of_a_step_is_the_undisturbed_one(models, tmp_path):
