@@ -46,6 +46,12 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     calm = tmp_path / "sync"
     succeed(command(models, calm, "--num_steps", str(STEPS)))
 
+    # A push that fails comes after the update: the weights are not those of any step that is done, and are not saved as such.
+    failed = tmp_path / "push_fails"
+    stopped = start(launch(models, failed, servers, "--max_staleness", "0"), OPD_FAULT="push.paused:raise@5")
+    assert stopped.returncode == 1 and "pushing weights of version 2 failed" in stopped.stderr, stopped.stderr[-2000:]
+    assert not list((failed / "checkpoints").iterdir())
+
     # Staleness 0 is the synchronous run, bit for bit; killed in the middle of a step and resumed, too.
     same = tmp_path / "staleness_0"
     arguments = launch(models, same, servers, "--max_staleness", "0", "--save_every", "2")

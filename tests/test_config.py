@@ -273,8 +273,11 @@ def test_served_teachers_that_cannot_be(specs, message, monkeypatch):
 
 
 def test_one_server_may_serve_two_teachers_by_their_models():
-    config = dataclasses.replace(validated(), teachers=(served("a", A, model="one"), served("b", A, model="two")))
-    validate_common(config)
+    def both(*models: str):
+        return [served(name, A, model=model) for name, model in zip("ab", models, strict=True)]
+
+    assert "duplicate URL" in refused(*both("one", "one"))
+    validate_common(dataclasses.replace(validated(), teachers=tuple(both("one", "two"))))  # raises nothing
 
 
 def test_standalone_needs_a_served_teacher():

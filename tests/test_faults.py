@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,15 @@ def test_a_typo_is_refused_at_start(fault, rank, message, monkeypatch):
 
 @pytest.mark.parametrize("point", faults.POINTS)
 def test_every_point_may_be_struck(point, monkeypatch):
-    for rank in ("0", "7", "all"):
-        monkeypatch.setenv("OPD_FAULT", f"{point}:stop@2")
+    """What `check` lets pass strikes: the second time, there and nowhere else, on the ranks that are named."""
+    other = next(name for name in faults.POINTS if name != point)
+    for rank, strikes in (("0", True), ("7", False), ("all", True)):
+        monkeypatch.setattr(faults, "_last", ("", 0))
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("OPD_FAULT", f"{point}:raise@2")
         monkeypatch.setenv("OPD_FAULT_RANK", rank)
         faults.check()
-    monkeypatch.delenv("OPD_FAULT")
-    faults.check()
+        for name in (point, other, other):
+            faults.fault_point(name)
+        with pytest.raises(RuntimeError, match=f"fault injected at {point}$") if strikes else nullcontext():
+            faults.fault_point(point)

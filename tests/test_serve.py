@@ -76,7 +76,8 @@ def test_a_leader_that_is_killed_takes_its_group_along(tmp_path):
 def test_a_group_that_ignores_sigterm_is_ended_by_force(tmp_path):
     process = start_family(tmp_path)
     process_group.end(process.pid, 0.3)
-    wait_until(lambda: process.poll() is not None and not process_group.members(process.pid), DEADLINE, "the end")
+    assert process.wait(DEADLINE) == -signal.SIGKILL
+    assert not process_group.members(process.pid)
     process_group.end(process.pid)  # what has ended is no error
 
 
