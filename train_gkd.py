@@ -46,7 +46,7 @@ from opd.run import (
 )
 from opd.run_files import replace_text
 from opd.sample_ledger import SampleLedger, rows_of
-from opd.step_log import log_step, log_teachers
+from opd.step_log import log_servers, log_step
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch
@@ -209,14 +209,13 @@ def main(run: Run) -> None:
                 micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
                 packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
-            trained_on = rows_of(rollouts, scores, step=step + 1)
+            trained_on = rows_of(rollouts, scores, step=step + 1)  # for the sample ledger, once it is true
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
                 if on_policy and run.checks_parity(step):
-                    sampled_at = cfg.rollout.temperature
-                    scored = [mb.with_old_logprobs(student.logprobs(mb, sampled_at)) for mb in micro_batches]
+                    scored = [mb.with_old_logprobs(student.logprobs(mb, cfg.rollout.temperature)) for mb in micro_batches]
                     log_mismatch(metrics, scored, cfg.loss, domains=run.domains)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
                     for mb in micro_batches:
@@ -237,7 +236,7 @@ def main(run: Run) -> None:
         metrics.add("distill/on_policy_share", float(on_policy))
         seconds = time.perf_counter() - started
         log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
-        log_teachers(metrics, teachers, seconds)
+        log_servers(metrics, teachers, rollout_engine, seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)

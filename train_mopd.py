@@ -21,12 +21,12 @@ B sequences, S padded length, N loss tokens of a micro-batch, C tokens of a chun
 import functools
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
 from opd import checkpoint, config, distributed, evaluation, rewards, weight_sync
 from opd.arguments import parse
-from opd.async_build import saves_buffer
 from opd.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers, restore
 from opd.colocation import Colocation
 from opd.distillation import compare
@@ -54,7 +54,7 @@ from opd.run import (
     user_errors,
 )
 from opd.sample_ledger import SampleLedger, rows_of
-from opd.step_log import log_ahead, log_step, log_teachers
+from opd.step_log import log_servers, log_step
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch, Rollout
@@ -170,11 +170,15 @@ def main(run: Run) -> None:
     colocation = Colocation(rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of)
     teachers = build_teacher_pool(run, engines, colocation.turns)
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
-    recomputes, sampled_at = cfg.loss.old_logprobs == "recompute", cfg.rollout.temperature
-    # Without an old policy of its own, the weights are those of the student of the moment.
-    logprob_temperature = sampled_at if corrects(cfg.loss) and cfg.loss.old_logprobs == "rollout" else None
-    save_shards = saves_buffer(student.save_shards, rollout_engine)
+    # The correction compares the sampler with an old policy of its own, or else with the student of the moment.
+    has_old_policy, temperature = cfg.loss.old_logprobs == "recompute", cfg.rollout.temperature
+    logprob_temperature = temperature if corrects(cfg.loss) and not has_old_policy else None
     inner_updates = cfg.batch.inner_updates
+
+    def save_parts(directory: Path) -> None:
+        """This rank's part of a checkpoint: its shards, and responses of coming steps if some are written already."""
+        student.save_shards(directory)
+        rollout_engine.save(directory)
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
@@ -190,7 +194,7 @@ def main(run: Run) -> None:
         with colocation.step(step), metrics.timed("step"):
             prompts = run.prompt_batch(step)  # P prompts of this rank, mixed domains
 
-            with saves_on_failure(run, save_shards, state):  # no weight has changed yet
+            with saves_on_failure(run, save_parts, state):  # no weight has changed yet
                 with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
                     rollouts = rollout_engine.generate(  # P * G responses
                         prompts, step, with_logprobs=run.reads_logprobs(step), on_finished=teachers.hear
@@ -206,13 +210,13 @@ def main(run: Run) -> None:
                 micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
                 packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
-            trained_on = rows_of(rollouts, scores, step=step + 1)
+            trained_on = rows_of(rollouts, scores, step=step + 1)  # for the sample ledger, once it is true
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
-                if recomputes or (run.checks_parity(step) and logprob_temperature is None):
-                    micro_batches = [mb.with_old_logprobs(student.logprobs(mb, sampled_at)) for mb in micro_batches]
+                if has_old_policy or (run.checks_parity(step) and logprob_temperature is None):
+                    micro_batches = [mb.with_old_logprobs(student.logprobs(mb, temperature)) for mb in micro_batches]
                     log_mismatch(metrics, micro_batches, cfg.loss, domains=run.domains)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
                     for mb in micro_batches:
@@ -222,9 +226,8 @@ def main(run: Run) -> None:
                         scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
                         student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
                         metrics.merge(out.metrics)
-                        if update == 0 and out.logprobs_N is not None:  # the student before the update: nothing to recompute
-                            scored = [mb.with_old_logprobs(out.logprobs_N)]
-                            log_mismatch(metrics, scored, cfg.loss, domains=run.domains)
+                        if update == 0 and out.logprobs_N is not None:  # the loss has computed them, before any update
+                            log_mismatch(metrics, [mb.with_old_logprobs(out.logprobs_N)], cfg.loss, domains=run.domains)
                     learning_rate = learning_rate_at(step + update / inner_updates, cfg.run.num_steps, cfg.optim)
                     grad_norm = student.step(learning_rate)
                 teachers.release_head()
@@ -237,15 +240,14 @@ def main(run: Run) -> None:
         metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
         seconds = time.perf_counter() - started
         log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
-        log_teachers(metrics, teachers, seconds)
-        log_ahead(metrics, rollout_engine, teachers, seconds)
+        log_servers(metrics, teachers, rollout_engine, seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)
         metrics.flush(state.step)  # before the checkpoint: a step that can be resumed from has its line
         if is_due(state.step, cfg.run.save_every, cfg.run.num_steps):
             with metrics.timed("checkpoint"):
-                checkpoint.save(run.run_dir, state, save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
+                checkpoint.save(run.run_dir, state, save_parts, run.fingerprint, keep=cfg.run.keep_checkpoints)
 
     # Finish
     rollout_engine.close()

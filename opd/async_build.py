@@ -1,6 +1,5 @@
 """The asynchronous rollout engine of a run: its servers, the folder through which weights reach them, and the pushes."""
 
-import json
 import os
 import secrets
 import shutil
@@ -47,9 +46,8 @@ def build_async_engine(run: Run, *, wants_logprobs: Callable[[int], bool]) -> As
             token=token,
         )  # fmt: skip
         engine.on_close = stack
-        kept = run.resume_from / buffer_file() if run.resume_from is not None else None
-        if kept is not None and kept.exists():
-            engine.restore(json.loads(kept.read_text()))
+        if run.resume_from is not None:
+            engine.load(run.resume_from)
     return engine
 
 
@@ -82,20 +80,3 @@ def _pusher(
         return {"bytes": published.bytes, "pause_s": max(replica.pause_s for replica in report.replicas if replica.ok)}
 
     return publish_and_push
-
-
-def buffer_file() -> str:
-    """A rank's part of a checkpoint: its finished samples that no step has trained on."""
-    return f"buffer_rank_{distributed.rank()}.json"
-
-
-def saves_buffer(save_shards: Callable[[Path], None], rollout_engine) -> Callable[[Path], None]:
-    """`save_shards`, and beside the shards the buffer of an engine that runs ahead."""
-    if not isinstance(rollout_engine, AsyncRolloutEngine):
-        return save_shards
-
-    def save(directory: Path) -> None:
-        save_shards(directory)
-        (directory / buffer_file()).write_text(json.dumps(rollout_engine.state()))
-
-    return save

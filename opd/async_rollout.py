@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -225,6 +226,16 @@ class AsyncRolloutEngine:
 
     # ---- A checkpoint's part ----
 
+    def save(self, directory: Path) -> None:
+        """Writes this rank's part of a checkpoint: its samples of coming steps."""
+        (directory / _buffer_file()).write_text(json.dumps(self.state()))
+
+    def load(self, directory: Path) -> None:
+        """Reads what `save` wrote; a checkpoint of a synchronous run has nothing."""
+        path = directory / _buffer_file()
+        if path.exists():
+            self.restore(json.loads(path.read_text()))
+
     def state(self) -> dict[str, Any]:
         """What a resume needs of the buffer: finished samples whole, and which others are being written."""
         with self._lock:
@@ -310,6 +321,10 @@ class AsyncRolloutEngine:
             policy_version=min(version for version, _, _ in answer.spans),
             policy_spans=tuple(tuple(span) for span in answer.spans),
         )
+
+
+def _buffer_file() -> str:
+    return f"buffer_rank_{distributed.rank()}.json"
 
 
 def push_from_rank_0(publish_and_push: Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]) -> Push:

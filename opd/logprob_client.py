@@ -16,7 +16,7 @@ import msgspec
 
 from opd.logprob_wire import LogprobQuestion, Logprobs, decode_logprobs
 from opd.protocols import LOGPROB
-from opd.replica import Limits, Stats
+from opd.replica import Limits
 from opd.servers import ReplicaPool
 from opd.transport import Call
 from opd.types import Rollout
@@ -28,7 +28,7 @@ LONGEST_PUSH_S = 60.0  # what a push takes makes no replica slow
 
 
 class LogprobServers:
-    """`submit` starts, `collect` waits. A context manager; `close` ends thread and connections."""
+    """`submit` starts; `pool` waits, counts and ends. A context manager."""
 
     def __init__(
         self, urls: Sequence[str], token: str | None, limits: Limits | None = None, *, temperature: float = 1.0
@@ -56,27 +56,11 @@ class LogprobServers:
         question = LogprobQuestion(rollout.prompt.token_ids, rollout.response_ids, self.temperature)
         return self.pool.submit(_call(question, f"logprobs-{rollout.sample_id.replace('/', '-')}"))
 
-    def collect(self, futures: Sequence[Future]) -> list[Logprobs]:
-        """The answers, in order; the first failure is raised at once."""
-        return self.pool.collect(futures)
-
-    def cancel(self, futures: Sequence[Future]) -> None:
-        """Nobody waits for these any more."""
-        self.pool.cancel(futures)
-
-    def take_stats(self) -> Stats:
-        """What the servers did since the last call."""
-        return self.pool.take_stats()
-
-    def close(self) -> None:
-        """More than one call is fine."""
-        self.pool.close()
-
     def __enter__(self) -> "LogprobServers":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.close()
+        self.pool.close()
 
 
 def _call(question: LogprobQuestion, request_id: str = "") -> Call:

@@ -124,6 +124,9 @@ class RolloutEngine:
             policy_version=self.policy_version,
         )
 
+    def save(self, directory: Path) -> None:
+        """Nothing: what it wrote is trained on before a checkpoint."""
+
     def close(self) -> None:
         """Nothing: the engine ends with its process."""
 

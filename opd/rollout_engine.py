@@ -42,7 +42,7 @@ class Response:
     spans: list[tuple[int, int, int]]  # (version, start, end): they partition the L tokens
 
 
-class RolloutEngine:
+class PushedEngine:
     """The `server_control.Holder` of a rollout server. To be called from one event loop."""
 
     def __init__(

@@ -32,7 +32,7 @@ from transformers import AutoConfig
 
 from opd import http_service
 from opd.protocols import ROLLOUT
-from opd.rollout_engine import RolloutEngine, Sampling
+from opd.rollout_engine import PushedEngine, Sampling
 from opd.rows import one_line
 from opd.server_control import Control, WeightsGate
 from opd.shapes import check_path, load_part
@@ -78,7 +78,7 @@ def _raise(message: str):
 class Service:
     """The routes of one engine."""
 
-    def __init__(self, engine: RolloutEngine, control: Control, *, vocab_size: int, max_model_len: int):
+    def __init__(self, engine: PushedEngine, control: Control, *, vocab_size: int, max_model_len: int):
         self.engine, self.control, self.vocab_size, self.max_model_len = engine, control, vocab_size, max_model_len
 
     def app(self, token: str | None) -> Callable:
@@ -207,7 +207,7 @@ def serve(argv: list[str], token: str | None) -> None:
 async def _serve(args: argparse.Namespace, token: str | None, bound, vocab_size: int, max_model_len: int) -> None:
     """vLLM's engine belongs to the event loop that asks it first."""
     version = 0 if args.serve_initial else None
-    engine = RolloutEngine(
+    engine = PushedEngine(
         args.model, version=version, dtype=str(resolve_dtype(args.dtype)).removeprefix("torch."),
         max_model_len=max_model_len, kv_cache_gib=args.kv_cache_gib, seed=args.seed, enforce_eager=args.enforce_eager,
         trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel,

@@ -18,7 +18,6 @@ from opd.config import LossConfig, TeacherSpec
 from opd.heads import LogitForm, OutputHead, load_head
 from opd.replica import Limits
 from opd.served_model import ServedModel, open_pool, score_call
-from opd.servers import Stats
 from opd.transport import Call
 from opd.types import Prompt, Rollout, TeacherPayload, TeacherScores
 from opd.vllm_engine import Sample
@@ -65,14 +64,6 @@ class ServedTeacher:
     def collect(self, futures: Sequence[Future]) -> list[TeacherScores]:
         """The scores, in order. Raises servers.Unanswered, or Rejected, with the teacher's name; nothing is left out."""
         return [TeacherScores(teacher=self.name, weight=1.0, **fields) for fields in self.pool.collect(futures)]
-
-    def cancel(self, futures: Sequence[Future]) -> None:
-        """Nobody waits for these any more."""
-        self.pool.cancel(futures)
-
-    def take_stats(self) -> Stats:
-        """What its servers did since the last call."""
-        return self.pool.take_stats()
 
     def close(self) -> None:
         """Ends its thread and its connections."""

@@ -1,5 +1,4 @@
-"""What a step leaves behind: throughput, memory, and what the rollouts looked like.
-"""
+"""What a step leaves behind: throughput, memory, what the rollouts looked like, and what servers did for it."""
 
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ from opd import distributed
 from opd.async_rollout import AsyncRolloutEngine
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, memory, write_rollouts
+from opd.replica import Stats
 from opd.rollout import RolloutEngine
 from opd.run import Run
 from opd.teachers import TeacherPool
@@ -54,23 +54,6 @@ def log_step(
         _log_samples(run, metrics, state.step, rollouts)
 
 
-def log_ahead(
-    metrics: Metrics, engine: RolloutEngine | AsyncRolloutEngine, teachers: TeacherPool, seconds: float
-) -> None:
-    """How far the rollout servers are ahead, and how long the trainer waited for them in a step of so many seconds."""
-    if not isinstance(engine, AsyncRolloutEngine):
-        return
-    stats = engine.pool.take_stats()
-    waited = engine.waited_s + sum(teachers.waited_s.values())
-    metrics.add("perf/trainer_idle", waited, seconds)
-    metrics.add_max("rollout/waited_s", engine.waited_s)
-    metrics.add("rollout/ready", engine.ready)
-    metrics.add("rollout/in_flight", engine.in_flight)
-    metrics.add("rollout/server_retries", stats.retries + stats.failovers, 1 / distributed.world_size())
-    for key, value in engine.push_metrics.items():
-        metrics.add_max(f"rollout/push_{key}", value)
-
-
 def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:
     metrics.histogram("rollout/response_tokens", [len(r.response_ids) for r in rollouts], step)
     rows = [
@@ -92,21 +75,39 @@ def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollo
         metrics.text(f"rollout/sample_{index}", f"[{row['domain']}] {row['prompt']}\n{row['response']}", step)
 
 
-def log_teachers(metrics: Metrics, teachers: TeacherPool, seconds: float) -> None:
-    """What the servers of the served teachers did in a step of so many seconds. Counts are sums over the ranks."""
-    each = 1 / distributed.world_size()
+def log_servers(
+    metrics: Metrics, teachers: TeacherPool, engine: RolloutEngine | AsyncRolloutEngine, seconds: float
+) -> None:
+    """What servers did in a step of so many seconds, if there are any. Counts are sums over the ranks."""
     for name, teacher in teachers.served.items():
-        stats = teacher.take_stats()
-        counts = {
-            "requests": stats.requests, "retries": stats.retries, "failovers": stats.failovers,
-            "ejections": stats.ejections, "failures": stats.failures.total(), "tokens_per_second": stats.tokens / seconds,
-        }  # fmt: skip
-        for key, value in counts.items():
-            metrics.add(f"teacher/{key}/{name}", value, each)
-        metrics.add(f"teacher/bytes_per_token/{name}", stats.bytes_received, stats.tokens)
-        metrics.add_max(f"teacher/inflight/{name}", stats.most_inflight)
+        _log_teacher(metrics, name, teacher.pool.take_stats(), seconds)
         metrics.add_max(f"teacher/waited_s/{name}", teachers.waited_s[name])
-        if stats.latencies:
-            for percentile in ("p50", "p95", "p99"):
-                latency_s = float(np.percentile(stats.latencies, int(percentile[1:])))
-                metrics.add_max(f"teacher/latency_{percentile}_s/{name}", latency_s)
+    if isinstance(engine, AsyncRolloutEngine):
+        _log_ahead(metrics, engine)
+        metrics.add("perf/trainer_idle", engine.waited_s + sum(teachers.waited_s.values()), seconds)
+
+
+def _log_teacher(metrics: Metrics, name: str, stats: Stats, seconds: float) -> None:
+    counts = {
+        "requests": stats.requests, "retries": stats.retries, "failovers": stats.failovers,
+        "ejections": stats.ejections, "failures": stats.failures.total(), "tokens_per_second": stats.tokens / seconds,
+    }  # fmt: skip
+    for key, value in counts.items():
+        metrics.add(f"teacher/{key}/{name}", value, 1 / distributed.world_size())
+    metrics.add(f"teacher/bytes_per_token/{name}", stats.bytes_received, stats.tokens)
+    metrics.add_max(f"teacher/inflight/{name}", stats.most_inflight)
+    if stats.latencies:
+        for percentile in ("p50", "p95", "p99"):
+            latency_s = float(np.percentile(stats.latencies, int(percentile[1:])))
+            metrics.add_max(f"teacher/latency_{percentile}_s/{name}", latency_s)
+
+
+def _log_ahead(metrics: Metrics, engine: AsyncRolloutEngine) -> None:
+    """How far the rollout servers are ahead, and how long the trainer waited for them."""
+    stats = engine.pool.take_stats()
+    metrics.add_max("rollout/waited_s", engine.waited_s)
+    metrics.add("rollout/ready", engine.ready)
+    metrics.add("rollout/in_flight", engine.in_flight)
+    metrics.add("rollout/server_retries", stats.retries + stats.failovers, 1 / distributed.world_size())
+    for key, value in engine.push_metrics.items():
+        metrics.add_max(f"rollout/push_{key}", value)

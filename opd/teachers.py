@@ -178,7 +178,7 @@ class TeacherPool:
         except BaseException:
             with self._sending:
                 for (_, name), asked in self._under_way.items():
-                    self.served[name].cancel([asked.future])
+                    self.served[name].pool.cancel([asked.future])
                 self._under_way.clear()
             raise
         self.release_head()

@@ -358,7 +358,7 @@ def load_until(done, client: LogprobServers, most: int = 32) -> list[tuple[Logpr
             continue
         one = question(len(asked), (rng.randint(1, 30), rng.randint(1, 40)), client.temperature)
         asked.append((one, client.submit(rollout_of(one, len(asked)))))
-    client.collect([answer for _, answer in asked])
+    client.pool.collect([answer for _, answer in asked])
     return asked
 
 
@@ -379,7 +379,7 @@ def test_pushes_under_load_never_mix_versions(fresh, weights):
         pushes = pool.submit(five_pushes)
         asked = load_until(pushes.done, client)
         pushes.result(DEADLINE)
-        stats = client.take_stats()
+        stats = client.pool.take_stats()
         assert client.versions() == dict.fromkeys(urls, version + 5)
     print(f"{stats.requests / (time.monotonic() - start):.0f} requests/s, pauses up to {max(pauses):.3f} s")
     assert stats.ejections == 0 and not stats.failures and set(stats.by_replica) == set(urls)
@@ -407,8 +407,8 @@ def test_a_replica_that_is_paused_is_excused(fresh, weights):
             time.sleep(0.05)
         assert not all(answer.done() for answer in asked)  # the rest waits at the gate
         post(urls[0], "resume", fence=fence)
-        answers = client.collect(asked)
-        assert client.take_stats().ejections == 0
+        answers = client.pool.collect(asked)
+        assert client.pool.take_stats().ejections == 0
     for said in answers:
         assert_says(said, weights.say(version, question()))
 
@@ -523,6 +523,6 @@ def test_a_replica_that_is_killed_under_load_costs_no_answer(fresh, servers, wei
         killed = pool.submit(kill_and_wait)
         asked = load_until(killed.done, client)
         killed.result(DEADLINE)
-        assert client.take_stats().ejections >= 1
+        assert client.pool.take_stats().ejections >= 1
     for one, answer in asked:
         assert_says(answer.result(DEADLINE), weights.say(version, one))

@@ -106,7 +106,7 @@ def score_in_one_step(served, name, models, urls, rollouts, limits=ONE_BY_ONE):
     """The scores of a step, and what it took."""
     with teacher(name, models[name], urls, limits) as one:
         scores = pool_of(served=[one]).score(rollouts)
-        return scores, one.take_stats()
+        return scores, one.pool.take_stats()
 
 
 FIELDS = ("sampled_logprobs", "topk_ids", "topk_logprobs")
@@ -141,7 +141,7 @@ def test_served_scores_are_those_of_the_engine_in_this_process(served, models, c
         ]
         pool = pool_of(served=some, payload=payload)
         assert_same(pool.score(MIXED), expected, TOLERANCE)
-        stats = {one.name: one.take_stats() for one in some}
+        stats = {one.name: one.pool.take_stats() for one in some}
         assert pool.score([]) == []
         assert set(pool.waited_s) == set(ROUTES) and not pool._under_way
     for name, servers in served.items():
@@ -167,7 +167,7 @@ def test_one_served_and_one_colocated_with_mixture_weights_streamed_or_not(serve
         else:
             assert pool.hear is None
         assert_same(pool.score(MIXED), expected, TOLERANCE)
-        assert one.take_stats().requests == 12, "each once, heard of or not"
+        assert one.pool.take_stats().requests == 12, "each once, heard of or not"
 
 
 def test_a_served_teacher_writes_what_it_was_asked_to(served, models):
@@ -344,9 +344,9 @@ def test_a_replica_that_restarts_in_between_changes_no_bit(served, models, fault
         while not all(replica.in_rotation for replica in one.pool.replicas):
             assert time.monotonic() < end
             time.sleep(0.01)
-        one.take_stats()
+        one.pool.take_stats()
         assert_same(pool.score(TWELVE), fault_free)
-        assert set(one.take_stats().by_replica) == {a.url, b.url}
+        assert set(one.pool.take_stats().by_replica) == {a.url, b.url}
 
 
 def test_another_model_behind_a_url_is_out_before_it_is_believed(served, models):
@@ -397,7 +397,7 @@ def test_a_replica_killed_in_the_middle_loses_nothing(served, models):
             assert time.monotonic() < end
             time.sleep(0.001)
         killed.kill()
-        scores, stats = pool.score(rollouts), one.take_stats()
+        scores, stats = pool.score(rollouts), one.pool.take_stats()
     assert_same(scores, expected, TOLERANCE)
     assert stats.requests == 200 and stats.ejections == 1 and stats.failovers + stats.retries > 0, stats
     print(f"{stats.by_replica}, {stats.failovers} failovers, {stats.retries} retries, {stats.failures}")
