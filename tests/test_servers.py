@@ -550,3 +550,26 @@ def test_no_thread_socket_or_task_is_left_after_an_exception():
         until(lambda: not any(connections_to(server.port) for server in some))
         assert threading.active_count() == threads and pool._loop.is_closed()
         until(lambda: sockets() == fds)
+
+
+def loses_requests_from(number: int):
+    """Answers probes at once, and requests below `number`; the others it swallows."""
+
+    async def answer(request: Request) -> Answer:
+        if request.path == "/work" and int(request.body.split()[1]) >= number:
+            await asyncio.sleep(3600)
+        return Answer(body=request.body)
+
+    return answer
+
+
+def test_the_only_replica_loses_requests_while_its_probes_are_answered():
+    """Once answers have come, nobody waits for `timeout_s`, twice, to find out."""
+    with servers(loses_requests_from(20)) as (one,), pool_of([one], limits(wait_s=1.0, timeout_s=600, patience_s=0.3)) as pool:
+        assert ask(pool, 20) == echoes(20)
+        start = time.monotonic()
+        with pytest.raises(Unanswered, match=f"teacher T: no answer for .*{one.url}: no answer within"):
+            ask(pool, 3, start=20)
+        seconds = time.monotonic() - start
+    print(f"given up after {seconds:.1f} s")
+    assert seconds < 10  # 0.3 s and twice that, until a second has passed; not 600
