@@ -20,6 +20,16 @@ from opd.config import Backend, LocalBackend, TeacherSpec, groups_of
 _SECRET_KEYS = {"api_key", "apikey", "key", "token", "auth_token", "access_token", "secret", "password"}
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Of the programs beside the trainers, described by the first line of their page: a mistake is a ValueError."""
+
+    def __init__(self, prog: str, page: str):
+        super().__init__(prog=prog, description=page.splitlines()[0], allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
 def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:
     """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH every domain; URLs may stand for a path."""
     specs = []

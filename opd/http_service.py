@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
@@ -105,6 +105,13 @@ async def unless_gone(request: Request, answer: asyncio.Future, seconds: float) 
     finally:
         answer.cancel()
         gone.cancel()
+
+
+def metrics_text(counters: dict[str, int], gauges: dict[str, int]) -> Response:
+    """Prometheus' text form of `opd_NAME_total` and `opd_NAME`; `wire.metric` reads it."""
+    lines = [f"# TYPE opd_{name}_total counter\nopd_{name}_total {value}\n" for name, value in counters.items()]
+    lines += [f"# TYPE opd_{name} gauge\nopd_{name} {value}\n" for name, value in gauges.items()]
+    return PlainTextResponse("".join(lines))
 
 
 async def _bad_query(request: Request, error: RequestValidationError) -> Response:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 
-from opd.http_service import RequireToken, new_app, read_body
+from opd.http_service import RequireToken, metrics_text, new_app, read_body
 from opd.logprob_engine import VersionedBody
 from opd.logprob_wire import VERSION_HEADER, LogprobQuestion
 from opd.rows import one_line
@@ -70,9 +70,7 @@ class Service:
         counts = {"requests": engine.requests, "tokens": engine.tokens, "batches": engine.batches}
         version = -1 if gate.version is None else gate.version
         gauges = {"waiting": self.admitted, "weights_version": version, "paused": int(gate.state == "paused")}
-        lines = [f"# TYPE opd_{name}_total counter\nopd_{name}_total {count}\n" for name, count in counts.items()]
-        lines += [f"# TYPE opd_{name} gauge\nopd_{name} {value}\n" for name, value in gauges.items()]
-        return PlainTextResponse("".join(lines))
+        return metrics_text(counts, gauges)
 
     async def logprobs(self, request: Request, prompt_length: int, temperature: float = 1.0) -> Response:
         if self.admitted >= self.max_waiting:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from opd.arguments import OneLineParser
 from opd.heads import logit_form
 from opd.http_service import bind, check_host, leave_on_signals, run_main, serve_app
 from opd.logprob_engine import LogprobScorer, load_model
@@ -31,7 +32,7 @@ from opd.logprob_routes import EngineHolder, Service
 from opd.protocols import LOGPROB, TOKEN_VARIABLE
 from opd.scoring import BatchLimits, ScoringThread
 from opd.server_control import Control, WeightsGate
-from opd.shapes import read_model
+from opd.shapes import read_model, served_length
 from opd.student import resolve_dtype
 
 LOAD_SECONDS = 1800.0  # for the model to stand: a large one from a slow disk
@@ -39,9 +40,7 @@ LOAD_SECONDS = 1800.0  # for the model to stand: a large one from a slow disk
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """ValueError with one line for a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opd.logprob_server", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = OneLineParser("python -m opd.logprob_server", __doc__)
     parser.add_argument("--model", required=True, help="the trainer's --student_model: directory or hub id")
     parser.add_argument("--weights_dir", required=True, type=Path, help="where the trainer publishes its weights")
     parser.add_argument("--serve_initial", action="store_true", help="the model's own weights are version 0")
@@ -54,7 +53,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_wait_ms", type=float, default=2.0, help="for others to join a forward")
     parser.add_argument("--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429")
     parser.add_argument("--trust_remote_code", action="store_true")
-    parser.error = _raise
     args = parser.parse_args(argv)
     for flag in ("max_model_len", "max_tokens_per_batch", "max_waiting"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -64,20 +62,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _raise(message: str):
-    raise ValueError(message)
-
-
 def _context(args: argparse.Namespace) -> int:
     """Tokens that a question may have. ValueError for a model that cannot be served; no weight is loaded."""
     config = read_model("--model", args.model, args.trust_remote_code).config
     logit_form(config)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is None and args.max_model_len is None:
-        raise ValueError(f"--model {args.model} states no context length; give --max_model_len")
-    if context is not None and (args.max_model_len or 0) > context:
-        raise ValueError(f"--max_model_len {args.max_model_len}: over the {context} tokens of {args.model}; lower it")
-    return args.max_model_len or context
+    return served_length(args.model, context, args.max_model_len)
 
 
 def build_scorer(args: argparse.Namespace) -> LogprobScorer:

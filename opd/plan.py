@@ -20,7 +20,7 @@ import yaml
 
 from opd import config as configuration
 from opd import distributed
-from opd.arguments import parse
+from opd.arguments import OneLineParser, parse
 from opd.plan_types import GIB, Job, Machine
 from opd.plan_view import as_json, draw, table, verdict
 from opd.planner import OFFLOAD_LEVEL, Plan, as_configured, make_plan
@@ -186,7 +186,7 @@ class Config:
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     """(the machine and the outputs, the run). ValueError with one line for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m opd.plan", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser("python -m opd.plan", __doc__)
     parser.add_argument("--gpus", type=int, help="GPUs, one rank each (default: those of this machine)")
     parser.add_argument("--gpu_memory", type=float, help="GiB of each GPU (default: this machine's)")
     parser.add_argument("--host_memory", type=float, help="GiB of the host (default: what is free here)")
@@ -197,7 +197,6 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         parser.print_help()
         print("\nand every flag of the trainers, see docs/config.md")
         sys.exit(0)
-    parser.error = _raise
     args, rest = parser.parse_known_args(argv)
     for flag in ("gpus", "gpu_memory", "host_memory", "pcie_gb_s"):
         value = getattr(args, flag)
@@ -211,10 +210,6 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     )  # fmt: skip
     validate_common(complete)
     return args, cfg
-
-
-def _raise(message: str):
-    raise ValueError(message)
 
 
 def machine_of(args: argparse.Namespace) -> Machine:

@@ -25,17 +25,18 @@ from pathlib import Path
 
 import psutil
 from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
 from starlette.requests import ClientDisconnect
 from transformers import AutoConfig
 
 from opd import http_service
+from opd.arguments import OneLineParser
 from opd.protocols import ROLLOUT
 from opd.rollout_engine import PushedEngine, Sampling
 from opd.rows import one_line
 from opd.server_control import Control, WeightsGate
-from opd.shapes import check_path, load_part
+from opd.shapes import check_path, load_part, served_length
 from opd.student import resolve_dtype
 
 ANSWER_SECONDS = 3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
@@ -47,9 +48,7 @@ BYTES_PER_ID, BYTES_BESIDE_IDS = 12, 1 << 16
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """ValueError with one line for a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opd.rollout_server", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = OneLineParser("python -m opd.rollout_server", __doc__)
     parser.add_argument("--model", required=True, help="directory or hub id")
     parser.add_argument("--weights_dir", required=True, type=Path, help="where the trainer publishes its weights")
     parser.add_argument("--name", help="of the served model (default: the last part of --model)")
@@ -63,16 +62,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the engine; a request has its own")
     parser.add_argument("--enforce_eager", action="store_true", help="no compilation, no CUDA graphs")
     parser.add_argument("--trust_remote_code", action="store_true")
-    parser.error = _raise
     args = parser.parse_args(argv)
     if not args.kv_cache_gib > 0 or args.tensor_parallel < 1 or (args.max_model_len or 1) < 1:
         raise ValueError("--kv_cache_gib must be above 0, --tensor_parallel and --max_model_len at least 1")
     args.name = args.name or Path(args.model).name
     return args
-
-
-def _raise(message: str):
-    raise ValueError(message)
 
 
 class Service:
@@ -100,9 +94,7 @@ class Service:
         }  # fmt: skip
         gauges = {"running": engine.running, "waiting": engine.waiting}
         gauges["weights_version"] = -1 if version is None else version
-        lines = [f"# TYPE opd_{name}_total counter\nopd_{name}_total {value}\n" for name, value in counters.items()]
-        lines += [f"# TYPE opd_{name} gauge\nopd_{name} {value}\n" for name, value in gauges.items()]
-        return PlainTextResponse("".join(lines))
+        return http_service.metrics_text(counters, gauges)
 
     async def generate(self, request: Request) -> HttpResponse:
         body = await http_service.read_json(request, BYTES_PER_ID * self.max_model_len + BYTES_BESIDE_IDS)
@@ -187,11 +179,7 @@ def _read_limits(args: argparse.Namespace) -> tuple[int, int]:
     load = functools.partial(AutoConfig.from_pretrained, args.model, trust_remote_code=args.trust_remote_code)
     config = load_part("--model", args.model, "configuration", load).get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    if context is None and args.max_model_len is None:
-        raise ValueError(f"--model {args.model} states no context length; give --max_model_len")
-    if context is not None and (args.max_model_len or 0) > context:
-        raise ValueError(f"--max_model_len {args.max_model_len}: over the {context} tokens of {args.model}; lower it")
-    return config.vocab_size, args.max_model_len or context
+    return config.vocab_size, served_length(args.model, context, args.max_model_len)
 
 
 def serve(argv: list[str], token: str | None) -> None:

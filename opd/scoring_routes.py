@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from opd.http_service import RequireToken, new_app, read_body, read_json, unless_gone
+from opd.http_service import RequireToken, metrics_text, new_app, read_body, read_json, unless_gone
 from opd.protocols import SCORING
 from opd.rows import one_line
 from opd.scoring import ScoringThread
@@ -84,8 +84,7 @@ class Service:
     async def metrics(self) -> Response:
         engine = self.engine
         counts = {"requests": engine.requests, "tokens": engine.tokens, "batches": engine.batches}
-        lines = [f"# TYPE opd_{name}_total counter\nopd_{name}_total {count}\n" for name, count in counts.items()]
-        return PlainTextResponse("".join(lines) + f"# TYPE opd_waiting gauge\nopd_waiting {engine.waiting}\n")
+        return metrics_text(counts, {"waiting": engine.waiting})
 
     async def head(self) -> Response:
         head = self.scorer.head

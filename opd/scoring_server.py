@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from opd.arguments import OneLineParser
 from opd.content import content_hash
 from opd.heads import load_head
 from opd.hf_engine import HFEngine
@@ -38,7 +39,7 @@ from opd.preflight import ModelFact, read_fact
 from opd.protocols import TOKEN_VARIABLE
 from opd.scoring import BatchLimits, Scorer, ScoringThread, join_alone
 from opd.scoring_routes import ModelInfo, Service
-from opd.shapes import check_path, load_part
+from opd.shapes import check_path, load_part, served_length
 from opd.student import resolve_dtype
 from opd.vllm_engine import HiddenStateEngine
 
@@ -47,9 +48,7 @@ LOAD_SECONDS = 1800.0  # for the engine to stand: a large model from a slow disk
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """ValueError with one line for a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="python -m opd.scoring_server", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = OneLineParser("python -m opd.scoring_server", __doc__)
     parser.add_argument("--model", required=True, help="directory or hub id")
     parser.add_argument("--name", help="of the served model (default: the last part of --model)")
     parser.add_argument("--backend", choices=["vllm", "hf"], default="vllm")
@@ -65,7 +64,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429")
     parser.add_argument("--tokenizer", help="directory or hub id (default: --model)")
     parser.add_argument("--trust_remote_code", action="store_true")
-    parser.error = _raise
     args = parser.parse_args(argv)
     for flag in ("max_model_len", "max_support_k", "max_tokens_per_batch", "max_sequences_per_batch", "max_waiting"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -77,22 +75,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _raise(message: str):
-    raise ValueError(message)
-
-
 def _read_model(args: argparse.Namespace) -> tuple[ModelFact, object]:
     """(facts, tokenizer). ValueError for a model that cannot be served; no weight is loaded."""
     check_path("--tokenizer", args.tokenizer)
     load = functools.partial(AutoTokenizer.from_pretrained, args.tokenizer, trust_remote_code=args.trust_remote_code)
     tokenizer = load_part("--tokenizer", args.tokenizer, "tokenizer", load)
     fact = read_fact("--model", args.model, tokenizer, args.trust_remote_code)
-    if fact.context is None and args.max_model_len is None:
-        raise ValueError(f"--model {args.model} states no context length; give --max_model_len")
-    if fact.context is not None and (args.max_model_len or 0) > fact.context:
-        raise ValueError(
-            f"--max_model_len {args.max_model_len}: over the {fact.context} tokens of {args.model}; lower it"
-        )
     return fact, tokenizer
 
 
@@ -119,7 +107,7 @@ def serve(argv: list[str], token: str | None) -> None:
     check_host(args.host, token)
     bound = bind(args.host, args.port)
     fact, tokenizer = _read_model(args)
-    max_model_len = args.max_model_len or fact.context
+    max_model_len = served_length(args.model, fact.context, args.max_model_len)
     limits = BatchLimits(args.max_tokens_per_batch, args.max_sequences_per_batch, args.batch_wait_ms / 1000)
     engine = ScoringThread(functools.partial(build_scorer, args, max_model_len), limits)
     engine.ready.result(timeout=LOAD_SECONDS)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from opd.arguments import OneLineParser
 from opd.protocols import TOKEN_VARIABLE
 from opd.replicas import POLL_SECONDS, START_SECONDS, Replica, StartError, serving
 from opd.rows import one_line
@@ -37,9 +38,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                 f"{word}: these servers listen on loopback ports that the kernel chooses; from another machine reach one "
                 "through a tunnel: ssh -L PORT:127.0.0.1:PORT THIS_MACHINE"
             )
-    parser = argparse.ArgumentParser(
-        prog="scripts/serve_teacher.sh", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = OneLineParser("scripts/serve_teacher.sh", __doc__)
     parser.add_argument("model", help="directory or hub id")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--tensor_parallel", type=int, default=1, help="GPUs of each replica (json only)")
@@ -51,16 +50,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kv_cache_gib", type=float, default=1.0, help="KV cache of each replica per GPU, GiB")
     parser.add_argument("--log_dir", type=Path, help="of the servers' logs (default: a temporary directory)")
     parser.add_argument("--start_timeout_s", type=float, default=START_SECONDS, help="for all replicas to answer")
-    parser.error = _raise
     args = parser.parse_args(own)
     args.extra = extra
     _check(args)
     args.gpus = deal_gpus(args.gpus, args.replicas * args.tensor_parallel)
     return args
-
-
-def _raise(message: str):
-    raise ValueError(message)
 
 
 def _check(args: argparse.Namespace) -> None:

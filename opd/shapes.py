@@ -91,6 +91,15 @@ def check_path(flag: str, path: str) -> None:
         raise ValueError(f"{flag} {path}: no such model directory")
 
 
+def served_length(model: str, context: int | None, max_model_len: int | None) -> int:
+    """Tokens of prompt and response that a server of `model` takes: its context, or less. ValueError for more."""
+    if context is None and max_model_len is None:
+        raise ValueError(f"--model {model} states no context length; give --max_model_len")
+    if context is not None and (max_model_len or 0) > context:
+        raise ValueError(f"--max_model_len {max_model_len}: over the {context} tokens of {model}; lower it")
+    return max_model_len or context
+
+
 def read_model(flag: str, path: str, trust_remote_code: bool = False) -> torch.nn.Module:
     """The causal language model of a directory or hub id on the meta device: shapes only."""
     check_path(flag, path)
