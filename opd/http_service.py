@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -28,6 +29,7 @@ from opd.rows import one_line
 SHORTEST_TOKEN = 16
 READ_SECONDS = 30.0  # for a client to send a body
 END_SECONDS = 5  # for answers under way when the server is told to end
+LINGER_SECONDS, LINGER_BYTES = 1.0, 1 << 16  # for the rest of a body that was refused
 
 
 def new_app() -> FastAPI:
@@ -39,8 +41,38 @@ def new_app() -> FastAPI:
     return app
 
 
+class Linger:
+    """ASGI middleware: before an answer, the rest of the body is read, if it is short and comes soon.
+
+    TCP resets a connection that is closed on unread bytes, and the client would see that instead of the answer.
+    """
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        whole, held = False, 0
+
+        async def hear() -> dict[str, Any]:
+            nonlocal whole, held
+            message = await receive()
+            whole, held = not message.get("more_body", False), held + len(message.get("body", b""))
+            return message
+
+        async def answer(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start" and not whole:
+                most = held + LINGER_BYTES
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while not whole and held < most:
+                            await hear()
+            await send(message)
+
+        await self.app(scope, hear, answer)
+
+
 class RequireToken:
-    """ASGI middleware: 401 for whoever does not know the token, before a byte of the body is read."""
+    """ASGI middleware: 401 for whoever does not know the token, before anything of the body is looked at."""
 
     def __init__(self, app: Callable, token: str):
         self.app, self.expected = app, f"Bearer {token}".encode()
@@ -175,7 +207,7 @@ def leave_on_signals(before: Callable[[], None] = lambda: None) -> None:
 async def serve_app(app: Callable, bound: socket.socket, name: str, end_seconds: int = END_SECONDS) -> None:
     """Listens, says where, and serves until SIGTERM or SIGINT; at its end uvicorn raises the signal again."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
+        Linger(app), log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
         timeout_graceful_shutdown=end_seconds,
     )  # fmt: skip
     bound.listen()

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from opd import weight_store
-from opd.http_service import RequireToken, new_app
+from opd import http_service, weight_store
+from opd.http_service import Linger, RequireToken, new_app
 from opd.server_control import Control, Refused, WeightsGate
 
 TOKEN = "a-token-of-more-than-16-characters"
@@ -290,3 +290,43 @@ def test_a_mistake_is_one_line(root, path, body):
         assert (await server.client.post(path, content=b" " * 5000)).status_code == 413
 
     run(scenario())
+
+
+# ---- A refusal reaches who asked ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("blocks", "read"), [(3, 3), (10**6, 65)], ids=["short", "endless"])
+def test_a_refusal_waits_for_a_short_body(blocks, read):
+    """TCP would reset a connection that is closed on unread bytes, before the client has read its 401."""
+    events = []
+
+    async def receive():
+        events.append("block")
+        return {"type": "http.request", "body": b"x" * 1024, "more_body": len(events) < blocks}
+
+    async def send(message):
+        events.append(message["type"])
+
+    scope = {"type": "http", "path": "/pause", "headers": [], "method": "POST"}
+    asyncio.run(Linger(RequireToken(new_app(), "t" * 16))(scope, receive, send))
+    assert events.index("http.response.start") == pytest.approx(read, abs=1) and events.count("block") <= read
+
+
+def test_a_refusal_does_not_wait_long_for_a_body_that_does_not_come(monkeypatch):
+    monkeypatch.setattr(http_service, "LINGER_SECONDS", 0.05)
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(3600)
+
+    async def send(message):
+        sent.append(message.get("status"))
+
+    async def ask():
+        async with asyncio.timeout(30):
+            await Linger(RequireToken(new_app(), "t" * 16))(
+                {"type": "http", "path": "/pause", "headers": [], "method": "POST"}, receive, send
+            )
+
+    asyncio.run(ask())
+    assert sent[0] == 401

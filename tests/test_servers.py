@@ -231,7 +231,11 @@ def test_failures_cost_at_most_a_tenth_more_requests_and_nothing_is_lost(strikes
         assert pool.collect(futures) == echoes(1000)
         stats, sent = pool.take_stats(), sum(server.counts["/work"] for server in some)
     print(f"amplification {sent / 1000:.3f}, {stats.retries} retries, {stats.failovers} failovers")
-    assert stats.failures["status"] > 20 and sent <= 1200
+    assert sent <= 1200
+    if strikes == 3:  # what an ejected replica was still to answer is asked elsewhere, and its failure not counted
+        assert stats.ejections >= 2
+    else:
+        assert stats.failures["status"] > 20
 
 
 def test_one_that_fails_every_request_and_answers_every_probe_is_out_most_of_the_time():
