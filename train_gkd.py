@@ -236,7 +236,7 @@ def main(run: Run) -> None:
         metrics.add("distill/on_policy_share", float(on_policy))
         seconds = time.perf_counter() - started
         log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
-        log_servers(metrics, teachers, rollout_engine, seconds)
+        log_servers(metrics, teachers, rollout_engine, rollouts, step=state.step, seconds=seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)

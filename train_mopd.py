@@ -105,6 +105,8 @@ def token_loss(
         clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
     )  # fmt: skip
 
+    if cfg.old_logprobs == "server":
+        stats["mismatch/old_policy_gap"] = (seen.student_logprobs_C.detach() - old_logprobs_C).abs()
     if cfg.clip_low is not None:
         low, high = 1 - cfg.clip_low, 1 + (cfg.clip_high or cfg.clip_low)
         ratio_C = (seen.student_logprobs_C.detach() - old_logprobs_C).exp()
@@ -171,8 +173,8 @@ def main(run: Run) -> None:
     teachers = build_teacher_pool(run, engines, colocation.turns)
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
     # The correction compares the sampler with an old policy of its own, or else with the student of the moment.
-    has_old_policy, temperature = cfg.loss.old_logprobs == "recompute", cfg.rollout.temperature
-    logprob_temperature = temperature if corrects(cfg.loss) and not has_old_policy else None
+    old_policy, temperature = cfg.loss.old_logprobs, cfg.rollout.temperature
+    logprob_temperature = temperature if corrects(cfg.loss) and old_policy == "rollout" else None
     inner_updates = cfg.batch.inner_updates
 
     def save_parts(directory: Path) -> None:
@@ -215,7 +217,9 @@ def main(run: Run) -> None:
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
-                if has_old_policy or (run.checks_parity(step) and logprob_temperature is None):
+                if old_policy == "server":  # the rollouts brought it
+                    log_mismatch(metrics, micro_batches, cfg.loss, domains=run.domains)
+                elif old_policy == "recompute" or (run.checks_parity(step) and logprob_temperature is None):
                     micro_batches = [mb.with_old_logprobs(student.logprobs(mb, temperature)) for mb in micro_batches]
                     log_mismatch(metrics, micro_batches, cfg.loss, domains=run.domains)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
@@ -240,7 +244,7 @@ def main(run: Run) -> None:
         metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
         seconds = time.perf_counter() - started
         log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
-        log_servers(metrics, teachers, rollout_engine, seconds)
+        log_servers(metrics, teachers, rollout_engine, rollouts, step=state.step, seconds=seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)

@@ -4,21 +4,21 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from opd import distributed, weight_push, weight_store
+from opd import distributed, weight_store
 from opd.async_rollout import AsyncRolloutEngine, push_from_rank_0
+from opd.logprob_client import LogprobServers
 from opd.metrics import say
 from opd.protocols import TOKEN_VARIABLE
+from opd.replica import Limits
 from opd.replicas import serving
+from opd.rollout_client import RolloutServers
 from opd.run import Run
-
-LEASE_S = 60.0  # a server whose trainer died in a push goes on after so long
-PUSH_DEADLINE_S = 600.0  # of one server
+from opd.weight_keeper import WeightKeeper
 
 
 def is_async(cfg) -> bool:
@@ -26,24 +26,49 @@ def is_async(cfg) -> bool:
     return hasattr(cfg, "ahead") and cfg.ahead.mode == "async"
 
 
+@dataclass(frozen=True)
+class _Fleet:
+    """What all ranks know of the servers."""
+
+    rollout: list[str]
+    logprob: list[str]
+    token: str
+
+    @property
+    def roles(self) -> dict[str, list[str]]:
+        """Role -> URLs. The log-prob servers come first: the old policy must not be older than the sampler."""
+        roles = {"log-prob servers": self.logprob, "rollout servers": self.rollout}
+        return {role: urls for role, urls in roles.items() if urls}
+
+
 def build_async_engine(run: Run, *, wants_logprobs: Callable[[int], bool]) -> AsyncRolloutEngine:
     """The engine of this rank. Rank 0 starts the servers, if they are to be started, and pushes. Collective."""
-    ahead, stack = run.cfg.ahead, ExitStack()
+    cfg, ahead, stack, fleet, keeper = run.cfg, run.cfg.ahead, ExitStack(), None, None
     root = Path(ahead.weights_dir) if ahead.weights_dir else weight_store.default_root(run.run_dir)
-    token, fence, urls = None, 0, list(ahead.rollout_servers)
-    with distributed.agree_on_error("starting the rollout servers"):
+    with distributed.agree_on_error("starting the servers"):
         if distributed.rank() == 0:
             token = os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
+            fleet = _Fleet(_rollout_urls(run, root, stack), _logprob_urls(run, root, stack), token)
             fence = time.time_ns() // 1000  # a trainer that was started later has the larger one
-            if urls == ["auto"]:
-                urls = _start_servers(run, root, stack)
-    token, fence, urls = distributed.broadcast_object((token, fence, urls))
-    with distributed.agree_on_error("connecting to the rollout servers"):
+            mode = "keep" if ahead.partial_rollout else "abort"
+            keeper = WeightKeeper(fleet.roles, root, fence, token, mode=mode, wait_s=ahead.rollout_wait_s)
+            stack.callback(keeper.close)
+    fleet = distributed.broadcast_object(fleet)
+    with distributed.agree_on_error("connecting to the servers"):
+        servers = RolloutServers(
+            fleet.rollout, cfg.rollout, ahead, eos_ids=run.facts.student.eos_ids, vocab=run.facts.student.vocab_size,
+            token=fleet.token,
+        )  # fmt: skip
+        logprob_servers = None
+        if fleet.logprob:
+            limits = Limits(wait_s=ahead.rollout_wait_s, max_inflight=ahead.max_inflight)
+            logprob_servers = LogprobServers(
+                fleet.logprob, fleet.token, limits, temperature=cfg.rollout.temperature
+            )
         engine = AsyncRolloutEngine(
-            urls, run.cfg.rollout, ahead, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,
-            vocab=run.facts.student.vocab_size, num_steps=run.cfg.run.num_steps, prompts_of=run.prompt_batch,
-            wants_logprobs=wants_logprobs, push=push_from_rank_0(_pusher(urls, root, fence, token, ahead.partial_rollout)),
-            token=token,
+            servers, cfg.rollout, ahead, seed=cfg.run.seed, num_steps=cfg.run.num_steps, prompts_of=run.prompt_batch,
+            wants_logprobs=wants_logprobs, push=push_from_rank_0(keeper and keeper.push),
+            logprob_servers=logprob_servers,
         )  # fmt: skip
         engine.on_close = stack
         if run.resume_from is not None:
@@ -51,32 +76,40 @@ def build_async_engine(run: Run, *, wants_logprobs: Callable[[int], bool]) -> As
     return engine
 
 
-def _start_servers(run: Run, root: Path, stack: ExitStack) -> list[str]:
-    """Servers that end with this process, whatever ends it."""
-    if not run.cfg.ahead.weights_dir:
-        stack.callback(shutil.rmtree, root, ignore_errors=True)
-    options = run.engine_options
+def _rollout_urls(run: Run, root: Path, stack: ExitStack) -> list[str]:
+    """The run's rollout servers; those that are started here end with this process, whatever ends it."""
+    ahead, options = run.cfg.ahead, run.engine_options
+    if ahead.rollout_servers != ["auto"]:
+        return list(ahead.rollout_servers)
     extra = ["--max_model_len", str(options["max_model_len"])]
     extra += ["--enforce_eager"] if run.cfg.rollout.enforce_eager else []
+    extra += ["--trust_remote_code"] if options["trust_remote_code"] else []
+    return _start(
+        run, root, stack, "rollout", replicas=ahead.rollout_replicas, gpus=ahead.rollout_gpus, extra=extra,
+        kv_cache_gib=run.cfg.rollout.rollout_kv_cache_gib,
+        tensor_parallel=run.cfg.rollout.rollout_tensor_parallel_size,
+    )  # fmt: skip
+
+
+def _logprob_urls(run: Run, root: Path, stack: ExitStack) -> list[str]:
+    """Likewise the log-prob servers, if there are any."""
+    ahead, options = run.cfg.ahead, run.engine_options
+    if ahead.logprob_servers != ["auto"]:
+        return list(ahead.logprob_servers)
+    extra = ["--max_model_len", str(options["max_model_len"])]
+    extra += ["--attn_implementation", run.cfg.model.attn_implementation]
+    extra += ["--trust_remote_code"] if options["trust_remote_code"] else []
+    return _start(run, root, stack, "logprob", replicas=ahead.logprob_replicas, gpus=ahead.logprob_gpus, extra=extra)
+
+
+def _start(run: Run, root: Path, stack: ExitStack, role: str, *, gpus: str, **options) -> list[str]:
+    if not run.cfg.ahead.weights_dir:
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
     replicas = stack.enter_context(
         serving(
-            run.cfg.model.student_model, replicas=run.cfg.ahead.rollout_replicas, name="rollout", protocol="rollout",
-            weights_dir=root, dtype=options["dtype"], kv_cache_gib=run.cfg.rollout.rollout_kv_cache_gib, extra=extra,
-            log_dir=run.run_dir / "logs" / "rollout_servers",
+            run.cfg.model.student_model, name=role, protocol=role, weights_dir=root, dtype=run.engine_options["dtype"],
+            log_dir=run.run_dir / "logs" / f"{role}_servers", gpus=[name for name in gpus.split(",") if name], **options,
         )
     )  # fmt: skip
-    say(f"rollout servers: {', '.join(replica.url for replica in replicas)}")
+    say(f"{role} servers: {', '.join(replica.url for replica in replicas)}")
     return [replica.url for replica in replicas]
-
-
-def _pusher(
-    urls: list[str], root: Path, fence: int, token: str, keeps: bool
-) -> Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]:
-    def publish_and_push(named_parameters: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
-        published = weight_store.publish(root, named_parameters, version, fence)
-        report = weight_push.push(
-            urls, version, fence, token, mode="keep" if keeps else "abort", lease_s=LEASE_S, deadline_s=PUSH_DEADLINE_S
-        )
-        return {"bytes": published.bytes, "pause_s": max(replica.pause_s for replica in report.replicas if replica.ok)}
-
-    return publish_and_push

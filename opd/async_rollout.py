@@ -1,5 +1,8 @@
 """Rollouts from servers, begun before they are asked for. It stands where the colocated rollout engine stands in the loop.
 
+A finished response goes to its teachers at once, and to the log-prob servers if there are any: what they say of it, the old
+policy of `--old_logprobs server`, is part of the sample.
+
 Order, not luck: step s trains on the same prompts, places and seeds as in the synchronous trainer, and its samples are issued as
 soon as the version v of the pushed weights reaches s - max_staleness. Hence
 
@@ -12,37 +15,26 @@ Each rank issues its own share of the samples, to the same servers. Rank 0 pushe
 
 import functools
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from torch import Tensor
 
 from opd import distributed
 from opd.config import AsyncConfig, RolloutConfig
 from opd.faults import fault_point
-from opd.replica import Limits
+from opd.logprob_client import LogprobServers
 from opd.rollout import places_of, sample_id_of, sample_seed
-from opd.servers import ReplicaPool
-from opd.transport import Call
-from opd.types import Prompt, Rollout
-from opd.wire import ABOVE_ZERO, BadAnswer, metric
+from opd.rollout_client import Answer, RolloutServers
+from opd.types import OldPolicy, Prompt, Rollout
 
 Push = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]  # (parameters, version) -> metrics; collective
-
-
-class _Answer(msgspec.Struct):
-    token_ids: list[int]
-    finish_reason: str
-    spans: list[tuple[int, int, int]]  # version, start, end
-    logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +57,17 @@ class AsyncRolloutEngine:
     name, awake = "rollout", False  # nothing of it is on this machine's devices
 
     def __init__(
-        self, urls: Sequence[str], cfg: RolloutConfig, ahead: AsyncConfig, *, eos_ids: tuple[int, ...], seed: int,
-        vocab: int, num_steps: int, prompts_of: Callable[[int], list[Prompt]], wants_logprobs: Callable[[int], bool],
-        push: Push, token: str | None,
+        self, servers: RolloutServers, cfg: RolloutConfig, ahead: AsyncConfig, *, seed: int, num_steps: int,
+        prompts_of: Callable[[int], list[Prompt]], wants_logprobs: Callable[[int], bool], push: Push,
+        logprob_servers: LogprobServers | None = None,
     ):  # fmt: skip
-        self.cfg, self.ahead, self.eos_ids, self.seed, self.vocab = cfg, ahead, eos_ids, seed, vocab
+        self.servers, self.logprob_servers, self.cfg, self.ahead, self.seed = servers, logprob_servers, cfg, ahead, seed
         self.num_steps, self.prompts_of, self.wants_logprobs, self._push = num_steps, prompts_of, wants_logprobs, push
+        self.pools = [servers.pool] if logprob_servers is None else [servers.pool, logprob_servers.pool]
         self.policy_version = -1
         self.push_metrics: dict[str, float] = {}  # of the last push
         self.waited_s = 0.0  # for the responses of the last step
-        limits = Limits(
-            wait_s=ahead.rollout_wait_s, timeout_s=ahead.rollout_timeout_s, max_inflight=ahead.max_inflight,
-            slow_factor=math.inf, patience_s=math.inf,  # a long response is not a slow replica
-        )  # fmt: skip
-        self.pool = ReplicaPool(
-            "rollout", urls, probe=self._call("probe", [2, 3], 0, 1, 1.0, False, self._read_probe), limits=limits,
-            api_key=token, progress=Call("/metrics", read=functools.partial(metric, name="opd_engine_steps_total")),
-        )  # fmt: skip
-        self.pool.excused = True  # without weights, a server answers nothing
+        self._excuse(True)  # without weights, a server answers nothing
         self._lock = threading.RLock()
         self._issued: dict[int, list[tuple[_Place, Future]]] = {}  # step -> its samples, in order
         self._next_step = 0
@@ -101,7 +86,7 @@ class AsyncRolloutEngine:
         samples = self._issued[step]
         assert [p.prompt_id for p in prompts] == [at.prompt.prompt_id for at, _ in samples[:: self.cfg.num_generations]]
         started = time.perf_counter()
-        rollouts = self.pool.collect([landing for _, landing in samples])
+        rollouts = self.servers.pool.collect([landing for _, landing in samples])
         self.waited_s = time.perf_counter() - started
         del self._issued[step]
         return rollouts
@@ -110,12 +95,12 @@ class AsyncRolloutEngine:
         """One response per prompt at temperature 0, for evaluation, under the weights of now."""
         futures = []
         for prompt in prompts:
-            place = _Place(-1, prompt, prompt.prompt_id, 0)
-            read = functools.partial(self._read, with_logprobs=False, oldest=self.policy_version)
-            name = f"greedy-{prompt.prompt_id}"
-            call = self._call(name, prompt.token_ids, 0, self.cfg.max_response_tokens, 0.0, False, read)
-            futures.append((place, self.pool.submit(call)))
-        answers = self.pool.collect([future for _, future in futures])
+            future = self.servers.submit(
+                f"greedy-{prompt.prompt_id}", prompt.token_ids, seed=0, temperature=0.0, with_logprobs=False,
+                oldest=self.policy_version,
+            )  # fmt: skip
+            futures.append((_Place(-1, prompt, prompt.prompt_id, 0), future))
+        answers = self.servers.pool.collect([future for _, future in futures])
         return [self._rollout(place, answer) for (place, _), answer in zip(futures, answers, strict=True)]
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -126,15 +111,21 @@ class AsyncRolloutEngine:
         first = self.policy_version < 0
         if not first and version % self.ahead.sync_every and version < self.num_steps:
             return
-        self.pool.excused = True  # it is silent while it loads, and not dead
+        self._excuse(True)  # a server is silent while it loads, and not dead
         try:
             self.push_metrics = self._push(named_parameters, version)
         finally:
-            self.pool.excused = False
+            self._excuse(False)
         if first:
             self._next_step = version
-        self.policy_version = version
+        self.policy_version = self.servers.oldest = version
+        if self.logprob_servers is not None:
+            self.logprob_servers.oldest = version
         self._advance()
+
+    def _excuse(self, excused: bool) -> None:
+        for pool in self.pools:
+            pool.excused = excused
 
     def sleep(self) -> None:
         """Nothing: the servers have devices of their own."""
@@ -143,8 +134,9 @@ class AsyncRolloutEngine:
         """Nothing."""
 
     def close(self) -> None:
-        """Ends the pool, and servers that were started for this run: whatever is being written is given up."""
-        self.pool.close()
+        """Ends the pools, and servers that were started for this run: whatever is being written is given up."""
+        for pool in self.pools:
+            pool.close()
         self.on_close.close()
 
     # ---- Running ahead ----
@@ -170,36 +162,61 @@ class AsyncRolloutEngine:
                     self._send(at, landing)
 
     def _send(self, at: _Place, landing: Future) -> None:
-        read = functools.partial(
-            self._read, with_logprobs=self.wants_logprobs(at.step), oldest=at.step - self.ahead.max_staleness
-        )
-        seed = sample_seed(self.seed, at.step, at.prompt, at.place, at.generation)
-        call = self._call(
-            at.sample_id.replace("/", "-"), at.prompt.token_ids, seed, self.cfg.max_response_tokens, self.cfg.temperature,
-            self.wants_logprobs(at.step), read,
-        )  # fmt: skip
         fault_point("ahead.issue")
-        self.pool.submit(call).add_done_callback(functools.partial(self._arrived, at, landing))
+        future = self.servers.submit(
+            at.sample_id.replace("/", "-"), at.prompt.token_ids,
+            seed=sample_seed(self.seed, at.step, at.prompt, at.place, at.generation), temperature=self.cfg.temperature,
+            with_logprobs=self.wants_logprobs(at.step), oldest=self._oldest(at),
+        )  # fmt: skip
+        future.add_done_callback(functools.partial(self._arrived, at, landing))
+
+    def _oldest(self, at: _Place) -> int:
+        """The version that a token of a sample must at least have."""
+        return at.step - self.ahead.max_staleness
 
     def _arrived(self, at: _Place, landing: Future, future: Future) -> None:
-        """In the pool's thread. Text that a push cut off is not kept: its prompt is sent again."""
+        """In a pool's thread. Text that a push cut off is not kept: its prompt is sent again."""
         if landing.cancelled():  # its step was given up
             return
         try:
             answer = future.result(timeout=0)
-            if answer.finish_reason == "aborted":
+            if answer.aborted:
                 self._send(at, landing)
                 return
-            self._land(landing, self._rollout(at, answer))
+            rollout = self._rollout(at, answer)
+            self.servers.flow.lengths.append(len(rollout.response_ids))
+            if self.logprob_servers is None:
+                self._land(landing, rollout)
+                return
+            self._tell(rollout)  # teachers and log-prob servers work at the same time
+            newest = max(version for version, _, _ in answer.spans)  # the old policy is not older than the sampler
+            asked = self.logprob_servers.submit(rollout, oldest=newest)
+            asked.add_done_callback(functools.partial(self._judged, landing, rollout))
         except BaseException as error:  # nobody hears an exception in a callback
+            landing.set_exception(error)
+
+    def _judged(self, landing: Future, rollout: Rollout, future: Future) -> None:
+        """In a pool's thread: the old policy has spoken."""
+        if landing.cancelled():
+            return
+        try:
+            found = future.result(timeout=0)
+            old = OldPolicy(found.version, found.logprobs_L.tolist(), found.entropy_L.tolist())
+            self._land(landing, replace(rollout, old_policy=old))
+        except BaseException as error:  # as above
             landing.set_exception(error)
 
     def _land(self, landing: Future, rollout: Rollout) -> None:
         fault_point("ahead.landed")
         with self._lock:
+            self._tell(rollout)
+            landing.set_result(rollout)
+
+    def _tell(self, rollout: Rollout) -> None:
+        """To whoever listens; twice is fine."""
+        with self._lock:
             if self._hear is not None:
                 self._hear(rollout)
-            landing.set_result(rollout)
 
     def _listen(self, on_finished: Callable[[Rollout], None] | None) -> None:
         """From now on, `on_finished` hears of every response; of those that came before, now."""
@@ -245,6 +262,7 @@ class AsyncRolloutEngine:
             {
                 "id": r.sample_id, "prompt_id": r.prompt.prompt_id, "response_ids": r.response_ids,
                 "logprobs": r.rollout_logprobs, "finish_reason": r.finish_reason, "spans": r.policy_spans,
+                "old_policy": r.old_policy and asdict(r.old_policy),
             }
             for r in finished
         ]  # fmt: skip
@@ -263,54 +281,11 @@ class AsyncRolloutEngine:
             at = _Place(step, prompts[step, place], place, generation)
             assert at.prompt.prompt_id == row["prompt_id"], f"sample {row['id']}: another prompt than in the checkpoint"
             spans = [tuple(span) for span in row["spans"]]
-            answer = _Answer(row["response_ids"], row["finish_reason"], spans, row["logprobs"])
-            self._restored[row["id"]] = self._rollout(at, answer)
+            answer = Answer(row["response_ids"], row["finish_reason"], spans, row["logprobs"])
+            old = row["old_policy"] and OldPolicy(**row["old_policy"])
+            self._restored[row["id"]] = replace(self._rollout(at, answer), old_policy=old)
 
-    # ---- Requests ----
-
-    def _call(
-        self, name: str, prompt_ids: list[int], seed: int, max_tokens: int, temperature: float, with_logprobs: bool,
-        read: Callable[[bytes], Any],
-    ) -> Call:  # fmt: skip
-        body = {
-            "request_id": name, "prompt_ids": prompt_ids, "seed": seed, "max_tokens": max_tokens,
-            "temperature": temperature, "top_p": self.cfg.top_p if temperature else 1.0,
-            "top_k": self.cfg.top_k if temperature else 0, "stop_ids": list(self.eos_ids), "with_logprobs": with_logprobs,
-        }  # fmt: skip
-        return Call(
-            "/generate", json.dumps(body).encode(), request_id=name, most_bytes=(1 << 16) + 128 * max_tokens, read=read,
-            tokens=len(prompt_ids) + max_tokens,
-        )  # fmt: skip
-
-    def _read(self, body: bytes, *, with_logprobs: bool, oldest: int) -> _Answer:
-        """An answer that can be trained on, or aborted. Raises BadAnswer."""
-        try:
-            answer = msgspec.json.decode(body, type=_Answer)
-        except msgspec.MsgspecError as error:
-            raise BadAnswer(f"not a response: {error}") from None
-        if answer.finish_reason == "aborted":
-            return answer
-        L = len(answer.token_ids)
-        if answer.finish_reason not in ("stop", "length") or not 1 <= L <= self.cfg.max_response_tokens:
-            raise BadAnswer(f"{L} tokens, finished because of {answer.finish_reason!r}")
-        if not all(0 <= token < self.vocab for token in answer.token_ids):
-            raise BadAnswer(f"a token outside the vocabulary of {self.vocab}")
-        if with_logprobs and (
-            answer.logprobs is None or len(answer.logprobs) != L
-            or not all(math.isfinite(x) and x <= ABOVE_ZERO for x in answer.logprobs)
-        ):  # fmt: skip
-            raise BadAnswer(f"no finite log-probability for each of the {L} tokens")
-        edges = [0, *(end for _, _, end in answer.spans)]
-        if not answer.spans or [start for _, start, _ in answer.spans] != edges[:-1] or edges[-1] != L:
-            raise BadAnswer(f"version spans {answer.spans} do not cover {L} tokens")
-        if min(version for version, _, _ in answer.spans) < oldest:
-            raise BadAnswer(f"tokens of version {min(answer.spans)[0]}, older than {oldest}: it missed a push")
-        return answer
-
-    def _read_probe(self, body: bytes) -> _Answer:
-        return self._read(body, with_logprobs=False, oldest=self.policy_version)
-
-    def _rollout(self, at: _Place, answer: _Answer) -> Rollout:
+    def _rollout(self, at: _Place, answer: Answer) -> Rollout:
         return Rollout(
             sample_id=at.sample_id if at.step >= 0 else f"greedy/{at.prompt.prompt_id}/0",
             prompt=at.prompt,

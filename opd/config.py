@@ -127,10 +127,18 @@ class AsyncConfig:
         ["auto"], "URLs of rollout servers; auto starts them on this machine and stops them at the end."
     )
     rollout_replicas: int = option(1, "Rollout servers to start with --rollout_servers auto.")
+    rollout_gpus: str = option(
+        "", "GPUs of the rollout servers that are started, such as 4,5,6,7: not the trainer's. Default: the visible ones."
+    )
+    logprob_servers: list[str] = option(
+        [], "URLs of log-prob servers for --old_logprobs server; auto starts them on this machine."
+    )
+    logprob_replicas: int = option(1, "Log-prob servers to start with --logprob_servers auto.")
+    logprob_gpus: str = option("", "GPUs of the log-prob servers that are started. Default: the visible ones.")
     max_inflight: int = option(256, "Responses in flight at one rollout server, per rank.")
     rollout_timeout_s: float = option(1800.0, "How long one response may take, s.")
     rollout_wait_s: float = option(
-        60.0, "How long a step waits for rollout servers none of which answers, before the run saves and stops, s."
+        60.0, "How long a step waits for servers none of which answers, before the run saves and stops, s."
     )
     weights_dir: str = option(
         "", "Where weights pass to servers: a folder that all of them see. Default: one of its own in shared memory."
@@ -207,11 +215,12 @@ class LossConfig:
     clip_low: float | None = option(None, "PPO clip below 1; without it reverse_kl_pg is REINFORCE.")
     clip_high: float | None = option(None, "PPO clip above 1; default: clip_low.")
     dual_clip: float | None = option(None, "Bound, above 1, on the PPO ratio where the advantage is negative.")
-    old_logprobs: Literal["rollout", "recompute"] = option(
+    old_logprobs: Literal["rollout", "server", "recompute"] = option(
         "rollout",
-        "The old policy, which the PPO ratio is against: the sampler, by its own log-probabilities, or the student before "
-        "the step's first update, at the price of one more forward. is_mode and reject_level then weigh the old policy "
-        "against the sampler.",
+        "The old policy, which the PPO ratio is against. rollout: the sampler, by its own log-probabilities; recompute: the "
+        "student before the step's first update, at the price of one more forward; server: the weights of the last push "
+        "when a response was finished, asked of --logprob_servers while others are still being written. With the latter "
+        "two, is_mode and reject_level weigh the old policy against the sampler.",
     )
     is_mode: Literal["none", "truncate", "mask"] = option(
         "none", "Importance weights against the gap between trainer and sampler: cut at is_high, or zero outside."

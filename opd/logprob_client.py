@@ -7,7 +7,7 @@ probe that follows a complete push.
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -35,8 +35,9 @@ class LogprobServers:
     ):
         limits = limits or Limits()
         self.temperature = temperature
+        self.oldest = 0  # version that a server has to have to be in rotation
         self.pool = ReplicaPool(
-            NAME, urls, probe=_call(PROBE), progress=Call("/metrics", read=_progress), api_key=token,
+            NAME, urls, probe=_call(PROBE, read=self._read_probe), progress=Call("/metrics", read=_progress), api_key=token,
             limits=replace(limits, slow_s=max(limits.slow_s, LONGEST_PUSH_S)),
         )  # fmt: skip
 
@@ -48,13 +49,17 @@ class LogprobServers:
                 raise ValueError(f"{NAME}: {url}: {version}")
         return found
 
-    def submit(self, rollout: Rollout) -> "Future[Logprobs]":
-        """Asks for a response's log-probabilities and entropies, [L] each, without waiting for them.
+    def submit(self, rollout: Rollout, *, oldest: int = 0) -> "Future[Logprobs]":
+        """Asks what weights of at least version `oldest` say of a response: log-probabilities and entropies, [L] each.
 
         The future raises `servers.Unanswered` or `Rejected`; an answer that no model gives is asked for again elsewhere.
         """
         question = LogprobQuestion(rollout.prompt.token_ids, rollout.response_ids, self.temperature)
-        return self.pool.submit(_call(question, f"logprobs-{rollout.sample_id.replace('/', '-')}"))
+        read = functools.partial(_read_answer, question=question, oldest=oldest)
+        return self.pool.submit(_call(question, read, f"logprobs-{rollout.sample_id.replace('/', '-')}"))
+
+    def _read_probe(self, body: bytes) -> Logprobs:
+        return _read_answer(body, PROBE, self.oldest)
 
     def __enter__(self) -> "LogprobServers":
         return self
@@ -63,12 +68,19 @@ class LogprobServers:
         self.pool.close()
 
 
-def _call(question: LogprobQuestion, request_id: str = "") -> Call:
+def _call(question: LogprobQuestion, read: Callable[[bytes], Logprobs], request_id: str = "") -> Call:
     return Call(
         question.path, question.body, content_type="application/octet-stream", request_id=request_id,
-        most_bytes=question.most_bytes, read=functools.partial(decode_logprobs, question=question),
-        tokens=question.num_tokens,
+        most_bytes=question.most_bytes, read=read, tokens=question.num_tokens,
     )  # fmt: skip
+
+
+def _read_answer(body: bytes, question: LogprobQuestion, oldest: int) -> Logprobs:
+    """Raises BadAnswer, also for weights that missed a push."""
+    found = decode_logprobs(body, question)
+    if found.version < oldest:
+        raise BadAnswer(f"weights of version {found.version}, older than {oldest}: it missed a push")
+    return found
 
 
 def _progress(body: bytes) -> float:

@@ -38,7 +38,9 @@ from opd.run_files import (
 
 __all__ = ["GROUPS", "Metrics", "memory", "say", "setup_logging", "step_line", "write_rollouts", "write_run_files"]
 
-GROUPS = ("loss", "distill", "teacher", "rollout", "mismatch", "staleness", "optim", "time", "perf", "mem", "eval")
+GROUPS = (
+    "loss", "distill", "teacher", "rollout", "logprob", "mismatch", "staleness", "optim", "time", "perf", "mem", "eval",
+)  # fmt: skip
 GIB = 2**30
 ETA_WINDOW = 20  # steps
 
@@ -151,8 +153,8 @@ class Metrics:
     def _check(self, key: str) -> None:
         group, *rest = key.split("/", 2)
         assert group in GROUPS and rest and all(rest), f"metric {key}: expected group/name[/domain] of {GROUPS}"
-        # Evaluation data may hold domains that no training prompt has; teachers have names of their own.
-        known = len(rest) == 1 or group in ("eval", "teacher") or rest[1] in self._domains
+        # Evaluation data may hold domains that no training prompt has; teachers and lags have names of their own.
+        known = len(rest) == 1 or group in ("eval", "teacher", "staleness") or rest[1] in self._domains
         assert known, f"metric {key}: not a domain of this run"
 
     def _drain(self) -> "_Drained":

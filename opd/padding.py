@@ -78,6 +78,7 @@ def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) ->
     attention_mask_BS = torch.zeros((B, S), dtype=torch.bool)
     loss_mask_BS = torch.zeros((B, S), dtype=torch.bool)
     rollout_logprobs_BS = torch.zeros((B, S), dtype=torch.float32)
+    old_logprobs_BS = torch.zeros((B, S), dtype=torch.float32)
     for row, (rollout, _) in enumerate(scored):
         raw = torch.tensor(rollout.prompt.token_ids + rollout.response_ids)
         length, first = len(raw) - 1, len(rollout.prompt.token_ids) - 1
@@ -88,6 +89,8 @@ def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) ->
         loss_mask_BS[row, first:length] = True
         if rollout.rollout_logprobs is not None:
             rollout_logprobs_BS[row, first:length] = torch.tensor(rollout.rollout_logprobs)
+        if rollout.old_policy is not None:
+            old_logprobs_BS[row, first:length] = torch.tensor(rollout.old_policy.logprobs)
     if not scored:
         attention_mask_BS[:, 0] = True  # attention over nothing is not defined
     return MicroBatch(
@@ -96,6 +99,8 @@ def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) ->
         attention_mask_BS=attention_mask_BS,
         loss_mask_BS=loss_mask_BS,
         rollout_logprobs_BS=rollout_logprobs_BS,
+        # a filler row has those of its no tokens
+        old_logprobs_BS=old_logprobs_BS if all(r.old_policy is not None for r, _ in scored) else None,
         task_advantages_B=_per_row([r.task_advantage for r, _ in scored], 0.0, torch.float32),
         domain_ids_B=_per_row([domains.index(r.prompt.domain) for r, _ in scored], -1, torch.long),
         policy_versions_B=_per_row([r.policy_version for r, _ in scored], 0, torch.long),

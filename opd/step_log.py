@@ -35,6 +35,9 @@ def log_step(
         metrics.add("rollout/prompt_tokens", len(r.prompt.token_ids))
         metrics.add("staleness/policy_lag", state.step - 1 - r.policy_version)
         metrics.add_max("staleness/policy_lag_max", state.step - 1 - r.policy_version)
+        if r.old_policy is not None:
+            metrics.add("staleness/old_policy_lag", state.step - 1 - r.old_policy.version)
+            metrics.add("logprob/entropy", sum(r.old_policy.entropy), len(r.old_policy.entropy))
     own = sum(len(r.response_ids) for r in rollouts)
     for domain in run.domains:
         metrics.add(
@@ -76,38 +79,56 @@ def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollo
 
 
 def log_servers(
-    metrics: Metrics, teachers: TeacherPool, engine: RolloutEngine | AsyncRolloutEngine, seconds: float
-) -> None:
+    metrics: Metrics, teachers: TeacherPool, engine: RolloutEngine | AsyncRolloutEngine, rollouts: Sequence[Rollout], *,
+    step: int, seconds: float,
+) -> None:  # fmt: skip
     """What servers did in a step of so many seconds, if there are any. Counts are sums over the ranks."""
     for name, teacher in teachers.served.items():
-        _log_teacher(metrics, name, teacher.pool.take_stats(), seconds)
+        _log_pool(metrics, "teacher/{}/" + name, teacher.pool.take_stats(), seconds)
         metrics.add_max(f"teacher/waited_s/{name}", teachers.waited_s[name])
     if isinstance(engine, AsyncRolloutEngine):
-        _log_ahead(metrics, engine)
+        _log_ahead(metrics, engine, seconds)
+        _log_lags(metrics, step, rollouts)
+        if engine.logprob_servers is not None:
+            _log_pool(metrics, "logprob/{}", engine.logprob_servers.pool.take_stats(), seconds)
         metrics.add("perf/trainer_idle", engine.waited_s + sum(teachers.waited_s.values()), seconds)
 
 
-def _log_teacher(metrics: Metrics, name: str, stats: Stats, seconds: float) -> None:
+def _log_pool(metrics: Metrics, key_of: str, stats: Stats, seconds: float) -> None:
+    """What a pool's servers did; `key_of` makes a key of a name."""
     counts = {
         "requests": stats.requests, "retries": stats.retries, "failovers": stats.failovers,
         "ejections": stats.ejections, "failures": stats.failures.total(), "tokens_per_second": stats.tokens / seconds,
     }  # fmt: skip
     for key, value in counts.items():
-        metrics.add(f"teacher/{key}/{name}", value, 1 / distributed.world_size())
-    metrics.add(f"teacher/bytes_per_token/{name}", stats.bytes_received, stats.tokens)
-    metrics.add_max(f"teacher/inflight/{name}", stats.most_inflight)
+        metrics.add(key_of.format(key), value, 1 / distributed.world_size())
+    metrics.add(key_of.format("bytes_per_token"), stats.bytes_received, stats.tokens)
+    metrics.add_max(key_of.format("inflight"), stats.most_inflight)
     if stats.latencies:
         for percentile in ("p50", "p95", "p99"):
             latency_s = float(np.percentile(stats.latencies, int(percentile[1:])))
-            metrics.add_max(f"teacher/latency_{percentile}_s/{name}", latency_s)
+            metrics.add_max(key_of.format(f"latency_{percentile}_s"), latency_s)
 
 
-def _log_ahead(metrics: Metrics, engine: AsyncRolloutEngine) -> None:
-    """How far the rollout servers are ahead, and how long the trainer waited for them."""
-    stats = engine.pool.take_stats()
+def _log_ahead(metrics: Metrics, engine: AsyncRolloutEngine, seconds: float) -> None:
+    """How far the rollout servers are ahead, what they wrote, and how long the trainer waited for them."""
+    stats, (lengths, idle) = engine.servers.pool.take_stats(), engine.servers.flow.take()
     metrics.add_max("rollout/waited_s", engine.waited_s)
     metrics.add("rollout/ready", engine.ready)
     metrics.add("rollout/in_flight", engine.in_flight)
+    metrics.add("rollout/sampled_tokens", sum(lengths), len(lengths))
+    metrics.add("rollout/tokens_per_second", sum(lengths) / seconds, 1 / distributed.world_size())
+    metrics.add("rollout/idle", idle)
     metrics.add("rollout/server_retries", stats.retries + stats.failovers, 1 / distributed.world_size())
     for key, value in engine.push_metrics.items():
         metrics.add_max(f"rollout/push_{key}", value)
+
+
+def _log_lags(metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:
+    """How many versions older than the weights in training the tokens are: shares of the step, and a histogram."""
+    spans = [span for r in rollouts for span in r.policy_spans or ((r.policy_version, 0, len(r.response_ids)),)]
+    lags = np.repeat([step - 1 - version for version, _, _ in spans], [end - start for _, start, end in spans])
+    (largest,) = distributed.all_reduce([int(lags.max(initial=0))], "max")
+    for lag in range(int(largest) + 1):
+        metrics.add(f"staleness/token_share/{lag}", int((lags == lag).sum()), len(lags))
+    metrics.histogram("staleness/policy_lag", lags.tolist(), step)

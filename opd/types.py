@@ -36,6 +36,15 @@ class Prompt:
     answer: str | None = None  # for task rewards and evaluation
 
 
+@dataclass(frozen=True, slots=True)
+class OldPolicy:
+    """What a log-prob server says about a response: the policy that the PPO ratio is against."""
+
+    version: int  # of its weights
+    logprobs: list[float]  # [L] at the sampling temperature
+    entropy: list[float]  # [L] nats, likewise
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One response. `response_ids` includes the stop token if one was sampled, and is never re-tokenised."""
@@ -50,6 +59,7 @@ class Rollout:
     finish_reason: FinishReason
     policy_version: int  # the student weights that sampled it; the oldest of them, if they changed on the way
     policy_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) of its tokens; () is one version for all
+    old_policy: OldPolicy | None = None  # with --old_logprobs server
     reward: float | None = None  # the task reward, None when the run uses none
     task_advantage: float = 0.0  # group-relative, 0 when the run uses no task reward
 
@@ -115,7 +125,8 @@ class MicroBatch:
     domain_ids_B: Tensor  # int64, index into the run's domains; -1 for filler rows
     policy_versions_B: Tensor  # int64
     on_policy_B: Tensor  # bool, the student wrote the response
-    # float32, 0 off-mask: the student's before the step's first update; None where nothing reads them
+    # float32, 0 off-mask: of the log-prob servers, or the student's before the step's first update; None where nothing
+    # reads them
     old_logprobs_BS: Tensor | None = None
     teacher_slices: tuple[TeacherSlice, ...] = ()
 

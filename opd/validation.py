@@ -26,7 +26,7 @@ def validate_common(config) -> None:
     minimum = {"support_k": 1, "prompts_per_step": 1, "num_generations": 1, "max_prompt_tokens": 1, "max_response_tokens": 1,
                "micro_batch_size": 1, "keep_checkpoints": 1, "loss_chunk_bytes": 1, "inner_updates": 1,
                "rollout_tensor_parallel_size": 1, "teacher_max_inflight": 1, "max_inflight": 1, "sync_every": 1,
-               "rollout_replicas": 1, "max_staleness": 0,
+               "rollout_replicas": 1, "logprob_replicas": 1, "max_staleness": 0,
                "num_steps": 0, "seed": 0, "eval_every": 0,
                "save_every": 0, "parity_every": 0, "eval_max_prompts": 0, "rollout_every": 0, "rollout_samples": 0,
                "warmup_steps": 0, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "min_lr_ratio": 0, "top_k": 0,
@@ -51,6 +51,9 @@ def validate_common(config) -> None:
     pairs("domain_weights", config.data.domain_weights)
     _validate_loss(config.loss, config.rollout)
     _validate_correction(config.loss)
+    is_async = getattr(getattr(config, "ahead", None), "mode", "sync") == "async"
+    _require(config.loss.old_logprobs != "server" or is_async, "--old_logprobs server: log-prob servers get the weights of "
+             "--mode async only; use --old_logprobs recompute")  # fmt: skip
     _validate_batch(config)
 
 
@@ -109,10 +112,22 @@ def validate_ahead(config) -> None:
     _require(ahead.max_staleness >= ahead.sync_every - 1, f"--max_staleness {ahead.max_staleness}: with --sync_every "
              f"{ahead.sync_every} the step before a push is {ahead.sync_every - 1} versions behind; allow as many")  # fmt: skip
     _require(bool(ahead.rollout_servers), "--rollout_servers: give URLs, or auto")
-    _require("auto" not in ahead.rollout_servers or ahead.rollout_servers == ["auto"],
-             "--rollout_servers: auto stands alone; give URLs, or auto")  # fmt: skip
-    urls = [url.rstrip("/").lower() for url in ahead.rollout_servers]
-    _require(len(set(urls)) == len(urls), f"--rollout_servers {' '.join(ahead.rollout_servers)}: a URL stands there twice")
+    everyone: dict[str, str] = {}
+    for role in ("rollout", "logprob"):
+        flag, urls = f"--{role}_servers", getattr(ahead, f"{role}_servers")
+        _require("auto" not in urls or urls == ["auto"], f"{flag}: auto stands alone; give URLs, or auto")
+        for url in (url.rstrip("/").lower() for url in urls if url != "auto"):
+            _require(url not in everyone, f"{flag} {url}: it stands there twice" if everyone.get(url) == flag else
+                     f"{flag} {url}: it is also one of {everyone.get(url)}; a server has one role")  # fmt: skip
+            everyone[url] = flag
+        gpus, needed = getattr(ahead, f"{role}_gpus"), getattr(ahead, f"{role}_replicas")
+        needed *= config.rollout.rollout_tensor_parallel_size if role == "rollout" else 1
+        names = [name for name in gpus.split(",") if name]
+        _require(not gpus or urls == ["auto"], f"--{role}_gpus {gpus}: only for servers that are started here, {flag} auto")
+        _require(not gpus or len(set(names)) == len(names) >= needed,
+                 f"--{role}_gpus {gpus}: {needed} GPUs are needed, each named once")  # fmt: skip
+    _require((loss.old_logprobs == "server") == bool(ahead.logprob_servers), "--old_logprobs server and --logprob_servers "
+             "need each other; give URLs, or auto")  # fmt: skip
     is_pg = loss.loss == "reverse_kl_pg" or loss.reward_weight > 0
     _require(ahead.max_staleness == 0 or not is_pg or loss.is_mode != "none" or loss.clip_low is not None,
              f"--max_staleness {ahead.max_staleness}: a policy gradient on stale responses is off-policy; set --is_mode "

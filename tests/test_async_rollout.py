@@ -12,15 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.async_rollout import AsyncRolloutEngine
 from opd.config import AsyncConfig, RolloutConfig
+from opd.logprob_client import LogprobServers
+from opd.logprob_wire import LogprobQuestion, encode_logprobs
+from opd.replica import Limits
 from opd.rollout import sample_seed
+from opd.rollout_client import RolloutServers
 from opd.types import Prompt
 
 EOS, VOCAB, P, G = 1, 50, 3, 2
@@ -36,6 +41,8 @@ class Scripted:
     first_answers: dict[str, dict] = field(default_factory=dict)  # request id -> what its first answer has instead
     log: list[tuple[str, int]] = field(default_factory=list)
     bodies: dict[str, dict] = field(default_factory=dict)
+    judged: list[str] = field(default_factory=list)  # whose log-probabilities were asked for, in their order
+    late: dict[str, int] = field(default_factory=dict)  # request id -> how many versions its first answer is behind
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -57,13 +64,26 @@ class Scripted:
             }  # fmt: skip
             return JSONResponse(answer | self.first_answers.pop(name, {}))
 
+        @app.post("/logprobs")
+        async def logprobs(request: Request, prompt_length: int):
+            """Token t of a response has log-probability -t - 1 and entropy t."""
+            ids = torch.frombuffer(bytearray(await request.body()), dtype=torch.int32).tolist()
+            name, L = request.headers.get("x-request-id", ""), len(ids) - prompt_length
+            if name:
+                self.judged.append(name.removeprefix("logprobs-"))
+            late = self.late.pop(name, 0)
+            arrays = {"logprobs": -torch.arange(1.0, L + 1), "entropy": torch.arange(0.0, L)}
+            question = LogprobQuestion(ids[:prompt_length], ids[prompt_length:])
+            return Response(encode_logprobs(arrays, question, self.version - late), media_type="application/octet-stream")
+
         return app
 
 
 @contextmanager
 def serving(script: Scripted):
     """`script` behind a port of the loopback interface; its `url` says which."""
-    running = uvicorn.Server(uvicorn.Config(script.app(), host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    where = {"host": "127.0.0.1", "port": getattr(script, "port", 0), "log_level": "error", "lifespan": "off"}
+    running = uvicorn.Server(uvicorn.Config(script.app(), timeout_graceful_shutdown=1, **where))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + DEADLINE_S
@@ -92,7 +112,10 @@ def prompts_of(step: int) -> list[Prompt]:
     return [Prompt(prompt_id=10 * step + i, domain="d", token_ids=[2, 3 + i]) for i in range(P)]
 
 
-def engine_of(script: Scripted, *, num_steps: int = 6, max_staleness: int = 1, sync_every: int = 1, **ahead):
+def engine_of(
+    script: Scripted, *, num_steps: int = 6, max_staleness: int = 1, sync_every: int = 1, with_logprobs: bool = False,
+    **ahead,
+):  # fmt: skip
     pushed = []
 
     def push(named_parameters, version):
@@ -100,10 +123,13 @@ def engine_of(script: Scripted, *, num_steps: int = 6, max_staleness: int = 1, s
         script.version = version
         return {"bytes": 1}
 
+    cfg = RolloutConfig(num_generations=G, max_response_tokens=6)
+    ahead = AsyncConfig(max_staleness=max_staleness, sync_every=sync_every, **ahead)
+    limits = Limits(wait_s=ahead.rollout_wait_s, max_inflight=ahead.max_inflight)
     engine = AsyncRolloutEngine(
-        [script.url], RolloutConfig(num_generations=G, max_response_tokens=6),
-        AsyncConfig(max_staleness=max_staleness, sync_every=sync_every, **ahead), eos_ids=(EOS,), seed=7, vocab=VOCAB,
-        num_steps=num_steps, prompts_of=prompts_of, wants_logprobs=lambda step: True, push=push, token=None,
+        RolloutServers([script.url], cfg, ahead, eos_ids=(EOS,), vocab=VOCAB, token=None), cfg, ahead, seed=7,
+        num_steps=num_steps, prompts_of=prompts_of, wants_logprobs=lambda step: True, push=push,
+        logprob_servers=LogprobServers([script.url], None, limits) if with_logprobs else None,
     )  # fmt: skip
     engine.pushed = pushed
     return engine
@@ -205,7 +231,7 @@ def test_an_answer_that_cannot_be_believed_is_asked_for_again(server, spoiled, w
     server.first_answers["1-0-1"] = spoiled
     engine = engine_of(server, num_steps=2)
     rollouts = [r for step in train(engine, range(2)) for r in step]
-    stats, error = engine.pool.take_stats(), engine.pool.replicas[0].last_error
+    stats, error = engine.servers.pool.take_stats(), engine.servers.pool.replicas[0].last_error
     engine.close()
     assert [r.sample_id for r in rollouts] == ids_of(range(2))
     assert stats.failures["answer"] == 1 and why in error
@@ -261,3 +287,71 @@ def test_a_server_that_is_gone_is_named(server):
     with pytest.raises(RuntimeError, match=r"rollout: no answer for .* http://127.0.0.1:1: cannot connect"):
         gone.generate(prompts_of(0), 0)
     gone.close()
+
+
+def is_judged(rollout) -> bool:
+    L = len(rollout.response_ids)
+    old = rollout.old_policy
+    return old.logprobs == [-t - 1.0 for t in range(L)] and old.entropy == [float(t) for t in range(L)]
+
+
+def test_the_old_policy_is_part_of_a_sample(server):
+    """Asked for as soon as a response is finished; not older than the sampler; once for each sample."""
+    server.late["logprobs-2-0-0"] = 1  # a server that missed a push
+    engine, heard = engine_of(server, num_steps=3, with_logprobs=True), []
+    rollouts = [r for step in train(engine, range(3), heard.append) for r in step]
+    stats = engine.logprob_servers.pool.take_stats()
+    engine.close()
+    assert [r.sample_id for r in rollouts] == ids_of(range(3)) and all(map(is_judged, rollouts))
+    assert all(r.old_policy.version >= r.policy_version for r in rollouts)
+    assert {r.sample_id for r in heard} == set(ids_of(range(3)))
+    assert sorted(server.judged) == sorted([name.replace("/", "-") for name in ids_of(range(3))] + ["2-0-0"])
+    assert stats.failures == {"answer": 1}
+
+
+def test_a_checkpoint_keeps_the_old_policy(server):
+    server.delays["1-2-1"] = 30.0
+    engine = engine_of(server, num_steps=3, with_logprobs=True)
+    engine.load_weights([], 0)
+    engine.generate(prompts_of(0), 0)
+    deadline = time.monotonic() + DEADLINE_S
+    while engine.ready < P * G - 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    state = json.loads(json.dumps(engine.state()))
+    engine.close()
+    server.delays.clear()
+    asked_before = len(server.judged)
+    resumed = engine_of(server, num_steps=3, with_logprobs=True)
+    resumed.restore(state)
+    rollouts = [r for step in train(resumed, range(1, 3)) for r in step]
+    resumed.close()
+    assert all(map(is_judged, rollouts)) and [r.old_policy.version for r in rollouts[: P * G - 1]] == [0] * (P * G - 1)
+    assert len(server.judged) - asked_before == P * G + 1  # the next step's, and the one that was not finished
+
+
+def test_log_prob_servers_that_are_gone_are_named(server):
+    engine = engine_of(server, rollout_wait_s=1.0, with_logprobs=True)
+    engine.logprob_servers.pool.close()
+    engine.logprob_servers = LogprobServers(["http://127.0.0.1:1"], None, Limits(wait_s=1.0))
+    engine.pools[1] = engine.logprob_servers.pool
+    engine.load_weights([], 0)
+    with pytest.raises(RuntimeError, match=r"log-prob servers: no answer for .* http://127.0.0.1:1: cannot connect"):
+        engine.generate(prompts_of(0), 0)
+    engine.close()
+
+
+def test_flow_counts_idle_time_and_lengths(server):
+    engine = engine_of(server, num_steps=2, max_staleness=0)
+    engine.load_weights([], 0)
+    rollouts = engine.generate(prompts_of(0), 0)
+    lengths, _ = engine.servers.flow.take()
+    time.sleep(0.05)
+    nothing, idle = engine.servers.flow.take()
+    server.delays = dict.fromkeys([name.replace("/", "-") for name in ids_of(range(2))], 0.3)
+    engine.load_weights([], 1)
+    engine.generate(prompts_of(1), 1)
+    _, busy = engine.servers.flow.take()
+    engine.close()
+    assert sorted(lengths) == sorted(len(r.response_ids) for r in rollouts) and nothing == []
+    assert idle == 1.0 and busy < 0.5

@@ -21,19 +21,19 @@ def ledger_of(run_dir):
 
 @pytest.fixture
 def servers(models, key, tmp_path):  # noqa: F811
-    """Two rollout servers that any run of the test may push to, in turn."""
+    """Two rollout servers and a log-prob server that any run of the test may push to, in turn."""
     weights = tmp_path / "weights"
     weights.mkdir(mode=0o700)
+    common = {"weights_dir": weights, "dtype": "float32", "start_seconds": 300.0}
     extra = ["--max_model_len", "24", "--enforce_eager"]
     with serving(
-        str(models.student), replicas=2, name="rollout", protocol="rollout", weights_dir=weights, dtype="float32",
-        kv_cache_gib=0.05, extra=extra, start_seconds=300.0,
-    ) as replicas:  # fmt: skip
-        yield replicas, weights
+        str(models.student), replicas=2, name="rollout", protocol="rollout", kv_cache_gib=0.05, extra=extra, **common
+    ) as replicas, serving(str(models.student), name="logprob", protocol="logprob", **common) as (logprob,):  # fmt: skip
+        yield replicas, weights, logprob
 
 
 def launch(models, run_dir, servers, *flags, **changes):  # noqa: F811
-    replicas, weights = servers
+    replicas, weights, _ = servers
     urls = [replica.url for replica in replicas if replica.alive]
     return command(
         models, run_dir, "--num_steps", str(STEPS), "--mode", "async", "--weights_dir", str(weights), *flags,
@@ -62,6 +62,17 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     assert losses_of(same) == losses_of(calm)
     assert not sample_ledger.compare(ledger_of(calm), ledger_of(same))
     assert parameter_hash(same) == parameter_hash(calm)
+
+    # The old policy of a log-prob server is that of the trainer, where nothing is stale.
+    loss = ("--loss", "reverse_kl_pg", "--clip_low", "0.2", "--is_mode", "truncate", "--num_steps", "3")
+    recomputed, asked = tmp_path / "recompute", tmp_path / "server"
+    succeed(command(models, recomputed, *loss, "--old_logprobs", "recompute"))
+    server = ("--old_logprobs", "server", "--logprob_servers", servers[2].url, "--max_staleness", "0")
+    succeed(launch(models, asked, servers, *loss, *server))
+    assert losses_of(asked) == pytest.approx(losses_of(recomputed), abs=1e-4)
+    for row in metrics_of(asked):
+        assert row["mismatch/old_policy_gap"] < 1e-5 and row["staleness/old_policy_lag"] == 0
+        assert row["mismatch/abs_max"] < 1e-4 and row["logprob/requests"] == 8 and row["logprob/failures"] == 0
 
     # Above it nothing is lost, nothing is trained on twice, and the bound holds, whatever is killed.
     stale = tmp_path / "staleness_2"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
+import train_mopd
 from opd.arguments import parse
 from opd.config import (
     BatchConfig,
@@ -406,6 +407,7 @@ BAD_VALUES = [
     ),
     ("--inner_updates 2 --loss reverse_kl_pg --reject_level sequence", "--inner_updates 2: after the first"),
     ("--old_logprobs recompute", "--old_logprobs recompute: nothing reads them"),
+    ("--old_logprobs server --is_mode mask", "--old_logprobs server: log-prob servers get the weights of --mode async"),
     ("--reject_level geometric --reject_low 1.1 --reject_high 2", "--reject_low 1.1: must be at most 1"),
     ("--reject_level geometric --reject_high 0.9", "--reject_high 0.9: must be at least 1"),
     *(
@@ -446,6 +448,46 @@ def test_bad_values(argv, message):
 )
 def test_good_values(argv):
     validated(*words(argv))
+
+
+BAD_AHEAD = {
+    "--max_staleness 0 --sync_every 2": "--max_staleness 0: with --sync_every 2 the step before a push is 1",
+    "--rollout_servers auto http://a:1": "--rollout_servers: auto stands alone",
+    "--rollout_servers http://a:1 http://A:1/": "--rollout_servers http://a:1: it stands there twice",
+    "--loss reverse_kl_pg": "--max_staleness 1: a policy gradient on stale responses",
+    "--reward_weight 1 --num_generations 2": "--max_staleness 1: a policy gradient on stale responses",
+    "--logprob_servers auto": "--old_logprobs server and --logprob_servers need each other",
+    "--old_logprobs server --is_mode mask": "--old_logprobs server and --logprob_servers need each other",
+    "--old_logprobs server --is_mode mask --rollout_servers http://a:1 --logprob_servers http://a:1":
+        "--logprob_servers http://a:1: it is also one of --rollout_servers",
+    "--rollout_gpus 1 --rollout_replicas 2": "--rollout_gpus 1: 2 GPUs are needed, each named once",
+    "--rollout_gpus 1,1 --rollout_replicas 2": "--rollout_gpus 1,1: 2 GPUs are needed",
+    "--rollout_gpus 1 --rollout_tensor_parallel_size 2": "--rollout_gpus 1: 2 GPUs are needed",
+    "--rollout_gpus 1 --rollout_servers http://a:1": "--rollout_gpus 1: only for servers that are started here",
+    "--logprob_gpus 1": "--logprob_gpus 1: only for servers that are started here",
+    "--sync_every 0": "--sync_every 0: must be at least 1",
+    "--rollout_replicas 0": "--rollout_replicas 0: must be at least 1",
+    "--logprob_replicas 0": "--logprob_replicas 0: must be at least 1",
+    "--rollout_wait_s 0": "--rollout_wait_s 0.0: must be above 0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", BAD_AHEAD)
+def test_what_the_asynchronous_mode_refuses(argv):
+    config = parse(train_mopd.Config, [*REQUIRED, "--mode", "async", *words(argv)])
+    assert BAD_AHEAD[argv] in error(config.validate)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--loss reverse_kl_pg --is_mode truncate --old_logprobs server --logprob_servers auto --logprob_gpus 3",
+        "--loss reverse_kl_pg --max_staleness 0",
+        "--rollout_gpus 4,5,6,7 --rollout_replicas 2 --rollout_tensor_parallel_size 2 --max_staleness 3 --sync_every 4",
+    ],
+)
+def test_what_the_asynchronous_mode_takes(argv):
+    parse(train_mopd.Config, [*REQUIRED, "--mode", "async", *words(argv)]).validate()
 
 
 def test_round_trip_through_yaml(tmp_path):

@@ -1,0 +1,118 @@
+"""Servers are kept at the version that was pushed last: real control routes on real sockets, around an engine that is none."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from opd import weight_keeper
+from opd.http_service import RequireToken, new_app
+from opd.server_control import Control, WeightsGate
+from opd.weight_keeper import WeightKeeper
+from opd.weight_push import PushFailed
+from tests.test_async_rollout import serving
+
+TOKEN = "a-token-of-more-than-16-characters"
+DEADLINE_S = 60
+
+
+class Server:
+    """A server of weights that are never used."""
+
+    def __init__(self, root, port: int = 0):
+        self.port, self.gate, self.loaded = port, WeightsGate(), []
+        self.control = Control(self.gate, self, root, protocol="p", token=TOKEN)
+
+    def app(self):
+        app = new_app()
+        self.control.mount(app)
+        return RequireToken(app, TOKEN)
+
+    async def pause(self, mode):
+        pass
+
+    async def load(self, directory, version):
+        self.loaded.append(version)
+
+    async def resume(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(weight_keeper, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(weight_keeper, "AGAIN_SECONDS", 0.05)
+
+
+@pytest.fixture
+def root(tmp_path):
+    path = tmp_path / "weights"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@contextmanager
+def keeper_of(root, wait_s: float = 0.0, fence: int = 5, **roles):
+    keeper = WeightKeeper(roles, root, fence, TOKEN, mode="keep", wait_s=wait_s)
+    try:
+        yield keeper
+    finally:
+        keeper.close()
+        assert not keeper._thread.is_alive()
+
+
+def parameters():
+    return iter([("weight", torch.ones(3))])
+
+
+def until(condition):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def test_a_push_reaches_every_role_and_a_server_that_lost_its_weights_gets_them_again(root):
+    with serving(Server(root)) as first, serving(Server(root)) as second:
+        with keeper_of(root, rollout=[first.url], logprob=[second.url]) as keeper:
+            found = keeper.push(parameters(), 1)
+            assert found["bytes"] > 0 and found["s"] >= found["pause_s"] > 0 and found["publish_s"] > 0
+            assert first.loaded == second.loaded == [1]
+            keeper.push(parameters(), 2)
+            second.gate.version = None  # as after a restart
+            until(lambda: second.gate.state == "ready")
+            time.sleep(0.3)  # and no more than that
+        assert (first.loaded, second.loaded, second.gate.version) == ([1, 2], [1, 2, 2], 2)
+
+
+def test_a_role_without_a_server_is_waited_for_and_then_named(root):
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with serving(Server(root)) as there, keeper_of(root, logprob=[there.url], rollout=[url]) as keeper:
+        with pytest.raises(PushFailed, match=f"^rollout: no server took .* {url}"):
+            keeper.push(parameters(), 1)
+        keeper.wait_s = DEADLINE_S
+        late = Server(root, port)
+        with ThreadPoolExecutor() as thread:
+            pushed = thread.submit(keeper.push, parameters(), 2)
+            time.sleep(0.3)
+            with serving(late):
+                pushed.result(timeout=DEADLINE_S)
+        assert late.loaded == [2]
+
+
+def test_a_server_of_a_later_trainer_is_left_alone(root):
+    with serving(Server(root)) as server, keeper_of(root, rollout=[server.url]) as keeper:
+        keeper.push(parameters(), 1)
+        server.gate.fence, server.gate.version = 6, 0
+        time.sleep(0.5)
+        assert server.loaded == [1]
