@@ -1,0 +1,241 @@
+"""Kills processes of an asynchronous run at random moments, and looks whether each sample was trained on exactly once.
+
+Rounds of `train_mopd.py --mode async` with two rollout servers, two log-prob servers and two servers of its teacher, on models
+of a few thousand parameters. While a round trains, one process after another, drawn at random, gets SIGKILL and is started
+again. Rounds alternate between --max_staleness 2, where no sample may be lost, trained on twice or staler than that, and 0,
+where samples and final weights must be those of an undisturbed run, bit for bit. Exit status 1 if something is not as it
+must be.
+
+    python scripts/chaos.py --kills 200 --json
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import psutil  # noqa: E402
+import yaml  # noqa: E402
+
+from opd import process_group, sample_ledger  # noqa: E402
+from opd.content import content_hash  # noqa: E402
+from opd.protocols import TOKEN_VARIABLE  # noqa: E402
+from opd.replicas import Replica, serving  # noqa: E402
+from scripts.bench_step import Workload, environment, write_workload  # noqa: E402
+from scripts.bench_tools import last_error, print_json, say  # noqa: E402
+
+WORK = Workload(prompts=4, prompt_tokens=8, response_tokens=24, student=(1, 64), teacher=(1, 64))
+VOCAB = 300
+POLL_S = 0.05
+MOST_LAUNCHES = 200  # of one round: a trainer that always fails must not go on for ever
+ROUND_S = 1800.0  # for one round
+ROLES = ("trainer", "rollout", "logprob", "teacher")
+
+
+@dataclass
+class Fleet:
+    """The servers of all rounds, which outlive their trainers."""
+
+    servers: dict[str, list[Replica]]
+    root: Path
+    weights: Path
+    steps: int
+
+    def command(self, run_dir: Path, max_staleness: int) -> list[str]:
+        """A launch of the trainer; the same again resumes."""
+        urls = {role: [replica.url for replica in replicas] for role, replicas in self.servers.items()}
+        teacher = {"name": "teacher", "backend": "server", "urls": urls["teacher"], "api_key_env": TOKEN_VARIABLE}
+        config = run_dir.with_suffix(".yaml")
+        config.write_text(yaml.safe_dump({"teachers": [{**teacher, "domains": ["teacher"]}]}))
+        return [
+            sys.executable, "train_mopd.py", "--config", str(config), "--student_model", str(self.root / "student"),
+            "--data", str(self.root / "prompts.jsonl"), "--output_dir", str(run_dir), "--num_steps", str(self.steps),
+            "--prompts_per_step", str(WORK.prompts), "--max_prompt_tokens", str(WORK.prompt_tokens),
+            "--max_response_tokens", str(WORK.response_tokens), "--learning_rate", "1e-3", "--dtype", "float32",
+            "--ds_config", "ds_configs/zero0.json", "--loss", "reverse_kl_pg", "--clip_low", "0.2",
+            "--is_mode", "truncate", "--old_logprobs", "server", "--save_every", "1", "--parity_every", "0",
+            "--rollout_every", "0", "--mode", "async", "--max_staleness", str(max_staleness),
+            "--weights_dir", str(self.weights), "--rollout_servers", *urls["rollout"],
+            "--logprob_servers", *urls["logprob"],
+        ]  # fmt: skip
+
+
+@contextmanager
+def fleet_of(root: Path, steps: int) -> Iterator[Fleet]:
+    """Models, prompts, and two servers of each role; at the end they are gone."""
+    write_workload(root, WORK, steps=steps, vocab_size=VOCAB)
+    weights = root / "weights"
+    weights.mkdir(mode=0o700)
+    length = WORK.prompt_tokens + WORK.response_tokens
+    student, common = str(root / "student"), {"replicas": 2, "dtype": "float32"}
+    pushed = {**common, "weights_dir": weights}
+    flags = {
+        "rollout": ["--max_model_len", str(length), "--enforce_eager"],
+        # One sequence at a time: what a server says does not depend on what else it is asked, to the last bit.
+        "logprob": ["--max_tokens_per_batch", "1"],
+        "teacher": [],
+    }
+    with ExitStack() as stack:
+        start = lambda role, model, **options: stack.enter_context(  # noqa: E731
+            serving(model, name=role, log_dir=root / f"{role}_servers", extra=flags[role], **options)
+        )
+        servers = {
+            "rollout": start("rollout", student, protocol="rollout", kv_cache_gib=0.05, **pushed),
+            "logprob": start("logprob", student, protocol="logprob", **pushed),
+            "teacher": start("teacher", str(root / "teacher"), protocol="binary", kv_cache_gib=0.05, **common),
+        }
+        yield Fleet(servers, root, weights, steps)
+
+
+@dataclass
+class Killer:
+    """Whom it strikes, and when, is a function of the seed; how far they are by then is not."""
+
+    kills: int
+    gap_s: float  # mean time between two kills
+    roles: tuple[str, ...]
+    rng: random.Random
+    done: collections.Counter = field(default_factory=collections.Counter)  # role -> kills
+    next_at: float = 0.0
+
+    @property
+    def left(self) -> int:
+        return self.kills - self.done.total()
+
+    def arm(self) -> None:
+        """The next kill comes so much later than now."""
+        self.next_at = time.monotonic() + self.rng.uniform(0.1, 1.9) * self.gap_s
+
+    def victim(self) -> str | None:
+        """The role of who is to be killed now."""
+        if not self.left or time.monotonic() < self.next_at:
+            return None
+        self.arm()
+        return self.rng.choice(self.roles)
+
+
+def launch(fleet: Fleet, run_dir: Path, max_staleness: int):
+    env = environment(1, PYTHONPATH=str(ROOT))
+    os.chdir(ROOT)
+    return process_group.start(fleet.command(run_dir, max_staleness), log=run_dir.with_suffix(".log"), env=env)
+
+
+def play(fleet: Fleet, run_dir: Path, max_staleness: int, killer: Killer | None) -> dict:
+    """One run from its first step to its last, however often it takes to launch it."""
+    started, launches, stops = time.monotonic(), 1, []
+    trainer = launch(fleet, run_dir, max_staleness)
+    if killer:
+        killer.arm()
+    while True:
+        time.sleep(POLL_S)
+        assert time.monotonic() - started < ROUND_S and launches <= MOST_LAUNCHES, f"{run_dir.name} does not end: {stops[-3:]}"
+        if trainer.poll() is not None:
+            if trainer.returncode == 0:
+                break
+            stops.append(last_error(run_dir.with_suffix(".log").read_text(errors="replace")))
+            say(f"the trainer stopped with status {trainer.returncode}: {stops[-1]}")
+            trainer, launches = launch(fleet, run_dir, max_staleness), launches + 1
+            continue
+        role = killer.victim() if killer else None
+        if role == "trainer":
+            process_group.end(trainer.pid, 0)
+            trainer.wait(60)
+            trainer, launches = launch(fleet, run_dir, max_staleness), launches + 1
+        elif role:
+            replica = killer.rng.choice(fleet.servers[role])
+            replica.kill()
+            replica.restart()
+        if role:
+            killer.done[role] += 1
+    return {"launches": launches, "stops": stops, "seconds": round(time.monotonic() - started, 1)}
+
+
+def problems_of(fleet: Fleet, run_dir: Path, max_staleness: int, calm: Path | None) -> list[str]:
+    """What is not as it must be after a round, a line each."""
+    rows = sample_ledger.read(run_dir / sample_ledger.FILE)
+    expected = [f"{step}/{place}/0" for step in range(fleet.steps) for place in range(WORK.prompts)]
+    counts = collections.Counter(row["id"] for row in rows)
+    problems = [f"{name}: lost" for name in expected if not counts[name]]
+    problems += [f"{name}: trained on {count} times" for name, count in counts.items() if count > 1]
+    problems += [f"{name}: not expected" for name in counts.keys() - set(expected)]
+    for row in rows:
+        lag = row["step"] - 1 - row["policy_version"]
+        if not 0 <= lag <= max_staleness or int(row["id"].split("/")[0]) != row["step"] - 1:
+            problems.append(f"{row['id']}: trained on in step {row['step']}, {lag} versions behind")
+    if calm is not None:
+        problems += sample_ledger.compare(sample_ledger.read(calm / sample_ledger.FILE), rows)
+        if content_hash(str(calm / "model")) != content_hash(str(run_dir / "model")):
+            problems.append("the final weights are not those of the undisturbed run")
+    return problems
+
+
+def chaos(fleet: Fleet, args: argparse.Namespace) -> dict:
+    """Rounds until the kills are used up."""
+    killer = Killer(args.kills, args.gap_s, tuple(args.roles), random.Random(args.seed))
+    calm, rounds = fleet.root / "calm", []
+    play(fleet, calm, 0, None)
+    bounds = [2, 0]
+    while killer.left:
+        bound = bounds[len(rounds) % len(bounds)]
+        run_dir = fleet.root / f"round_{len(rounds)}"
+        before = killer.done.total()
+        result = play(fleet, run_dir, bound, killer)
+        problems = problems_of(fleet, run_dir, bound, calm if bound == 0 else None)
+        rounds.append({"max_staleness": bound, "kills": killer.done.total() - before, "problems": problems, **result})
+        say(f"round {len(rounds)}: {json.dumps(rounds[-1])}")
+    return {
+        "kills": dict(killer.done), "rounds": len(rounds), "samples": len(rounds) * fleet.steps * WORK.prompts,
+        "launches": sum(one["launches"] for one in rounds), "stops": [line for one in rounds for line in one["stops"]],
+        "problems": [f"round {n}: {line}" for n, one in enumerate(rounds) for line in one["problems"]],
+    }  # fmt: skip
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--gap_s", type=float, default=5.0, help="mean time between two kills")
+    parser.add_argument("--steps", type=int, default=12, help="of a round")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
+    parser.add_argument("--work_dir", type=Path, help="kept (default: a temporary directory that is removed)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    args = parser.parse_args(argv)
+    for flag in ("kills", "gap_s", "steps"):
+        if not getattr(args, flag) > 0:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be above 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, started = parse_arguments(argv), time.monotonic()
+    os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ExitStack() as stack:
+        root = args.work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="opd_chaos_")))
+        root.mkdir(parents=True, exist_ok=True)
+        with fleet_of(root, args.steps) as fleet:
+            result = chaos(fleet, args)
+    result["left_alive"] = [" ".join(child.cmdline())[:200] for child in psutil.Process().children(recursive=True)]
+    result["seconds"] = round(time.monotonic() - started, 1)
+    for line in result["problems"]:
+        say(line)
+    print(f"{sum(result['kills'].values())} kills, {result['samples']} samples, {len(result['problems'])} problems")
+    if args.json:
+        print_json(result)
+    return int(bool(result["problems"] or result["left_alive"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
