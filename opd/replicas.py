@@ -1,4 +1,4 @@
-"""Server processes of one model on this machine: started, awaited, ended.
+"""Server processes of one model on this machine: started, awaited, started again, ended.
 
 `serving` is what tests and launchers use:
 
@@ -25,6 +25,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -77,35 +78,35 @@ class ServerOptions:
     weights_dir: str | Path | None = None  # where a trainer publishes what servers of PUSHED serve
     extra: Sequence[str] = ()  # flags for the server itself
 
-    def command(self) -> list[str]:
-        """Ours come last, so that no extra flag opens what is closed."""
+    def command(self, port: int = 0) -> list[str]:
+        """Of a server at `port`, 0: the kernel chooses. Ours come last, so that no extra flag opens what is closed."""
+        return [sys.executable, "-m", *self._program(), *self.extra, "--host", "127.0.0.1", "--port", str(port)]
+
+    def _program(self) -> list[str]:
         # vLLM's own "auto" is bfloat16 even for float32 files on a CPU
         dtype = str(resolve_dtype(self.dtype)).removeprefix("torch.")
         assert self.protocol not in PUSHED or self.weights_dir is not None, f"protocol {self.protocol}: no weights_dir"
         if self.protocol == "logprob":
             return [
-                sys.executable, "-m", "opd.logprob_server", "--model", self.model, "--weights_dir",
-                str(self.weights_dir), "--dtype", dtype, *self.extra, "--host", "127.0.0.1", "--port", "0",
+                "opd.logprob_server", "--model", self.model, "--weights_dir", str(self.weights_dir), "--dtype", dtype,
             ]  # fmt: skip
         if self.protocol == "binary":
             return [
-                sys.executable, "-m", "opd.scoring_server", "--model", self.model, "--name", self.name,
-                "--dtype", dtype, "--max_support_k", str(self.max_logprobs),
-                "--kv_cache_gib", str(self.kv_cache_gib), *self.extra, "--host", "127.0.0.1", "--port", "0",
+                "opd.scoring_server", "--model", self.model, "--name", self.name, "--dtype", dtype,
+                "--max_support_k", str(self.max_logprobs), "--kv_cache_gib", str(self.kv_cache_gib),
             ]  # fmt: skip
         if self.protocol == "rollout":
             return [
-                sys.executable, "-m", "opd.rollout_server", "--model", self.model, "--name", self.name, "--dtype", dtype,
+                "opd.rollout_server", "--model", self.model, "--name", self.name, "--dtype", dtype,
                 "--weights_dir", str(self.weights_dir), "--kv_cache_gib", str(self.kv_cache_gib),
-                "--tensor_parallel", str(self.tensor_parallel), *self.extra, "--host", "127.0.0.1", "--port", "0",
+                "--tensor_parallel", str(self.tensor_parallel),
             ]  # fmt: skip
         # the CPU package of vllm 0.32 has no metadata, without which `vllm serve` fails
         return [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model,
+            "vllm.entrypoints.openai.api_server", "--model", self.model,
             "--served-model-name", self.name, "--dtype", dtype, "--max-logprobs", str(self.max_logprobs),
             "--kv-cache-memory-bytes", str(int(self.kv_cache_gib * GIB)), "--no-enable-prefix-caching",
-            "--tensor-parallel-size", str(self.tensor_parallel), "--disable-uvicorn-access-log", *self.extra,
-            "--host", "127.0.0.1", "--port", "0",
+            "--tensor-parallel-size", str(self.tensor_parallel), "--disable-uvicorn-access-log",
         ]  # fmt: skip
 
     def environment(self, gpus: Sequence[str]) -> dict[str, str]:
@@ -122,11 +123,13 @@ class ServerOptions:
 
 @dataclass(slots=True)
 class Replica:
-    """One server process. `url` is known once it answers."""
+    """One server process. `url` is known once it answers, and stays what it is when the server is started again."""
 
     options: ServerOptions
     process: subprocess.Popen
     log: Path
+    gpus: Sequence[str] = ()  # all that are visible if none is named
+    log_start: int = 0  # bytes of its log that others wrote, of an earlier run or the server that it stands for
     url: str | None = field(default=None)
 
     @property
@@ -142,28 +145,55 @@ class Replica:
         """Ends it in order, and by force what does not end within END_SECONDS."""
         stop_all([self])
 
+    def restart(self) -> None:
+        """Starts the same server again, with the port and the GPUs that it had, without waiting for it.
+
+        What lives of the old one is ended first. The new one knows nothing of it: a server of PUSHED is stale until the next
+        push. To be called in a thread that lives as long as the server is needed (`process_group.start`).
+        """
+        self.stop()
+        port = urllib.parse.urlsplit(self.url).port if self.url else None
+        self.log_start, self.process = _start(self.options, self.log, self.gpus, port or 0)
+
     def last_lines(self) -> str:
         """The end of its log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return "\n".join(self._read_log().splitlines()[-LOG_LINES:])
+
+    def _read_log(self) -> str:
+        """What this process wrote, and not one before it: an old URL would be waited for in vain."""
+        with suppress(FileNotFoundError), self.log.open("rb") as file:  # somebody tidied up
+            file.seek(self.log_start)
+            return file.read().decode(errors="replace")
+        return ""
 
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
         """Returns when it has answered a question, and `url` is set. StartError if it ends before, or takes longer."""
         deadline = time.monotonic() + seconds
-        error = "it does not listen yet"
+        error: str | None = "no time was given"
         while time.monotonic() < deadline:
             if not self.alive:
                 raise StartError(self._failure(f"ended with status {self.process.returncode} before it was ready"))
-            url = self._find_url()
-            if url is not None:
-                try:
-                    self._ask(url, min(ASK_SECONDS, max(1.0, deadline - time.monotonic())))
-                except (OSError, ValueError) as caught:  # a refused connection, 4xx and 5xx, a bad answer
-                    error = str(caught)
-                else:
-                    self.url = url
-                    return
+            error = self._try(min(ASK_SECONDS, max(1.0, deadline - time.monotonic())))
+            if error is None:
+                return
             time.sleep(POLL_SECONDS)
         raise StartError(self._failure(f"was not ready within {seconds:g} s: {error}"))
+
+    def is_ready(self, seconds: float = ASK_SECONDS) -> bool:
+        """Whether it answers a question now, within `seconds`; then `url` is set."""
+        return self.alive and self._try(seconds) is None
+
+    def _try(self, seconds: float) -> str | None:
+        """Asks a question once: why it is not ready, or None if it is, and `url` is set."""
+        url = self._find_url()
+        if url is None:
+            return "it does not listen yet"
+        try:
+            self._ask(url, seconds)
+        except (OSError, ValueError, HTTPException) as error:  # a refused connection, 4xx and 5xx, a bad or torn answer
+            return str(error)
+        self.url = url
+        return None
 
     def _failure(self, what: str) -> str:
         return (
@@ -173,7 +203,7 @@ class Replica:
     def _find_url(self) -> str | None:
         """vLLM does not say which port the kernel chose, and its server process listens on no other."""
         if self.options.protocol != "json":
-            found = re.search(r"^serving .* at (http://\S+)$", self.log.read_text(errors="replace"), re.M)
+            found = re.search(r"^serving .* at (http://\S+)$", self._read_log(), re.M)
             return found and found[1]
         with suppress(psutil.Error):  # it ends while we look
             for connection in psutil.Process(self.process.pid).net_connections("inet"):
@@ -210,7 +240,14 @@ def _check_protocol(expected: str, answer: bytes, _) -> None:
 
 def start_replica(options: ServerOptions, log: Path, gpus: Sequence[str] = ()) -> Replica:
     """Starts a server on `gpus` (all that are visible if none is named), without waiting for it."""
-    return Replica(options, process_group.start(options.command(), log=log, env=options.environment(gpus)), log)
+    log_start, process = _start(options, log, gpus, 0)
+    return Replica(options, process, log, tuple(gpus), log_start)
+
+
+def _start(options: ServerOptions, log: Path, gpus: Sequence[str], port: int) -> tuple[int, subprocess.Popen]:
+    """(bytes that the log held before, the process). A log is appended to: it tells what led to a death."""
+    written = log.stat().st_size if log.exists() else 0
+    return written, process_group.start(options.command(port), log=log, env=options.environment(gpus))
 
 
 def stop_all(replicas: Sequence[Replica]) -> None:

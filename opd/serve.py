@@ -1,8 +1,9 @@
-"""`scripts/serve_teacher.sh MODEL`: a teacher's servers on this machine, and the YAML entry that names them to a trainer.
+"""`scripts/serve_ROLE.sh MODEL`: servers on this machine, and the YAML lines that name them to a trainer.
 
-Starts `--replicas` servers on loopback ports, `--tensor_parallel` GPUs each, waits until every one has answered a question,
-prints the entry on stdout and stays until SIGINT or SIGTERM. Flags behind `--` go to the servers as they are. The exit status
-is 0 after a signal, 2 for a mistake, 1 if a server does not come up or all have died.
+ROLE is teacher, rollout or logprob. Starts `--replicas` servers on loopback ports, `--tensor_parallel` GPUs each, waits until
+every one has answered a question, prints the lines on stdout and stays until SIGINT or SIGTERM. With `--restart` a server
+that dies is started again. Flags behind `--` go to the servers as they are. The exit status is 0 after a signal, 2 for a
+mistake, 1 if a server does not come up or all have died.
 """
 
 import argparse
@@ -12,24 +13,41 @@ import re
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from opd.arguments import OneLineParser
+from opd.http_service import read_token
 from opd.protocols import TOKEN_VARIABLE
-from opd.replicas import POLL_SECONDS, START_SECONDS, Replica, StartError, serving
+from opd.replicas import START_SECONDS, StartError, serving
 from opd.rows import one_line
 from opd.shapes import check_path
+from opd.watch import watch
+from opd.weight_store import claim
 
 PLAIN_SCALAR = re.compile(r"[A-Za-z/~][\w./~+-]*")  # what YAML reads as the text that it is; with true and null below
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "null", "~"}
 
 
+# What is served: its script and what `--help` says of it.
+ROLES = {
+    "teacher": "a teacher's servers on this machine, and the YAML entry that names them to a trainer",
+    "rollout": "servers that sample for train_mopd.py --mode async, under the weights that it pushes",
+    "logprob": "servers that compute the student's log-probabilities for train_mopd.py, under the weights that it pushes",
+}
+NO_TOKEN = (
+    f"{TOKEN_VARIABLE} is not set: without a token nobody may push weights; make one for servers and trainer: "
+    f"export {TOKEN_VARIABLE}=$(openssl rand -hex 16)"
+)
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """ValueError with one line for a mistake."""
+    """A role and its flags. ValueError with one line for a mistake."""
+    role, *argv = argv or [""]
+    if role not in ROLES:
+        raise ValueError(f"python -m opd.serve {role}: expected {', '.join(ROLES)} first")
     end = argv.index("--") if "--" in argv else len(argv)
     own, extra = argv[:end], argv[end + 1 :]
     for word in argv:
@@ -38,35 +56,66 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                 f"{word}: these servers listen on loopback ports that the kernel chooses; from another machine reach one "
                 "through a tunnel: ssh -L PORT:127.0.0.1:PORT THIS_MACHINE"
             )
-    parser = OneLineParser("scripts/serve_teacher.sh", __doc__)
-    parser.add_argument("model", help="directory or hub id")
-    parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--tensor_parallel", type=int, default=1, help="GPUs of each replica (json only)")
-    parser.add_argument("--gpus", help="such as 0,1,2,3 (default: all that are visible)")
-    parser.add_argument("--protocol", choices=["binary", "json"], default="binary")
-    parser.add_argument("--name", help="of the teacher (default: the last part of MODEL)")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
-    parser.add_argument("--max_logprobs", type=int, default=1024, help="the largest --support_k of a trainer")
-    parser.add_argument("--kv_cache_gib", type=float, default=1.0, help="KV cache of each replica per GPU, GiB")
-    parser.add_argument("--log_dir", type=Path, help="of the servers' logs (default: a temporary directory)")
-    parser.add_argument("--start_timeout_s", type=float, default=START_SECONDS, help="for all replicas to answer")
-    args = parser.parse_args(own)
-    args.extra = extra
+    args = _parser(role).parse_args(own)
+    args.role, args.extra = role, extra
     _check(args)
-    args.gpus = deal_gpus(args.gpus, args.replicas * args.tensor_parallel)
+    args.gpus = deal_gpus(args.gpus, args.replicas * getattr(args, "tensor_parallel", 1))
     return args
 
 
+def _parser(role: str) -> OneLineParser:
+    """Only flags that do something for the role."""
+    parser = OneLineParser(f"scripts/serve_{role}.sh", ROLES[role])
+    parser.add_argument("model", help="directory or hub id" if role == "teacher" else "the trainer's --student_model")
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--gpus", help="such as 0,1,2,3 (default: all that are visible)")
+    dtypes = ["auto", "bfloat16", *(["float16"] if role != "logprob" else []), "float32"]
+    parser.add_argument("--dtype", choices=dtypes, default="auto")
+    if role == "teacher":
+        parser.add_argument("--protocol", choices=["binary", "json"], default="binary")
+        parser.add_argument("--name", help="of the teacher (default: the last part of MODEL)")
+        parser.add_argument("--max_logprobs", type=int, default=1024, help="the largest --support_k of a trainer")
+    else:
+        parser.add_argument(
+            "--weights_dir", type=Path, required=True,
+            help="where the trainer publishes its weights; made if it is missing, and must be this user's alone (0700)",
+        )  # fmt: skip
+        parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
+    if role != "logprob":
+        only = " (json only)" if role == "teacher" else ""
+        parser.add_argument("--tensor_parallel", type=int, default=1, help=f"GPUs of each replica{only}")
+        parser.add_argument("--kv_cache_gib", type=float, default=1.0, help="KV cache of each replica per GPU, GiB")
+    parser.add_argument("--restart", action="store_true", help="start a server that died again, on the same port")
+    parser.add_argument("--log_dir", type=Path, help="of the servers' logs (default: a temporary directory)")
+    parser.add_argument("--start_timeout_s", type=float, default=START_SECONDS, help="for a replica to answer")
+    return parser
+
+
 def _check(args: argparse.Namespace) -> None:
-    for flag in ("replicas", "tensor_parallel", "max_logprobs", "kv_cache_gib", "start_timeout_s"):
-        if not getattr(args, flag) > 0:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be above 0")
-    if args.protocol == "binary" and args.tensor_parallel > 1:
-        raise ValueError(
-            f"--tensor_parallel {args.tensor_parallel}: the binary protocol's engine has one GPU; use --protocol json"
-        )
+    """Fills in what follows from other flags. The directory of weights is made, so it comes last."""
+    positive = ("replicas", "tensor_parallel", "max_logprobs", "max_model_len", "kv_cache_gib", "start_timeout_s")
+    for flag in positive:
+        value = getattr(args, flag, None)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{flag} {value}: must be above 0")
     check_path("MODEL", args.model)
-    args.name = args.name or Path(args.model).resolve().name
+    token = read_token()
+    if args.role == "teacher":
+        if args.protocol == "binary" and args.tensor_parallel > 1:
+            raise ValueError(
+                f"--tensor_parallel {args.tensor_parallel}: the binary protocol's engine has one GPU; use --protocol json"
+            )
+        args.name = args.name or Path(args.model).resolve().name
+        return
+    if token is None:
+        raise ValueError(NO_TOKEN)
+    args.protocol, args.name = args.role, Path(args.model).resolve().name
+    args.extra = [*(["--max_model_len", str(args.max_model_len)] if args.max_model_len else []), *args.extra]
+    args.weights_dir = Path(os.path.abspath(args.weights_dir))  # a link stays one: the store refuses it
+    try:
+        claim(args.weights_dir)
+    except ValueError as error:
+        raise ValueError(f"--weights_dir {error}") from None
 
 
 def deal_gpus(flag: str | None, needed: int) -> list[str]:
@@ -83,30 +132,22 @@ def deal_gpus(flag: str | None, needed: int) -> list[str]:
     return gpus[:needed] if count else []
 
 
-def yaml_entry(name: str, model: str, urls: Sequence[str]) -> str:
+def entry(args: argparse.Namespace, urls: Sequence[str]) -> str:
     """What a trainer's YAML file takes."""
+    quoted = json.dumps(list(urls))
+    if args.role == "teacher":
+        key = f", api_key_env: {TOKEN_VARIABLE}" if os.environ.get(TOKEN_VARIABLE) else ""
+        fields = f"name: {_scalar(args.name)}, model: {_scalar(args.model)}, backend: server, urls: {quoted}{key}"
+        return f"teachers:\n  - {{{fields}}}"
+    lines = [f"{args.role}_servers: {quoted}"]
+    if args.role == "rollout":  # once: a file for both kinds of server has one such line
+        lines.append(f"weights_dir: {_scalar(str(args.weights_dir))}")
+    return "\n".join(lines)
 
-    def text(value: str) -> str:
-        plain = PLAIN_SCALAR.fullmatch(value) and value.lower() not in YAML_WORDS
-        return value if plain else json.dumps(value)
 
-    key = f", api_key_env: {TOKEN_VARIABLE}" if os.environ.get(TOKEN_VARIABLE) else ""
-    fields = f"name: {text(name)}, model: {text(model)}, backend: server, urls: {json.dumps(list(urls))}{key}"
-    return f"teachers:\n  - {{{fields}}}"
-
-
-def watch(replicas: Sequence[Replica]) -> int:
-    """Says who dies. Returns 1 when all have."""
-    living = list(replicas)
-    while living:
-        time.sleep(POLL_SECONDS)
-        for replica in [replica for replica in living if not replica.alive]:
-            living.remove(replica)
-            status = replica.process.returncode
-            say(
-                f"{replica.url} died with status {status}, {len(living)} left: see {replica.log}\n{replica.last_lines()}"
-            )
-    return 1
+def _scalar(text: str) -> str:
+    plain = PLAIN_SCALAR.fullmatch(text) and text.lower() not in YAML_WORDS
+    return text if plain else json.dumps(text)
 
 
 def say(message: str) -> None:
@@ -131,17 +172,20 @@ def main() -> int:
         return 2
     log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="opd_serve_"))
     say(f"starting {args.replicas} x {args.model}; logs in {log_dir}")
+    # the flags of the role that are the servers' options too
+    names = ("protocol", "name", "tensor_parallel", "dtype", "max_logprobs", "kv_cache_gib", "weights_dir", "extra")
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     try:
         with serving(
             args.model, replicas=args.replicas, gpus=args.gpus, log_dir=log_dir, start_seconds=args.start_timeout_s,
-            name=args.name, protocol=args.protocol, tensor_parallel=args.tensor_parallel,
-            dtype=args.dtype, max_logprobs=args.max_logprobs,
-            kv_cache_gib=args.kv_cache_gib, extra=args.extra,
+            **options,
         ) as replicas:  # fmt: skip
             for replica in replicas:
                 say(f"{replica.url}: process {replica.process.pid}")
-            print(yaml_entry(args.name, args.model, [replica.url for replica in replicas]), flush=True)
-            return watch(replicas)
+            if args.role != "teacher":
+                say(f"the trainer needs the same {TOKEN_VARIABLE}, and --weights_dir {args.weights_dir}")
+            print(entry(args, [replica.url for replica in replicas]), flush=True)
+            return watch(replicas, restart=args.restart, start_seconds=args.start_timeout_s, say=say)
     except StartError as error:
         say(f"error: {error}")
         return 1

@@ -49,6 +49,17 @@ def default_root(run_dir: str | Path) -> Path:
     return parent / f"opd_weights_{os.geteuid()}_{name}"
 
 
+def claim(root: Path) -> None:
+    """Makes ROOT if it is missing. ValueError if it is not ours alone."""
+    try:
+        root.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        pass  # whatever it is
+    except OSError as error:
+        raise ValueError(f"{root}: {error.strerror}") from None
+    _check_directory(root)
+
+
 def publish(root: Path, named_parameters: Iterable[tuple[str, Tensor]], version: int, fence: int) -> Published:
     """Writes a version and removes all but the two newest. An older run's version of the same number gives way.
 
@@ -57,8 +68,7 @@ def publish(root: Path, named_parameters: Iterable[tuple[str, Tensor]], version:
     """
     start = time.monotonic()
     root = Path(root)
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_directory(root)
+    claim(root)
     _check_fence(root, fence)
     for leftover in root.glob(".tmp*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -145,7 +155,7 @@ def _check_directory(path: Path) -> None:
     if not stat.S_ISDIR(facts.st_mode):
         raise ValueError(f"{path}: not a directory, or a link to one")
     if facts.st_uid != os.geteuid() or stat.S_IMODE(facts.st_mode) & 0o077:
-        raise ValueError(f"{path}: must belong to this user with mode 0700; others could put weights there")
+        raise ValueError(f"{path}: must belong to this user with mode 0700 (chmod 700); others could put weights there")
 
 
 def _open_own(path: Path):
