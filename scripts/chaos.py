@@ -206,7 +206,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--gap_s", type=float, default=5.0, help="mean time between two kills")
-    parser.add_argument("--steps", type=int, default=12, help="of a round")
+    parser.add_argument("--steps", type=int, default=30, help="of a round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
     parser.add_argument("--work_dir", type=Path, help="kept (default: a temporary directory that is removed)")
