@@ -8,6 +8,7 @@ import json
 import random
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -41,6 +42,9 @@ class Scripted:
     first_answers: dict[str, dict] = field(default_factory=dict)  # request id -> what its first answer has instead
     log: list[tuple[str, int]] = field(default_factory=list)
     bodies: dict[str, dict] = field(default_factory=dict)
+    length: Callable[[random.Random, int], int] = lambda rng, most: rng.randint(1, most)  # of a response
+    seconds_per_token: float = 0.0
+    lengths: list[int] = field(default_factory=list)  # in the order of the answers
     judged: list[str] = field(default_factory=list)  # whose log-probabilities were asked for, in their order
     late: dict[str, int] = field(default_factory=dict)  # request id -> how many versions its first answer is behind
 
@@ -53,10 +57,12 @@ class Scripted:
             name, version = body["request_id"], self.version
             if name != "probe":
                 self.bodies[name] = body
-                await asyncio.sleep(self.delays.get(name, 0))
-                self.log.append((name, version))
             rng = random.Random(body["seed"])
-            L = rng.randint(1, body["max_tokens"])
+            L = self.length(rng, body["max_tokens"])
+            if name != "probe":
+                await asyncio.sleep(self.delays.get(name, 0) + self.seconds_per_token * L)
+                self.log.append((name, version))
+                self.lengths.append(L)
             tokens = [rng.randrange(2, VOCAB) for _ in range(L)]
             answer = {
                 "token_ids": tokens, "finish_reason": "length", "spans": [[version, 0, L]],
@@ -114,7 +120,7 @@ def prompts_of(step: int) -> list[Prompt]:
 
 def engine_of(
     script: Scripted, *, num_steps: int = 6, max_staleness: int = 1, sync_every: int = 1, with_logprobs: bool = False,
-    **ahead,
+    longest: int = 6, **ahead,
 ):  # fmt: skip
     pushed = []
 
@@ -123,7 +129,7 @@ def engine_of(
         script.version = version
         return {"bytes": 1}
 
-    cfg = RolloutConfig(num_generations=G, max_response_tokens=6)
+    cfg = RolloutConfig(num_generations=G, max_response_tokens=longest)
     ahead = AsyncConfig(max_staleness=max_staleness, sync_every=sync_every, **ahead)
     limits = Limits(wait_s=ahead.rollout_wait_s, max_inflight=ahead.max_inflight)
     engine = AsyncRolloutEngine(
@@ -191,15 +197,24 @@ def test_the_bound_holds_and_nothing_is_lost_whatever_the_delays(server_forever,
         engine.close()
 
 
+def long_tailed(rng: random.Random, most: int) -> int:
+    return min(most, int(rng.paretovariate(0.8)))
+
+
 def test_lengths_that_are_trained_on_are_those_that_were_sampled(server):
-    """Long responses take long here; with any-finished-first they would come late or never."""
-    engine = engine_of(server, max_staleness=3)
-    for name in ids_of(range(6)):
-        rng = random.Random(hash(name))
-        server.delays[name.replace("/", "-")] = rng.random() * 0.1
-    rollouts = [r for step in train(engine, range(6)) for r in step]
-    engine.close()
-    assert len(rollouts) == len(server.log) == 6 * P * G
+    """Long responses take long here; with any-finished-first they would come late or never, and short ones twice as often."""
+    server.length, server.seconds_per_token = long_tailed, 0.005
+    trained = {}
+    for max_staleness in (0, 3):
+        server.lengths.clear()
+        engine = engine_of(server, max_staleness=max_staleness, longest=60)
+        trained[max_staleness] = [[len(r.response_ids) for r in step] for step in train(engine, range(6))]
+        finished, _ = engine.servers.flow.take()
+        engine.close()
+        flat = sorted(length for step in trained[max_staleness] for length in step)
+        assert flat == sorted(server.lengths) == sorted(finished)
+        assert flat[-1] > 10 * flat[len(flat) // 2], "no long tail"
+    assert trained[0] == trained[3]  # step by step: the long ones are not put off
 
 
 def test_text_that_a_push_cut_off_is_written_again(server):
