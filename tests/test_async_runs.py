@@ -72,7 +72,8 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     assert losses_of(asked) == pytest.approx(losses_of(recomputed), abs=1e-4)
     for row in metrics_of(asked):
         assert row["mismatch/old_policy_gap"] < 1e-5 and row["staleness/old_policy_lag"] == 0
-        assert row["mismatch/abs_max"] < 1e-4 and row["logprob/requests"] == 8 and row["logprob/failures"] == 0
+        assert row["mismatch/abs_max"] < 1e-4 and row["logprob/failures"] == 0
+    assert sum(row["logprob/requests"] for row in metrics_of(asked)) == 3 * 8  # some of a step's in the row before
 
     # Above it nothing is lost, nothing is trained on twice, and the bound holds, whatever is killed.
     stale = tmp_path / "staleness_2"
