@@ -6,6 +6,7 @@ the next push, which may be waiting for its answers: what was published lies on 
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import httpx
 from torch import Tensor
 
 from opd import weight_push, weight_store
+from opd.run_files import warn
 from opd.weight_push import PushFailed
 
 LOOK_SECONDS = 2.0  # between two looks at the servers
@@ -34,6 +36,7 @@ class WeightKeeper:
         self.roles, self.root, self.fence, self.token, self.mode = roles, root, fence, token, mode
         self.wait_s = wait_s  # for the first server of a role, if all are being restarted
         self.version: int | None = None  # the last one that was pushed
+        self._said: deque[str] = deque(maxlen=64)
         self._turn = threading.Lock()  # one push at a time
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look_after, name="weight keeper", daemon=True)
@@ -69,8 +72,15 @@ class WeightKeeper:
 
     def _push_to(self, urls: Sequence[str], version: int) -> weight_push.PushReport:
         return weight_push.push(
-            urls, version, self.fence, self.token, mode=self.mode, lease_s=LEASE_SECONDS, deadline_s=PUSH_SECONDS
-        )
+            urls, version, self.fence, self.token, mode=self.mode, lease_s=LEASE_SECONDS, deadline_s=PUSH_SECONDS,
+            say=self._warn_once,
+        )  # fmt: skip
+
+    def _warn_once(self, message: str) -> None:
+        """A server that stays away is said once for each version."""
+        if message not in self._said:
+            self._said.append(message)
+            warn(message)
 
     def _look_after(self) -> None:
         headers = {"Authorization": f"Bearer {self.token}"}

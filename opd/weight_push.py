@@ -7,7 +7,7 @@ lease that it leaves does the same.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -54,17 +54,17 @@ class PushFailed(RuntimeError):
 
 def push(
     urls: Sequence[str], version: int, fence: int, token: str, *, mode: Literal["keep", "abort"] = "keep",
-    lease_s: float = 30.0, deadline_s: float = 600.0,
+    lease_s: float = 30.0, deadline_s: float = 600.0, say: Callable[[str], None] = warn,
 ) -> PushReport:  # fmt: skip
     """Makes the servers load a version that `weight_store.publish` has written, one after the other.
 
     `keep` lets what is being sampled go on under the new weights; `abort` ends it. `deadline_s` is for one server. A server
-    that fails is warned of and reported; PushFailed if all did.
+    that fails is reported, and said; PushFailed if all did.
     """
     replicas = tuple(_push_one(url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s) for url in urls)
     report = PushReport(version, replicas)
     for replica in report.failed:
-        warn(f"{replica.url} did not take the weights of version {version}: {replica.error}")
+        say(f"{replica.url} did not take the weights of version {version}: {replica.error}")
     if len(report.failed) == len(replicas):
         errors = "; ".join(f"{replica.url}: {replica.error}" for replica in report.failed)
         raise PushFailed(f"no server took the weights of version {version}: {errors}")

@@ -94,7 +94,9 @@ def test_a_push_reaches_every_role_and_a_server_that_lost_its_weights_gets_them_
         assert (first.loaded, second.loaded, second.gate.version) == ([1, 2], [1, 2, 2], 2)
 
 
-def test_a_role_without_a_server_is_waited_for_and_then_named(root):
+def test_a_role_without_a_server_is_waited_for_and_then_named(root, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(weight_keeper, "warn", warnings.append)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with serving(Server(root)) as there, keeper_of(root, logprob=[there.url], rollout=[url]) as keeper:
@@ -104,10 +106,11 @@ def test_a_role_without_a_server_is_waited_for_and_then_named(root):
         late = Server(root, port)
         with ThreadPoolExecutor() as thread:
             pushed = thread.submit(keeper.push, parameters(), 2)
-            time.sleep(0.3)
+            until(lambda: len(warnings) == 2)
             with serving(late):
                 pushed.result(timeout=DEADLINE_S)
         assert late.loaded == [2]
+        assert len(warnings) == 2 and "version 1" in warnings[0] and "version 2" in warnings[1]  # not at each try
 
 
 def test_a_server_of_a_later_trainer_is_left_alone(root):
