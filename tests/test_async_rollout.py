@@ -252,17 +252,27 @@ def test_an_answer_that_cannot_be_believed_is_asked_for_again(server, spoiled, w
     assert stats.failures["answer"] == 1 and why in error
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def state_when_all_but_one_are_ready(engine: AsyncRolloutEngine) -> dict:
+    """What a checkpoint then has; the engine is closed."""
+    until(lambda: engine.ready == P * G - 1)
+    state = json.loads(json.dumps(engine.state()))
+    engine.close()
+    return state
+
+
 def test_a_checkpoint_keeps_what_is_finished_and_names_what_is_not(server):
     server.delays["1-2-1"] = 30.0  # of the step after the one that is trained on
     engine = engine_of(server, num_steps=4)
     engine.load_weights([], 0)
     engine.generate(prompts_of(0), 0)
-    deadline = time.monotonic() + DEADLINE_S
-    while engine.ready < P * G - 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    state = json.loads(json.dumps(engine.state()))
-    engine.close()
+    state = state_when_all_but_one_are_ready(engine)
     assert [row["id"] for row in state["finished"]] == ids_of(range(1, 2))[:-1]
     assert state["in_flight"] == ["1/2/1"]
 
@@ -329,12 +339,7 @@ def test_a_checkpoint_keeps_the_old_policy(server):
     engine = engine_of(server, num_steps=3, with_logprobs=True)
     engine.load_weights([], 0)
     engine.generate(prompts_of(0), 0)
-    deadline = time.monotonic() + DEADLINE_S
-    while engine.ready < P * G - 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    state = json.loads(json.dumps(engine.state()))
-    engine.close()
+    state = state_when_all_but_one_are_ready(engine)
     server.delays.clear()
     asked_before = len(server.judged)
     resumed = engine_of(server, num_steps=3, with_logprobs=True)

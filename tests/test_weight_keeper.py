@@ -13,7 +13,7 @@ from opd.http_service import RequireToken, new_app
 from opd.server_control import Control, WeightsGate
 from opd.weight_keeper import WeightKeeper
 from opd.weight_push import PushFailed
-from tests.test_async_rollout import serving
+from tests.test_async_rollout import serving, until
 
 TOKEN = "a-token-of-more-than-16-characters"
 DEADLINE_S = 60
@@ -66,13 +66,6 @@ def keeper_of(root, wait_s: float = 0.0, fence: int = 5, **roles):
 
 def parameters():
     return iter([("weight", torch.ones(3))])
-
-
-def until(condition):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def free_port() -> int:
