@@ -322,7 +322,7 @@ def is_judged(rollout) -> bool:
 
 def test_the_old_policy_is_part_of_a_sample(server):
     """Asked for as soon as a response is finished; not older than the sampler; once for each sample."""
-    server.late["logprobs-2-0-0"] = 1  # a server that missed a push
+    server.late["logprobs-2-0-0"] = 2  # a server that missed pushes
     engine, heard = engine_of(server, num_steps=3, with_logprobs=True), []
     rollouts = [r for step in train(engine, range(3), heard.append) for r in step]
     stats = engine.logprob_servers.pool.take_stats()
