@@ -39,6 +39,7 @@ from scripts.bench_tools import last_error, print_json, say  # noqa: E402
 WORK = Workload(prompts=4, prompt_tokens=8, response_tokens=24, student=(1, 64), teacher=(1, 64))
 VOCAB = 300
 POLL_S = 0.05
+HASTE = 0.25  # of the kills come before the run has recovered
 MOST_LAUNCHES = 200  # of one round: a trainer that always fails must not go on for ever
 ROUND_S = 1800.0  # for one round
 ROLES = ("trainer", "rollout", "logprob", "teacher")
@@ -104,25 +105,30 @@ class Killer:
     """Whom it strikes, and when, is a function of the seed; how far they are by then is not."""
 
     kills: int
-    gap_s: float  # mean time between two kills
+    gap_s: float  # mean time between a step and a kill
     roles: tuple[str, ...]
     rng: random.Random
     done: collections.Counter = field(default_factory=collections.Counter)  # role -> kills
-    next_at: float = 0.0
+    after_step: int | None = None  # which has to be trained before the next kill; None: none has to
+    next_at: float | None = None  # s, of a monotonic clock
 
     @property
     def left(self) -> int:
         return self.kills - self.done.total()
 
-    def arm(self) -> None:
-        """The next kill comes so much later than now."""
-        self.next_at = time.monotonic() + self.rng.uniform(0.1, 1.9) * self.gap_s
+    def victim(self, step: int) -> str | None:
+        """The role of who is to be killed now, `step` being the last one that is trained.
 
-    def victim(self) -> str | None:
-        """The role of who is to be killed now."""
+        A kill comes some time after a step that was trained since the last one, or else a run would never end on a slow
+        machine; now and then it comes without.
+        """
+        if self.after_step is not None and step <= self.after_step:
+            return None
+        if self.next_at is None:
+            self.next_at = time.monotonic() + self.rng.uniform(0, 2) * self.gap_s
         if not self.left or time.monotonic() < self.next_at:
             return None
-        self.arm()
+        self.next_at, self.after_step = None, None if self.rng.random() < HASTE else step
         return self.rng.choice(self.roles)
 
 
@@ -132,12 +138,17 @@ def launch(fleet: Fleet, run_dir: Path, max_staleness: int):
     return process_group.start(fleet.command(run_dir, max_staleness), log=run_dir.with_suffix(".log"), env=env)
 
 
+def last_step(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def play(fleet: Fleet, run_dir: Path, max_staleness: int, killer: Killer | None) -> dict:
     """One run from its first step to its last, however often it takes to launch it."""
     started, launches, stops = time.monotonic(), 1, []
     trainer = launch(fleet, run_dir, max_staleness)
     if killer:
-        killer.arm()
+        killer.after_step = killer.next_at = None
     while True:
         time.sleep(POLL_S)
         assert time.monotonic() - started < ROUND_S and launches <= MOST_LAUNCHES, f"{run_dir.name} does not end: {stops[-3:]}"
@@ -148,7 +159,7 @@ def play(fleet: Fleet, run_dir: Path, max_staleness: int, killer: Killer | None)
             say(f"the trainer stopped with status {trainer.returncode}: {stops[-1]}")
             trainer, launches = launch(fleet, run_dir, max_staleness), launches + 1
             continue
-        role = killer.victim() if killer else None
+        role = killer.victim(last_step(run_dir)) if killer else None
         if role == "trainer":
             process_group.end(trainer.pid, 0)
             trainer.wait(60)
@@ -205,7 +216,7 @@ def chaos(fleet: Fleet, args: argparse.Namespace) -> dict:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--gap_s", type=float, default=5.0, help="mean time between two kills")
+    parser.add_argument("--gap_s", type=float, default=1.5, help="mean time between a step and the kill after it")
     parser.add_argument("--steps", type=int, default=30, help="of a round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
