@@ -43,6 +43,7 @@ PHASES = ("rollout", "score", "train", "sync")
 WARMUP_STEPS = 4  # left out: first calls of everything, and servers that were not ahead yet
 MICRO_BATCH_SIZE = 8
 IMPOSSIBLE = -20.0  # a logit next to others of about 0
+LEARNING_RATE = "1e-8"  # updates of the usual cost that change no response, so that all sides train on the same ones
 POLL_S = 0.2
 DEADLINE_S = 900  # of one run
 
@@ -67,8 +68,7 @@ class Setting:
 
     @property
     def window(self) -> slice:
-        """The steps that are measured. In the last ones nothing is left to be written ahead, which would flatter no side
-        and a server least of all, so they stay outside like the first."""
+        """The steps that are measured: those before which, and in which, a server that may write ahead does so."""
         return slice(WARMUP_STEPS, self.steps - self.max_staleness)
 
 
@@ -147,7 +147,7 @@ def command(root: Path, run_dir: Path, side: str, setting: Setting, url: str) ->
         *("--output_dir", str(run_dir), "--num_steps", str(setting.steps), "--seed", str(setting.seed)),
         *("--prompts_per_step", str(setting.prompts), "--micro_batch_size", str(min(MICRO_BATCH_SIZE, setting.prompts))),
         *("--max_prompt_tokens", str(setting.prompt_tokens), "--max_response_tokens", str(setting.max_response_tokens)),
-        *("--dtype", "float32", "--ds_config", "ds_configs/zero0.json", "--learning_rate", "1e-6"),
+        *("--dtype", "float32", "--ds_config", "ds_configs/zero0.json", "--learning_rate", LEARNING_RATE),
         *("--enforce_eager", "--rollout_kv_cache_gib", "0.25", "--teacher_kv_cache_gib", "0.05"),
         *("--parity_every", "0", "--rollout_every", "1", "--rollout_samples", str(setting.prompts), *ahead),
     ]  # fmt: skip

@@ -16,6 +16,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -153,7 +154,8 @@ def by_rule(work: Workload, rates: Rates, choice: Choice) -> list[dict]:
 def measure(setting: async_runs.Setting, rounds: int) -> dict:
     """Real runs on this machine, and what the simulation says of them."""
     runs = async_runs.run_all(setting, rounds)
-    return {**summary(runs, setting), "rounds": rounds, **asdict(setting), **tools.machine_facts("cpu")}
+    load = {"load_average": round(os.getloadavg()[2], 1)}  # of 15 minutes: about 2 is this benchmark's own
+    return {**summary(runs, setting), "rounds": rounds, **asdict(setting), **tools.machine_facts("cpu"), **load}
 
 
 def summary(runs: dict[str, list[async_runs.Measured]], setting: async_runs.Setting) -> dict:
