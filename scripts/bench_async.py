@@ -144,7 +144,8 @@ def by_rule(work: Workload, rates: Rates, choice: Choice) -> list[dict]:
                      "trained_over_sampled": round(float(lengths.mean() / sampled.mean()), 3),
                      "trained_p99": round(float(np.percentile(lengths, 99))), "largest_staleness": ages[-1],
                      "dropped": run.dropped, "restarted": run.restarts,
-                     "trainer_idle": round(run.trainer_idle, 3)})  # fmt: skip
+                     "trainer_idle": round(run.trainer_idle, 3),
+                     "publishing": round(run.trainer_publishing, 3)})  # fmt: skip
     return rows
 
 
