@@ -1,7 +1,7 @@
 """Is the simulation right? Rates of real runs (`scripts/async_runs.py`) go in, with the lengths that were written; step
 times come out, and are held against the measured ones.
 
-* ``sync`` and ``split`` get the rates of their own runs: what may be wrong is that a step is the sum of its parts, and that a
+* ``sync`` and ``split`` get the rates of their own run: what may be wrong is that a step is the sum of its parts, and that a
   token costs a + b n seconds where n responses are written at once.
 * ``async`` gets the rates of ``split``: same server, same trainer, never both at work. So it is a forecast: up to
   max_staleness + 1 times as many responses are written at once, by a server that shares the machine with a trainer at work.
@@ -37,23 +37,19 @@ def fit_decode(longest_I: np.ndarray, tokens_I: np.ndarray, seconds_I: np.ndarra
     return float(a), float(b)
 
 
-def rates_of(runs: list[Measured], setting: Setting) -> Rates:
-    """What the measured steps of the runs of a side say. What no phase covers, logging above all, counts as training."""
+def rates_of(run: Measured, setting: Setting) -> Rates:
+    """What the measured steps of a run say. What no phase covers, logging above all, counts as training."""
     window = setting.window
-    lengths_IB = np.concatenate([run.lengths_IB[window] for run in runs])
-    phases = {name: np.concatenate([run.phases[name][window] for run in runs]) for name in runs[0].phases}
-    seconds_I, pause_I = (
-        np.concatenate([getattr(run, name)[window] for run in runs]) for name in ("seconds_I", "pause_I")
-    )
-    written_I = lengths_IB.sum(axis=1)
-    a, b = fit_decode(lengths_IB.max(axis=1), written_I, phases["rollout"])
+    written_I, longest_I = run.lengths_IB[window].sum(axis=1), run.lengths_IB[window].max(axis=1)
+    rollout_I, score_I, sync_I = (run.phases[name][window] for name in ("rollout", "score", "sync"))
+    a, b = fit_decode(longest_I, written_I, rollout_I)
     tokens = float((written_I + setting.prompts * setting.prompt_tokens).sum())
-    pause = float(pause_I.mean())
+    pause = float(run.pause_I[window].mean())
     return Rates(
         decode_a=a, decode_b=b, max_batch=(setting.max_staleness + 1) * setting.prompts,
-        score=float(phases["score"].sum()) / tokens,
-        train=float((seconds_I - phases["rollout"] - phases["score"] - phases["sync"]).sum()) / tokens,
-        publish=float(phases["sync"].mean()) - pause, load=pause,
+        score=float(score_I.sum()) / tokens,
+        train=float((run.seconds_I[window] - rollout_I - score_I - sync_I).sum()) / tokens,
+        publish=float(sync_I.mean()) - pause, load=pause,
     )  # fmt: skip
 
 
@@ -78,23 +74,30 @@ def simulate(side: str, run: Measured, rates: Rates, setting: Setting) -> float:
     return step_seconds(asynchronous(work, by_the_trainer(rates), SERVED, rule), setting)
 
 
-def check(runs: dict[str, list[Measured]], setting: Setting) -> dict:
-    """Simulated seconds of a step over measured ones, minus 1, for each side; and the rates that went in."""
+def rates_of_round(runs: dict[str, Measured], setting: Setting) -> dict[str, Rates]:
+    """What each line of the check gets, from the runs of one round: other rounds saw another load of the machine."""
     sync, split, busy = (rates_of(runs[side], setting) for side in ("sync", "split", "async"))
     # The trainer of an asynchronous run waits for responses, but does not see them being written.
-    busy = replace(busy, decode_a=split.decode_a, decode_b=split.decode_b)
-    sides = {"sync": sync, "split": split, "async": split, "async_own_rates": busy}
+    own = replace(busy, decode_a=split.decode_a, decode_b=split.decode_b)
+    return {"sync": sync, "split": split, "async": split, "async_own_rates": own}
+
+
+def check(runs: dict[str, list[Measured]], setting: Setting) -> dict:
+    """Simulated seconds of a step over measured ones, minus 1, for each side: the median over rounds. And all rates."""
+    turns = [dict(zip(runs, turn, strict=True)) for turn in zip(*runs.values(), strict=True)]
+    rates = [rates_of_round(turn, setting) for turn in turns]
     errors, seconds = {}, {}
-    for name, rates in sides.items():
+    for name in rates[0]:
         side = name.removesuffix("_own_rates")
-        pairs = [
-            (simulate(side, run, rates, setting), float(run.seconds_I[setting.window].mean())) for run in runs[side]
-        ]
-        simulated, measured = (statistics.median(column) for column in zip(*pairs, strict=True))
-        seconds[name] = {"simulated_s": round(simulated, 3), "measured_s": round(measured, 3)}
-        errors[f"simulation_error_{name}"] = round(simulated / measured - 1, 4)
-    rounded = {
-        name: {key: float(f"{value:.4g}") for key, value in asdict(rates).items() if key != "logprob"}
-        for name, rates in (("sync", sync), ("split", split), ("async", busy))
-    }
-    return {**errors, "step_seconds": seconds, "measured_rates": rounded}
+        simulated = [simulate(side, turn[side], own[name], setting) for turn, own in zip(turns, rates, strict=True)]
+        measured = [float(turn[side].seconds_I[setting.window].mean()) for turn in turns]
+        ratios = [ours / theirs for ours, theirs in zip(simulated, measured, strict=True)]
+        errors[f"simulation_error_{name}"] = round(statistics.median(ratios) - 1, 4)
+        seconds[name] = {"simulated_s": [round(s, 3) for s in simulated], "measured_s": [round(s, 3) for s in measured]}
+    shown = [{name: rounded(own[name]) for name in ("sync", "split", "async_own_rates")} for own in rates]
+    return {**errors, "step_seconds": seconds, "measured_rates": shown}
+
+
+def rounded(rates: Rates) -> dict[str, float]:
+    """To be printed."""
+    return {key: float(f"{value:.4g}") for key, value in asdict(rates).items() if key != "logprob"}
