@@ -71,6 +71,7 @@ class Rule:
     order: str = "strict"  # finished: the first B that are ready. Issues up to (max_staleness + 1) B ahead of training
     drop_stale: bool = False  # with finished: what is older than max_staleness when it is taken is thrown away
     waves: int = 4  # replicas take new weights in this many groups, one after the other, so that the rest keeps serving
+    trainer_waits: bool = False  # until the last replica has loaded, and not only until the weights are written
 
     def __post_init__(self):
         if self.order == "strict" and self.max_staleness < self.sync_every - 1:
@@ -88,6 +89,7 @@ class Result:
     trainer_publishing: float  # fraction in which it hands out weights
     rollout_idle: float  # fraction of all replicas' time without a running sequence, or paused
     trained: list[list[int]] = field(default_factory=list)  # sample indices, step by step
+    ended: list[float] = field(default_factory=list)  # when each step was trained
     staleness: Counter = field(default_factory=Counter)  # step - version at the first token -> samples
     dropped: int = 0
     restarts: int = 0
@@ -142,7 +144,7 @@ def synchronous(work: Workload, rates: Rates, split: Split | int) -> Result:
     trained = [list(range(step * work.batch, (step + 1) * work.batch)) for step in range(work.steps)]
     colocated = isinstance(split, int)
     replicas, trainers = (split, split) if colocated else (split.rollout, split.trainer)
-    push, waited, training, decoding = rates.publish + rates.load, 0.0, 0.0, 0.0
+    push, waited, training, decoding, ended = rates.publish + rates.load, 0.0, 0.0, 0.0, []
     for indices in trained:
         lengths = work.lengths[indices[0] : indices[-1] + 1]
         tokens = lengths + work.prompt
@@ -156,10 +158,11 @@ def synchronous(work: Workload, rates: Rates, split: Split | int) -> Result:
             waited += _last_scored(ends, tokens, rates, split)
         training += tokens.sum() * rates.train / trainers
         decoding += sum(share.max() for share in shares if len(share)) / replicas
+        ended.append(float(waited + training) + push * len(ended))
     pushing = push * (work.steps - 1)
     seconds = float(waited + training + pushing)
     samples = Counter({0: work.steps * work.batch})
-    return Result(seconds, float(waited) / seconds, pushing / seconds, 1 - float(decoding) / seconds, trained, samples)
+    return Result(seconds, float(waited) / seconds, pushing / seconds, 1 - float(decoding) / seconds, trained, ended, samples)
 
 
 def _last_scored(ends: np.ndarray, tokens: np.ndarray, rates: Rates, split: Split) -> float:

@@ -68,7 +68,8 @@ class Asynchronous:
         self.trainer_free, self.issued_at, self.ready = True, {}, []
         self.again: deque[int] = deque()  # thrown away or stopped: issued before anything new
         self.arrived = [0] * (work.steps if rule.order == "strict" else 0)
-        self.queued, self.queue_area, self.queue_since, self.training, self.publishing = 0, 0.0, 0.0, 0.0, 0.0
+        self.queued, self.queue_area, self.queue_since = 0, 0.0, 0.0
+        self.training = self.publishing = self.written_at = 0.0
         self.result = Result(0.0, 0.0, 0.0, 0.0)
 
     def run(self) -> Result:
@@ -186,6 +187,7 @@ class Asynchronous:
     def _trained(self) -> None:
         self.step += 1
         self.result.seconds = self.now
+        self.result.ended.append(self.now)
         if self.step % self.rule.sync_every or self.step == self.work.steps:
             self._continue()
         else:
@@ -200,10 +202,11 @@ class Asynchronous:
     # Pushes.
 
     def _published(self, version: int) -> None:
-        self.published = version
+        self.published, self.written_at = version, self.now
         if not self.rolling:
             self._roll()
-        self._continue()
+        if not self.rule.trainer_waits:
+            self._continue()
 
     def _roll(self) -> None:
         self.rolling = self.published  # a version that came while an older one was rolled out waits, or is skipped
@@ -215,6 +218,9 @@ class Asynchronous:
             done, self.rolling = self.rolling, 0
             if done < self.published:
                 self._roll()
+            elif self.rule.trainer_waits:
+                self.publishing += self.now - self.written_at
+                self._continue()
             return
         wave = self.wave_queue.popleft()
         self.loading = len(wave)

@@ -3,14 +3,20 @@
 * Simulated (`scripts/async_simulation.py`): responses with a long tail on 8, 64 and 1,024 GPUs, the same samples, updates and
   GPUs on all sides. *Colocated*: all GPUs write, then score, then train. *Split*: the GPUs of the asynchronous run, but every
   step waits for the one before. Reported is the fastest split that leaves the trainer idle for less than a tenth of the time.
-* Measured (`--measured RUN_SYNC RUN_ASYNC`): from the metrics.jsonl of two runs of the trainer.
+* Measured (`--measured`): real runs of the trainer on this machine, on tiny models whose responses have a long tail, and the
+  simulation of the same runs with the rates that were measured in them (`scripts/async_runs.py`, `scripts/async_check.py`).
+  `--runs RUN_SYNC RUN_ASYNC` reads the speed of two runs of your own instead.
+* Learned (`--recovery`): what a synchronous and an asynchronous run recovered from equally many samples.
 
     python scripts/bench_async.py --json                         # three minutes of one core
+    python scripts/bench_async.py --json --gpus 8 --measured     # and eight minutes of two
     python scripts/bench_async.py --plot docs/async.png --gpus 8
+    python scripts/bench_async.py --gpus --recovery              # of scripts/quickstart.sh and scripts/mopd_async.sh
 """
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -20,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts import async_check, async_runs, run_pairs
 from scripts import bench_tools as tools
 from scripts.async_model import Rates, Result, Rule, Workload, lognormal_lengths, synchronous
 from scripts.async_simulation import Choice, asynchronous, choose, promising, splits
@@ -44,6 +51,7 @@ RIVALS = {
     "strict order": {},
     "strict, drained at a push": {"at_push": "drain"},
     "strict, restarted at a push": {"at_push": "restart"},
+    "strict, the trainer waits for every replica in turn": {"trainer_waits": True, "waves": 1 << 20},
     "finished first": {"order": "finished"},
     "finished first, stale dropped": {"order": "finished", "drop_stale": True},
 }
@@ -136,34 +144,33 @@ def by_rule(work: Workload, rates: Rates, choice: Choice) -> list[dict]:
                      "trained_over_sampled": round(float(lengths.mean() / sampled.mean()), 3),
                      "trained_p99": round(float(np.percentile(lengths, 99))), "largest_staleness": ages[-1],
                      "dropped": run.dropped, "restarted": run.restarts,
-                     "trainer_idle": round(run.trainer_idle, 3)})  # fmt: skip
+                     "trainer_idle": round(run.trainer_idle, 3),
+                     "publishing": round(run.trainer_publishing, 3)})  # fmt: skip
     return rows
 
 
 # ---- Measured --------------------------------------------------------------------------------------------------------
 
 
-def read_run(directory: Path) -> dict[str, float]:
-    """Samples per second, and the share of the time in which the trainer neither trains nor hands out weights, of the
-    run in `directory`. The first step is left out: it compiles, and nothing ran ahead of it."""
-    path = directory / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"--measured {directory}: no metrics.jsonl in it")
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
-    rows = [row for row in rows if "time/step" in row][1:]
-    if not rows:
-        raise ValueError(f"--measured {directory}: fewer than two steps in metrics.jsonl")
-    seconds = sum(row["time/step"] for row in rows)
-    samples = sum(row["perf/samples_per_second"] * row["time/step"] for row in rows)
-    working = sum(row["time/train"] + row.get("time/sync", 0.0) for row in rows)
-    return {"samples_per_second": samples / seconds, "trainer_idle": 1 - working / seconds, "steps": len(rows)}
+def measure(setting: async_runs.Setting, rounds: int) -> dict:
+    """Real runs on this machine, and what the simulation says of them."""
+    runs = async_runs.run_all(setting, rounds)
+    load = {"load_average": round(os.getloadavg()[2], 1)}  # of 15 minutes: about 2 is this benchmark's own
+    return {**summary(runs, setting), "rounds": rounds, **asdict(setting), **tools.machine_facts("cpu"), **load}
 
 
-def measured(run_sync: Path, run_async: Path) -> dict[str, float]:
-    """What two runs of the trainer say: `speedup_measured` in samples per second, `trainer_idle_measured`."""
-    synchronous_run, asynchronous_run = read_run(run_sync), read_run(run_async)
-    speedup = tools.ratio(asynchronous_run["samples_per_second"], synchronous_run["samples_per_second"])
-    return {"speedup_measured": speedup, "trainer_idle_measured": round(asynchronous_run["trainer_idle"], 4)}
+def summary(runs: dict[str, list[async_runs.Measured]], setting: async_runs.Setting) -> dict:
+    """The figures of all sides. The speed-up is over the synchronous run in one process, as on one set of devices."""
+    sides = {side: async_runs.figures(of_side, setting) for side, of_side in runs.items()}
+    lengths = np.concatenate([run.lengths_IB for run in runs["sync"]])
+    return {
+        "speedup_measured": tools.ratio(sides["sync"]["step_s"], sides["async"]["step_s"]),
+        "speedup_measured_vs_split": tools.ratio(sides["split"]["step_s"], sides["async"]["step_s"]),
+        "trainer_idle_measured": sides["async"]["trainer_idle"],
+        **async_check.check(runs, setting),
+        "sides": [{"side": side, **values} for side, values in sides.items()],
+        "lengths": async_runs.length_figures(lengths, setting.max_response_tokens),
+    }
 
 
 # ---- The plot --------------------------------------------------------------------------------------------------------
@@ -204,28 +211,50 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object last instead of tables")
     parser.add_argument("--plot", type=Path, help="write a PNG here, for example docs/async.png")
-    parser.add_argument("--gpus", type=int, nargs="+", choices=sorted(SIZES), default=sorted(SIZES))
+    parser.add_argument(
+        "--gpus", type=int, nargs="*", choices=sorted(SIZES), default=sorted(SIZES), help="none: no simulation"
+    )
     parser.add_argument("--steps", type=int, help="simulated steps (default: 100, 40 and 12 for the three sizes)")
     parser.add_argument("--seed", type=int, default=0, help="of the response lengths")
     parser.add_argument("--rates", type=json.loads, default={}, help='JSON, such as {"train": 2e-4}: rates of your own')
-    parser.add_argument("--measured", type=Path, nargs=2, metavar=("RUN_SYNC", "RUN_ASYNC"), help="two run directories")
+    real = parser.add_mutually_exclusive_group()
+    real.add_argument("--measured", action="store_true", help="real runs on this machine, eight minutes on two cores")
+    real.add_argument(
+        "--runs", type=Path, nargs=2, metavar=("RUN_SYNC", "RUN_ASYNC"), help="measured before, elsewhere"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="of --measured: runs of each side")
+    parser.add_argument(
+        "--recovery", type=Path, nargs="*", metavar="RUN_DIR",
+        help="a synchronous and an asynchronous run; alone: those of scripts/quickstart.sh and scripts/mopd_async.sh",
+    )  # fmt: skip
     args = parser.parse_args()
     if args.steps is not None and args.steps < 2:
         parser.error(f"--steps {args.steps}: take at least 2")
-    if args.plot and not find_spec("matplotlib"):
-        parser.error(f"--plot {args.plot}: matplotlib is not installed: pip install matplotlib")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: take at least 1")
+    if args.plot and not (args.gpus and find_spec("matplotlib")):
+        parser.error(
+            f"--plot {args.plot}: {'pip install matplotlib' if args.gpus else 'nothing is simulated; --gpus 8'}"
+        )
     if unknown := set(args.rates) - set(asdict(RATES)):
         parser.error(f"--rates {sorted(unknown)}: take from {', '.join(asdict(RATES))}")
+    if args.recovery is not None and len(args.recovery) not in (0, 2):
+        parser.error(
+            f"--recovery {' '.join(map(str, args.recovery))}: give two run directories, or none for the demo's"
+        )
     try:
-        args.measurement = measured(*args.measured) if args.measured else {}
+        args.speed = run_pairs.speed(*args.runs) if args.runs else {}
+        pair = args.recovery or (run_pairs.QUICKSTART, run_pairs.ASYNC)
+        args.learned = {} if args.recovery is None else {"recovery": run_pairs.recovery(*pair)}
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def main() -> int:
-    """Tables, or one JSON object. The detailed tables are those of the smallest size."""
-    args = parse_arguments()
+def simulated(args: argparse.Namespace) -> tuple[dict, dict]:
+    """(the two figures, tables) of the sizes asked for. The detailed tables are those of the smallest."""
+    if not args.gpus:
+        return {"speedup_simulated_8gpu": None, "trainer_idle_simulated": None}, {}
     rates, sizes = replace(RATES, **args.rates), {}
     for gpus in sorted(args.gpus):
         sizes[gpus] = simulate(gpus, args.steps or SIZES[gpus][1], args.seed, rates)
@@ -241,15 +270,23 @@ def main() -> int:
     if args.plot:
         save_plot(args.plot, tables["staleness"], tables["tails"], f"simulated, {gpus} GPUs: {choice.split}")
     eight = sizes[8][0] if 8 in sizes else {}
-    result = {
-        "speedup_simulated_8gpu": eight.get("vs_colocated"),
-        "trainer_idle_simulated": eight.get("trainer_idle"),
-        **{"speedup_measured": None, "trainer_idle_measured": None, **args.measurement},
-    }
+    return {key: eight.get(of) for key, of in (("speedup_simulated_8gpu", "vs_colocated"),
+                                               ("trainer_idle_simulated", "trainer_idle"))}, tables  # fmt: skip
+
+
+def main() -> int:
+    """Tables, or one JSON object."""
+    args = parse_arguments()
+    result, tables = simulated(args)
+    result |= {"speedup_measured": None, "trainer_idle_measured": None, **args.speed}
+    if args.measured:
+        result |= measure(async_runs.Setting(), args.rounds)
     if args.json:
-        tools.print_json({**result, **tables, "rates": asdict(rates), "mean": MEAN, "sigma": SIGMA, "maximum": MAXIMUM})
-    else:
-        print("\n\n".join(tools.table(rows) for rows in [*tables.values(), [result]]))
+        assumed = {"rates": asdict(replace(RATES, **args.rates)), "mean": MEAN, "sigma": SIGMA, "maximum": MAXIMUM}
+        tools.print_json({**result, **args.learned, **tables, **(assumed if tables else {})})
+        return 0
+    parts = [*tables.values(), *([result.pop("sides")] if args.measured else []), *args.learned.values()]
+    print("\n\n".join([*map(tools.table, parts), *(f"{key}: {value}" for key, value in result.items())]))
     return 0
 
 

@@ -192,6 +192,31 @@ def test_a_choice_keeps_the_bound_on_idle_trainers_if_any_split_does():
     assert hopeless.result.seconds == free.result.seconds
 
 
+def test_a_trainer_that_waits_for_its_servers_pays_for_each_of_them_in_turn():
+    """Decoding takes no time here: a step is training, writing the weights, and a load for each replica."""
+    work, split = constant(1, 8, 5), Split(3, 1, 1)
+    rates = Rates(decode_a=1e-9, decode_b=0.0, max_batch=64, score=0.0, train=1e-2, publish=1.0, load=2.0)
+    step, push = 8 * 1e-2, 1.0 + 3 * 2.0
+    run = asynchronous(work, rates, split, Rule(1, waves=3, trainer_waits=True))
+    assert run.ended == pytest.approx([step + i * (step + push) for i in range(5)])
+    assert run.trainer_publishing == pytest.approx(4 * push / run.seconds)
+    together = asynchronous(work, rates, split, Rule(1, waves=1, trainer_waits=True))
+    assert together.seconds == pytest.approx(5 * step + 4 * 3.0)
+    assert asynchronous(work, rates, split, Rule(4, waves=3)).seconds == pytest.approx(5 * step + 4 * 1.0)
+    assert asynchronous(long_tailed(), RATES, SPLIT, Rule(2, trainer_waits=True)).seconds > 1.02 * (
+        asynchronous(long_tailed(), RATES, SPLIT, Rule(2)).seconds
+    )
+
+
+@pytest.mark.parametrize("split", [8, Split(4, 1, 3)])
+def test_ends_of_steps_are_those_of_a_shorter_run(split):
+    work = long_tailed(64, 6)
+    whole = synchronous(work, RATES, split)
+    assert whole.ended == pytest.approx(
+        [synchronous(replace(work, steps=steps), RATES, split).seconds for steps in range(1, 7)]
+    )
+
+
 def test_rules_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="below sync_every - 1"):
         Rule(1, sync_every=3)
@@ -220,24 +245,3 @@ def test_the_script_prints_the_figures(monkeypatch, capsys, tmp_path):
     assert [row["max_staleness"] for row in result["staleness"]] == list(range(9))
     assert result["rules"][0]["trained_over_sampled"] == 1 and len(result["tails"]) == len(bench_async.TAILS)
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def recorded(directory, *steps: tuple[float, float, float, float]):
-    """A run directory whose steps took (step, train, sync) seconds and gave so many samples per second."""
-    directory.mkdir()
-    keys = ("time/step", "time/train", "time/sync", "perf/samples_per_second")
-    rows = [{"step": i + 1, **dict(zip(keys, step, strict=True))} for i, step in enumerate(steps)]
-    text = "".join(json.dumps(row) + "\n" for row in [*rows, {"step": len(rows), "eval/score": 1.0}])
-    (directory / "metrics.jsonl").write_text(text)
-    return directory
-
-
-def test_measured_figures_come_from_two_runs(tmp_path):
-    slow = recorded(tmp_path / "sync", (90.0, 1, 1, 0.1), (10.0, 2, 1, 8.0), (10.0, 2, 1, 8.0))
-    fast = recorded(tmp_path / "async", (90.0, 1, 1, 0.1), (5.0, 4.0, 0.5, 16.0), (3.0, 2.5, 0.0, 80 / 3))
-    # 160 samples in 20 s against 160 in 8 s; 7 of the 8 s are work
-    assert bench_async.measured(slow, fast) == {"speedup_measured": 2.5, "trainer_idle_measured": 0.125}
-    with pytest.raises(ValueError, match=r"nowhere: no metrics\.jsonl"):
-        bench_async.measured(slow, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="fewer than two steps"):
-        bench_async.measured(slow, recorded(tmp_path / "short", (1.0, 1, 0, 1.0)))
