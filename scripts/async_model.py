@@ -70,8 +70,8 @@ class Rule:
     at_push: str = "keep"  # partial rollout; drain: they finish first; restart: they begin again under the new weights
     order: str = "strict"  # finished: the first B that are ready. Issues up to (max_staleness + 1) B ahead of training
     drop_stale: bool = False  # with finished: what is older than max_staleness when it is taken is thrown away
-    waves: int = 4  # replicas take new weights in this many groups, one after the other, so that the rest keeps serving
-    trainer_waits: bool = False  # until the last replica has loaded, and not only until the weights are written
+    waves: int = 2  # replicas take new weights in this many groups, one after the other, so that the rest keeps serving
+    trainer_waits: bool = True  # until the last replica has loaded, and not only until the weights are written
 
     def __post_init__(self):
         if self.order == "strict" and self.max_staleness < self.sync_every - 1:

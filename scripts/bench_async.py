@@ -51,7 +51,8 @@ RIVALS = {
     "strict order": {},
     "strict, drained at a push": {"at_push": "drain"},
     "strict, restarted at a push": {"at_push": "restart"},
-    "strict, the trainer waits for every replica in turn": {"trainer_waits": True, "waves": 1 << 20},
+    "strict, a push to one replica after the other": {"waves": 1 << 20},
+    "strict, a push beside training": {"trainer_waits": False},
     "finished first": {"order": "finished"},
     "finished first, stale dropped": {"order": "finished", "drop_stale": True},
 }

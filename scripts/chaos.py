@@ -2,9 +2,9 @@
 
 Rounds of `train_mopd.py --mode async` with two rollout servers, two log-prob servers and two servers of its teacher, on models
 of a few thousand parameters. While a round trains, one process after another, drawn at random, gets SIGKILL and is started
-again, a quarter of them before the run has recovered from the one before. Rounds alternate between --max_staleness 2, where no sample may be lost, trained on twice or staler than that, and 0,
-where samples and final weights must be those of an undisturbed run, bit for bit. Exit status 1 if something is not as it
-must be.
+again, a quarter of them before the run has recovered from the one before. Rounds alternate between --max_staleness 2, where no
+sample may be lost, trained on twice or staler than that, and 0, where samples and final weights must be those of an undisturbed
+run, bit for bit. Exit status 1 if something is not as it must be.
 
     python scripts/chaos.py --kills 200 --json
 """
