@@ -29,9 +29,10 @@ class WeightKeeper:
 
     def __init__(
         self, roles: Mapping[str, Sequence[str]], root: Path, fence: int, token: str, *, mode: Literal["keep", "abort"],
-        wait_s: float,
+        wait_s: float, broadcast: bool = False,
     ):  # fmt: skip
         self.roles, self.root, self.fence, self.token, self.mode = roles, root, fence, token, mode
+        self.broadcast_from = root if broadcast else None
         self.wait_s = wait_s  # for the first server of a role, if all are being restarted
         self.version: int | None = None  # the last one that was pushed
         self._turn = threading.Lock()  # one push at a time
@@ -69,8 +70,9 @@ class WeightKeeper:
 
     def _push_to(self, urls: Sequence[str], version: int) -> weight_push.PushReport:
         return weight_push.push(
-            urls, version, self.fence, self.token, mode=self.mode, lease_s=LEASE_SECONDS, deadline_s=PUSH_SECONDS
-        )
+            urls, version, self.fence, self.token, mode=self.mode, lease_s=LEASE_SECONDS, deadline_s=PUSH_SECONDS,
+            broadcast_from=self.broadcast_from,
+        )  # fmt: skip
 
     def _look_after(self) -> None:
         headers = {"Authorization": f"Bearer {self.token}"}
