@@ -21,7 +21,7 @@ import torch
 from conftest import LOOPBACK, listening_addresses, worker_environment
 
 from opd import weight_broadcast, weight_store
-from opd.replicas import serving
+from opd.replicas import ServerOptions, start_replica, stop_all
 from opd.weight_broadcast import Receivers, read_offer, receiving, sending
 from opd.weight_push import PushFailed, push
 from tests.test_async_runs import ledger_of
@@ -189,19 +189,24 @@ def elsewhere(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def servers(tiny, elsewhere):
-    """A rollout server and a log-prob server."""
+def servers(tiny, elsewhere, tmp_path_factory):
+    """A rollout server of two processes and a log-prob server."""
     os.environ["OPD_SERVER_TOKEN"] = TOKEN
-    common = {"weights_dir": elsewhere, "dtype": "float32", "start_seconds": 300.0}
+    common = {"model": str(tiny.student), "name": "student", "weights_dir": elsewhere, "dtype": "float32"}
+    rollout = ServerOptions(
+        protocol="rollout", tensor_parallel=2, kv_cache_gib=0.05, extra=("--enforce_eager",), **common
+    )
+    logs = tmp_path_factory.mktemp("logs")
+    started = [
+        start_replica(options, logs / options.protocol)
+        for options in (rollout, ServerOptions(protocol="logprob", **common))
+    ]
     try:
-        with (
-            serving(str(tiny.student), protocol="logprob", **common) as (logprob,),
-            serving(str(tiny.student), protocol="rollout", kv_cache_gib=0.05, extra=("--enforce_eager",), **common) as (
-                rollout,
-            ),
-        ):
-            yield rollout, logprob
+        for server in started:
+            server.wait_until_ready(300.0)
+        yield started
     finally:
+        stop_all(started)
         del os.environ["OPD_SERVER_TOKEN"]
 
 
@@ -347,13 +352,13 @@ def test_a_sender_that_ends_in_the_middle_leaves_a_stale_server(servers, client,
 
 @pytest.mark.e2e
 def test_a_run_is_that_of_the_directory_bit_for_bit(servers, models, elsewhere, tmp_path):  # noqa: F811
-    flags = ("--mode", "async", "--max_staleness", "0", "--num_steps", "3", "--rollout_servers", servers[0].url)
+    flags = ("--mode", "async", "--max_staleness", "0", "--num_steps", "2", "--rollout_servers", servers[0].url)
     runs = []
     for transfer, weights in (("broadcast", tmp_path / "weights"), ("directory", elsewhere)):
         run_dir = tmp_path / transfer
         more = ("--weight_transfer", transfer, "--weights_dir", str(weights))
         succeed(command(models, run_dir, *flags, *more))
         runs.append((losses_of(run_dir), parameter_hash(run_dir), ledger_of(run_dir)))
-        assert len(runs[-1][0]) == 3
+        assert len(runs[-1][0]) == 2
     assert runs[0] == runs[1]
-    assert (tmp_path / "weights" / "v3").is_dir() and (elsewhere / "v3").is_dir()
+    assert (tmp_path / "weights" / "v2").is_dir() and (elsewhere / "v2").is_dir()
