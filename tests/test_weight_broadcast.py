@@ -84,8 +84,9 @@ def test_every_worker_gets_what_was_published_over_loopback_alone(tmp_path, monk
     with send_to(root, workers=2) as said, ThreadPoolExecutor(2) as pool:
         offer = read_offer(json.loads(json.dumps(said)), "127.0.0.1", receivers(2))
         takes = [pool.submit(take, offer, rank) for rank in (1, 2)]
-        time.sleep(0.1)
-        assert own_sockets() - before <= LOOPBACK
+        while not all(future.done() for future in takes):
+            assert own_sockets() - before <= LOOPBACK
+            time.sleep(0.01)
         for future in takes:
             found = future.result(timeout=SECONDS)
             assert found.keys() == weights_of().keys()
