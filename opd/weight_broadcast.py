@@ -39,6 +39,7 @@ Backend = Literal["gloo", "nccl"]
 CHUNK_BYTES = 64 << 20  # of a file: what the trainer holds beside its own memory, and what one wait is for
 SMALLEST_CHUNK, LARGEST_CHUNK = 1 << 10, 1 << 30
 STALL_SECONDS = 60.0  # for the other side to come, and for one piece to arrive
+MOST_WORKERS = 1024
 LONGEST_STALL = 600.0  # that a trainer may ask a server for
 POLL_SECONDS = 0.001
 CONNECT_SECONDS = 10.0
@@ -160,23 +161,18 @@ def sending(
     in it; a block that ends well is one whose server has said that it has everything. ValueError if nothing of the kind is
     published, or can be sent, or if sending has failed and so the block.
     """
+    if backend not in ("gloo", "nccl") or not 1 <= workers <= MOST_WORKERS:
+        raise ValueError(f"the server says that {workers} processes receive by {backend[:40]!r}: not known here")
     if backend == "nccl" and not torch.cuda.is_available():
-        raise ValueError(
-            "the server takes weights by NCCL, and this process has no GPU: use --weight_transfer directory"
-        )
+        raise ValueError("the server receives by NCCL, and this process has no GPU: use --weight_transfer directory")
     directory, manifest = read_manifest(root, version, fence)
     entries = [entry for entry in manifest["files"] if entry["file"].endswith(".safetensors")]
     shards = [
         {"size": entry["size"], "sha256": entry["sha256"], "header": _read_header(directory / entry["file"])}
         for entry in entries
     ]
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, 0), family=family)  # by itself a TCPStore listens on every interface
-    port, wait_s = listener.getsockname()[1], min(seconds, STALL_SECONDS)
-    store = TCPStore(
-        address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=wait_s),
-        master_listen_fd=listener.detach(),
-    )  # fmt: skip
+    wait_s = min(seconds, STALL_SECONDS)
+    store, port = _listen(address, wait_s)
     sender = _Sender([directory / entry["file"] for entry in entries], store, address, workers, backend, wait_s)
     del store
     try:
@@ -188,6 +184,20 @@ def sending(
         raise
     finally:
         sender.stop()
+
+
+def _listen(address: str, seconds: float) -> tuple[TCPStore, int]:
+    """A store on `address` alone, and its port; by itself it would listen on every interface. ValueError if it cannot."""
+    try:
+        listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        port = listener.getsockname()[1]
+        store = TCPStore(
+            address, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds),
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot listen on {address}: {error}") from None
+    return store, port
 
 
 class _Sender(threading.Thread):
@@ -228,7 +238,7 @@ class _Sender(threading.Thread):
         return True
 
     def _send(self) -> None:
-        device = "cuda" if self.backend == "nccl" else "cpu"
+        device = "cuda:0" if self.backend == "nccl" else "cpu"  # rank 0's
         group = _Group(self.store, 0, 1 + self.workers, self.backend, self.address, self.seconds)
         try:
             for path in self.paths:

@@ -103,13 +103,12 @@ class _Server:
     def _way(self) -> tuple[str, dict[str, Any]]:
         """(the address of this process as the server sees it, what the server says of those who receive)."""
         answer = self.client.get("/version")
-        facts = answer.json().get("receivers") if answer.status_code == 200 else None
-        if not isinstance(facts, dict) or not isinstance(facts.get("workers"), int) or facts["workers"] < 1:
-            raise ValueError("it takes no broadcast: use --weight_transfer directory")
-        if facts.get("backend") not in ("gloo", "nccl"):
-            raise ValueError(f"it receives by {facts.get('backend')!r:.40}, which is not known here")
-        address = answer.extensions["network_stream"].get_extra_info("client_addr")[0]
-        return address, {"workers": facts["workers"], "backend": facts["backend"]}
+        try:
+            facts = answer.json()["receivers"]
+            receivers = {"workers": int(facts["workers"]), "backend": str(facts["backend"])}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError("/version: it takes no broadcast; use --weight_transfer directory") from None
+        return answer.extensions["network_stream"].get_extra_info("client_addr")[0], receivers
 
 
 def _push_one(
