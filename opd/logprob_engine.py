@@ -23,7 +23,8 @@ from opd.heads import logit_form
 from opd.hf_engine import batches
 from opd.logprob_wire import LogprobQuestion, encode_logprobs
 from opd.shapes import load_part
-from opd.weight_broadcast import Offer, receiving
+from opd.weight_broadcast import receiving
+from opd.weight_offer import Offer
 from opd.weight_store import check_names
 
 

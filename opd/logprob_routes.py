@@ -16,7 +16,7 @@ from opd.rows import one_line
 from opd.scoring import ScoringThread
 from opd.scoring_routes import answer_or_give_up, binary
 from opd.server_control import ACT_SECONDS, Control, PauseMode
-from opd.weight_broadcast import Offer
+from opd.weight_offer import Offer
 from opd.wire import decode_ids
 
 

@@ -34,7 +34,7 @@ from opd.scoring import BatchLimits, ScoringThread
 from opd.server_control import Control, WeightsGate
 from opd.shapes import read_model, served_length
 from opd.student import resolve_dtype
-from opd.weight_broadcast import Receivers, backend_of
+from opd.weight_offer import Receivers, backend_of
 
 LOAD_SECONDS = 1800.0  # for the model to stand: a large one from a slow disk
 

@@ -12,7 +12,7 @@ import torch
 
 from opd.server_control import PauseMode
 from opd.vllm_process import async_engine, sampling_params
-from opd.weight_broadcast import Offer
+from opd.weight_offer import Offer
 
 GIB = 1 << 30
 LOAD_SECONDS = 600.0  # to read new weights

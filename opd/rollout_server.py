@@ -37,7 +37,7 @@ from opd.rows import one_line
 from opd.server_control import Control, WeightsGate
 from opd.shapes import read_model, served_length
 from opd.student import resolve_dtype
-from opd.weight_broadcast import Receivers, backend_of
+from opd.weight_offer import Receivers, backend_of
 
 ANSWER_SECONDS = 3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
 WARM_UP_SECONDS = 600.0  # for the engine to compile

@@ -33,7 +33,8 @@ from fastapi.responses import JSONResponse
 
 from opd.http_service import read_json
 from opd.rows import one_line
-from opd.weight_broadcast import MOST_OFFER_BYTES, Offer, Receivers, check_reach, read_offer
+from opd.weight_broadcast import check_reach
+from opd.weight_offer import MOST_OFFER_BYTES, Offer, Receivers, read_offer
 from opd.weight_store import verify
 
 State = Literal["stale", "ready", "paused"]

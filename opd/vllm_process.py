@@ -14,7 +14,8 @@ import torch
 
 from opd.engine_memory import CudaDriver, EngineMemory
 from opd.parallel_groups import ParallelGroups
-from opd.weight_broadcast import Offer, receiving
+from opd.weight_broadcast import receiving
+from opd.weight_offer import Offer
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -3,6 +3,7 @@
 The tests of the servers are in the order of their life. NCCL needs GPUs and is not run here.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -20,15 +21,19 @@ import pytest
 import torch
 from conftest import LOOPBACK, listening_addresses, worker_environment
 
-from opd import weight_broadcast, weight_store
+from opd import weight_broadcast, weight_keeper, weight_store
 from opd.replicas import ServerOptions, start_replica, stop_all
-from opd.weight_broadcast import Receivers, read_offer, receiving, sending
+from opd.weight_broadcast import receiving, sending
+from opd.weight_keeper import WeightKeeper
+from opd.weight_offer import Receivers, read_offer
 from opd.weight_push import PushFailed, push
+from tests.test_async_rollout import serving
 from tests.test_async_runs import ledger_of
 from tests.test_logprob_server import ask, question
 from tests.test_rollout_server import LONG, SECONDS, TOKEN, generate, under_way, versions, wait_for  # noqa: F401
 from tests.test_standalone import models  # noqa: F401 - a fixture
 from tests.test_trainers import command, losses_of, parameter_hash, succeed
+from tests.test_weight_keeper import Server
 
 NAMES = {"a.weight": (3, 5), "b.weight": (70,), "c.bias": ()}
 
@@ -177,6 +182,43 @@ def test_nccl_that_would_listen_to_the_network_is_refused(monkeypatch):
         check([url], ["127.0.0.1"], {})
     check([url], ["127.0.0.1"], {"NCCL_SOCKET_IFNAME": "lo"})
     check(["http://192.0.2.1:1"], ["192.0.2.1"], {})
+
+
+class Taker(Server):
+    """A server of weights that are never used, and come over a group."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.control.receivers, self.found = receivers(), {}
+
+    async def load(self, source, version):
+        self.found = await asyncio.to_thread(take, source, 1)
+        self.loaded.append(version)
+
+
+def test_a_server_that_lost_its_weights_is_sent_them_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_keeper, "LOOK_SECONDS", 0.05)
+    elsewhere = tmp_path / "elsewhere"
+    with serving(Taker(elsewhere)) as first, serving(Taker(elsewhere)) as second:
+        roles = {"rollout": [first.url], "logprob": [second.url]}
+        keeper = WeightKeeper(roles, tmp_path / "weights", 5, TOKEN, mode="keep", wait_s=0.0, broadcast=True)
+        try:
+            found = keeper.push(iter(weights_of().items()), 1)
+            assert set(found) == {"bytes", "publish_s", "s", "pause_s"} and found["s"] >= found["pause_s"] > 0
+            second.gate.version, second.found = None, {}  # as after a restart
+            wait_for(lambda: second.gate.state == "ready")
+        finally:
+            keeper.close()
+    assert (first.loaded, second.loaded) == ([1], [1, 1])
+    for server in (first, second):
+        assert all(torch.equal(server.found[name], value) for name, value in weights_of().items())
+
+
+def test_a_server_that_takes_no_broadcast_keeps_what_it_has(tmp_path, root):
+    with serving(Server(tmp_path)) as server:
+        with pytest.raises(PushFailed, match="takes no broadcast; use --weight_transfer directory"):
+            push([server.url], 1, 1, TOKEN, broadcast_from=root)
+        assert server.loaded == []
 
 
 # ---- Servers that do not see the folder ------------------------------------------------------------------------------
