@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from opd import distributed, weight_store
 from opd.async_rollout import AsyncRolloutEngine, push_from_rank_0
@@ -18,6 +19,7 @@ from opd.replica import Limits
 from opd.replicas import serving
 from opd.rollout_client import RolloutServers
 from opd.run import Run
+from opd.weight_broadcast import check_interface
 from opd.weight_keeper import WeightKeeper
 
 
@@ -49,9 +51,13 @@ def build_async_engine(run: Run, *, wants_logprobs: Callable[[int], bool]) -> As
         if distributed.rank() == 0:
             token = os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
             fleet = _Fleet(_rollout_urls(run, root, stack), _logprob_urls(run, root, stack), token)
+            _check_transfer(fleet, ahead.weight_transfer)
             fence = time.time_ns() // 1000  # a trainer that was started later has the larger one
             mode = "keep" if ahead.partial_rollout else "abort"
-            keeper = WeightKeeper(fleet.roles, root, fence, token, mode=mode, wait_s=ahead.rollout_wait_s)
+            keeper = WeightKeeper(
+                fleet.roles, root, fence, token, mode=mode, wait_s=ahead.rollout_wait_s,
+                broadcast=ahead.weight_transfer == "broadcast",
+            )  # fmt: skip
             stack.callback(keeper.close)
     fleet = distributed.broadcast_object(fleet)
     with distributed.agree_on_error("connecting to the servers"):
@@ -74,6 +80,13 @@ def build_async_engine(run: Run, *, wants_logprobs: Callable[[int], bool]) -> As
         if run.resume_from is not None:
             engine.load(run.resume_from)
     return engine
+
+
+def _check_transfer(fleet: _Fleet, weight_transfer: str) -> None:
+    """ValueError if weights cannot be sent as they should be."""
+    if weight_transfer == "broadcast":
+        urls = [url for urls in fleet.roles.values() for url in urls]
+        check_interface(urls, [urlsplit(url).hostname for url in urls], os.environ)
 
 
 def _rollout_urls(run: Run, root: Path, stack: ExitStack) -> list[str]:

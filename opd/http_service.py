@@ -209,6 +209,7 @@ async def serve_app(app: Callable, bound: socket.socket, name: str, end_seconds:
     config = uvicorn.Config(
         Linger(app), log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
         timeout_graceful_shutdown=end_seconds,
+        proxy_headers=False,  # a client's address is that of its connection, whatever it says
     )  # fmt: skip
     bound.listen()
     host, port = bound.getsockname()[:2]

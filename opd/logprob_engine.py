@@ -8,8 +8,8 @@ B sequences, S padded length after the shift, N response tokens, L of one questi
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,9 @@ from opd.heads import logit_form
 from opd.hf_engine import batches
 from opd.logprob_wire import LogprobQuestion, encode_logprobs
 from opd.shapes import load_part
+from opd.weight_broadcast import receiving
+from opd.weight_offer import Offer
+from opd.weight_store import check_names
 
 
 class VersionedBody(NamedTuple):
@@ -102,21 +105,20 @@ class LogprobScorer:
         return [{"logprobs": logprobs_L, "entropy": entropy_L} for logprobs_L, entropy_L in zip(*columns, strict=True)]
 
     @torch.no_grad()
-    def load(self, directory: Path, version: int) -> None:
-        """Copies a published version into the parameters. After an exception there are no whole weights: `version` is None.
+    def load(self, source: Path | Offer, version: int) -> None:
+        """Copies a published version into the parameters, from its directory or as a trainer sends it.
 
-        ValueError if its names, shapes and dtypes are not the model's: then the trainer computes with something else.
+        After an exception there are no whole weights: `version` is None. ValueError if names, shapes and dtypes are not the
+        model's: then the trainer computes with something else.
         """
         self.version = None
         parameters = dict(self.model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
-        with ExitStack() as stack:
-            paths = sorted(directory.glob("*.safetensors"))
-            shards = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-            shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 - not a dictionary
-            _check_names(shard_of.keys(), parameters)
+        opened = self._receive(source) if isinstance(source, Offer) else _read(source)
+        with opened as (names, tensors):
+            check_names(names, parameters)
             filled: set[int] = set()
-            for name, shard in shard_of.items():
-                parameter, value = parameters[name], shard.get_tensor(name)
+            for name, value in tensors:
+                parameter = parameters[name]
                 if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
                     raise ValueError(
                         f"{name}: {value.dtype} {tuple(value.shape)} was published, and the model has {parameter.dtype} "
@@ -128,11 +130,17 @@ class LogprobScorer:
                 filled.add(id(parameter))
         self.version = version
 
+    @contextmanager
+    def _receive(self, offer: Offer) -> Iterator[tuple[list[str], Iterator[tuple[str, Tensor]]]]:
+        """(names, tensors) that a trainer sends."""
+        with receiving(offer, 1, self.model.device) as tensors:
+            yield offer.names, tensors
 
-def _check_names(published: Sequence[str], parameters: dict[str, nn.Parameter]) -> None:
-    """ValueError unless every parameter is there under one of its names, and nothing else."""
-    if unknown := set(published) - set(parameters):
-        raise ValueError(f"{len(unknown)} published tensors are none of the model's, {min(unknown)} first")
-    there = {id(parameters[name]) for name in published}
-    if missing := [name for name, parameter in parameters.items() if id(parameter) not in there]:
-        raise ValueError(f"{len(missing)} parameters of the model were not published, {missing[0]} first")
+
+@contextmanager
+def _read(directory: Path) -> Iterator[tuple[list[str], Iterator[tuple[str, Tensor]]]]:
+    """(names, tensors) of a directory."""
+    with ExitStack() as stack:
+        shards = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
+        shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 - not a dictionary
+        yield list(shard_of), ((name, shard.get_tensor(name)) for name, shard in shard_of.items())

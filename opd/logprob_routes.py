@@ -16,6 +16,7 @@ from opd.rows import one_line
 from opd.scoring import ScoringThread
 from opd.scoring_routes import answer_or_give_up, binary
 from opd.server_control import ACT_SECONDS, Control, PauseMode
+from opd.weight_offer import Offer
 from opd.wire import decode_ids
 
 
@@ -33,9 +34,9 @@ class EngineHolder:
         """Returns when every question that passed the gate has its answer."""
         await self._in_turn(lambda scorer: None)
 
-    async def load(self, directory: Path, version: int) -> None:
+    async def load(self, source: Path | Offer, version: int) -> None:
         """There are no caches to reset."""
-        await self._in_turn(lambda scorer: scorer.load(directory, version))
+        await self._in_turn(lambda scorer: scorer.load(source, version))
 
     async def resume(self) -> None:
         """Nothing was kept."""

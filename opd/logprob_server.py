@@ -1,7 +1,7 @@
 """`python -m opd.logprob_server --model M --weights_dir ROOT`: the student's log-probabilities, computed beside the trainer.
 
 The trainer's forward behind a port: the same Hugging Face model, attention and dtype, with weights that the trainer pushes
-through a directory (`opd/weight_store.py`). docs/serving.md has the routes in detail:
+through a directory (`opd/weight_store.py`) or sends (`opd/weight_broadcast.py`). docs/serving.md has the routes in detail:
 
 | route | answer |
 |---|---|
@@ -34,6 +34,7 @@ from opd.scoring import BatchLimits, ScoringThread
 from opd.server_control import Control, WeightsGate
 from opd.shapes import read_model, served_length
 from opd.student import resolve_dtype
+from opd.weight_offer import Receivers, backend_of
 
 LOAD_SECONDS = 1800.0  # for the model to stand: a large one from a slow disk
 
@@ -62,12 +63,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _context(args: argparse.Namespace) -> int:
-    """Tokens that a question may have. ValueError for a model that cannot be served; no weight is loaded."""
-    config = read_model("--model", args.model, args.trust_remote_code).config
-    logit_form(config)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return served_length(args.model, context, args.max_model_len)
+def _read_facts(args: argparse.Namespace) -> tuple[int, Receivers]:
+    """(tokens that a question may have, who takes weights). ValueError for a model that cannot be served; none is loaded."""
+    model = read_model("--model", args.model, args.trust_remote_code)
+    logit_form(model.config)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    receivers = Receivers(1, backend_of(_device()), dict(model.named_parameters(remove_duplicate=False)))
+    return served_length(args.model, context, args.max_model_len), receivers
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build_scorer(args: argparse.Namespace) -> LogprobScorer:
@@ -76,7 +82,7 @@ def build_scorer(args: argparse.Namespace) -> LogprobScorer:
         args.model, dtype=resolve_dtype(args.dtype), attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(_device())
     version = 0 if args.serve_initial else None
     return LogprobScorer(model, version=version, tokens_per_batch=args.max_tokens_per_batch)
 
@@ -87,11 +93,12 @@ def serve(argv: list[str], token: str | None) -> None:
     leave_on_signals()
     check_host(args.host, token)
     bound = bind(args.host, args.port)
-    max_model_len = _context(args)
+    max_model_len, receivers = _read_facts(args)
     limits = BatchLimits(args.max_tokens_per_batch, args.max_tokens_per_batch, args.batch_wait_ms / 1000)
     engine = ScoringThread(functools.partial(build_scorer, args), limits)
     gate = WeightsGate(engine.ready.result(timeout=LOAD_SECONDS).version)
-    control = Control(gate, EngineHolder(engine), args.weights_dir, protocol=LOGPROB, token=token)
+    holder = EngineHolder(engine)
+    control = Control(gate, holder, args.weights_dir, protocol=LOGPROB, token=token, receivers=receivers)
     app = Service(engine, control, max_model_len=max_model_len, max_waiting=args.max_waiting).app(token)
     asyncio.run(serve_app(app, bound, Path(args.model).name))
 

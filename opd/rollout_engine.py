@@ -12,6 +12,7 @@ import torch
 
 from opd.server_control import PauseMode
 from opd.vllm_process import async_engine, sampling_params
+from opd.weight_offer import Offer
 
 GIB = 1 << 30
 LOAD_SECONDS = 600.0  # to read new weights
@@ -107,10 +108,11 @@ class PushedEngine:
         """Returns when the engine is idle; what runs is kept in its queue, or ends as aborted."""
         await self.llm.pause_generation(mode=mode, clear_cache=True)
 
-    async def load(self, directory: Path, version: int) -> None:
-        """Reads weights; the old ones' prefixes go, those of requests that are kept too: they are computed again."""
+    async def load(self, source: Path | Offer, version: int) -> None:
+        """Reads or receives weights; the old ones' prefixes go, those of requests that are kept too: they are computed again."""
         self._version = None
-        await self.llm.collective_rpc("reload_from", timeout=LOAD_SECONDS, args=(str(directory),))
+        method, said = ("receive", asdict(source)) if isinstance(source, Offer) else ("reload_from", str(source))
+        await self.llm.collective_rpc(method, timeout=LOAD_SECONDS, args=(said,))
         await self._reset_cache()
         self._version = version
         await self._tell_version()

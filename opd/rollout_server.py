@@ -14,7 +14,6 @@ A server is stale until the first push is complete, unless `--serve_initial` say
 
 import argparse
 import asyncio
-import functools
 import math
 import os
 import signal
@@ -24,11 +23,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import psutil
+import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
 from starlette.requests import ClientDisconnect
-from transformers import AutoConfig
 
 from opd import http_service
 from opd.arguments import OneLineParser
@@ -36,8 +35,9 @@ from opd.protocols import ROLLOUT
 from opd.rollout_engine import PushedEngine, Sampling
 from opd.rows import one_line
 from opd.server_control import Control, WeightsGate
-from opd.shapes import check_path, load_part, served_length
+from opd.shapes import read_model, served_length
 from opd.student import resolve_dtype
+from opd.weight_offer import Receivers, backend_of
 
 ANSWER_SECONDS = 3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
 WARM_UP_SECONDS = 600.0  # for the engine to compile
@@ -173,13 +173,14 @@ def _end_children() -> None:
         child.kill()
 
 
-def _read_limits(args: argparse.Namespace) -> tuple[int, int]:
-    """(vocabulary, context). ValueError for a model that cannot be served; no weight is loaded."""
-    check_path("--model", args.model)
-    load = functools.partial(AutoConfig.from_pretrained, args.model, trust_remote_code=args.trust_remote_code)
-    config = load_part("--model", args.model, "configuration", load).get_text_config()
+def _read_facts(args: argparse.Namespace) -> tuple[int, int, Receivers]:
+    """(vocabulary, context, who takes weights). ValueError for a model that cannot be served; no weight is loaded."""
+    model = read_model("--model", args.model, args.trust_remote_code)
+    config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    return config.vocab_size, served_length(args.model, context, args.max_model_len)
+    backend = backend_of("cuda" if torch.cuda.is_available() else "cpu")
+    receivers = Receivers(args.tensor_parallel, backend, dict(model.named_parameters(remove_duplicate=False)))
+    return config.vocab_size, served_length(args.model, context, args.max_model_len), receivers
 
 
 def serve(argv: list[str], token: str | None) -> None:
@@ -188,11 +189,13 @@ def serve(argv: list[str], token: str | None) -> None:
     http_service.leave_on_signals(_end_children)
     http_service.check_host(args.host, token)
     bound = http_service.bind(args.host, args.port)
-    limits = _read_limits(args)
-    asyncio.run(_serve(args, token, bound, *limits))
+    facts = _read_facts(args)
+    asyncio.run(_serve(args, token, bound, *facts))
 
 
-async def _serve(args: argparse.Namespace, token: str | None, bound, vocab_size: int, max_model_len: int) -> None:
+async def _serve(
+    args: argparse.Namespace, token: str | None, bound, vocab_size: int, max_model_len: int, receivers: Receivers
+) -> None:
     """vLLM's engine belongs to the event loop that asks it first."""
     version = 0 if args.serve_initial else None
     engine = PushedEngine(
@@ -202,7 +205,9 @@ async def _serve(args: argparse.Namespace, token: str | None, bound, vocab_size:
     )  # fmt: skip
     async with asyncio.timeout(WARM_UP_SECONDS):
         await engine.warm_up()
-    control = Control(WeightsGate(version), engine, args.weights_dir, protocol=ROLLOUT, token=token)
+    control = Control(
+        WeightsGate(version), engine, args.weights_dir, protocol=ROLLOUT, token=token, receivers=receivers
+    )
     app = Service(engine, control, vocab_size=vocab_size, max_model_len=max_model_len).app(token)
     await http_service.serve_app(app, bound, args.name, END_SECONDS)
 

@@ -8,10 +8,12 @@ server asks before it answers: `version = await control.ready()`. docs/serving.m
 | `POST /pause` | `{"fence", "lease_s", "mode"}` | `{"version", "state": "paused"}` |
 | `POST /lease` | `{"fence", "lease_s"}` | the same; the lease runs from now |
 | `POST /update_weights` | `{"fence", "version"}` | the same, with weights that `weight_store.verify` believes, and caches reset |
+| | `{"fence", "version", "broadcast"}` | the same, with weights that the trainer sends: `weight_broadcast` |
 | `POST /resume` | `{"fence"}` | `{"version", "state": "ready"}` |
 | `GET /version` | | protocol, weights, state, fence |
 
-Nothing but a version is ever named, so no request can make a server read a file of the caller's choice. Who may post knows
+No path is ever named, so no request can make a server read a file of the caller's choice, and no address: a broadcast comes
+from where the request came from. Who may post knows
 OPD_SERVER_TOKEN; without one the routes that change something answer 403. A smaller fence than the largest seen is a trainer
 that has a successor: 409. A trainer that dies leaves its lease, after which a server goes on with the weights that it has;
 if those are half loaded it is stale, and answers 503 until a push is complete.
@@ -31,6 +33,8 @@ from fastapi.responses import JSONResponse
 
 from opd.http_service import read_json
 from opd.rows import one_line
+from opd.weight_broadcast import check_reach
+from opd.weight_offer import MOST_OFFER_BYTES, Offer, Receivers, read_offer
 from opd.weight_store import verify
 
 State = Literal["stale", "ready", "paused"]
@@ -115,8 +119,11 @@ class Holder(Protocol):
     async def pause(self, mode: PauseMode) -> None:
         """Returns when nothing is being computed. A second call is fine; "abort" then ends what "keep" had kept."""
 
-    async def load(self, directory: Path, version: int) -> None:
-        """Replaces the weights and resets every cache. After an exception the weights count as half loaded."""
+    async def load(self, source: Path | Offer, version: int) -> None:
+        """Replaces the weights by those of a directory, or by what a trainer sends, and resets every cache.
+
+        After an exception the weights count as half loaded.
+        """
 
     async def resume(self) -> None:
         """Computes on. What a pause has kept goes on too."""
@@ -125,8 +132,12 @@ class Holder(Protocol):
 class Control:
     """The routes of a server whose weights a trainer changes. `mount` adds them to its application."""
 
-    def __init__(self, gate: WeightsGate, holder: Holder, weights_dir: Path, *, protocol: str, token: str | None):
+    def __init__(
+        self, gate: WeightsGate, holder: Holder, weights_dir: Path, *, protocol: str, token: str | None,
+        receivers: Receivers | None = None,
+    ):  # fmt: skip
         self.gate, self.holder, self.weights_dir, self.protocol = gate, holder, weights_dir, protocol
+        self.receivers = receivers  # None: of a broadcast nothing is taken
         self._has_token = token is not None
         self._turn = asyncio.Lock()  # one control request at a time
         self._settled = asyncio.Event()  # cleared from a pause until the holder does what the gate then says
@@ -156,6 +167,8 @@ class Control:
     async def tell_version(self) -> dict[str, Any]:
         gate = self.gate
         facts = {"weights": gate.version, "state": gate.state, "fence": gate.fence}
+        if self.receivers is not None:
+            facts["receivers"] = {"workers": self.receivers.workers, "backend": self.receivers.backend}
         return {"version": "1", "protocol": self.protocol, **facts}
 
     # ---- What a trainer asks ----
@@ -163,8 +176,11 @@ class Control:
     async def _control(self, act: Callable, request: Request) -> JSONResponse:
         if not self._has_token:
             raise HTTPException(403, "set OPD_SERVER_TOKEN: without it nobody may change weights")
-        body = await read_json(request, MOST_BYTES)
+        offers = act == self._update and self.receivers is not None
+        body = await read_json(request, MOST_OFFER_BYTES if offers else MOST_BYTES)
         fence = _number(body, "fence", whole=True)
+        if offers:
+            act = partial(self._update, host=request.client.host)
         try:
             if act == self._renew:  # not in turn: a long load needs it
                 await act(fence, body)
@@ -192,21 +208,31 @@ class Control:
         async with asyncio.timeout(ACT_SECONDS):
             await self.holder.pause(mode)
 
-    async def _update(self, fence: int, body: dict) -> None:
+    async def _update(self, fence: int, body: dict, host: str = "") -> None:
         version = _number(body, "version", whole=True)
         self.gate.check_held(fence)
         try:
             async with asyncio.timeout(ACT_SECONDS):
-                directory = await asyncio.to_thread(verify, self.weights_dir, version, fence)
+                source = await asyncio.to_thread(self._source, body.get("broadcast"), version, fence, host)
         except ValueError as error:
             raise HTTPException(422, one_line(error)) from None  # nothing has changed
         self.gate.begin_load(fence)
         try:
             async with asyncio.timeout(ACT_SECONDS):
-                await self.holder.load(directory, version)
+                await self.holder.load(source, version)
         except Exception as error:  # whatever the engine raises, the weights are half loaded
             raise HTTPException(500, f"half loaded: {type(error).__name__}: {one_line(error)}") from error
         self.gate.finish_load(version)
+
+    def _source(self, broadcast: Any, version: int, fence: int, host: str) -> Path | Offer:
+        """What is to be loaded. ValueError, before anything has changed, for what cannot be."""
+        if broadcast is None:
+            return verify(self.weights_dir, version, fence)
+        if self.receivers is None:
+            raise ValueError("this server takes weights from its directory only")
+        offer = read_offer(broadcast, host, self.receivers)
+        check_reach(offer)
+        return offer
 
     async def _resume(self, fence: int, body: dict) -> None:
         self.gate.resume(fence)

@@ -8,11 +8,14 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 
 from opd.engine_memory import CudaDriver, EngineMemory
 from opd.parallel_groups import ParallelGroups
+from opd.weight_broadcast import receiving
+from opd.weight_offer import Offer
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -53,11 +56,21 @@ class ReloadingWorker:
     """What vLLM mixes into the workers of a server's engine: a reload after which, if it fails, another one can work."""
 
     def reload_from(self, directory: str) -> None:
+        """Reads a version from its directory."""
+        self._reload(weights_path=directory)
+
+    def receive(self, offer: dict[str, Any]) -> None:
+        """Takes what a trainer sends to every worker; each cuts its own part out, as from files."""
+        offer = Offer(**offer)
+        with receiving(offer, 1 + self.rank, "cpu" if offer.backend == "gloo" else self.device) as tensors:
+            self._reload(weights_iterator=tensors)
+
+    def _reload(self, **source) -> None:
         """vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here it is forgotten."""
         from vllm.model_executor.model_loader.reload import layerwise
 
         try:
-            self.reload_weights(weights_path=directory)
+            self.reload_weights(**source)
         except BaseException:
             for layer in self.get_model().modules():
                 info = layerwise.get_layerwise_info(layer)

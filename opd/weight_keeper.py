@@ -31,9 +31,10 @@ class WeightKeeper:
 
     def __init__(
         self, roles: Mapping[str, Sequence[str]], root: Path, fence: int, token: str, *, mode: Literal["keep", "abort"],
-        wait_s: float,
+        wait_s: float, broadcast: bool = False,
     ):  # fmt: skip
         self.roles, self.root, self.fence, self.token, self.mode = roles, root, fence, token, mode
+        self.broadcast_from = root if broadcast else None
         self.wait_s = wait_s  # for the first server of a role, if all are being restarted
         self.version: int | None = None  # the last one that was pushed
         self._said: deque[str] = deque(maxlen=64)
@@ -73,7 +74,7 @@ class WeightKeeper:
     def _push_to(self, urls: Sequence[str], version: int) -> weight_push.PushReport:
         return weight_push.push(
             urls, version, self.fence, self.token, mode=self.mode, lease_s=LEASE_SECONDS, deadline_s=PUSH_SECONDS,
-            say=self._warn_once,
+            say=self._warn_once, broadcast_from=self.broadcast_from,
         )  # fmt: skip
 
     def _warn_once(self, message: str) -> None:

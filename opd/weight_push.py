@@ -1,4 +1,4 @@
-"""Published weights on their way into servers: replica by replica, so that the others go on serving.
+"""Published weights on their way into servers: half of them at a time, so that the others go on serving.
 
 A push to one replica is a transaction: pause, update, resume. Whatever fails, resume is tried: a server whose weights are
 whole goes on with them, and one whose weights are half loaded says that it is stale. If this process dies in between, the
@@ -8,14 +8,17 @@ lease that it leaves does the same.
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import httpx
 
 from opd.faults import fault_point
 from opd.run_files import warn
+from opd.weight_broadcast import sending
 
 CONNECT_SECONDS = 5.0
 PAUSE_SECONDS = 60.0  # a server that does not even pause must not keep the others from their weights
@@ -54,14 +57,24 @@ class PushFailed(RuntimeError):
 
 def push(
     urls: Sequence[str], version: int, fence: int, token: str, *, mode: Literal["keep", "abort"] = "keep",
-    lease_s: float = 30.0, deadline_s: float = 600.0, say: Callable[[str], None] = warn,
+    lease_s: float = 30.0, deadline_s: float = 600.0, broadcast_from: Path | None = None,
+    say: Callable[[str], None] = warn,
 ) -> PushReport:  # fmt: skip
-    """Makes the servers load a version that `weight_store.publish` has written, one after the other.
+    """Makes the servers load a version that `weight_store.publish` has written: half of them, while the others serve, and these.
 
+    They read it in their own directory; with `broadcast_from` this process reads it there, and sends it to one after the other.
     `keep` lets what is being sampled go on under the new weights; `abort` ends it. `deadline_s` is for one server. A server
     that fails is reported, and said; PushFailed if all did.
     """
-    replicas = tuple(_push_one(url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s) for url in urls)
+    def push_to(url: str) -> ReplicaPush:
+        return _push_one(url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s, broadcast_from)
+
+    half = (len(urls) + 1) // 2
+    waves = [urls[:half], urls[half:]] if broadcast_from is None else [[url] for url in urls]
+    replicas: tuple[ReplicaPush, ...] = ()
+    for wave in filter(None, waves):
+        with ThreadPoolExecutor(len(wave)) as threads:
+            replicas += tuple(threads.map(push_to, wave))
     report = PushReport(version, replicas)
     for replica in report.failed:
         say(f"{replica.url} did not take the weights of version {version}: {replica.error}")
@@ -85,8 +98,31 @@ class _Server:
             raise ValueError(f"{path}: {answer.status_code}: {_error_of(answer)}")
         return answer.json()
 
+    def update(self, version: int, deadline: float, broadcast_from: Path | None) -> None:
+        """Has it load a version until `deadline`. One of FAILURES if it does not."""
+        if broadcast_from is None:
+            self.ask("/update_weights", deadline - time.monotonic(), version=version)
+            return
+        address, receivers = self._way()
+        left = max(0.1, deadline - time.monotonic())
+        with sending(broadcast_from, version, self.fence, address=address, seconds=left, **receivers) as offer:
+            self.ask("/update_weights", left, version=version, broadcast=offer)
 
-def _push_one(url: str, version: int, fence: int, token: str, mode: str, lease_s: float, deadline_s: float) -> ReplicaPush:
+    def _way(self) -> tuple[str, dict[str, Any]]:
+        """(the address of this process as the server sees it, what the server says of those who receive)."""
+        answer = self.client.get("/version")
+        try:
+            facts = answer.json()["receivers"]
+            receivers = {"workers": int(facts["workers"]), "backend": str(facts["backend"])}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError("/version: it takes no broadcast; use --weight_transfer directory") from None
+        return answer.extensions["network_stream"].get_extra_info("client_addr")[0], receivers
+
+
+def _push_one(
+    url: str, version: int, fence: int, token: str, mode: str, lease_s: float, deadline_s: float,
+    broadcast_from: Path | None,
+) -> ReplicaPush:  # fmt: skip
     start = time.monotonic()
     headers, failure, answer, paused = {"Authorization": f"Bearer {token}"}, None, {}, None
     with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS) as client:
@@ -96,7 +132,7 @@ def _push_one(url: str, version: int, fence: int, token: str, mode: str, lease_s
             paused = time.monotonic()
             fault_point("push.paused")
             with _renewed(server, lease_s):
-                server.ask("/update_weights", start + deadline_s - time.monotonic(), version=version)
+                server.update(version, start + deadline_s, broadcast_from)
         except FAILURES as error:
             failure = error
         finally:

@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,14 +94,7 @@ def verify(root: Path, version: int, fence: int | None = None) -> Path:
 
     With a `fence` it must be the one of the trainer that published the version.
     """
-    directory = Path(root, f"v{version}")
-    _check_directory(Path(root))
-    _check_directory(directory)
-    manifest = _read_manifest(directory)
-    if manifest["version"] != version or (fence is not None and manifest["fence"] != fence):
-        raise ValueError(
-            f"{directory}: version {manifest['version']} of fence {manifest['fence']}, not version {version} of {fence}"
-        )
+    directory, manifest = read_manifest(root, version, fence)
     expected = {entry["file"]: entry for entry in manifest["files"]}
     found = {path.name for path in directory.iterdir()} - {MANIFEST}
     if found != set(expected) or len(expected) != len(manifest["files"]):
@@ -111,6 +104,29 @@ def verify(root: Path, version: int, fence: int | None = None) -> Path:
         if (size, digest) != (entry["size"], entry["sha256"]):
             raise ValueError(f"{directory / name}: not what was published: {size} bytes with SHA-256 {digest[:12]}...")
     return directory
+
+
+def read_manifest(root: Path, version: int, fence: int | None = None) -> tuple[Path, dict]:
+    """The directory of a version and what its manifest says, of files that nobody has looked at. ValueError as in `verify`."""
+    directory = Path(root, f"v{version}")
+    _check_directory(Path(root))
+    _check_directory(directory)
+    manifest = _read_manifest(directory)
+    if manifest["version"] != version or (fence is not None and manifest["fence"] != fence):
+        raise ValueError(
+            f"{directory}: version {manifest['version']} of fence {manifest['fence']}, not version {version} of {fence}"
+        )
+    return directory, manifest
+
+
+def check_names(published: Iterable[str], parameters: Mapping[str, Tensor]) -> None:
+    """ValueError unless every parameter is there under one of its names, and nothing else. Tied ones are one object."""
+    published = set(published)
+    if unknown := published - set(parameters):
+        raise ValueError(f"{len(unknown)} published tensors are none of the model's, {min(unknown)} first")
+    there = {id(parameters[name]) for name in published}
+    if missing := [name for name, parameter in parameters.items() if id(parameter) not in there]:
+        raise ValueError(f"{len(missing)} parameters of the model were not published, {missing[0]} first")
 
 
 def _write_shards(directory: Path, named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict]:
@@ -158,7 +174,7 @@ def _check_directory(path: Path) -> None:
         raise ValueError(f"{path}: must belong to this user with mode 0700 (chmod 700); others could put weights there")
 
 
-def _open_own(path: Path):
+def open_own(path: Path):
     """A regular file of this user, for reading; ValueError for a link or another's."""
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
@@ -172,7 +188,7 @@ def _open_own(path: Path):
 
 
 def _read_hash(path: Path) -> tuple[int, str]:
-    with _open_own(path) as file:
+    with open_own(path) as file:
         digest, size = hashlib.sha256(), 0
         while block := file.read(READ_BYTES):
             digest.update(block)
@@ -182,7 +198,7 @@ def _read_hash(path: Path) -> tuple[int, str]:
 
 def _read_manifest(directory: Path) -> dict:
     """A manifest with the right fields, or ValueError."""
-    with _open_own(directory / MANIFEST) as file:
+    with open_own(directory / MANIFEST) as file:
         try:
             manifest = json.loads(file.read())
             int(manifest["version"]), int(manifest["fence"])

@@ -1,9 +1,11 @@
 """Servers are kept at the version that was pushed last: real control routes on real sockets, around an engine that is none."""
 
+import asyncio
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -112,3 +114,22 @@ def test_a_server_of_a_later_trainer_is_left_alone(root):
         server.gate.fence, server.gate.version = 6, 0
         time.sleep(0.5)
         assert server.loaded == [1]
+
+
+def test_half_of_the_servers_load_together_while_the_others_serve(root):
+    both, times = threading.Barrier(2), {}
+
+    class Slow(Server):
+        async def load(self, directory, version):
+            begun = time.monotonic()
+            if self is not fleet[2]:
+                await asyncio.to_thread(both.wait, DEADLINE_S)  # the other one has to come
+            await super().load(directory, version)
+            times[self] = begun, time.monotonic()
+
+    with ExitStack() as stack:
+        fleet = [stack.enter_context(serving(Slow(root))) for _ in range(3)]
+        keeper = stack.enter_context(keeper_of(root, rollout=[server.url for server in fleet]))
+        keeper.push(parameters(), 1)
+    assert [server.loaded for server in fleet] == [[1]] * 3
+    assert times[fleet[2]][0] >= max(times[server][1] for server in fleet[:2])
