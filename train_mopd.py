@@ -236,11 +236,12 @@ def main(run: Run) -> None:
                     grad_norm = student.step(learning_rate)
                 teachers.release_head()
 
-            with colocation.phase("sync"), metrics.timed("sync"):
-                state.policy_version = weight_sync.push(student, rollout_engine, version=step + 1)
+            samples.record(trained_on)
+            state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
 
-        samples.record(trained_on)
-        state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
+            with saves_on_failure(run, save_parts, state, metrics), colocation.phase("sync"), metrics.timed("sync"):
+                state.policy_version = weight_sync.push(student, rollout_engine, version=state.step)
+
         metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
         seconds = time.perf_counter() - started
         log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)

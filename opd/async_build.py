@@ -4,23 +4,30 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
+import torch
+
 from opd import distributed, weight_store
 from opd.async_rollout import AsyncRolloutEngine, push_from_rank_0
+from opd.http_service import read_token
 from opd.logprob_client import LogprobServers
 from opd.metrics import say
 from opd.protocols import TOKEN_VARIABLE
 from opd.replica import Limits
-from opd.replicas import serving
+from opd.replicas import PUSHED, serving
 from opd.rollout_client import RolloutServers
-from opd.run import Run
+from opd.run import Run, user_errors
+from opd.run_files import warn
 from opd.weight_broadcast import check_interface
 from opd.weight_keeper import WeightKeeper
+
+CHECK_SECONDS = 30.0  # for a server to say what it is
 
 
 def is_async(cfg) -> bool:
@@ -43,12 +50,15 @@ class _Fleet:
         return {role: urls for role, urls in roles.items() if urls}
 
 
-def build_async_engine(run: Run, *, wants_logprobs: Callable[[int], bool]) -> AsyncRolloutEngine:
+def build_async_engine(run: Run) -> AsyncRolloutEngine:
     """The engine of this rank. Rank 0 starts the servers, if they are to be started, and pushes. Collective."""
     cfg, ahead, stack, fleet, keeper = run.cfg, run.cfg.ahead, ExitStack(), None, None
     root = Path(ahead.weights_dir) if ahead.weights_dir else weight_store.default_root(run.run_dir)
+    _check_ahead(run, root)
     with distributed.agree_on_error("starting the servers"):
         if distributed.rank() == 0:
+            if not ahead.weights_dir:
+                distributed.at_end(partial(shutil.rmtree, root, ignore_errors=True))
             token = os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
             fleet = _Fleet(_rollout_urls(run, root, stack), _logprob_urls(run, root, stack), token)
             _check_transfer(fleet, ahead.weight_transfer)
@@ -73,13 +83,55 @@ def build_async_engine(run: Run, *, wants_logprobs: Callable[[int], bool]) -> As
             )
         engine = AsyncRolloutEngine(
             servers, cfg.rollout, ahead, seed=cfg.run.seed, num_steps=cfg.run.num_steps, prompts_of=run.prompt_batch,
-            wants_logprobs=wants_logprobs, push=push_from_rank_0(keeper and keeper.push),
+            push=push_from_rank_0(keeper and keeper.push),
             logprob_servers=logprob_servers,
         )  # fmt: skip
         engine.on_close = stack
         if run.resume_from is not None:
             engine.load(run.resume_from)
     return engine
+
+
+def _check_ahead(run: Run, root: Path) -> None:
+    """Finds what the user has to mend about servers and folder, on rank 0, and says it in one line. Collective."""
+    problem = None
+    if distributed.rank() == 0:
+        ahead = run.cfg.ahead
+        try:
+            read_token()
+            if ahead.weights_dir:
+                weight_store.claim(root)
+            for role in ("rollout", "logprob"):
+                if getattr(ahead, f"{role}_gpus") and not torch.cuda.device_count():
+                    raise ValueError(f"--{role}_gpus {getattr(ahead, f'{role}_gpus')}: there is no GPU here")
+                for url in getattr(ahead, f"{role}_servers"):
+                    if url != "auto":
+                        _check_server(f"--{role}_servers {url}", url, PUSHED[role])
+        except ValueError as error:
+            problem = str(error)
+    problem = distributed.broadcast_object(problem)
+    with user_errors():
+        if problem is not None:
+            raise ValueError(problem)
+
+
+def _check_server(flag: str, url: str, protocol: str) -> None:
+    """ValueError unless it is a server of that kind, which takes our token. It is the only one asked: no fail-over hides it."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    try:
+        answer = httpx.get(
+            f"{url.rstrip('/')}/version", headers={"Authorization": f"Bearer {token}"}, timeout=CHECK_SECONDS, trust_env=False
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"{flag}: cannot be reached: {error}; start it first") from None
+    if answer.status_code == 401 or not token:
+        raise ValueError(f"{flag}: {TOKEN_VARIABLE} is not the token that it was started with; export the same one here")
+    try:
+        found = answer.json()["protocol"]
+    except (ValueError, KeyError, TypeError):
+        found = f"status {answer.status_code}"
+    if found != protocol:
+        raise ValueError(f"{flag}: it is no server of this kind ({found}, not {protocol})")
 
 
 def _check_transfer(fleet: _Fleet, weight_transfer: str) -> None:
@@ -116,8 +168,8 @@ def _logprob_urls(run: Run, root: Path, stack: ExitStack) -> list[str]:
 
 
 def _start(run: Run, root: Path, stack: ExitStack, role: str, *, gpus: str, **options) -> list[str]:
-    if not run.cfg.ahead.weights_dir:
-        stack.callback(shutil.rmtree, root, ignore_errors=True)
+    if torch.cuda.device_count() and not gpus:
+        warn(f"--{role}_gpus: not given, so the {role} servers share the trainer's GPUs")
     replicas = stack.enter_context(
         serving(
             run.cfg.model.student_model, name=role, protocol=role, weights_dir=root, dtype=run.engine_options["dtype"],

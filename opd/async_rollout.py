@@ -58,14 +58,15 @@ class AsyncRolloutEngine:
 
     def __init__(
         self, servers: RolloutServers, cfg: RolloutConfig, ahead: AsyncConfig, *, seed: int, num_steps: int,
-        prompts_of: Callable[[int], list[Prompt]], wants_logprobs: Callable[[int], bool], push: Push,
+        prompts_of: Callable[[int], list[Prompt]], push: Push,
         logprob_servers: LogprobServers | None = None,
     ):  # fmt: skip
         self.servers, self.logprob_servers, self.cfg, self.ahead, self.seed = servers, logprob_servers, cfg, ahead, seed
-        self.num_steps, self.prompts_of, self.wants_logprobs, self._push = num_steps, prompts_of, wants_logprobs, push
+        self.num_steps, self.prompts_of, self._push = num_steps, prompts_of, push
         self.pools = [servers.pool] if logprob_servers is None else [servers.pool, logprob_servers.pool]
         self.policy_version = -1
-        self.push_metrics: dict[str, float] = {}  # of the last push
+        self.push_metrics: dict[str, float] = {}  # of this step's push, if there was one
+        self.push_s = 0.0  # that this step spent on it
         self.waited_s = 0.0  # for the responses of the last step
         self._excuse(True)  # without weights, a server answers nothing
         self._lock = threading.RLock()
@@ -108,14 +109,16 @@ class AsyncRolloutEngine:
 
         Collective. Nothing is gathered where nothing is pushed.
         """
-        first = self.policy_version < 0
+        first, self.push_metrics, self.push_s = self.policy_version < 0, {}, 0.0
         if not first and version % self.ahead.sync_every and version < self.num_steps:
             return
         self._excuse(True)  # a server is silent while it loads, and not dead
+        started = time.perf_counter()
         try:
             self.push_metrics = self._push(named_parameters, version)
         finally:
             self._excuse(False)
+        self.push_s = time.perf_counter() - started
         if first:
             self._next_step = version
         self.policy_version = self.servers.oldest = version
@@ -166,7 +169,7 @@ class AsyncRolloutEngine:
         future = self.servers.submit(
             at.sample_id.replace("/", "-"), at.prompt.token_ids,
             seed=sample_seed(self.seed, at.step, at.prompt, at.place, at.generation), temperature=self.cfg.temperature,
-            with_logprobs=self.wants_logprobs(at.step), oldest=self._oldest(at),
+            with_logprobs=True, oldest=self._oldest(at),
         )  # fmt: skip
         future.add_done_callback(functools.partial(self._arrived, at, landing))
 

@@ -128,7 +128,7 @@ def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFE
 def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
     """The sampler on this rank, or what asks the servers for it. It sleeps, without weights, until the first push."""
     if is_async(run.cfg):
-        return build_async_engine(run, wants_logprobs=run.reads_logprobs)
+        return build_async_engine(run)
     with distributed.agree_on_error("building the rollout engine"), _console_to_log(run.run_dir):
         engine = RolloutEngine(
             run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,

@@ -1,5 +1,6 @@
 """Ranks, reductions, agreement on errors, seeds. One process per GPU; plain `python` is one rank."""
 
+import atexit
 import ctypes
 import datetime
 import hashlib
@@ -11,6 +12,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -209,6 +211,15 @@ def exit_together():
         leave()
 
 
+_cleanups: list[Callable[[], None]] = []
+
+
+def at_end(cleanup: Callable[[], None]) -> None:
+    """Calls `cleanup` when this process ends, in whatever way short of a signal. It must not raise."""
+    _cleanups.append(cleanup)
+    atexit.register(cleanup)
+
+
 @contextmanager
 def collective_region():
     """Ends this process at once on an exception that the ranks could not agree on.
@@ -225,6 +236,8 @@ def collective_region():
         traceback.print_exc()
         if was_agreed(error) and rank() == 0:  # what the user needs, below all that he does not
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        for cleanup in _cleanups:
+            cleanup()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

@@ -310,17 +310,21 @@ def is_due(step: int, every: int, last: int) -> bool:
 
 
 @contextmanager
-def saves_on_failure(run: Run, save_shards: Callable[[Path], None], state: LoopState):
-    """Around the part of a step before its update. If all ranks stop there, as without a teacher, they save `state`.
+def saves_on_failure(
+    run: Run, save_shards: Callable[[Path], None], state: LoopState, metrics: Metrics | None = None
+):  # fmt: skip
+    """Around what a step does with the weights of `state`. If all ranks stop there, as without a teacher, they save it.
 
-    The weights must be those of `state`: a checkpoint after the update would train on the step twice. A run that has no step to
-    save starts afresh, and repeats what it did.
+    A checkpoint of other weights would train on a step twice. `metrics` are those of the step that `state` has just finished,
+    if its line is not yet written. A run that has no step to save starts afresh, and repeats what it did.
     """
     try:
         yield
     except Exception as error:
         if distributed.was_agreed(error) and state.step > 0:
             say(f"step {state.step + 1} cannot be done: saving step {state.step}, from where the same command goes on")
+            if metrics is not None:
+                metrics.flush(state.step)
             checkpoint.save(run.run_dir, state, save_shards, run.fingerprint, keep=run.cfg.run.keep_checkpoints)
         raise
 

@@ -92,6 +92,7 @@ def log_servers(
         if engine.logprob_servers is not None:
             _log_pool(metrics, "logprob/{}", engine.logprob_servers.pool.take_stats(), seconds)
         metrics.add("perf/trainer_idle", engine.waited_s + sum(teachers.waited_s.values()), seconds)
+        metrics.add("perf/push_share", engine.push_s, seconds)
 
 
 def _log_pool(metrics: Metrics, key_of: str, stats: Stats, seconds: float) -> None:

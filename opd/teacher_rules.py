@@ -72,14 +72,15 @@ def _check_url(url: str, where: str) -> None:
         "@" not in address.partition("//")[2].partition("/")[0],
         f"{where}: user info in a URL; put the key into an environment variable and name it in `api_key_env`",
     )
-    _require(_is_http(address), f"{where} {address!r}: not an http(s) URL; write http://HOST:PORT")
+    _require(is_http(address), f"{where} {address!r}: not an http(s) URL; write http://HOST:PORT")
     _require(
         not rest,
         f"{where} {address!r}: a query or fragment does not belong to a server's address; a key goes to `api_key_env`",
     )
 
 
-def _is_http(url: str) -> bool:
+def is_http(url: str) -> bool:
+    """Whether it names a host, by http or https."""
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  raises where it is no port

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.config import LossConfig, RolloutConfig, pairs, to_dict
-from opd.teacher_rules import validate_teachers
+from opd.teacher_rules import is_http, validate_teachers
 
 
 def _require(ok: bool, message: str) -> None:
@@ -111,12 +111,16 @@ def validate_ahead(config) -> None:
         return
     _require(ahead.max_staleness >= ahead.sync_every - 1, f"--max_staleness {ahead.max_staleness}: with --sync_every "
              f"{ahead.sync_every} the step before a push is {ahead.sync_every - 1} versions behind; allow as many")  # fmt: skip
+    every = config.run.eval_every
+    _require(every % ahead.sync_every == 0, f"--eval_every {every}: the servers that are evaluated get weights every "
+             f"--sync_every {ahead.sync_every} steps; take a multiple of that")  # fmt: skip
     _require(bool(ahead.rollout_servers), "--rollout_servers: give URLs, or auto")
     everyone: dict[str, str] = {}
     for role in ("rollout", "logprob"):
         flag, urls = f"--{role}_servers", getattr(ahead, f"{role}_servers")
         _require("auto" not in urls or urls == ["auto"], f"{flag}: auto stands alone; give URLs, or auto")
         for url in (url.rstrip("/").lower() for url in urls if url != "auto"):
+            _require(is_http(url), f"{flag} {url}: not an http(s) URL; write http://HOST:PORT")
             _require(url not in everyone, f"{flag} {url}: it stands there twice" if everyone.get(url) == flag else
                      f"{flag} {url}: it is also one of {everyone.get(url)}; a server has one role")  # fmt: skip
             everyone[url] = flag
@@ -126,12 +130,21 @@ def validate_ahead(config) -> None:
         _require(not gpus or urls == ["auto"], f"--{role}_gpus {gpus}: only for servers that are started here, {flag} auto")
         _require(not gpus or len(set(names)) == len(names) >= needed,
                  f"--{role}_gpus {gpus}: {needed} GPUs are needed, each named once")  # fmt: skip
+    has_own = ahead.rollout_servers != ["auto"] or ahead.logprob_servers not in ([], ["auto"])
+    _require(not has_own or bool(ahead.weights_dir) or ahead.weight_transfer == "broadcast", "--weights_dir is required with "
+             "servers of your own: the folder that they were started with; or use --weight_transfer broadcast")  # fmt: skip
     _require((loss.old_logprobs == "server") == bool(ahead.logprob_servers), "--old_logprobs server and --logprob_servers "
              "need each other; give URLs, or auto")  # fmt: skip
     is_pg = loss.loss == "reverse_kl_pg" or loss.reward_weight > 0
-    _require(ahead.max_staleness == 0 or not is_pg or loss.is_mode != "none" or loss.clip_low is not None,
-             f"--max_staleness {ahead.max_staleness}: a policy gradient on stale responses is off-policy; set --is_mode "
-             "truncate, or --clip_low for a PPO ratio")  # fmt: skip
+    if ahead.max_staleness > 0 and is_pg:
+        flag = f"--max_staleness {ahead.max_staleness}"
+        clips, weighs = loss.clip_low is not None, loss.is_mode != "none"
+        _require(clips or weighs, f"{flag}: a policy gradient on stale responses is off-policy; set --is_mode truncate, or "
+                 "--clip_low for a PPO ratio")  # fmt: skip
+        _require(clips or loss.old_logprobs != "server", f"{flag}: with --old_logprobs server --is_mode does not see what the "
+                 "student has learned since; set --clip_low for a PPO ratio")  # fmt: skip
+        _require(not (clips and weighs) or loss.old_logprobs != "rollout", f"{flag}: --clip_low and --is_mode would both weigh "
+                 "a token by its ratio to the sampler; keep one, or set --old_logprobs recompute or server")  # fmt: skip
 
 
 def _validate_batch(config) -> None:

@@ -37,6 +37,7 @@ class WeightKeeper:
         self.broadcast_from = root if broadcast else None
         self.wait_s = wait_s  # for the first server of a role, if all are being restarted
         self.version: int | None = None  # the last one that was pushed
+        self._missing: set[str] = set()  # who has not got the version of the last push
         self._said: deque[str] = deque(maxlen=64)
         self._turn = threading.Lock()  # one push at a time
         self._over = threading.Event()
@@ -49,7 +50,9 @@ class WeightKeeper:
             published = weight_store.publish(self.root, named_parameters, version, self.fence)
             started, pauses = time.perf_counter(), []
             for role, urls in self.roles.items():
-                report = self._push_to_one_at_least(role, urls, version)
+                report = self._push_to_one_at_least(role, [url.rstrip("/") for url in urls], version)
+                self._missing.difference_update(replica.url for replica in report.replicas)
+                self._missing.update(replica.url for replica in report.failed)
                 pauses += [replica.pause_s for replica in report.replicas if replica.ok]
             self.version = version
         return {
@@ -57,19 +60,24 @@ class WeightKeeper:
             "pause_s": max(pauses),
         }  # fmt: skip
 
+    def _expected(self, urls: Sequence[str]) -> Sequence[str]:
+        """Without those that missed the last push, if there are others: `_look_after` brings them up to date."""
+        return [url for url in urls if url not in self._missing] or urls
+
     def close(self) -> None:
         """Ends the thread; a push to a server under way is finished before."""
         self._over.set()
         self._thread.join(timeout=PUSH_SECONDS)
 
     def _push_to_one_at_least(self, role: str, urls: Sequence[str], version: int) -> weight_push.PushReport:
-        deadline = time.monotonic() + self.wait_s
+        deadline, asked = time.monotonic() + self.wait_s, self._expected(urls)
         while True:
             try:
-                return self._push_to(urls, version)
+                return self._push_to(asked, version)
             except PushFailed as error:
                 if time.monotonic() > deadline or self._over.wait(AGAIN_SECONDS):
                     raise PushFailed(f"{role}: {error}") from None
+                asked = urls
 
     def _push_to(self, urls: Sequence[str], version: int) -> weight_push.PushReport:
         return weight_push.push(
@@ -93,6 +101,7 @@ class WeightKeeper:
                             if not self._over.is_set() and self._is_behind(client, url):
                                 with suppress(PushFailed):  # `push` has warned; the next look tries again
                                     self._push_to([url], self.version)
+                                    self._missing.discard(url.rstrip("/"))
                         finally:
                             self._turn.release()
 

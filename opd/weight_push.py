@@ -21,7 +21,8 @@ from opd.run_files import warn
 from opd.weight_broadcast import sending
 
 CONNECT_SECONDS = 5.0
-PAUSE_SECONDS = 60.0  # a server that does not even pause must not keep the others from their weights
+ALIVE_SECONDS = 15.0  # to answer at all: a server that hangs must not keep the others from their weights
+PAUSE_SECONDS = 60.0  # nor one that does not pause
 RESUME_SECONDS = 30.0  # beyond the deadline: a server is not left paused
 RENEWALS = 3.0  # of a lease while it lasts
 FAILURES = (httpx.HTTPError, ValueError)  # of a server, or of what it says
@@ -128,6 +129,7 @@ def _push_one(
     with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS) as client:
         server = _Server(client, fence)
         try:
+            client.get("/version", timeout=ALIVE_SECONDS)
             server.ask("/pause", min(deadline_s, PAUSE_SECONDS), lease_s=lease_s, mode=mode)
             paused = time.monotonic()
             fault_point("push.paused")
@@ -137,7 +139,7 @@ def _push_one(
             failure = error
         finally:
             try:
-                answer = server.ask("/resume", RESUME_SECONDS)
+                answer = server.ask("/resume", RESUME_SECONDS if paused else CONNECT_SECONDS)
             except FAILURES as error:
                 failure = failure or error
     if failure is None and (answer.get("version"), answer.get("state")) != (version, "ready"):

@@ -134,7 +134,7 @@ def engine_of(
     limits = Limits(wait_s=ahead.rollout_wait_s, max_inflight=ahead.max_inflight)
     engine = AsyncRolloutEngine(
         RolloutServers([script.url], cfg, ahead, eos_ids=(EOS,), vocab=VOCAB, token=None), cfg, ahead, seed=7,
-        num_steps=num_steps, prompts_of=prompts_of, wants_logprobs=lambda step: True, push=push,
+        num_steps=num_steps, prompts_of=prompts_of, push=push,
         logprob_servers=LogprobServers([script.url], None, limits) if with_logprobs else None,
     )  # fmt: skip
     engine.pushed = pushed

@@ -46,11 +46,15 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     calm = tmp_path / "sync"
     succeed(command(models, calm, "--num_steps", str(STEPS)))
 
-    # A push that fails comes after the update: the weights are not those of any step that is done, and are not saved as such.
+    # A push that fails comes after the update: the step is saved as done, and its samples are not trained on again.
     failed = tmp_path / "push_fails"
-    stopped = start(launch(models, failed, servers, "--max_staleness", "0"), OPD_FAULT="push.paused:raise@5")
+    arguments = launch(models, failed, servers, "--max_staleness", "0")
+    stopped = start(arguments, OPD_FAULT="push.paused:raise@5")
     assert stopped.returncode == 1 and "pushing weights of version 2 failed" in stopped.stderr, stopped.stderr[-2000:]
-    assert not list((failed / "checkpoints").iterdir())
+    assert [path.name for path in (failed / "checkpoints").iterdir()] == ["step_2"]
+    assert [row["step"] for row in metrics_of(failed)] == [1, 2]
+    succeed(arguments)
+    assert losses_of(failed) == losses_of(calm) and parameter_hash(failed) == parameter_hash(calm)
 
     # Staleness 0 is the synchronous run, bit for bit; killed in the middle of a step and resumed, too.
     same = tmp_path / "staleness_0"

@@ -451,19 +451,27 @@ def test_good_values(argv):
 
 
 BAD_AHEAD = {
+    "--sync_every 2 --eval_every 3": "--eval_every 3: the servers that are evaluated get weights every --sync_every 2",
+    "--rollout_servers ftp://a": "--rollout_servers ftp://a: not an http(s) URL",
+    "--rollout_servers http://a:99999 --weights_dir w": "--rollout_servers http://a:99999: not an http(s) URL",
+    "--rollout_servers http://a:1": "--weights_dir is required with servers of your own",
+    "--logprob_servers http://a:1 --old_logprobs server --is_mode mask": "--weights_dir is required with servers of your own",
+    "--loss reverse_kl_pg --is_mode truncate --old_logprobs server --logprob_servers auto":
+        "--max_staleness 1: with --old_logprobs server --is_mode does not see",
+    "--loss reverse_kl_pg --is_mode truncate --clip_low 0.2": "--max_staleness 1: --clip_low and --is_mode would both weigh",
     "--max_staleness 0 --sync_every 2": "--max_staleness 0: with --sync_every 2 the step before a push is 1",
     "--rollout_servers auto http://a:1": "--rollout_servers: auto stands alone",
-    "--rollout_servers http://a:1 http://A:1/": "--rollout_servers http://a:1: it stands there twice",
+    "--weights_dir w --rollout_servers http://a:1 http://A:1/": "--rollout_servers http://a:1: it stands there twice",
     "--loss reverse_kl_pg": "--max_staleness 1: a policy gradient on stale responses",
     "--reward_weight 1 --num_generations 2": "--max_staleness 1: a policy gradient on stale responses",
     "--logprob_servers auto": "--old_logprobs server and --logprob_servers need each other",
     "--old_logprobs server --is_mode mask": "--old_logprobs server and --logprob_servers need each other",
-    "--old_logprobs server --is_mode mask --rollout_servers http://a:1 --logprob_servers http://a:1":
+    "--weights_dir w --old_logprobs server --is_mode mask --rollout_servers http://a:1 --logprob_servers http://a:1":
         "--logprob_servers http://a:1: it is also one of --rollout_servers",
     "--rollout_gpus 1 --rollout_replicas 2": "--rollout_gpus 1: 2 GPUs are needed, each named once",
     "--rollout_gpus 1,1 --rollout_replicas 2": "--rollout_gpus 1,1: 2 GPUs are needed",
     "--rollout_gpus 1 --rollout_tensor_parallel_size 2": "--rollout_gpus 1: 2 GPUs are needed",
-    "--rollout_gpus 1 --rollout_servers http://a:1": "--rollout_gpus 1: only for servers that are started here",
+    "--weights_dir w --rollout_gpus 1 --rollout_servers http://a:1": "--rollout_gpus 1: only for servers that are started here",
     "--logprob_gpus 1": "--logprob_gpus 1: only for servers that are started here",
     "--sync_every 0": "--sync_every 0: must be at least 1",
     "--rollout_replicas 0": "--rollout_replicas 0: must be at least 1",
@@ -481,7 +489,9 @@ def test_what_the_asynchronous_mode_refuses(argv):
 @pytest.mark.parametrize(
     "argv",
     [
-        "--loss reverse_kl_pg --is_mode truncate --old_logprobs server --logprob_servers auto --logprob_gpus 3",
+        "--loss reverse_kl_pg --is_mode truncate --clip_low 0.2 --old_logprobs server --logprob_servers auto --logprob_gpus 3",
+        "--loss reverse_kl_pg --is_mode truncate --old_logprobs recompute",
+        "--rollout_servers http://a:1 --weight_transfer broadcast --sync_every 2 --eval_every 4",
         "--loss reverse_kl_pg --max_staleness 0",
         "--rollout_gpus 4,5,6,7 --rollout_replicas 2 --rollout_tensor_parallel_size 2 --max_staleness 3 --sync_every 4",
     ],
