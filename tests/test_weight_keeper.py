@@ -108,6 +108,19 @@ def test_a_role_without_a_server_is_waited_for_and_then_named(root, monkeypatch)
         assert len(warnings) == 2 and "version 1" in warnings[0] and "version 2" in warnings[1]  # not at each try
 
 
+def test_a_server_that_missed_a_push_does_not_hold_up_the_next_one_and_comes_back(root, monkeypatch):
+    warnings, port = [], free_port()
+    monkeypatch.setattr(weight_keeper, "warn", warnings.append)
+    with serving(Server(root)) as there, keeper_of(root, rollout=[f"http://127.0.0.1:{port}/", there.url]) as keeper:
+        for version in (1, 2, 3):
+            keeper.push(parameters(), version)
+        assert len(warnings) == 1 and "version 1" in warnings[0]  # it was not asked for the others
+        with serving(Server(root, port)) as back:
+            until(lambda: back.gate.state == "ready" and not keeper._missing)
+            keeper.push(parameters(), 4)
+        assert back.loaded == [3, 4] and there.loaded == [1, 2, 3, 4]
+
+
 def test_a_server_of_a_later_trainer_is_left_alone(root):
     with serving(Server(root)) as server, keeper_of(root, rollout=[server.url]) as keeper:
         keeper.push(parameters(), 1)
