@@ -100,7 +100,7 @@ def _check_ahead(run: Run, root: Path) -> None:
         try:
             read_token()
             if ahead.weights_dir:
-                weight_store.claim(root)
+                _claim(root)
             for role in ("rollout", "logprob"):
                 if getattr(ahead, f"{role}_gpus") and not torch.cuda.device_count():
                     raise ValueError(f"--{role}_gpus {getattr(ahead, f'{role}_gpus')}: there is no GPU here")
@@ -115,13 +115,19 @@ def _check_ahead(run: Run, root: Path) -> None:
             raise ValueError(problem)
 
 
+def _claim(root: Path) -> None:
+    try:
+        weight_store.claim(root)
+    except ValueError as error:
+        raise ValueError(f"--weights_dir {error}") from None
+
+
 def _check_server(flag: str, url: str, protocol: str) -> None:
     """ValueError unless it is a server of that kind, which takes our token. It is the only one asked: no fail-over hides it."""
-    token = os.environ.get(TOKEN_VARIABLE, "")
+    token = os.environ.get(TOKEN_VARIABLE)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        answer = httpx.get(
-            f"{url.rstrip('/')}/version", headers={"Authorization": f"Bearer {token}"}, timeout=CHECK_SECONDS, trust_env=False
-        )
+        answer = httpx.get(f"{url.rstrip('/')}/version", headers=headers, timeout=CHECK_SECONDS, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"{flag}: cannot be reached: {error}; start it first") from None
     if answer.status_code == 401 or not token:
