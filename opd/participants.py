@@ -190,6 +190,8 @@ def engine_weights(job: Job, shape: ModelShape, *, with_head: bool, gpus: int = 
 
 
 def _rollout(job: Job, choices: Choices) -> Iterator[Row]:
+    if hasattr(job.cfg, "ahead") and job.cfg.ahead.mode == "async":
+        return  # its servers have devices of their own
     cfg, student = job.cfg.rollout, job.student
     size = getattr(cfg, "rollout_tensor_parallel_size", 1)
     weights = engine_weights(job, student, with_head=True, gpus=size)

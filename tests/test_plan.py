@@ -204,6 +204,14 @@ def test_more_parameters_take_more_and_more_ranks_and_stages_take_less(published
     assert shards(8) == sorted(shards(8), reverse=True) and len(set(shards(8))) == 3  # 1 and 2 end a step alike
 
 
+def test_rollout_servers_take_nothing_of_the_trainers_devices(published):
+    here = make_plan(job_of(published, "1.7B", ["8B"]))
+    elsewhere = make_plan(job_of(published, "1.7B", ["8B"], "--mode", "async"))
+    names = {row.participant for row in here.rows} - {row.participant for row in elsewhere.rows}
+    assert names == {"rollout engine weights", "rollout KV cache", "rollout engine, working memory (estimate)"}
+    assert elsewhere.bytes_of("rollout") < here.bytes_of("rollout")
+
+
 def test_the_rows_of_a_phase_add_up_to_it(published):
     made = make_plan(job_of(published, "1.7B", ["8B", "4B"]))
     for phase in PHASES:
