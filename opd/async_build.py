@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -104,9 +105,8 @@ def _check_ahead(run: Run, root: Path) -> None:
             for role in ("rollout", "logprob"):
                 if getattr(ahead, f"{role}_gpus") and not torch.cuda.device_count():
                     raise ValueError(f"--{role}_gpus {getattr(ahead, f'{role}_gpus')}: there is no GPU here")
-                for url in getattr(ahead, f"{role}_servers"):
-                    if url != "auto":
-                        _check_server(f"--{role}_servers {url}", url, PUSHED[role])
+                urls = [url for url in getattr(ahead, f"{role}_servers") if url != "auto"]
+                _check_servers(f"--{role}_servers", urls, PUSHED[role], run.engine_options["max_model_len"])
         except ValueError as error:
             problem = str(error)
     problem = distributed.broadcast_object(problem)
@@ -122,22 +122,45 @@ def _claim(root: Path) -> None:
         raise ValueError(f"--weights_dir {error}") from None
 
 
-def _check_server(flag: str, url: str, protocol: str) -> None:
-    """ValueError unless it is a server of that kind, which takes our token. It is the only one asked: no fail-over hides it."""
+class _Unreachable(ValueError):
+    """A server that is not there; it may be on its way back."""
+
+
+def _check_servers(flag: str, urls: Sequence[str], protocol: str, tokens: int) -> None:
+    """ValueError for one that is wrong, or if none is there. One that is missing is warned of: it is pushed to when it comes."""
+    missing = []
+    for url in urls:
+        try:
+            _check_server(f"{flag} {url}", url, protocol, tokens)
+        except _Unreachable as error:
+            missing.append(error)
+    if missing and len(missing) == len(urls):
+        raise missing[0]
+    for error in missing:
+        warn(str(error))
+
+
+def _check_server(flag: str, url: str, protocol: str, tokens: int) -> None:
+    """ValueError unless it is a server of that kind that takes our token, and prompt and response of so many tokens."""
     token = os.environ.get(TOKEN_VARIABLE)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         answer = httpx.get(f"{url.rstrip('/')}/version", headers=headers, timeout=CHECK_SECONDS, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"{flag}: cannot be reached: {error}; start it first") from None
+        raise _Unreachable(f"{flag}: cannot be reached: {error}; start it first") from None
     if answer.status_code == 401 or not token:
         raise ValueError(f"{flag}: {TOKEN_VARIABLE} is not the token that it was started with; export the same one here")
     try:
-        found = answer.json()["protocol"]
+        found, context = answer.json()["protocol"], answer.json().get("max_model_len", tokens)
     except (ValueError, KeyError, TypeError):
-        found = f"status {answer.status_code}"
+        found, context = f"status {answer.status_code}", tokens
     if found != protocol:
         raise ValueError(f"{flag}: it is no server of this kind ({found}, not {protocol})")
+    if context < tokens:
+        raise ValueError(
+            f"{flag}: it takes {context} tokens, and --max_prompt_tokens and --max_response_tokens are {tokens} together; "
+            f"start it with --max_model_len {tokens}"
+        )
 
 
 def _check_transfer(fleet: _Fleet, weight_transfer: str) -> None:

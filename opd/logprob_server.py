@@ -98,7 +98,9 @@ def serve(argv: list[str], token: str | None) -> None:
     engine = ScoringThread(functools.partial(build_scorer, args), limits)
     gate = WeightsGate(engine.ready.result(timeout=LOAD_SECONDS).version)
     holder = EngineHolder(engine)
-    control = Control(gate, holder, args.weights_dir, protocol=LOGPROB, token=token, receivers=receivers)
+    control = Control(
+        gate, holder, args.weights_dir, protocol=LOGPROB, token=token, receivers=receivers, max_model_len=max_model_len
+    )
     app = Service(engine, control, max_model_len=max_model_len, max_waiting=args.max_waiting).app(token)
     asyncio.run(serve_app(app, bound, Path(args.model).name))
 

@@ -206,7 +206,8 @@ async def _serve(
     async with asyncio.timeout(WARM_UP_SECONDS):
         await engine.warm_up()
     control = Control(
-        WeightsGate(version), engine, args.weights_dir, protocol=ROLLOUT, token=token, receivers=receivers
+        WeightsGate(version), engine, args.weights_dir, protocol=ROLLOUT, token=token, receivers=receivers,
+        max_model_len=max_model_len,
     )
     app = Service(engine, control, vocab_size=vocab_size, max_model_len=max_model_len).app(token)
     await http_service.serve_app(app, bound, args.name, END_SECONDS)

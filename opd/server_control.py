@@ -134,10 +134,11 @@ class Control:
 
     def __init__(
         self, gate: WeightsGate, holder: Holder, weights_dir: Path, *, protocol: str, token: str | None,
-        receivers: Receivers | None = None,
+        receivers: Receivers | None = None, max_model_len: int | None = None,
     ):  # fmt: skip
         self.gate, self.holder, self.weights_dir, self.protocol = gate, holder, weights_dir, protocol
         self.receivers = receivers  # None: of a broadcast nothing is taken
+        self.max_model_len = max_model_len  # tokens that a question may have, for a trainer to know before it asks
         self._has_token = token is not None
         self._turn = asyncio.Lock()  # one control request at a time
         self._settled = asyncio.Event()  # cleared from a pause until the holder does what the gate then says
@@ -167,6 +168,8 @@ class Control:
     async def tell_version(self) -> dict[str, Any]:
         gate = self.gate
         facts = {"weights": gate.version, "state": gate.state, "fence": gate.fence}
+        if self.max_model_len is not None:
+            facts["max_model_len"] = self.max_model_len
         if self.receivers is not None:
             facts["receivers"] = {"workers": self.receivers.workers, "backend": self.receivers.backend}
         return {"version": "1", "protocol": self.protocol, **facts}

@@ -136,7 +136,7 @@ def test_a_server_without_a_push_serves_nothing(client, replica):
     answer = client.post("/generate", json={**LONG, "max_tokens": 1})
     assert (answer.status_code, answer.json()) == (503, {"error": "stale"})
     facts = {"version": "1", "protocol": "opd-rollout-1", "weights": None, "state": "stale", "fence": 0}
-    assert client.get("/version").json() == facts | {"receivers": {"workers": 1, "backend": "gloo"}}
+    assert client.get("/version").json() == facts | {"max_model_len": 512, "receivers": {"workers": 1, "backend": "gloo"}}
     children = psutil.Process(replica.process.pid).children(recursive=True)
     for pid in (replica.process.pid, *(child.pid for child in children)):
         assert listening_addresses(pid) <= LOOPBACK
