@@ -41,7 +41,7 @@ def test_a_wrong_one(url, monkeypatch, token, protocol, message):
 
 def test_none(monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    with pytest.raises(ValueError, match="^--rollout_servers http://127.0.0.1:9: cannot be reached: .*; start it first"):
+    with pytest.raises(ValueError, match=r"^--rollout_servers http://127.0.0.1:9: cannot be reached: .*; start it first"):
         _check_servers("--rollout_servers", ["http://127.0.0.1:9", "http://127.0.0.1:10"], ROLLOUT, 24)
 
 
