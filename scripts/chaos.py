@@ -1,7 +1,7 @@
 """Kills processes of an asynchronous run at random moments, and looks whether each sample was trained on exactly once.
 
 Rounds of `train_mopd.py --mode async` with two rollout servers, two log-prob servers and two servers of its teacher, on models
-of a few thousand parameters. While a round trains, one process after another, drawn at random, gets SIGKILL and is started
+of a few thousand parameters. While a round trains, one process after another, of each role in turn, gets SIGKILL and is started
 again, a quarter of them before the run has recovered from the one before. Rounds alternate between --max_staleness 2, where no
 sample may be lost, trained on twice or staler than that, and 0, where samples and final weights must be those of an undisturbed
 run, bit for bit. Exit status 1 if something is not as it must be.
@@ -109,6 +109,7 @@ class Killer:
     roles: tuple[str, ...]
     rng: random.Random
     done: collections.Counter = field(default_factory=collections.Counter)  # role -> kills
+    turns: list[str] = field(default_factory=list)  # roles that are still to be struck before one is struck again
     after_step: int | None = None  # which has to be trained before the next kill; None: none has to
     next_at: float | None = None  # s, of a monotonic clock
 
@@ -129,7 +130,9 @@ class Killer:
         if not self.left or time.monotonic() < self.next_at:
             return None
         self.next_at, self.after_step = None, None if self.rng.random() < HASTE else step
-        return self.rng.choice(self.roles)
+        if not self.turns:  # each role once, in a new order
+            self.turns = self.rng.sample(self.roles, len(self.roles))
+        return self.turns.pop()
 
 
 def launch(fleet: Fleet, run_dir: Path, max_staleness: int):
