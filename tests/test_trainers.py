@@ -304,8 +304,9 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     emitted = {key for run_dir in runs for row in metrics_of(run_dir) for key in row}
     never = {key for key, pattern in documented.items() if not any(map(pattern.fullmatch, emitted))}
     # a GPU, served teachers, the asynchronous mode
-    elsewhere = ("mem/gpu", "teacher/", "rollout/waited_s", "rollout/ready", "rollout/in_flight", "rollout/server_retries",
-                 "rollout/push_", "perf/trainer_idle")  # fmt: skip
+    elsewhere = ("mem/gpu", "teacher/", "logprob/", "rollout/waited_s", "rollout/ready", "rollout/in_flight", "rollout/sampled",
+                 "rollout/tokens_per_second", "rollout/idle", "rollout/server_retries", "rollout/push_", "perf/trainer_idle",
+                 "perf/push_share", "mismatch/old_policy_gap", "staleness/token_share", "staleness/old_policy_lag")  # fmt: skip
     assert all(key.startswith(elsewhere) for key in never), f"documented, but no run emits {never}"
     pg, topk = metrics_of(tmp_path / "pg"), metrics_of(tmp_path / "topk")
     assert {"distill/clip_fraction", "rollout/reward", "mismatch/weight_mean"} <= pg[0].keys()
