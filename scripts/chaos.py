@@ -233,7 +233,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, started = parse_arguments(argv), time.monotonic()
+    args, started, others = parse_arguments(argv), time.monotonic(), set(psutil.Process().children(recursive=True))
     os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ExitStack() as stack:
@@ -241,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
         root.mkdir(parents=True, exist_ok=True)
         with fleet_of(root, args.steps) as fleet:
             result = chaos(fleet, args)
-    result["left_alive"] = [" ".join(child.cmdline())[:200] for child in psutil.Process().children(recursive=True)]
+    left = set(psutil.Process().children(recursive=True)) - others  # who was here before is not ours
+    result["left_alive"] = [" ".join(child.cmdline())[:200] for child in left if child.status() != psutil.STATUS_ZOMBIE]
     result["seconds"] = round(time.monotonic() - started, 1)
     for line in result["problems"]:
         say(line)

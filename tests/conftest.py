@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from opd import distributed  # noqa: E402
+from opd.protocols import TOKEN_VARIABLE  # noqa: E402
 from scripts.make_demo import LETTERS, make_tokenizer  # noqa: E402
 
 DOMAINS = ("addition", "reversal")
@@ -45,6 +46,16 @@ class Tiny:
     train: Path
     eval: Path
     domains: tuple[str, ...] = DOMAINS
+
+
+@pytest.fixture(autouse=True)
+def token_of_servers():
+    """Scripts that are run in this process make a token for their servers: the next test's servers must not have it."""
+    before = os.environ.get(TOKEN_VARIABLE)
+    yield
+    os.environ.pop(TOKEN_VARIABLE, None)
+    if before is not None:
+        os.environ[TOKEN_VARIABLE] = before
 
 
 @pytest.fixture(scope="session")
