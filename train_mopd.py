@@ -212,7 +212,7 @@ def main(run: Run) -> None:
                 micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
                 packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
             )  # fmt: skip
-            trained_on = rows_of(rollouts, scores, step=step + 1)  # for the sample ledger, once it is true
+            trained_on = rows_of(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 

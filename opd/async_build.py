@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import torch
@@ -62,7 +61,6 @@ def build_async_engine(run: Run) -> AsyncRolloutEngine:
                 distributed.at_end(partial(shutil.rmtree, root, ignore_errors=True))
             token = os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
             fleet = _Fleet(_rollout_urls(run, root, stack), _logprob_urls(run, root, stack), token)
-            _check_transfer(fleet, ahead.weight_transfer)
             fence = time.time_ns() // 1000  # a trainer that was started later has the larger one
             mode = "keep" if ahead.partial_rollout else "abort"
             keeper = WeightKeeper(
@@ -102,6 +100,8 @@ def _check_ahead(run: Run, root: Path) -> None:
             read_token()
             if ahead.weights_dir:
                 _claim(root)
+            if ahead.weight_transfer == "broadcast":
+                check_interface([*ahead.rollout_servers, *ahead.logprob_servers], os.environ)
             for role in ("rollout", "logprob"):
                 if getattr(ahead, f"{role}_gpus") and not torch.cuda.device_count():
                     raise ValueError(f"--{role}_gpus {getattr(ahead, f'{role}_gpus')}: there is no GPU here")
@@ -161,13 +161,6 @@ def _check_server(flag: str, url: str, protocol: str, tokens: int) -> None:
             f"{flag}: it takes {context} tokens, and --max_prompt_tokens and --max_response_tokens are {tokens} together; "
             f"start it with --max_model_len {tokens}"
         )
-
-
-def _check_transfer(fleet: _Fleet, weight_transfer: str) -> None:
-    """ValueError if weights cannot be sent as they should be."""
-    if weight_transfer == "broadcast":
-        urls = [url for urls in fleet.roles.values() for url in urls]
-        check_interface(urls, [urlsplit(url).hostname for url in urls], os.environ)
 
 
 def _rollout_urls(run: Run, root: Path, stack: ExitStack) -> list[str]:

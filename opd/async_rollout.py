@@ -52,7 +52,7 @@ class _Place:
 
 
 class AsyncRolloutEngine:
-    """Writes the samples of coming steps on servers. `prompts_of(step)` are this rank's; `wants_logprobs(step)` may differ."""
+    """Writes the samples of coming steps on servers. `prompts_of(step)` are this rank's."""
 
     name, awake = "rollout", False  # nothing of it is on this machine's devices
 
@@ -82,7 +82,10 @@ class AsyncRolloutEngine:
         self, prompts: Sequence[Prompt], step: int, *, with_logprobs: bool = True,
         on_finished: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:  # fmt: skip
-        """The rollouts of a step, in the order of the synchronous engine; waits for those that are still being written."""
+        """The rollouts of a step, in the order of the synchronous engine; waits for those that are still being written.
+
+        They were asked for before, and have log-probabilities whatever `with_logprobs` says.
+        """
         self._listen(on_finished)
         samples = self._issued[step]
         assert [p.prompt_id for p in prompts] == [at.prompt.prompt_id for at, _ in samples[:: self.cfg.num_generations]]

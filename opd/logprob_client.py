@@ -12,10 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-import msgspec
-
 from opd.logprob_wire import LogprobQuestion, Logprobs, decode_logprobs
-from opd.protocols import LOGPROB
 from opd.replica import Limits
 from opd.servers import ReplicaPool
 from opd.transport import Call
@@ -40,14 +37,6 @@ class LogprobServers:
             NAME, urls, probe=_call(PROBE, read=self._read_probe), progress=Call("/metrics", read=_progress), api_key=token,
             limits=replace(limits, slow_s=max(limits.slow_s, LONGEST_PUSH_S)),
         )  # fmt: skip
-
-    def versions(self, timeout_s: float = 60.0) -> dict[str, int | None]:
-        """URL -> version of the weights there, None without whole ones. ValueError for what is no log-prob server."""
-        found = self.pool.ask_each(Call("/version", read=_read_version), timeout_s)
-        for url, version in found.items():
-            if isinstance(version, Exception):
-                raise ValueError(f"{NAME}: {url}: {version}")
-        return found
 
     def submit(self, rollout: Rollout, *, oldest: int = 0) -> "Future[Logprobs]":
         """Asks what weights of at least version `oldest` say of a response: log-probabilities and entropies, [L] each.
@@ -86,18 +75,3 @@ def _read_answer(body: bytes, question: LogprobQuestion, oldest: int) -> Logprob
 def _progress(body: bytes) -> float:
     """A number that grows while the engine moves: its batches; or the clock, while a trainer holds it."""
     return metric(body, "opd_batches_total") + (time.monotonic() if metric(body, "opd_paused") else 0.0)
-
-
-class _Version(msgspec.Struct):
-    protocol: str
-    weights: int | None = None
-
-
-def _read_version(body: bytes) -> int | None:
-    try:
-        found = msgspec.json.decode(body, type=_Version)
-    except msgspec.MsgspecError as error:
-        raise BadAnswer(f"no server with weights: {error}") from None
-    if found.protocol != LOGPROB:
-        raise BadAnswer(f"protocol {found.protocol} instead of {LOGPROB}")
-    return found.weights

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -39,9 +40,12 @@ POLL_SECONDS = 0.001
 CONNECT_SECONDS = 10.0
 
 
-def check_interface(urls: Sequence[str], hosts: Sequence[str | None], environ: Mapping[str, str]) -> None:
-    """ValueError if NCCL in this process would listen to the network for servers that only this machine reaches."""
-    here = [url for url, host in zip(urls, hosts, strict=True) if is_loopback(host)]
+def check_interface(urls: Sequence[str], environ: Mapping[str, str]) -> None:
+    """ValueError if NCCL in this process would listen to the network for servers that only this machine reaches.
+
+    "auto" stands for servers that will be started on this machine.
+    """
+    here = [url for url in urls if url == "auto" or is_loopback(urlsplit(url).hostname)]
     if here and torch.cuda.is_available() and environ.get("NCCL_SOCKET_IFNAME", "").lstrip("=") != "lo":
         raise ValueError(
             f"--weight_transfer broadcast: NCCL would listen on other interfaces than {here[0]}: set NCCL_SOCKET_IFNAME=lo, "

@@ -96,14 +96,20 @@ class WeightKeeper:
         with httpx.Client(headers=headers, trust_env=False, timeout=ASK_SECONDS) as client:
             while not self._over.wait(LOOK_SECONDS):
                 for url in [url for urls in self.roles.values() for url in urls]:
-                    if self._is_behind(client, url) and self._turn.acquire(timeout=ASK_SECONDS):
-                        try:  # it may have got them while we waited for our turn
-                            if not self._over.is_set() and self._is_behind(client, url):
-                                with suppress(PushFailed):  # `push` has warned; the next look tries again
-                                    self._push_to([url], self.version)
-                                    self._missing.discard(url.rstrip("/"))
-                        finally:
-                            self._turn.release()
+                    if self._is_behind(client, url):
+                        self._bring_up(client, url)
+
+    def _bring_up(self, client: httpx.Client, url: str) -> None:
+        """Pushes the last version to one server; while the trainer pushes, the next look will do."""
+        if not self._turn.acquire(timeout=ASK_SECONDS):
+            return
+        try:
+            if not self._over.is_set() and self._is_behind(client, url):  # it may have got it while we waited
+                with suppress(PushFailed):  # `push` has warned; the next look tries again
+                    self._push_to([url], self.version)
+                    self._missing.discard(url.rstrip("/"))
+        finally:
+            self._turn.release()
 
     def _is_behind(self, client: httpx.Client, url: str) -> bool:
         """Whether a server is there, serves nothing or something older, and nobody else's trainer has taken it over."""

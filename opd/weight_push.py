@@ -129,7 +129,7 @@ def _push_one(
     with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS) as client:
         server = _Server(client, fence)
         try:
-            client.get("/version", timeout=ALIVE_SECONDS)
+            client.get("/version", timeout=ALIVE_SECONDS)  # who hangs is found out before a pause is waited for
             server.ask("/pause", min(deadline_s, PAUSE_SECONDS), lease_s=lease_s, mode=mode)
             paused = time.monotonic()
             fault_point("push.paused")

@@ -61,11 +61,11 @@ class Fleet:
         config = run_dir.with_suffix(".yaml")
         config.write_text(yaml.safe_dump({"teachers": [{**teacher, "domains": ["teacher"]}]}))
         return [
-            sys.executable, "train_mopd.py", "--config", str(config), "--student_model", str(self.root / "student"),
+            sys.executable, str(ROOT / "train_mopd.py"), "--config", str(config), "--student_model", str(self.root / "student"),
             "--data", str(self.root / "prompts.jsonl"), "--output_dir", str(run_dir), "--num_steps", str(self.steps),
             "--prompts_per_step", str(WORK.prompts), "--max_prompt_tokens", str(WORK.prompt_tokens),
             "--max_response_tokens", str(WORK.response_tokens), "--learning_rate", "1e-3", "--dtype", "float32",
-            "--ds_config", "ds_configs/zero0.json", "--loss", "reverse_kl_pg", "--clip_low", "0.2",
+            "--ds_config", str(ROOT / "ds_configs" / "zero0.json"), "--loss", "reverse_kl_pg", "--clip_low", "0.2",
             "--is_mode", "truncate", "--old_logprobs", "server", "--save_every", "1", "--parity_every", "0",
             "--rollout_every", "0", "--mode", "async", "--max_staleness", str(max_staleness),
             "--weights_dir", str(self.weights), "--rollout_servers", *urls["rollout"],
@@ -137,7 +137,6 @@ class Killer:
 
 def launch(fleet: Fleet, run_dir: Path, max_staleness: int):
     env = environment(1, PYTHONPATH=str(ROOT))
-    os.chdir(ROOT)
     return process_group.start(fleet.command(run_dir, max_staleness), log=run_dir.with_suffix(".log"), env=env)
 
 

@@ -164,6 +164,8 @@ def test_the_table_over_steps_and_evaluations():
 def test_score_may_come_in_parts_and_sync_may_come_early():
     house = House()
     house.run("sync", "rollout", "rollout", "score", "score", "train", "sync", "score", "sync", "rollout", "sync")
+    for name in TEACHERS:
+        assert house.of(name).count(("sleep",)) == 3, "each score phase wakes it once, and lets it sleep"
 
 
 @pytest.mark.parametrize("order", list(itertools.product(PHASES, repeat=3)), ids="-".join)

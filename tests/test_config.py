@@ -447,7 +447,7 @@ def test_bad_values(argv, message):
     ],
 )
 def test_good_values(argv):
-    validated(*words(argv))
+    assert to_dict(validated(*words(argv))) == to_dict(parse(Config, [*REQUIRED, *words(argv)])), "a check changes nothing"
 
 
 BAD_AHEAD = {
@@ -497,7 +497,10 @@ def test_what_the_asynchronous_mode_refuses(argv):
     ],
 )
 def test_what_the_asynchronous_mode_takes(argv):
-    parse(train_mopd.Config, [*REQUIRED, "--mode", "async", *words(argv)]).validate()
+    arguments = [*REQUIRED, "--mode", "async", *words(argv)]
+    config = parse(train_mopd.Config, arguments)
+    config.validate()
+    assert to_dict(config) == to_dict(parse(train_mopd.Config, arguments)), "a check changes nothing"
 
 
 def test_round_trip_through_yaml(tmp_path):

@@ -208,7 +208,8 @@ def script_of_yaml(content: dict) -> str:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.yaml")), ids=lambda path: path.name)
 def test_yaml_files_of_scripts_are_valid_configurations(path):
-    parsed(script_of_yaml(yaml.safe_load(path.read_text())), ["--config", str(path)])
+    content = yaml.safe_load(path.read_text())
+    assert parsed(script_of_yaml(content), ["--config", str(path)]).model.student_model == content["student_model"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
@@ -258,7 +259,7 @@ def test_yaml_on_a_page_is_a_valid_configuration(path, tmp_path):
         content = required | yaml.safe_load(block)
         file = tmp_path / "page.yaml"
         file.write_text(yaml.safe_dump(content))
-        parsed(script_of_yaml(content), ["--config", str(file)])
+        assert parsed(script_of_yaml(content), ["--config", str(file)]).run.output_dir == content["output_dir"]
 
 
 def test_the_page_of_flags_is_up_to_date():

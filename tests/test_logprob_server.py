@@ -381,7 +381,7 @@ def test_pushes_under_load_never_mix_versions(fresh, weights):
         asked = load_until(pushes.done, client)
         pushes.result(DEADLINE)
         stats = client.pool.take_stats()
-        assert client.versions() == dict.fromkeys(urls, version + 5)
+        assert {state(url)["weights"] for url in urls} == {version + 5}
     print(f"{stats.requests / (time.monotonic() - start):.0f} requests/s, pauses up to {max(pauses):.3f} s")
     assert stats.ejections == 0 and not stats.failures and set(stats.by_replica) == set(urls)
     assert len(asked) >= 200
@@ -497,14 +497,6 @@ def test_an_answer_is_checked_before_it_is_believed():
     for body in (b"", b"{}", encode_logprobs(good, asked, 1)[:-1], b"\xff" * 64):
         with pytest.raises(wire.BadAnswer):
             decode_logprobs(body, asked)
-
-
-def test_another_server_is_no_log_prob_server(pair):
-    with (
-        LogprobServers([f"{pair[0]}/none"], TOKEN) as client,
-        pytest.raises(ValueError, match="log-prob servers: http"),
-    ):
-        client.versions()
 
 
 # ---- The end ---------------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def test_a_parent_that_is_killed_leaves_nothing(tmp_path):
         wait_until(lambda: len(process_group.members(group)) == 3, DEADLINE, "the family")
         parent.kill()
     wait_until(lambda: not process_group.members(group), GONE_SECONDS, "the guard")
+    assert parent.returncode == -signal.SIGKILL
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -243,9 +244,10 @@ def test_two_replicas_are_served_and_watched(tiny, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_servers_that_are_starting(tiny, tmp_path, signum):
     arguments = (str(tiny.addition), "--replicas", "2", *SMALL, "--", "--backend", "hf")
-    with launched(tmp_path, *arguments) as (process, _, _):
+    with launched(tmp_path, *arguments) as (process, out, _):
         wait_until(lambda: len(children_of(process.pid)) == 2, DEADLINE, "the servers")
         ended(process, signum, children_of(process.pid))
+        assert not out.read_text(), "it names servers that are not there"
 
 
 def test_rollout_servers_are_served(tiny, tmp_path):

@@ -176,12 +176,13 @@ def test_an_offer_that_cannot_be_is_refused_before_anything_is_allocated(root, c
 
 def test_nccl_that_would_listen_to_the_network_is_refused(monkeypatch):
     check, url = weight_broadcast.check_interface, "http://127.0.0.1:1"
-    check([url], ["127.0.0.1"], {})
+    check([url], {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=f"--weight_transfer broadcast.*{url}.*NCCL_SOCKET_IFNAME=lo"):
-        check([url], ["127.0.0.1"], {})
-    check([url], ["127.0.0.1"], {"NCCL_SOCKET_IFNAME": "lo"})
-    check(["http://192.0.2.1:1"], ["192.0.2.1"], {})
+    for reached in (url, "auto"):
+        with pytest.raises(ValueError, match=f"--weight_transfer broadcast.*{reached}.*NCCL_SOCKET_IFNAME=lo"):
+            check([reached], {})
+    check([url, "auto"], {"NCCL_SOCKET_IFNAME": "lo"})
+    check(["http://192.0.2.1:1"], {})
 
 
 class Taker(Server):
