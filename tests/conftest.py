@@ -48,6 +48,18 @@ class Tiny:
     domains: tuple[str, ...] = DOMAINS
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests marked `nightly`: hours")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What is marked `nightly` is left out, and counted as deselected, unless `--all` is given."""
+    if not config.getoption("--all"):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(nightly)
+        items[:] = [item for item in items if item not in nightly]
+
+
 @pytest.fixture(autouse=True)
 def token_of_servers():
     """Scripts that are run in this process make a token for their servers: the next test's servers must not have it."""
