@@ -114,17 +114,17 @@ def read_model(
         flag, path, "config.json",
         lambda: AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **options),
     )  # fmt: skip
-    model = model_of(config, flag, path, **options)
-    if attn_implementation is not None:
-        try:
-            model_of(copy.deepcopy(config), flag, path, attn_implementation=attn_implementation, **options)
-        except ValueError as error:  # without the choice it could be built
-            other = "another" if attn_implementation == "eager" else "--attn_implementation eager"
-            reason = str(error).partition(": cannot load its architecture: ")[2]
-            raise ValueError(
-                f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose {other} ({reason})"
-            ) from None
-    return model
+    if attn_implementation is None:
+        return model_of(config, flag, path, **options)
+    try:
+        return model_of(copy.deepcopy(config), flag, path, attn_implementation=attn_implementation, **options)
+    except ValueError as error:
+        model_of(config, flag, path, **options)  # what fails here too is not a matter of attention
+        other = "another" if attn_implementation == "eager" else "--attn_implementation eager"
+        reason = str(error).partition(": cannot load its architecture: ")[2]
+        raise ValueError(
+            f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose {other} ({reason})"
+        ) from None
 
 
 def model_of(config: PreTrainedConfig, flag: str, path: str, **options) -> torch.nn.Module:

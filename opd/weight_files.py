@@ -116,13 +116,13 @@ def read_headers(root: Path) -> dict[str, Stored]:
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
-    with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        raise ValueError(f"{path.name} is a git-lfs pointer, not weights; fetch it with git lfs pull")
-    if not start:
-        raise ValueError(f"{path.name} is empty; fetch it again")
     try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise ValueError(f"{path.name} is a git-lfs pointer, not weights; fetch it with git lfs pull")
+        if not start:
+            raise ValueError(f"{path.name} is empty; fetch it again")
         with safe_open(path, framework="np") as file:  # maps the file, and checks that its header accounts for every byte
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
             return {name: Stored(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
