@@ -2,7 +2,7 @@
 
 The JOB has `out` (a directory) and `cases` (name -> [way of rank 0, way of rank 1, ...]). Each rank is a fork, which saves the
 import of torch; it ends as a program does. Its files are `out/NAME_RANK.stdout`, `.stderr` and `.log`, what the way writes down.
-One line at the end: case -> [rank, exit status, seconds since the start] in the order in which the ranks ended.
+One line at the end: case -> [rank, exit status, when it began, when it ended] of each rank, on the clock `time.monotonic`.
 """
 
 import atexit
@@ -48,7 +48,11 @@ def well(log) -> None:
 
 
 def slow(log) -> None:
-    atexit.register(time.sleep, SLOW)
+    def hook() -> None:
+        time.sleep(SLOW)
+        log(f"slow {time.monotonic()}")
+
+    atexit.register(hook)
 
 
 def raises(log) -> None:
@@ -141,7 +145,8 @@ def main() -> None:
         ends[name] = []
         for _ in ways:
             pid, status = os.wait()
-            ends[name].append([ranks[pid], os.waitstatus_to_exitcode(status), time.monotonic() - started])
+            ends[name].append([ranks[pid], os.waitstatus_to_exitcode(status), started, time.monotonic()])
+        ends[name].sort()
     print(json.dumps(ends))
 
 
