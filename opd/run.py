@@ -182,17 +182,13 @@ def user_errors():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # rank 0 speaks first: launchers end all ranks when one has left
-        distributed.leave()
         sys.exit(2)
-    except SystemExit:  # a dry run has nothing left to do
-        distributed.leave()
-        raise
 
 
 def prepare(cfg, *, need_response: bool = False) -> Run:
     """Joins the ranks and checks everything that can be checked before a weight is loaded; a `--dry_run` ends here.
 
-    Raises ValueError with one line for whatever the user has to mend.
+    Raises ValueError with one line for whatever the user has to mend. A program calls it in `distributed.exit_together`.
     """
     started = time.time()
     faults.check()
@@ -204,6 +200,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     run = dataclasses.replace(run, cfg=cfg, plan=plan)
     if cfg.run.dry_run:
         say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, memory=memory))
+        distributed.barrier()  # nobody leaves while another is in a collective operation
         sys.exit(0)
 
     hashes = {
