@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from opd.arguments import OneLineParser
+from opd.checkpoint_names import checkpoint_views
 from opd.http_service import bind, check_host, leave_on_signals, run_main, serve_app
 from opd.logprob_engine import LogprobScorer, load_model
 from opd.logprob_routes import EngineHolder, Service
@@ -48,7 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help=f"another than loopback needs a token in {TOKEN_VARIABLE}")
     parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="the trainer's")
-    parser.add_argument("--attn_implementation", default="sdpa", help="the trainer's")
+    parser.add_argument("--attn_implementation", default="auto", help="the trainer's")
     parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
     parser.add_argument("--max_tokens_per_batch", type=int, default=8192)
     parser.add_argument("--batch_wait_ms", type=float, default=2.0, help="for others to join a forward")
@@ -69,7 +70,7 @@ def _read_facts(args: argparse.Namespace) -> tuple[int, Receivers]:
         "--model", args.model, args.trust_remote_code, vllm=False, attn_implementation=args.attn_implementation
     )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    receivers = Receivers(1, backend_of(_device()), dict(model.named_parameters(remove_duplicate=False)))
+    receivers = Receivers(1, backend_of(_device()), checkpoint_views(model))
     return served_length(args.model, context, args.max_model_len), receivers
 
 

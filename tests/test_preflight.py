@@ -35,6 +35,7 @@ from transformers import (
 
 from opd import vllm_models
 from opd.arguments import parse
+from opd.attention import attention_for
 from opd.config import (
     BatchConfig,
     DataConfig,
@@ -312,10 +313,24 @@ def test_families_without_the_attention_that_is_asked_for(student, tmp_path, con
     shutil.copytree(student, tmp_path / "m")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     odd = str(tmp_path / "m")
-    message = refusal(odd, odd, "--allow_template_mismatch")
-    assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose --attn_implementation eager")
+    message = refusal(odd, odd, "--attn_implementation", "sdpa", "--allow_template_mismatch")
+    assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager")
+    check_models(make_config(odd, odd))  # auto
     check_models(make_config(odd, odd, "--attn_implementation", "eager"))
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
+
+
+def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
+    """PyTorch's own does not know the soft-cap of Gemma 2, and says nothing."""
+    shutil.copytree(student, tmp_path / "m")
+    config = Gemma2Config(**SMALL, head_dim=8, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    message = refusal(odd, odd, "--attn_implementation", "sdpa")
+    assert "leaves out the soft-cap of gemma2 (attn_logit_softcapping = 50.0)" in message and "choose auto" in message
+    assert attention_for(config) == "eager" and attention_for(config, "eager") == "eager"
+    assert attention_for(Gemma2Config(attn_logit_softcapping=None)) is None
+    check_models(make_config(odd, odd))
 
 
 def test_an_attention_that_nobody_has(student):
