@@ -35,7 +35,15 @@ class PromptSet:
     content_hash: str  # sha256 over token ids, domains, answers and responses, in order
     counts: dict[str, int]  # domain -> prompts kept
     overlong: dict[str, int]  # domain -> prompts dropped or truncated
-    notes: tuple[str, ...] = ()  # what the user should know of rows that are right
+    notes: tuple[str, ...]  # what the user should know of rows that are right
+    moment: datetime | None  # the time that is written in the prompts; None for a chat template that writes none
+
+    @property
+    def summary(self) -> str:
+        """Counts of prompts per domain, and what else the user should know, in one line."""
+        counts = ", ".join(f"{domain} {count}" for domain, count in self.counts.items())
+        overlong = sum(self.overlong.values())
+        return "; ".join([counts, *([f"{overlong} over-long ones dropped or cut"] if overlong else []), *self.notes])
 
     @functools.cached_property
     def ids_by_domain(self) -> dict[str, list[int]]:
@@ -83,13 +91,13 @@ def _targets(where: str, row: dict[str, Any], key: str, tokenizer, end: _End) ->
     response = column(where, row, key, "--response_key")
     if not isinstance(response, str) or not response.strip():
         raise ValueError(f"{where}: column `{key}` must be the text of a response, got {cut(response)}")
-    for text in dict.fromkeys((response, response.rstrip())):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids and ids[-1] in end.eos_ids:  # it has an end, perhaps with white space behind it
-            while len(ids) > 1 and ids[-2] in end.eos_ids:
-                ids.pop()
-            return ids
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], end.token_id]
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    ended = tokenizer(response.rstrip(), add_special_tokens=False)["input_ids"] if response[-1].isspace() else ids
+    if not ended or ended[-1] not in end.eos_ids:
+        return [*ids, end.token_id]
+    while len(ended) > 1 and ended[-2] in end.eos_ids:  # nothing is sampled after the first
+        ended.pop()
+    return ended
 
 
 def _domains(rows: list[tuple[str, dict[str, Any]]], cfg: DataConfig, default_domain: str | None) -> list[str]:
@@ -168,6 +176,7 @@ def load_prompts(
         counts=dict(sorted(counts.items())),
         overlong=dict(sorted(overlong.items())),
         notes=_notes(template, chats),
+        moment=template.moment if template else None,
     )
 
 

@@ -98,20 +98,18 @@ def _time_limit():
         signal.signal(signal.SIGVTALRM, before)
 
 
-def writes_the_time(tokenizer) -> bool:
-    """Whether the chat template asks for the date, as those of Llama 3.1 and Granite do."""
-    return "strftime_now" in str(tokenizer.chat_template)
-
-
 class ChatTemplate:
     """A tokenizer's chat template at work on the rows of a data set.
 
-    `moment` is the time that the template is told, now by default: it must not change when a run is resumed.
+    `moment` is the time that it is told if it asks, as those of Llama 3.1 and Granite do, now by default. It must not
+    change when a run is resumed: the prompts would.
     """
 
     def __init__(self, tokenizer, moment: datetime | None = None):
         self.tokenizer = tokenizer
-        self._clock = {"strftime_now": (moment or datetime.now()).strftime} if writes_the_time(tokenizer) else {}
+        asks = "strftime_now" in str(tokenizer.chat_template)
+        self.moment = (moment or datetime.now()) if asks else None
+        self._clock = {"strftime_now": self.moment.strftime} if self.moment else {}
         self._shown: set[Any] = set()  # shapes of chats of which the template leaves out nothing
 
     def render(self, where: str, chat: Chat) -> str:
@@ -119,26 +117,27 @@ class ChatTemplate:
 
         Raises ValueError if the template fails, or leaves out a message or the tools in every form that it may want.
         """
-        first: str | None = None
+        problems: list[str] = []
         for messages in _forms(chat.messages):
             form = Chat(messages, chat.tools, chat.kwargs)
             try:
                 text = self._apply(form)
-                problem = self._left_out(form, text)
+                left_out = self._left_out(form, text)
             except _Refused as error:
-                problem = f"refuses it: {error}"
-            if problem is None:
+                problems.append(f"refuses it: {error}")
+                continue
+            if left_out is None:
                 return text
-            first = first or problem
-        raise ValueError(f"{where}: the chat template {first}")
+            problems.insert(0, f"leaves out {left_out}")  # says more than a failure over some form
+        raise ValueError(f"{where}: the chat template {problems[0]}")
 
     def end_of_turn(self, chat: Chat, eos_ids: Collection[int]) -> int | None:
         """The token that the template writes after an answer to `chat`, if it is one of `eos_ids`.
 
-        Some write it only where another message follows.
+        Some write it only where another message follows, and some refuse an answer to no question.
         """
-        answer, more = {"role": "assistant", "content": MARK}, {"role": "user", "content": MARK.upper()}
-        for messages in ([*chat.messages, answer], [*chat.messages, answer, more]):
+        answer, user = {"role": "assistant", "content": MARK}, {"role": "user", "content": MARK.upper()}
+        for messages in ([*chat.messages, answer], [*chat.messages, answer, user], [{**user, "content": "?"}, answer]):
             for form in _forms(messages):
                 try:
                     text = self._apply(Chat(form, chat.tools, chat.kwargs), add_generation_prompt=False)
@@ -183,18 +182,18 @@ class ChatTemplate:
         )
         is_known = shape in self._shown
         if list in shape[0][-1] and re.search(r"""['"]type['"]: ['"]text['"]""", text):
-            return "takes no list of parts"
+            raise _Refused("it takes no list of parts")
         for number, message in enumerate(chat.messages, 1):
             content, role = text_of(message).strip(), message["role"]
             is_seen = not content or role == "assistant" or (is_known and content in text)
             if not is_seen and not self._changes(chat, text, number - 1, _exchanged(message)):
-                return f"leaves out the text of message {number}, of role {role}"
+                return f"the text of message {number}, of role {role}"
             if message.get("tool_calls") and not is_known:
                 silent = {k: v for k, v in _with_content(message).items() if k != "tool_calls"}
                 if not self._changes(chat, text, number - 1, silent):
-                    return f"leaves out the tool calls of message {number}"
+                    return f"the tool calls of message {number}"
         if chat.tools and not is_known and self._rendering(Chat(chat.messages, None, chat.kwargs)) == text:
-            return f"leaves out the tools of column `{TOOLS}`; remove the column, or take a model that uses tools"
+            return f"the tools of column `{TOOLS}`; remove the column, or take a model that uses tools"
         self._shown.add(shape)
         return None
 
