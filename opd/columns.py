@@ -29,8 +29,8 @@ def _can_be_written(text: str) -> bool:
 def column(where: str, row: dict[str, Any], key: str, key_flag: str) -> Any:
     """The value of a column that must be there."""
     if row.get(key) is None:
-        problem = "is null" if key in row else "is missing"
-        raise ValueError(f"{where}: column `{key}` {problem}; the row has {', '.join(row)}; choose with {key_flag}")
+        problem, names = "is null" if key in row else "is missing", " ".join(", ".join(row).split())
+        raise ValueError(f"{where}: column `{key}` {problem}; the row has {names}; choose with {key_flag}")
     return checked(where, row, key)
 
 

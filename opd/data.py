@@ -118,7 +118,7 @@ def _texts(
 def _notes(template: ChatTemplate | None, chats: list[Chat]) -> tuple[str, ...]:
     counts = Counter(name for chat in chats for name in chat.kwargs)
     unknown = template.unknown(counts) if template else []
-    return tuple(f"{counts[n]} rows set {n} in `{KWARGS}`, which the chat template does not mention" for n in unknown)
+    return tuple(f"{counts[n]} rows set {cut(n)} in `{KWARGS}`, which the chat template does not mention" for n in unknown)
 
 
 def load_prompts(

@@ -187,7 +187,7 @@ class ChatTemplate:
             content, role = text_of(message).strip(), message["role"]
             is_seen = not content or role == "assistant" or (is_known and content in text)
             if not is_seen and not self._changes(chat, text, number - 1, _exchanged(message)):
-                return f"the text of message {number}, of role {role}"
+                return f"the text of message {number}, of role {' '.join(role.split())}"
             if message.get("tool_calls") and not is_known:
                 silent = {k: v for k, v in _with_content(message).items() if k != "tool_calls"}
                 if not self._changes(chat, text, number - 1, silent):
