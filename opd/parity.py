@@ -22,6 +22,7 @@ from opd.types import MicroBatch, Rollout, TeacherScores
 Cut = Callable[[Sequence[Rollout], Sequence[tuple[TeacherScores, ...]]], list[MicroBatch]]
 
 MOST_ROLLOUTS = 16  # of a rank and check: a forward of so many is soon done
+UNSCORED = (TeacherScores(teacher="", weight=1.0),)  # what is judged needs no teacher
 FIRST_CHECKS = 2  # before any update, and after the first push
 
 # Mean difference of log-probabilities, in nats. float32 adds up in another order: 1e-6 to 1e-5 (docs/models.md). bfloat16
@@ -51,7 +52,7 @@ class Parity:
         """
         some = list(itertools.islice(rollouts, MOST_ROLLOUTS))
         total, count, largest = 0.0, 0, 0.0
-        for mb in self.cut(some, [()] * len(some)):
+        for mb in self.cut(some, [UNSCORED] * len(some)):
             trainer_N = student.logprobs(mb, self.rollout.temperature).cpu()
             excess_N = self.excess(trainer_N, mb.at_loss_tokens(mb.rollout_logprobs_BS))
             total, count = total + float(excess_N.double().sum()), count + len(excess_N)
