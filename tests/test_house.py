@@ -247,7 +247,7 @@ def launches(text: str) -> list[tuple[str, list[str]]]:
 
 
 def shell_texts() -> dict[str, str]:
-    texts = {path.name: path.read_text() for path in sorted((ROOT / "scripts").glob("*.sh"))}
+    texts = {path.name: path.read_text() for path in sorted((ROOT / "scripts").rglob("*.sh"))}
     return texts | {path.name: "\n".join(code_blocks(path.read_text(), "(?:bash|sh)")) for path in PAGES}
 
 
