@@ -159,7 +159,11 @@ class DataConfig:
     data: list[str] = option([], "Training prompts: JSONL or parquet files, directories or hub ids. Required.")
     eval_data: list[str] = option([], "Held-out prompts with answers. Without it there is no evaluation.")
     domain_key: str = option("data_source", "Column that names a row's domain.")
-    prompt_key: str = option("prompt", "Column with the prompt: text, or a list of chat messages.")
+    prompt_key: str = option(
+        "prompt",
+        "Column with the prompt: text, or a list of chat messages. The columns `tools` and `chat_template_kwargs`, if there, "
+        "reach the chat template too.",
+    )
     answer_key: str = option("answer", "Column with the reference answer for rewards and evaluation; may be absent.")
     response_key: str = option("response", "Column with a dataset response, for the off-policy share of train_gkd.py.")
     domain_weights: list[str] = option([], "NAME=WEIGHT pairs: share of each domain in a step. Default: rows decide.")
@@ -291,7 +295,10 @@ class RunConfig:
     eval_max_prompts: int = option(0, "Held-out prompts per domain; 0 is all.")
     save_every: int = option(0, "Checkpoint every n steps; 0 is at the end only.")
     keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
-    parity_every: int = option(10, "Compare rollout engine and student every n steps; 0 is never.")
+    parity_every: int = option(
+        10, "Compare rollout engine and student in the first two steps and every n steps, and stop where they are not the "
+        "same model; 0 is never."
+    )  # fmt: skip
     rollout_samples: int = option(4, "Responses written to rollouts/ and TensorBoard at each logged step.")
     rollout_every: int = option(10, "Write sample responses every n steps; 0 is never.")
     resume: str = option(

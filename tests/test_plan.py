@@ -301,13 +301,14 @@ from opd.vllm_engine import HiddenStateEngine
 def resident():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
-distributed.init()
-engines = []
-for name, model in (("first", sys.argv[1]), ("second", sys.argv[2])):  # the first one brings the libraries
-    before = resident()
-    options = {"tokenizer": sys.argv[1], "dtype": "float32", "max_model_len": 64, "trust_remote_code": False}
-    engines.append(HiddenStateEngine(name, model, kv_cache_gib=0.25, **options))
-print("grown", resident() - before)
+with distributed.exit_together():
+    distributed.init()
+    engines = []
+    for name, model in (("first", sys.argv[1]), ("second", sys.argv[2])):  # the first one brings the libraries
+        before = resident()
+        options = {"tokenizer": sys.argv[1], "dtype": "float32", "max_model_len": 64, "trust_remote_code": False}
+        engines.append(HiddenStateEngine(name, model, kv_cache_gib=0.25, **options))
+    print("grown", resident() - before)
 """
 
 

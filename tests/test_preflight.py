@@ -323,7 +323,7 @@ def test_families_without_the_attention_that_is_asked_for(student, tmp_path, con
 def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
     """PyTorch's own does not know the soft-cap of Gemma 2, and says nothing."""
     shutil.copytree(student, tmp_path / "m")
-    config = Gemma2Config(**SMALL, head_dim=8, eos_token_id=1)
+    config = Gemma2Config(**SMALL, head_dim=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     odd = str(tmp_path / "m")
     message = refusal(odd, odd, "--attn_implementation", "sdpa")
