@@ -34,7 +34,9 @@ class ModelConfig:
         "parameters too.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
-    attn_implementation: str = option("sdpa", "Attention of the Hugging Face student.")
+    attn_implementation: str = option(
+        "auto", "Attention of the Hugging Face student; `auto` takes the fastest that leaves out nothing of the model."
+    )
     trust_remote_code: bool = option(
         False, "Run model code that ships with a checkpoint. Off: such models are refused."
     )

@@ -25,14 +25,15 @@ from pathlib import Path
 import torch
 
 from opd.arguments import OneLineParser
-from opd.heads import logit_form
+from opd.checkpoint_names import checkpoint_views
 from opd.http_service import bind, check_host, leave_on_signals, run_main, serve_app
 from opd.logprob_engine import LogprobScorer, load_model
 from opd.logprob_routes import EngineHolder, Service
+from opd.preflight import read_checked
 from opd.protocols import LOGPROB, TOKEN_VARIABLE
 from opd.scoring import BatchLimits, ScoringThread
 from opd.server_control import Control, WeightsGate
-from opd.shapes import read_model, served_length
+from opd.shapes import served_length
 from opd.student import resolve_dtype
 from opd.weight_offer import Receivers, backend_of
 
@@ -48,7 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help=f"another than loopback needs a token in {TOKEN_VARIABLE}")
     parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="the trainer's")
-    parser.add_argument("--attn_implementation", default="sdpa", help="the trainer's")
+    parser.add_argument("--attn_implementation", default="auto", help="the trainer's")
     parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
     parser.add_argument("--max_tokens_per_batch", type=int, default=8192)
     parser.add_argument("--batch_wait_ms", type=float, default=2.0, help="for others to join a forward")
@@ -65,10 +66,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def _read_facts(args: argparse.Namespace) -> tuple[int, Receivers]:
     """(tokens that a question may have, who takes weights). ValueError for a model that cannot be served; none is loaded."""
-    model = read_model("--model", args.model, args.trust_remote_code)
-    logit_form(model.config)
+    model = read_checked(
+        "--model", args.model, args.trust_remote_code, vllm=False, attn_implementation=args.attn_implementation
+    )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    receivers = Receivers(1, backend_of(_device()), dict(model.named_parameters(remove_duplicate=False)))
+    receivers = Receivers(1, backend_of(_device()), checkpoint_views(model))
     return served_length(args.model, context, args.max_model_len), receivers
 
 

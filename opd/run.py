@@ -31,7 +31,6 @@ from opd import (
     rewards,
 )
 from opd.deepspeed_engine import check_ds_config
-from opd.heads import find_head
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.mismatch import corrects
@@ -184,17 +183,13 @@ def user_errors():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # rank 0 speaks first: launchers end all ranks when one has left
-        distributed.leave()
         sys.exit(2)
-    except SystemExit:  # a dry run has nothing left to do
-        distributed.leave()
-        raise
 
 
 def prepare(cfg, *, need_response: bool = False) -> Run:
     """Joins the ranks and checks everything that can be checked before a weight is loaded; a `--dry_run` ends here.
 
-    Raises ValueError with one line for whatever the user has to mend.
+    Raises ValueError with one line for whatever the user has to mend. A program calls it in `distributed.exit_together`.
     """
     started = time.time()
     faults.check()
@@ -207,6 +202,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     run = dataclasses.replace(run, cfg=cfg, plan=plan)
     if cfg.run.dry_run:
         say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, memory=memory))
+        distributed.barrier()  # nobody leaves while another is in a collective operation
         sys.exit(0)
 
     hashes = {
@@ -254,8 +250,7 @@ def _read_inputs(cfg, device: torch.device, need_response: bool, moment: datetim
     eval_set = load(cfg.data.eval_data, flag="--eval_data", need_answer=True) if cfg.data.eval_data else None
     routes = data.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
     reward = rewards.load_rewards(cfg.loss.reward_fn, routes)
-    for model in (cfg.model.student_model, *(spec.model for spec in cfg.teachers if not spec.is_served)):
-        find_head(model)
+    preflight.check_downloads(cfg)
     check_ds_config(cfg.run.ds_config, ds_config)
     run = Run(
         cfg=cfg, device=device, run_dir=Path(cfg.run.output_dir), ds_config=ds_config, tokenizer=tokenizer, facts=facts,

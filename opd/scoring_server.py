@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from opd import distributed
 from opd.arguments import OneLineParser
 from opd.content import content_hash
 from opd.heads import load_head
@@ -80,7 +81,7 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelFact, object]:
     check_path("--tokenizer", args.tokenizer)
     load = functools.partial(AutoTokenizer.from_pretrained, args.tokenizer, trust_remote_code=args.trust_remote_code)
     tokenizer = load_part("--tokenizer", args.tokenizer, "tokenizer", load)
-    fact = read_fact("--model", args.model, tokenizer, args.trust_remote_code)
+    fact = read_fact("--model", args.model, tokenizer, args.trust_remote_code, vllm=args.backend == "vllm")
     return fact, tokenizer
 
 
@@ -120,4 +121,5 @@ def serve(argv: list[str], token: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(serve))
+    with distributed.exit_together():
+        sys.exit(run_main(serve))

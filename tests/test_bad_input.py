@@ -10,7 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import train_gkd
 import train_mopd
-from opd import checkpoint, config, distributed, run
+from opd import checkpoint, config, run
 from opd.arguments import parse
 from opd.build import build_student
 from opd.run import prepare, user_errors
@@ -142,6 +142,35 @@ def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
     assert stopped.value.code == 0  # the dry run ends there
 
 
+WEIGHTS = {
+    "git-lfs pointer": (lambda path: (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+                        "model.safetensors is a git-lfs pointer"),
+    "truncated": (lambda path: (path / "model.safetensors").write_bytes(b"\0" * 100), "is not a whole safetensors file"),
+    "quantised": (lambda path: edit_config(path, quantization_config={"quant_method": "gptq"}), "are quantised"),
+    "another shape": (lambda path: edit_config(path, intermediate_size=64), "have another shape than config.json says"),
+    "no class of vLLM's": (lambda path: edit_config(path, architectures=["Qwen3Model"]), "architectures ['Qwen3Model']"),
+}  # fmt: skip
+
+
+def edit_config(path, **changes) -> None:
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize("damage", WEIGHTS)
+@pytest.mark.parametrize("who", ["student", "addition"])
+def test_model_directories_that_do_not_hold_the_model(tiny, tmp_path, capsys, who, damage):
+    """tests/test_weight_files.py has the whole list."""
+    change, says = WEIGHTS[damage]
+    path = tmp_path / "model"
+    shutil.copytree(getattr(tiny, who), path)
+    change(path)
+    argv = [a.replace(str(getattr(tiny, who)), str(path)) for a in arguments(tiny, tmp_path / "run")]
+    line = mistake(capsys, [*argv, "--dry_run"])
+    assert says in line and str(path) in line
+    assert ("--student_model" if who == "student" else "--teacher addition") in line
+
+
 def test_an_output_directory_that_cannot_be(tiny, capsys):
     assert "--output_dir /proc/run" in mistake(capsys, arguments(tiny, "/proc/run"))
 
@@ -191,7 +220,7 @@ def test_train_gkd(tiny, tmp_path, capsys, flags):
     assert all(part in line for part in GKD[flags]), line
 
 
-def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, capsys):
     """It shows only in what the model computes, so its weights are loaded first."""
     path = tmp_path / "mamba"
     MambaForCausalLM(
@@ -202,7 +231,6 @@ def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, monkeypa
     cfg = dataclasses.replace(ready.cfg, model=dataclasses.replace(ready.cfg.model, student_model=str(path)))
     run_of_mamba = dataclasses.replace(ready, cfg=cfg, ds_config={"zero_optimization": {"stage": 0}})
     capsys.readouterr()
-    monkeypatch.setattr(distributed, "leave", lambda: None)  # this process has other tests to run
     with pytest.raises(SystemExit) as stopped:
         build_student(run_of_mamba)
     assert stopped.value.code == 2
