@@ -364,7 +364,7 @@ def test_a_response_ends_as_the_template_ends_a_turn(load, template, end):
 def test_a_conversation_that_may_not_be_answered_does_not_hide_the_end(load):
     template = (
         "{% if messages | length > 1 and messages[0].role != 'user' %}{{ raise_exception('no question') }}{% endif %}"
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<turn|>{% endfor %}"
+        "{% for m in messages %}{{ m.content + ('<turn|>' if m.role == 'assistant' else '<|end|>') }}{% endfor %}"
     )
     assert ends(load, template, prompt=[turn("system", "a")]) == [*YES, TURN]
 
