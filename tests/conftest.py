@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
     """What is marked `nightly` is left out, and counted as deselected, unless `--all` is given."""
     if not config.getoption("--all"):
         nightly = [item for item in items if item.get_closest_marker("nightly")]
-        config.hook.pytest_deselected(nightly)
+        config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
 
 
