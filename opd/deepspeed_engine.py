@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd.checkpoint_names import by_layer
 from opd.config import OptimConfig
 from opd.host_memory import pinned_like
 
@@ -228,26 +229,31 @@ class ShardedEngine:
         else:
             yield
 
-    def named_full_parameters(self, module: nn.Module, bucket_bytes: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of `module`, whole, bucket by bucket; collective: all ranks must exhaust it alike.
+    def full_layers(self, module: nn.Module, bucket_bytes: int = 256 << 20) -> Iterator[list[tuple[str, Tensor]]]:
+        """(name, parameter) of `module`, whole, layer by layer; collective: all ranks must exhaust it alike.
 
-        A yielded tensor is valid until the next one is asked for.
+        Layers are gathered bucket by bucket. One that is yielded is valid until the next one is asked for.
         """
-        bucket: list[tuple[str, Tensor]] = []
+        bucket: list[list[tuple[str, Tensor]]] = []
         size = 0
-        for name, parameter in module.named_parameters():
-            numel = getattr(parameter, "ds_numel", parameter.numel())
-            if bucket and size + numel * parameter.element_size() > bucket_bytes:
+        for layer in by_layer(module.named_parameters()):
+            layer_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for _, p in layer)
+            if bucket and size + layer_bytes > bucket_bytes:
                 yield from self._emit(bucket)
                 bucket, size = [], 0
-            bucket.append((name, parameter))
-            size += numel * parameter.element_size()
+            bucket.append(layer)
+            size += layer_bytes
         yield from self._emit(bucket)
 
-    def _emit(self, bucket: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        with self.gathered([parameter for _, parameter in bucket]):
-            for name, parameter in bucket:
-                yield name, parameter.detach()
+    def _emit(self, bucket: list[list[tuple[str, Tensor]]]) -> Iterator[list[tuple[str, Tensor]]]:
+        with self.gathered([parameter for layer in bucket for _, parameter in layer]):
+            for layer in bucket:
+                yield [(name, parameter.detach()) for name, parameter in layer]
+
+    def named_full_parameters(self, module: nn.Module, bucket_bytes: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
+        """The same, parameter by parameter."""
+        for layer in self.full_layers(module, bucket_bytes):
+            yield from layer
 
     def save(self, directory: Path) -> None:
         """DeepSpeed's shards under `directory`/shards. Its `latest` file is written without a barrier, so it is not used."""

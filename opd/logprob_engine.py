@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from opd.checkpoint_names import checkpoint_views
 from opd.fused_linear import score_hidden
 from opd.heads import logit_form
 from opd.hf_engine import batches
@@ -112,11 +113,11 @@ class LogprobScorer:
         model's: then the trainer computes with something else.
         """
         self.version = None
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
+        parameters = checkpoint_views(self.model)
         opened = self._receive(source) if isinstance(source, Offer) else _read(source)
         with opened as (names, tensors):
             check_names(names, parameters)
-            filled: set[int] = set()
+            filled: set[int] = set()  # where values lie, to find tied ones
             for name, value in tensors:
                 parameter = parameters[name]
                 if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
@@ -124,10 +125,10 @@ class LogprobScorer:
                         f"{name}: {value.dtype} {tuple(value.shape)} was published, and the model has {parameter.dtype} "
                         f"{tuple(parameter.shape)}; --model and --dtype must be the trainer's"
                     )
-                if id(parameter) in filled and not torch.equal(parameter, value.to(parameter.device)):
+                if parameter.data_ptr() in filled and not torch.equal(parameter, value.to(parameter.device)):
                     raise ValueError(f"{name}: is tied to another parameter, and was published with other values")
                 parameter.copy_(value)
-                filled.add(id(parameter))
+                filled.add(parameter.data_ptr())
         self.version = version
 
     @contextmanager

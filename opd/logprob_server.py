@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from opd.arguments import OneLineParser
+from opd.checkpoint_names import checkpoint_views
 from opd.heads import logit_form
 from opd.http_service import bind, check_host, leave_on_signals, run_main, serve_app
 from opd.logprob_engine import LogprobScorer, load_model
@@ -68,7 +69,7 @@ def _read_facts(args: argparse.Namespace) -> tuple[int, Receivers]:
     model = read_model("--model", args.model, args.trust_remote_code)
     logit_form(model.config)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    receivers = Receivers(1, backend_of(_device()), dict(model.named_parameters(remove_duplicate=False)))
+    receivers = Receivers(1, backend_of(_device()), checkpoint_views(model))
     return served_length(args.model, context, args.max_model_len), receivers
 
 

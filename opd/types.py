@@ -239,9 +239,9 @@ class Offloadable(Protocol):
 
 
 class WeightSource(Protocol):
-    """Yields the student's whole parameters under their checkpoint names; collective."""
+    """Yields the student's whole parameters as a checkpoint names and shapes them; collective."""
 
-    def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class WeightTarget(Protocol):

@@ -16,7 +16,15 @@ from torch import Tensor
 from opd import distributed
 from opd.engine_memory import KV_CACHE, WEIGHTS
 from opd.run_files import warn
-from opd.vllm_process import engine_memory, import_vllm, parallel_groups, register_sleep_backend, sampling_params
+from opd.vllm_process import (
+    engine_memory,
+    import_vllm,
+    kept_classes,
+    parallel_groups,
+    register_sleep_backend,
+    reload_weights,
+    sampling_params,
+)
 
 GIB = 1 << 30
 SLEEP_LEVEL = {"gpu": 0, "host": 1, "disk": 2}  # of a teacher, by its residency
@@ -65,7 +73,7 @@ class _Engine:
         self._asleep: set[str] = set()
         self._rests = False
         self._workspace = None
-        with self._active():
+        with self._active(), kept_classes():
             self.llm = vllm.LLM(
                 model=model,
                 tensor_parallel_size=tensor_parallel_size,
@@ -286,9 +294,7 @@ class GeneratorEngine(_Engine):
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces the weights and drops every cached prefix, which the old weights had written."""
         with self._active():
-            self.llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": iter(named_parameters), "is_checkpoint_format": True}
-            )
+            self.llm.collective_rpc(reload_weights, kwargs={"weights_iterator": iter(named_parameters)})
             self.llm.reset_prefix_cache()
 
 
@@ -341,7 +347,7 @@ class HiddenStateEngine(_Engine):
     def reload(self) -> None:
         """Reads the weights from the model's files again, into the memory that they have."""
         with self._active():
-            self.llm.collective_rpc("reload_weights")
+            self.llm.collective_rpc(reload_weights)
 
     def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""

@@ -7,7 +7,7 @@ set before the first import, owned by the engine that made them, and exchanged a
 import gc
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -52,6 +52,63 @@ def sampling_params(
     )  # fmt: skip
 
 
+def reload_weights(worker, **source) -> None:
+    """Gives the model of vLLM's worker other weights, whole: what vllm 0.32 forgets when it reloads is done here.
+
+    `source` is that of vLLM's own `reload_weights`, and names are those of a checkpoint. On a CPU layers keep packed copies of
+    their weights. A head that is tied to the embedding is sent none of its own, so vLLM puts its old copy back; and experts are
+    packed only when their kernel is new, so unpacked ones would be taken for packed.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    layers = list(worker.get_model().modules())
+    if not torch.cuda.is_available():
+        for layer in layers:
+            if isinstance(layer, RoutedExperts):
+                layer.quant_method.moe_kernel = None
+    worker.reload_weights(**source)
+    for layer in layers:
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+@contextmanager
+def kept_classes():
+    """Around the building of an engine: classes of transformers stay what they are, for the student and teachers beside it.
+
+    vllm 0.32 runs families that it has not written itself on transformers' own class, and rewrites `__init__` and `__call__`
+    of that class. Here its model gets a class of its own that has them.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    rewrite, rewritten = Base._decorate_cls_for_torch_compile, []
+
+    def remember(model, **options):
+        cls = options["cls"]
+        rewritten.append((model, cls, cls.__bases__, dict(vars(cls))))
+        rewrite(model, **options)
+
+    Base._decorate_cls_for_torch_compile = remember
+    try:
+        yield
+    finally:
+        Base._decorate_cls_for_torch_compile = rewrite
+        for model, cls, bases, before in reversed(rewritten):
+            added = tuple(base for base in cls.__bases__ if base not in bases)
+            changed = {name: value for name, value in vars(cls).items() if before.get(name) is not value}
+            own = type(cls.__name__, (cls, *added), changed)
+            for module in model.modules():
+                if type(module) is cls:
+                    module.__class__ = own
+            cls.__bases__ = bases
+            for name in changed:
+                if name in before:
+                    setattr(cls, name, before[name])
+                else:
+                    delattr(cls, name)
+
+
 class ReloadingWorker:
     """What vLLM mixes into the workers of a server's engine: a reload after which, if it fails, another one can work."""
 
@@ -70,7 +127,7 @@ class ReloadingWorker:
         from vllm.model_executor.model_loader.reload import layerwise
 
         try:
-            self.reload_weights(**source)
+            reload_weights(self, **source)
         except BaseException:
             for layer in self.get_model().modules():
                 info = layerwise.get_layerwise_info(layer)

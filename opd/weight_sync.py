@@ -11,5 +11,5 @@ def push(student: WeightSource, rollout_engine: WeightTarget, version: int) -> i
     stamps what it samples from now on with `version`; if the load fails halfway the version is not stamped.
     """
     fault_point("sync.before")
-    rollout_engine.load_weights(student.named_full_parameters(), version)
+    rollout_engine.load_weights(student.checkpoint_tensors(), version)
     return rollout_engine.policy_version
