@@ -9,7 +9,6 @@ of the student and the scores of the teachers are computed from.
 N tokens, V vocabulary, H hidden size.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from opd.weight_files import read_headers
 
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
 EMBEDDING_NAMES = (
@@ -175,13 +176,21 @@ def weights_beside_the_head(model: nn.Module) -> list[str]:
 
 
 def find_head(model: str) -> tuple[Path, str]:
-    """(file, tensor name) of a checkpoint's output projection: `lm_head`, or the tied embedding.
+    """(file, tensor name) of a checkpoint's output projection: its `lm_head`, or the embedding that it is tied to.
 
-    `model` is a directory or a hub id, which is fetched. Raises ValueError if its safetensors hold neither.
+    `model` is a directory or a hub id, which is fetched. Raises ValueError if its safetensors hold neither, are broken, or
+    hold both and they differ: then vLLM 0.32 uses the one, and transformers 5.19 under ZeRO-3 the other.
     """
     root, files = _checkpoint(model)
     name = _weight_name(model, root, files)
-    return root / files[name], name
+    if name in HEAD_NAMES and _is_tied(root):
+        embedding = next((other for other in EMBEDDING_NAMES if other in files), None)
+        if embedding is not None and not _is_equal((files[name], name), (files[embedding], embedding)):
+            raise ValueError(
+                f"{model}: tie_word_embeddings is true, and its {name} is another than its {embedding}; set "
+                "tie_word_embeddings to false in config.json"
+            )
+    return files[name], name
 
 
 def load_head(model: str) -> OutputHead:
@@ -201,7 +210,7 @@ def map_head(model: str) -> MappedHead:
         form = logit_form(_read_config(root))
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from None
-    return MappedHead((root / files[name], name), bias and (root / files[bias], bias), form)
+    return MappedHead((files[name], name), bias and (files[bias], bias), form)
 
 
 def _as_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
@@ -221,30 +230,39 @@ def _read_config(root: Path) -> PreTrainedConfig:
     return _as_config(content)
 
 
-def _checkpoint(model: str) -> tuple[Path, dict[str, str]]:
-    """(directory, tensor name -> file in it) of a model."""
+def _checkpoint(model: str) -> tuple[Path, dict[str, Path]]:
+    """(directory, tensor name -> its file) of a model."""
     root = Path(model)
     if not root.is_dir():
         root = Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
-    index = root / "model.safetensors.index.json"
-    if index.exists():
-        return root, json.loads(index.read_text())["weight_map"]
-    with safe_open(root / "model.safetensors", framework="pt") as file:
-        return root, dict.fromkeys(file.keys(), "model.safetensors")
+    try:
+        return root, {name: stored.file for name, stored in read_headers(root).items()}
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from None
 
 
-def _weight_name(model: str, root: Path, files: dict[str, str]) -> str:
-    """The configuration decides, as in vLLM, if a checkpoint holds both a head and an embedding."""
+def _is_tied(root: Path) -> bool:
     config = _read_config(root)
     parts = (config, _as_config(config.get_text_config()))
-    tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
-    names = EMBEDDING_NAMES + HEAD_NAMES if tied else HEAD_NAMES + EMBEDDING_NAMES
+    return any(getattr(part, "tie_word_embeddings", False) for part in parts)
+
+
+def _weight_name(model: str, root: Path, files: dict[str, Path]) -> str:
+    """The checkpoint decides, as in vLLM 0.32: a head that it holds is the head, whatever the configuration says."""
+    names = HEAD_NAMES + EMBEDDING_NAMES if _is_tied(root) else HEAD_NAMES
     for name in names:
         if name in files:
             return name
-    raise ValueError(f"{model}: none of {', '.join(HEAD_NAMES + EMBEDDING_NAMES)} in its safetensors")
+    raise ValueError(f"{model}: none of {', '.join(names)} in its safetensors")
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
+
+
+def _is_equal(head: tuple[Path, str], embedding: tuple[Path, str]) -> bool:
+    head_VH, embedding_VH = _read_tensor(*head), _read_tensor(*embedding)
+    if head_VH.dtype != embedding_VH.dtype:
+        head_VH, embedding_VH = head_VH.float(), embedding_VH.float()
+    return torch.equal(head_VH, embedding_VH)

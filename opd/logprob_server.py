@@ -26,14 +26,14 @@ import torch
 
 from opd.arguments import OneLineParser
 from opd.checkpoint_names import checkpoint_views
-from opd.heads import logit_form
 from opd.http_service import bind, check_host, leave_on_signals, run_main, serve_app
 from opd.logprob_engine import LogprobScorer, load_model
 from opd.logprob_routes import EngineHolder, Service
+from opd.preflight import read_checked
 from opd.protocols import LOGPROB, TOKEN_VARIABLE
 from opd.scoring import BatchLimits, ScoringThread
 from opd.server_control import Control, WeightsGate
-from opd.shapes import read_model, served_length
+from opd.shapes import served_length
 from opd.student import resolve_dtype
 from opd.weight_offer import Receivers, backend_of
 
@@ -66,8 +66,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def _read_facts(args: argparse.Namespace) -> tuple[int, Receivers]:
     """(tokens that a question may have, who takes weights). ValueError for a model that cannot be served; none is loaded."""
-    model = read_model("--model", args.model, args.trust_remote_code)
-    logit_form(model.config)
+    model = read_checked(
+        "--model", args.model, args.trust_remote_code, vllm=False, attn_implementation=args.attn_implementation
+    )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     receivers = Receivers(1, backend_of(_device()), checkpoint_views(model))
     return served_length(args.model, context, args.max_model_len), receivers

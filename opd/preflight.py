@@ -1,10 +1,11 @@
 """Everything that can be checked before a weight is loaded: models, tokenizers and the run directory.
 
 A wrong pair of models is the most expensive mistake of distillation: it shows after hours, as a curve. Here it costs a
-second and is one ValueError that names the flag, the value and the remedy. Only configurations and tokenizers are read.
+second and is one ValueError that names the flag, the value and the remedy. Only configurations, tokenizers and the headers of
+weight files are read; of a head that is said to be the embedding, both.
 """
 
-import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from opd.config import to_dict
 from opd.data import PromptSet
-from opd.heads import logit_form, weights_beside_the_head
+from opd.heads import find_head, logit_form, weights_beside_the_head
 from opd.rows import one_line
-from opd.shapes import check_path, load_part, read_model
+from opd.shapes import check_path, layer_values, load_part, read_model
+from opd.vllm_models import check_vllm_runs
+from opd.weight_files import check_not_quantised, check_weights
 
 # Keys that make a run another run. With --resume auto, everything else may change between two starts.
 RUN_IDENTITY = ("student_model", "teachers", "data", "domain_key", "loss", "seed")
@@ -82,24 +86,6 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, *, flag: str = "-
     return tokenizer
 
 
-def _check_weights(flag: str, path: str) -> None:
-    """A local model has safetensors, and all of them; a hub id is checked when it is loaded."""
-    directory = Path(path)
-    if not directory.is_dir():
-        return
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = load_part(flag, path, index.name, lambda: set(json.loads(index.read_text())["weight_map"].values()))
-        missing = sorted(name for name in files if not (directory / name).is_file())
-        if missing:
-            raise ValueError(
-                f"{flag} {path}: {len(missing)} of {len(files)} weight files are missing, first {missing[0]}"
-            )
-    elif not any(directory.glob("*.safetensors")):
-        hint = "; convert the .bin files with save_pretrained" if any(directory.glob("*.bin")) else ""
-        raise ValueError(f"{flag} {path}: no .safetensors weights in the directory{hint}")
-
-
 def _eos_ids(flag: str, path: str, model_config: PreTrainedConfig, tokenizer) -> tuple[int, ...]:
     try:
         generation = GenerationConfig.from_pretrained(path).eos_token_id
@@ -127,16 +113,61 @@ def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
         )
 
 
-def read_fact(flag: str, path: str, tokenizer, trust_remote_code: bool) -> ModelFact:
-    """Of the model at `path`. ValueError if hidden states and head do not say all that it says, or weights are missing."""
-    _check_weights(flag, path)
-    model = read_model(flag, path, trust_remote_code)
-    model_config = model.config
+def read_checked(
+    flag: str, path: str, trust_remote_code: bool, *, vllm: bool = True, attn_implementation: str | None = None
+) -> torch.nn.Module:
+    """The model at `path` on the meta device, when its files hold all of it and its scores can be computed; else ValueError.
+
+    With `vllm` it is also one that vLLM runs. The files of a hub id are checked when they are there (`check_downloads`).
+    """
+    check_path(flag, path)
+    is_local = Path(path).is_dir()
+    content, _ = load_part(
+        flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, local_files_only=is_local)
+    )
+    is_teacher = flag.startswith("--teacher")
+    served = ", or serve it with vLLM and give its URL" if is_teacher else ""
+    check_not_quantised(flag, path, content, f"give its bfloat16 checkpoint{served}")
+    model = read_model(flag, path, trust_remote_code, attn_implementation=attn_implementation)
     _check_head(flag, path, model)
+    if is_local:
+        _check_files(flag, path, path, model, vllm)
+    if vllm:
+        other = "choose another model" + (", or `backend: hf` in its entry" if is_teacher else "")
+        check_vllm_runs(flag, path, model, content.get("architectures"), other)
+    return model
+
+
+def _check_files(flag: str, path: str, root: str, model: torch.nn.Module, vllm: bool) -> None:
+    check_weights(flag, path, Path(root), model, vllm=vllm)
+    try:
+        find_head(root)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
+
+
+def check_downloads(config) -> None:
+    """Fetches the models that are given by a hub id, and checks their files as those of a directory."""
+    models = [("--student_model", config.model.student_model, True)]
+    models += [(f"--teacher {t.name}", t.model, t.backend == "vllm") for t in config.teachers if not t.is_served]
+    for flag, path, vllm in models:
+        if not Path(path).is_dir():
+            root = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
+            _check_files(flag, path, root, read_model(flag, path, config.model.trust_remote_code), vllm)
+
+
+def read_fact(
+    flag: str, path: str, tokenizer, trust_remote_code: bool, *, vllm: bool = True, attn_implementation: str | None = None
+) -> ModelFact:
+    """Of the model at `path`. ValueError as `read_checked` says, and if it has no EOS."""
+    model = read_checked(flag, path, trust_remote_code, vllm=vllm, attn_implementation=attn_implementation)
+    model_config = model.config
     head = model.get_output_embeddings()
     eos_ids = _eos_ids(flag, path, model_config, tokenizer)
     text_config = model_config.get_text_config()
-    if not eos_ids or not all(0 <= e < head.weight.shape[0] for e in eos_ids):
+    if not eos_ids:
+        raise ValueError(f"{flag} {path}: has no EOS token; name one in its generation_config.json (eos_token_id)")
+    if not all(0 <= e < head.weight.shape[0] for e in eos_ids):
         raise ValueError(f"{flag} {path}: EOS token {list(eos_ids)} is not one of its {head.weight.shape[0]} tokens")
     return ModelFact(
         flag=flag,
@@ -147,15 +178,17 @@ def read_fact(flag: str, path: str, tokenizer, trust_remote_code: bool) -> Model
         context=getattr(text_config, "max_position_embeddings", None),
         num_parameters=sum(p.numel() for p in model.parameters()),
         head_parameters=head.weight.numel(),
-        kv_heads=getattr(text_config, "num_key_value_heads", None) or getattr(text_config, "num_attention_heads", 1),
+        kv_heads=math.gcd(*layer_values(text_config, "num_key_value_heads"))
+        or math.gcd(*layer_values(text_config, "num_attention_heads"))
+        or 1,
         divided=_divided(text_config),
     )
 
 
 def _divided(text_config: PreTrainedConfig) -> dict[str, int]:
+    """Where layers differ, what divides the number of each of them."""
     sizes = {"num_attention_heads": "attention heads", "intermediate_size": "intermediate channels"}
-    found = {name: getattr(text_config, key, None) for key, name in sizes.items()}
-    return {name: size for name, size in found.items() if isinstance(size, int)}
+    return {name: math.gcd(*values) for key, name in sizes.items() if (values := layer_values(text_config, key))}
 
 
 def _check_same_tokenizer(fact: ModelFact, teacher_tokenizer, tokenizer) -> None:
@@ -196,14 +229,17 @@ def check_models(config) -> ModelFacts:
     _check_residency(config)
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.student_model, trust)
-    student = read_fact("--student_model", config.model.student_model, tokenizer, trust)
+    student = read_fact(
+        "--student_model", config.model.student_model, tokenizer, trust,
+        attn_implementation=config.model.attn_implementation,
+    )  # fmt: skip
     teachers: dict[str, ModelFact] = {}
     for spec in config.teachers:
         if spec.is_served:
             continue  # it is asked for its tokenizer and context when the servers are
         flag = f"--teacher {spec.name}"
         teacher_tokenizer = load_tokenizer(spec.model, trust, flag=flag)
-        teachers[spec.name] = fact = read_fact(flag, spec.model, teacher_tokenizer, trust)
+        teachers[spec.name] = fact = read_fact(flag, spec.model, teacher_tokenizer, trust, vllm=spec.backend == "vllm")
         _check_same_tokenizer(fact, teacher_tokenizer, tokenizer)
         if not config.teacher.allow_template_mismatch:
             _check_same_dialect(fact, student, teacher_tokenizer, tokenizer)

@@ -32,11 +32,12 @@ from starlette.requests import ClientDisconnect
 from opd import http_service
 from opd.arguments import OneLineParser
 from opd.checkpoint_names import checkpoint_views
+from opd.preflight import read_checked
 from opd.protocols import ROLLOUT
 from opd.rollout_engine import PushedEngine, Sampling
 from opd.rows import one_line
 from opd.server_control import Control, WeightsGate
-from opd.shapes import read_model, served_length
+from opd.shapes import served_length
 from opd.student import resolve_dtype
 from opd.weight_offer import Receivers, backend_of
 
@@ -176,7 +177,7 @@ def _end_children() -> None:
 
 def _read_facts(args: argparse.Namespace) -> tuple[int, int, Receivers]:
     """(vocabulary, context, who takes weights). ValueError for a model that cannot be served; no weight is loaded."""
-    model = read_model("--model", args.model, args.trust_remote_code)
+    model = read_checked("--model", args.model, args.trust_remote_code)
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     backend = backend_of("cuda" if torch.cuda.is_available() else "cpu")

@@ -30,7 +30,6 @@ from opd import (
     rewards,
 )
 from opd.deepspeed_engine import check_ds_config
-from opd.heads import find_head
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.mismatch import corrects
@@ -248,8 +247,7 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     eval_set = load(cfg.data.eval_data, flag="--eval_data", need_answer=True) if cfg.data.eval_data else None
     routes = data.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
     reward = rewards.load_rewards(cfg.loss.reward_fn, routes)
-    for model in (cfg.model.student_model, *(spec.model for spec in cfg.teachers if not spec.is_served)):
-        find_head(model)
+    preflight.check_downloads(cfg)
     check_ds_config(cfg.run.ds_config, ds_config)
     run = Run(
         cfg=cfg, device=device, run_dir=Path(cfg.run.output_dir), ds_config=ds_config, tokenizer=tokenizer, facts=facts,

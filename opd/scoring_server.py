@@ -80,7 +80,7 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelFact, object]:
     check_path("--tokenizer", args.tokenizer)
     load = functools.partial(AutoTokenizer.from_pretrained, args.tokenizer, trust_remote_code=args.trust_remote_code)
     tokenizer = load_part("--tokenizer", args.tokenizer, "tokenizer", load)
-    fact = read_fact("--model", args.model, tokenizer, args.trust_remote_code)
+    fact = read_fact("--model", args.model, tokenizer, args.trust_remote_code, vllm=args.backend == "vllm")
     return fact, tokenizer
 
 

@@ -3,6 +3,7 @@
 A model is built on the meta device, where tensors have shapes and no memory, so its parameters are those that will be loaded.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class ModelShape:
     hidden_size: int
     tied: bool  # whether the head is the embedding
     num_layers: int
-    num_heads: int
+    num_heads: int  # this and the following: the largest, where layers differ
     num_kv_heads: int
     head_dim: int
     mlp_size: int  # columns that a token passes in one layer; of a mixture of experts those of its experts together
@@ -100,15 +101,30 @@ def served_length(model: str, context: int | None, max_model_len: int | None) ->
     return max_model_len or context
 
 
-def read_model(flag: str, path: str, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The causal language model of a directory or hub id on the meta device: shapes only."""
+def read_model(
+    flag: str, path: str, trust_remote_code: bool = False, *, attn_implementation: str | None = None
+) -> torch.nn.Module:
+    """The causal language model of a directory or hub id on the meta device: shapes only.
+
+    ValueError if it cannot be built, or has no such attention; None stands for the one that transformers chooses.
+    """
     check_path(flag, path)
     options = {"trust_remote_code": trust_remote_code}
     config = load_part(
         flag, path, "config.json",
         lambda: AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **options),
     )  # fmt: skip
-    return model_of(config, flag, path, **options)
+    if attn_implementation is None:
+        return model_of(config, flag, path, **options)
+    try:
+        return model_of(copy.deepcopy(config), flag, path, attn_implementation=attn_implementation, **options)
+    except ValueError as error:
+        model_of(config, flag, path, **options)  # what fails here too is not a matter of attention
+        other = "another" if attn_implementation == "eager" else "--attn_implementation eager"
+        reason = str(error).partition(": cannot load its architecture: ")[2]
+        raise ValueError(
+            f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose {other} ({reason})"
+        ) from None
 
 
 def model_of(config: PreTrainedConfig, flag: str, path: str, **options) -> torch.nn.Module:
@@ -123,13 +139,14 @@ def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
     """The shape of a model, real or on the meta device. ValueError if its configuration does not say enough."""
     config = model.config.get_text_config()
     for name in ("num_hidden_layers", "num_attention_heads"):
-        if not isinstance(getattr(config, name, None), int):
+        if not layer_values(config, name):
             raise ValueError(f"{flag} {path}: config.json has no {name}; without it memory cannot be planned")
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{flag} {path}: {config.model_type} has no lm_head; give a causal language model")
     vocab_size, hidden_size = head.weight.shape
     embedding = model.get_input_embeddings()
+    num_heads = _largest(config, "num_attention_heads")
     return ModelShape(
         flag=flag,
         path=path,
@@ -137,24 +154,35 @@ def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         tied=embedding is not None and embedding.weight is head.weight,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=_number(config, "num_key_value_heads") or config.num_attention_heads,
-        head_dim=_number(config, "head_dim") or hidden_size // config.num_attention_heads,
+        num_layers=_largest(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=_largest(config, "num_key_value_heads") or num_heads,
+        head_dim=_largest(config, "head_dim") or hidden_size // num_heads,
         mlp_size=_mlp_size(config, hidden_size),
     )
 
 
-def _number(config: PreTrainedConfig, *names: str) -> int | None:
-    """The first of these fields that holds a number; families name the same thing differently."""
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)
+def layer_values(config: PreTrainedConfig, name: str) -> list[int]:
+    """The numbers that a field of a configuration holds: none, one, or one for each layer where layers differ.
+
+    Layers differ by a list in the field, or by the overrides of transformers 5 (Gemma 4), whose global field may not be read.
+    """
+    is_heterogeneous = getattr(config, "is_heterogeneous", False) and name != "num_hidden_layers"
+    parts = list(config.per_layer_config) if is_heterogeneous else [config]
+    values = [getattr(part, name, None) for part in parts]
+    flat = [n for value in values for n in (value if isinstance(value, list | tuple) else [value])]
+    return [n for n in flat if isinstance(n, int) and n > 0]
+
+
+def _largest(config: PreTrainedConfig, *names: str) -> int | None:
+    """Of the first of these fields that holds a number; families name the same thing differently."""
+    return next((max(values) for name in names if (values := layer_values(config, name))), None)
 
 
 def _mlp_size(config: PreTrainedConfig, hidden_size: int) -> int:
-    dense = _number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden_size
-    experts = _number(config, "num_experts_per_tok", "num_experts_per_token")
+    dense = _largest(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden_size
+    experts = _largest(config, "num_experts_per_tok", "num_experts_per_token")
     if experts is None:
         return dense
-    shared = _number(config, "shared_expert_intermediate_size") or 0
-    return experts * (_number(config, "moe_intermediate_size") or dense) + shared
+    shared = _largest(config, "shared_expert_intermediate_size") or 0
+    return experts * (_largest(config, "moe_intermediate_size") or dense) + shared

@@ -238,13 +238,15 @@ def test_dtype_and_shards_of_the_checkpoint(tmp_path):
     assert torch.equal(head.weight_VH, model.lm_head.weight) and torch.equal(head.bias_V, model.lm_head.bias)
 
 
-def test_the_configuration_decides_which_of_two_is_the_head(tmp_path):
-    """A tied checkpoint that stores a head as well; vLLM does not read it either."""
+def test_the_checkpoint_decides_which_of_two_is_the_head(tmp_path):
+    """As in vLLM. Two that differ where the configuration says that they are one are refused before (`find_head`)."""
     model = make_model("qwen3", {"tie_word_embeddings": True})
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file({**weights, "lm_head.weight": torch.zeros(V, H)}, tmp_path / "model.safetensors")
-    assert torch.equal(load_head(str(tmp_path)).weight_VH, model.model.embed_tokens.weight)
+    assert torch.equal(load_head(str(tmp_path)).weight_VH, torch.zeros(V, H))
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+        find_head(str(tmp_path))
 
 
 def test_a_checkpoint_without_a_head_or_with_an_unknown_form_is_named(tmp_path):

@@ -1,10 +1,13 @@
 """What is refused before a weight is loaded, with tiny real models and tokenizers."""
 
 import dataclasses
+import importlib.util
 import json
+import math
 import os
 import shutil
 import string
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +17,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
     GenerationConfig,
+    GptOssConfig,
     GraniteConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     RecurrentGemmaConfig,
+    XGLMConfig,
 )
 
+from opd import vllm_models
 from opd.arguments import parse
 from opd.config import (
     BatchConfig,
@@ -44,6 +52,7 @@ from opd.plan_types import GIB, Machine
 from opd.plan_view import table
 from opd.planner import make_plan
 from opd.preflight import check_models, check_output_dir, check_tensor_parallel, dry_run_report, load_tokenizer
+from opd.shapes import read_model
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -217,10 +226,13 @@ def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
     assert f"ids up to {len(VOCABULARY) - 1}" in refusal(path, path)
 
 
-@pytest.mark.parametrize("eos", [99, []])
-def test_an_eos_that_is_no_token(tmp_path, eos):
+@pytest.mark.parametrize(
+    ("eos", "message"),
+    [(99, f"EOS token [99] is not one of its {len(VOCABULARY)} tokens"), ([], "has no EOS token; name one in its generation")],
+)
+def test_an_eos_that_is_no_token(tmp_path, eos, message):
     path = save_model(tmp_path / "m", eos=eos, eos_token_id=None, tokenizer={"eos": None} if eos == [] else None)
-    assert "EOS token" in refusal(path, path)
+    assert message in refusal(path, path)
 
 
 # ------------------------------------------------------------------------------------- models that cannot be used
@@ -254,7 +266,7 @@ ENCODER = {key: value for key, value in SMALL.items() if key != "num_key_value_h
 def test_heads_with_a_bias_a_scale_or_a_soft_cap_are_fine(student, tmp_path, config):
     """What the head and its form express, in student and teacher; tests/test_heads.py shows that they do."""
     shutil.copytree(student, tmp_path / "m")
-    config.save_pretrained(tmp_path / "m")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     facts = check_models(make_config(str(tmp_path / "m"), str(tmp_path / "m")))
     assert facts.student.vocab_size == facts.teachers["math"].vocab_size == len(VOCABULARY)
 
@@ -276,6 +288,82 @@ def test_logits_that_hidden_states_and_head_do_not_give(student, tmp_path, confi
     found = refusal(*((odd, student) if who == "student" else (student, odd)))
     assert message in found and config.model_type in found and odd in found and "choose a" in found
     assert found.startswith("--student_model" if who == "student" else "--teacher math")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=len(VOCABULARY), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1),
+        GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_families_without_the_attention_that_is_asked_for(student, tmp_path, config):
+    """The student's is the user's choice; a teacher of backend hf takes what its class has."""
+    shutil.copytree(student, tmp_path / "m")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    message = refusal(odd, odd, "--allow_template_mismatch")
+    assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose --attn_implementation eager")
+    check_models(make_config(odd, odd, "--attn_implementation", "eager"))
+    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+
+
+def test_an_attention_that_nobody_has(student):
+    message = refusal(student, student, "--attn_implementation", "quick")
+    assert message.startswith("--attn_implementation quick: not for --student_model") and "choose" in message
+
+
+# -------------------------------------------------------------------------------------- models that vLLM cannot run
+
+
+def test_architectures_of_the_configuration(student, tmp_path):
+    """vLLM takes its class from there, transformers from the model type."""
+    shutil.copytree(student, tmp_path / "m")
+    path = str(tmp_path / "m")
+    for names in (["Qwen3Model"], ["Qwen3ForSequenceClassification"], ["QwenForCausalLM"]):
+        edit_json(tmp_path / "m" / "config.json", architectures=names)
+        for message in (refusal(path, student), refusal(student, path)):
+            assert f"architectures {names}" in message and 'set it to ["Qwen3ForCausalLM"]' in message
+        check_models(make_config(student, path, "--teacher_backend", "hf"))
+    for names in (["Qwen3ForCausalLM"], ["Qwen3Model", "Qwen3ForCausalLM"], None, []):
+        edit_json(tmp_path / "m" / "config.json", architectures=names)
+        check_models(make_config(path, path))
+
+
+def test_a_family_that_vllm_does_not_know(student, tmp_path):
+    config = XGLMConfig(
+        vocab_size=len(VOCABULARY), d_model=16, ffn_dim=32, num_layers=1, attention_heads=2, eos_token_id=1, pad_token_id=0,
+        bos_token_id=0, max_position_embeddings=64,
+    )  # fmt: skip
+    shutil.copytree(student, tmp_path / "m")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    path, eager = str(tmp_path / "m"), ("--attn_implementation", "eager")
+    assert "vLLM does not run XGLMForCausalLM; choose another model" in refusal(path, student, *eager)
+    assert "or `backend: hf` in its entry" in refusal(student, path)
+    check_models(make_config(student, path, "--teacher_backend", "hf"))
+
+
+def test_reasons_why_vllm_cannot_run_a_class_here():
+    """A module is imported, in another process, only if it reads images and what they need is not installed."""
+    needs = importlib.util.find_spec("torchvision") is None
+    started = time.monotonic()
+    assert vllm_models._why_not_importable("qwen3", "Qwen3ForCausalLM") is None
+    assert vllm_models._why_not_importable("transformers", "TransformersForCausalLM") is None
+    assert time.monotonic() - started < 2, "no import"
+    if needs:
+        assert "No module named 'torchvision'" in vllm_models._why_not_importable("qwen3_5", "Qwen3_5ForCausalLM")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="what it needs is installed")
+def test_a_class_whose_imports_fail_is_refused_with_the_reason(student, tmp_path):
+    shutil.copytree(student, tmp_path / "m")
+    config = Qwen3_5TextConfig(**SMALL, head_dim=8, layer_types=["full_attention"], max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    message = refusal(str(tmp_path / "m"), student)
+    assert message.startswith(f"--student_model {tmp_path / 'm'}: vLLM cannot run Qwen3_5ForCausalLM here (ModuleNotFoundError: ")
+    assert "'torchvision'" in message and "choose another model" in message
+    check_models(make_config(student, str(tmp_path / "m"), "--teacher_backend", "hf"))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -376,10 +464,27 @@ def test_a_file_is_not_a_model(student, tmp_path):
 # ---------------------------------------------------------------------------------------------------- dry run
 
 
+def write_header(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Weights of which the disk holds the header alone: the rest of the file is a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 def test_dry_run_report_loads_no_weights(student, tmp_path):
+    """Of a model of 600 GB, which is more than this machine can load."""
     model = tmp_path / "m"
     shutil.copytree(student, model)
-    (model / "model.safetensors").write_bytes(b"not weights")  # whoever reads it fails
+    large = tiny(hidden_size=16384, intermediate_size=65536, num_hidden_layers=80, num_attention_heads=8, head_dim=2048)
+    large.architectures = ["Qwen3ForCausalLM"]
+    large.save_pretrained(model)
+    shapes = {name: tuple(p.shape) for name, p in read_model("--student_model", str(model)).named_parameters()}
+    write_header(model / "model.safetensors", shapes)
+    assert (model / "model.safetensors").stat().st_size > 600e9
     rows = [{"data_source": d, "prompt": p} for d, p in (("math", "abc"), ("math", "def"), ("code", "xyz"))]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(str(model), str(model), "--teacher", f"code={model}")
