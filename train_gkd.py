@@ -253,8 +253,8 @@ def main(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():  # one line and exit status 2, before a weight is loaded
-        cfg = parse(Config)
-        run = prepare(cfg, need_response=cfg.gkd.lmbda < 1 and not cfg.gkd.seq_kd)
     with distributed.exit_together():
+        with user_errors():  # one line and exit status 2, before a weight is loaded
+            cfg = parse(Config)
+            run = prepare(cfg, need_response=cfg.gkd.lmbda < 1 and not cfg.gkd.seq_kd)
         main(run)

@@ -263,7 +263,7 @@ def main(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors():  # one line and exit status 2, before a weight is loaded
-        run = prepare(parse(Config))
     with distributed.exit_together():
+        with user_errors():  # one line and exit status 2, before a weight is loaded
+            run = prepare(parse(Config))
         main(run)

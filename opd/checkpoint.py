@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from opd.distributed import agree_on_error, broadcast_object, gather_objects, ra
 from opd.faults import fault_point
 from opd.types import LoopState
 
+FIRST_START = "first_start"  # in the fingerprint of a run whose chat template writes the date
 MANIFEST = "manifest.json"
 LOOP_STATE = "loop_state.json"
 VERSION = 1  # of the layout below `checkpoints/`
@@ -194,6 +196,21 @@ def find(run_dir: Path, resume: str) -> Path | None:
             raise ValueError(f"--resume {path}: not a whole checkpoint: {reason}; name another, or use --resume auto")
         warn(f"skipped {path}: {reason}")
     return None
+
+
+def first_start(run_dir: Path, resume: str) -> datetime:
+    """When the run began that this one continues, in local time, if its checkpoints say so, else now. Collective.
+
+    A resumed run must know it before `find`: chat templates write the date. All checkpoints of a run say the same, so
+    nothing is hashed here, and nothing is an error.
+    """
+    kept = None
+    with agree_on_error(f"reading {_checkpoints(run_dir)}"):
+        if rank() == 0 and resume != "never":
+            paths = [path for _, path in _steps(_checkpoints(run_dir))] if resume == "auto" else [Path(resume)]
+            fingerprints = (_read_manifest(path)[0].get("fingerprint", {}) for path in paths)
+            kept = next((f[FIRST_START] for f in fingerprints if FIRST_START in f), None)
+    return broadcast_object(datetime.fromisoformat(kept) if kept else datetime.now().replace(microsecond=0))
 
 
 def set_aside_newer(run_dir: Path, resumed: Path | None) -> None:

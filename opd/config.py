@@ -34,7 +34,9 @@ class ModelConfig:
         "parameters too.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
-    attn_implementation: str = option("sdpa", "Attention of the Hugging Face student.")
+    attn_implementation: str = option(
+        "auto", "Attention of the Hugging Face student; `auto` takes the fastest that leaves out nothing of the model."
+    )
     trust_remote_code: bool = option(
         False, "Run model code that ships with a checkpoint. Off: such models are refused."
     )
@@ -157,7 +159,11 @@ class DataConfig:
     data: list[str] = option([], "Training prompts: JSONL or parquet files, directories or hub ids. Required.")
     eval_data: list[str] = option([], "Held-out prompts with answers. Without it there is no evaluation.")
     domain_key: str = option("data_source", "Column that names a row's domain.")
-    prompt_key: str = option("prompt", "Column with the prompt: text, or a list of chat messages.")
+    prompt_key: str = option(
+        "prompt",
+        "Column with the prompt: text, or a list of chat messages. The columns `tools` and `chat_template_kwargs`, if there, "
+        "reach the chat template too.",
+    )
     answer_key: str = option("answer", "Column with the reference answer for rewards and evaluation; may be absent.")
     response_key: str = option("response", "Column with a dataset response, for the off-policy share of train_gkd.py.")
     domain_weights: list[str] = option([], "NAME=WEIGHT pairs: share of each domain in a step. Default: rows decide.")

@@ -12,15 +12,17 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from fractions import Fraction
 from math import gcd, lcm
 from typing import Any
 
-import jinja2
-
+from opd.chats import KWARGS, Chat, read_chat, read_plain
+from opd.columns import column, cut, domain_column, text_column
 from opd.config import DataConfig, TeacherSpec
 from opd.distributed import fold_seed
-from opd.rows import one_line, read_rows
+from opd.rows import read_rows
+from opd.templates import ChatTemplate
 from opd.types import Prompt
 
 
@@ -33,6 +35,15 @@ class PromptSet:
     content_hash: str  # sha256 over token ids, domains, answers and responses, in order
     counts: dict[str, int]  # domain -> prompts kept
     overlong: dict[str, int]  # domain -> prompts dropped or truncated
+    notes: tuple[str, ...]  # what the user should know of rows that are right
+    moment: datetime | None  # the time that is written in the prompts; None for a chat template that writes none
+
+    @property
+    def summary(self) -> str:
+        """Counts of prompts per domain, and what else the user should know, in one line."""
+        counts = ", ".join(f"{domain} {count}" for domain, count in self.counts.items())
+        overlong = sum(self.overlong.values())
+        return "; ".join([counts, *([f"{overlong} over-long ones dropped or cut"] if overlong else []), *self.notes])
 
     @functools.cached_property
     def ids_by_domain(self) -> dict[str, list[int]]:
@@ -40,51 +51,6 @@ class PromptSet:
         for prompt in self.prompts:
             ids[prompt.domain].append(prompt.prompt_id)
         return ids
-
-
-def _cut(value: Any) -> str:
-    return f"{value!r:.80}"
-
-
-def _column(where: str, row: dict[str, Any], key: str, key_flag: str) -> Any:
-    if row.get(key) is None:
-        problem = "is null" if key in row else "is missing"
-        raise ValueError(f"{where}: column `{key}` {problem}; the row has {', '.join(row)}; choose with {key_flag}")
-    return row[key]
-
-
-def _messages(where: str, prompt: Any, key: str) -> list[dict[str, Any]]:
-    """Checked chat messages; text becomes one user message."""
-    where = f"{where}: column `{key}`"
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
-        raise ValueError(f"{where} must be text or a list of {{role, content}} messages, got {_cut(prompt)}")
-    for message in prompt:
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ValueError(f"{where}: every message needs a role and a content of text, got {_cut(message)}")
-    if not any(message["content"].strip() for message in prompt):
-        raise ValueError(f"{where}: the prompt is empty")
-    if prompt[-1]["role"] == "assistant":
-        raise ValueError(f"{where} ends with an assistant message; remove the answer from the prompt")
-    # A column store fills the keys that other messages have with nulls; a template would take them for values.
-    return [{k: v for k, v in message.items() if v is not None} for message in prompt]
-
-
-def _render(where: str, row: dict[str, Any], key: str, tokenizer) -> str:
-    """The text that is tokenised: the chat template's, with the beginning of the answer; else the prompt as it is."""
-    prompt = _column(where, row, key, "--prompt_key")
-    messages = _messages(where, prompt, key)
-    if any("\ud800" <= char <= "\udfff" for message in messages for char in str(message.get("content", ""))):
-        raise ValueError(f"{where}: column `{key}`: half a surrogate pair, which is no character; mend the row")
-    if tokenizer.chat_template is None:
-        if not isinstance(prompt, str):
-            raise ValueError(f"{where}: column `{key}` holds messages and the tokenizer has no chat template; use text")
-        return prompt
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: column `{key}`: the chat template refuses it: {one_line(error)}") from None
 
 
 def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
@@ -100,29 +66,59 @@ def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
     return token_ids
 
 
-def _answer(where: str, row: dict[str, Any], key: str, needed: bool) -> str | None:
-    value = _column(where, row, key, "--answer_key") if needed else row.get(key)
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+@dataclass(frozen=True)
+class _End:
+    """How an answer ends."""
+
+    token_id: int  # what is put behind a response that has no end
+    eos_ids: frozenset[int]  # what the sampler stops at
 
 
-def _domain(where: str, row: dict[str, Any], cfg: DataConfig, default_domain: str | None) -> str:
-    if default_domain is not None:
-        return default_domain
-    value = _column(where, row, cfg.domain_key, "--domain_key")
-    if isinstance(value, list | dict) or not str(value).strip():
-        raise ValueError(f"{where}: column `{cfg.domain_key}` must name the row's domain, got {_cut(value)}")
-    return str(value)
-
-
-def _targets(where: str, row: dict[str, Any], key: str, tokenizer, max_response_tokens: int | None) -> list[int]:
-    """The dataset response as the student would have sampled it: its tokens, then EOS, cut to length."""
-    response = _column(where, row, key, "--response_key")
-    if not isinstance(response, str) or not response.strip():
-        raise ValueError(f"{where}: column `{key}` must be the text of a response, got {_cut(response)}")
-    if tokenizer.eos_token_id is None:
+def _end(tokenizer, eos_ids: Sequence[int], template: ChatTemplate | None, chats: list[Chat]) -> _End:
+    """The template's end of turn if the sampler stops there, else the tokenizer's EOS, else the first of `eos_ids`."""
+    own = tokenizer.eos_token_id
+    eos_ids = tuple(eos_ids) or (() if own is None else (own,))
+    if not eos_ids:
         raise ValueError("--student_model: the tokenizer has no EOS token to end the dataset responses with")
-    ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return ids[:max_response_tokens]
+    found = template.end_of_turn(chats[0], eos_ids) if template else None
+    if found is None:
+        found = own if own in eos_ids else eos_ids[0]
+    return _End(found, frozenset(eos_ids))
+
+
+def _targets(where: str, row: dict[str, Any], key: str, tokenizer, end: _End) -> list[int]:
+    """The dataset response as the student would have sampled it: its tokens, then the end of the turn, once."""
+    response = column(where, row, key, "--response_key")
+    if not isinstance(response, str) or not response.strip():
+        raise ValueError(f"{where}: column `{key}` must be the text of a response, got {cut(response)}")
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    ended = tokenizer(response.rstrip(), add_special_tokens=False)["input_ids"] if response[-1].isspace() else ids
+    if not ended or ended[-1] not in end.eos_ids:
+        return [*ids, end.token_id]
+    while len(ended) > 1 and ended[-2] in end.eos_ids:  # nothing is sampled after the first
+        ended.pop()
+    return ended
+
+
+def _domains(rows: list[tuple[str, dict[str, Any]]], cfg: DataConfig, default_domain: str | None) -> list[str]:
+    if default_domain is not None and not any(cfg.domain_key in row for _, row in rows):
+        return [default_domain] * len(rows)
+    return [domain_column(where, row, cfg.domain_key) for where, row in rows]
+
+
+def _texts(
+    rows: list[tuple[str, dict[str, Any]]], key: str, template: ChatTemplate | None, chats: list[Chat]
+) -> list[str]:
+    """What is tokenised: the chat template's text, with the beginning of the answer; else the prompt as it is."""
+    if template is None:
+        return [read_plain(where, row, key) for where, row in rows]
+    return [template.render(f"{where}: column `{key}`", chat) for (where, _), chat in zip(rows, chats, strict=True)]
+
+
+def _notes(template: ChatTemplate | None, chats: list[Chat]) -> tuple[str, ...]:
+    counts = Counter(name for chat in chats for name in chat.kwargs)
+    unknown = template.unknown(counts) if template else []
+    return tuple(f"{counts[n]} rows set {cut(n)} in `{KWARGS}`, which the chat template does not mention" for n in unknown)
 
 
 def load_prompts(
@@ -135,24 +131,29 @@ def load_prompts(
     need_response: bool = False,
     max_response_tokens: int | None = None,
     default_domain: str | None = None,
+    eos_ids: Sequence[int] = (),
+    moment: datetime | None = None,
 ) -> PromptSet:
     """Reads and renders the prompts of `paths`.
 
     `flag` ("--data") is what error messages name. `default_domain` is every row's domain when no row has the column
-    `cfg.domain_key`: for a run whose only teacher takes every domain. Any row that cannot be used is a ValueError.
+    `cfg.domain_key`: for a run whose only teacher takes every domain. `eos_ids` end the student's responses, by default
+    the tokenizer's EOS does. `moment` is the time that a chat template writes, by default now. Any row that cannot be
+    used is a ValueError.
     """
     rows = read_rows(paths, flag)
-    if any(cfg.domain_key in row for _, row in rows):
-        default_domain = None
-    domains = [_domain(where, row, cfg, default_domain) for where, row in rows]
-    texts = [_render(where, row, cfg.prompt_key, tokenizer) for where, row in rows]
+    domains = _domains(rows, cfg, default_domain)
+    template = ChatTemplate(tokenizer, moment) if tokenizer.chat_template is not None else None
+    chats = [read_chat(where, row, cfg.prompt_key, tokenizer) for where, row in rows] if template else []
+    texts = _texts(rows, cfg.prompt_key, template, chats)
+    end = _end(tokenizer, eos_ids, template, chats) if need_response else None
     prompts: list[Prompt] = []
     overlong: Counter[str] = Counter()
     for (where, row), domain, token_ids in zip(rows, domains, _tokenize(texts, tokenizer), strict=True):
         if not token_ids:
             raise ValueError(f"{where}: column `{cfg.prompt_key}`: the prompt is empty after tokenisation")
-        answer = _answer(where, row, cfg.answer_key, need_answer)
-        target_ids = _targets(where, row, cfg.response_key, tokenizer, max_response_tokens) if need_response else None
+        answer = text_column(where, row, cfg.answer_key, "--answer_key", is_needed=need_answer)
+        target_ids = _targets(where, row, cfg.response_key, tokenizer, end)[:max_response_tokens] if end else None
         if len(token_ids) > cfg.max_prompt_tokens:
             overlong[domain] += 1
             if cfg.overlong_prompts == "drop":
@@ -174,6 +175,8 @@ def load_prompts(
         content_hash=_content_hash(prompts),
         counts=dict(sorted(counts.items())),
         overlong=dict(sorted(overlong.items())),
+        notes=_notes(template, chats),
+        moment=template.moment if template else None,
     )
 
 

@@ -13,8 +13,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from accelerate import PartialState
 
 # A rank that waits longer than this for the others ends the run instead of hanging it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# Rank 0 waits that long for the others to end before it, once all have met.
+LAST_SECONDS = 30.0
 
 # `agree_on_error` blocks that this rank has left, and its meetings since, by size of the group: equal on the ranks that meet.
 _agreements = 0
@@ -57,12 +60,6 @@ def init(local_rank: int = -1) -> torch.device:
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **own)
     device = PartialState(cpu=not use_cuda).device
     return device if use_cuda else torch.device("cpu")  # to accelerate's cpu:0, `Tensor.to` copies what lies on the cpu
-
-
-def leave() -> None:
-    """Parts from the other ranks, whose threads a plain exit of the interpreter would now and then abort on (SIGABRT)."""
-    if world_size() > 1 and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -203,21 +200,93 @@ def agree_on_error(what: str):
     raise _agreed from error
 
 
-@contextmanager
-def exit_together():
-    """`collective_region` around all that a process does; at the end it parts from the other ranks."""
-    with collective_region():
-        yield
-        leave()
-
+# ---- The end of a program ---------------------------------------------------------------------------------------------
 
 _cleanups: list[Callable[[], None]] = []
 
 
 def at_end(cleanup: Callable[[], None]) -> None:
-    """Calls `cleanup` when this process ends, in whatever way short of a signal. It must not raise."""
+    """Calls `cleanup` once when this process ends, in whatever way short of a signal; the last one first. It must not raise."""
+    if not _cleanups:
+        atexit.register(_clean_up)
     _cleanups.append(cleanup)
-    atexit.register(cleanup)
+
+
+def _clean_up() -> None:
+    while _cleanups:
+        _cleanups.pop()()
+
+
+@contextmanager
+def exit_together():
+    """Around all that a program does which joins the ranks: here it ends, and with it the process. Nothing behind it runs.
+
+    | the block | the status | who waits |
+    |---|---|---|
+    | ends | 0 | the ranks for each other, in a collective operation; then rank 0 for the others |
+    | `sys.exit(status)` | `status` | rank 0 for the others, if it is 0 |
+    | raises | 1, with a traceback | nobody |
+    | Ctrl-C | SIGINT, with a traceback | nobody |
+    """
+    with collective_region():
+        status = 0
+        try:
+            yield
+            if dist.is_initialized():
+                barrier()  # nobody leaves while another is in a collective operation
+        except SystemExit as stop:
+            status = _status_of(stop)
+        except KeyboardInterrupt:
+            traceback.print_exc()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            _end_now(-signal.SIGINT)  # a shell that runs a script of commands wants to know that it was Ctrl-C
+        _end_orderly(status)
+
+
+def _status_of(stop: SystemExit) -> int:
+    """As the interpreter has it: nothing is 0, and a text goes to stderr and is 1."""
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    print(stop.code, file=sys.stderr)
+    return 1
+
+
+def _end_orderly(status: int) -> NoReturn:
+    """Ends this process as multiprocessing ends its children: by what runs at an exit, and without the interpreter's teardown.
+
+    That would destroy the groups' C++ objects while their threads run (torch 2.13), and now and then abort a finished run:
+    "terminate called without an active exception". The hooks come first: vllm 0.32's raise if the groups are gone.
+    """
+    joined, me, size = dist.is_initialized(), rank(), world_size()
+    store = dist.distributed_c10d._get_default_store() if joined else None
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if store is not None and status == 0 and size > 1:
+        _end_last(store, me, size)
+    _end_now(status)
+
+
+def _end_last(store: dist.Store, me: int, size: int) -> None:
+    """Rank 0 returns when the others are here: it may hold the store, of whose loss their libraries would complain."""
+    key = "opd/ended/{}".format
+    with suppress(RuntimeError):  # one that does not come, or a store that is gone: this rank is done
+        if me > 0:
+            store.set(key(me), "")
+        else:
+            store.wait([key(other) for other in range(1, size)], datetime.timedelta(seconds=LAST_SECONDS))
+
+
+def _end_now(status: int) -> NoReturn:
+    """Ends this process, after `at_end`'s cleanups, with a status, or by the signal -`status`."""
+    _clean_up()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    os._exit(status & 0xFF)
 
 
 @contextmanager
@@ -236,11 +305,7 @@ def collective_region():
         traceback.print_exc()
         if was_agreed(error) and rank() == 0:  # what the user needs, below all that he does not
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        for cleanup in _cleanups:
-            cleanup()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _end_now(1)
 
 
 def fold_seed(*parts) -> int:

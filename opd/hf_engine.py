@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from opd.attention import attention_for, attention_of
 from opd.config import Residency
 from opd.host_memory import pinned_like
 from opd.vllm_engine import Sample
@@ -136,7 +137,8 @@ class HFEngine:
             whole = AutoModelForCausalLM.from_config(config, **options)
         with _loading():
             base, info = type(whole.base_model).from_pretrained(
-                self.model, config=whole.base_model.config, dtype=self.dtype, output_loading_info=True
+                self.model, config=whole.base_model.config, dtype=self.dtype, output_loading_info=True,
+                attn_implementation=attention_for(config),
             )
         if info["missing_keys"]:  # transformers makes random ones up
             missing = sorted(info["missing_keys"])
@@ -155,8 +157,9 @@ class HFGenerator:
 
     def __init__(self, model: str, *, dtype: str, trust_remote_code: bool, device: torch.device | str = "cpu"):
         whole = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-        )
+            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code,
+            attn_implementation=attention_of(model, trust_remote_code=trust_remote_code),
+        )  # fmt: skip
         whole.generation_config = GenerationConfig()  # its own would fill in a top_k or a penalty that nobody asked for
         self._model, self.device = whole.to(device).eval(), torch.device(device)
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from opd.attention import attention_of
 from opd.checkpoint_names import checkpoint_views
 from opd.fused_linear import score_hidden
 from opd.heads import logit_form
@@ -38,7 +39,10 @@ class VersionedBody(NamedTuple):
 
 def load_model(model: str, *, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool) -> nn.Module:
     """As `Student` loads it, for the forward only. ValueError with one line if weights are missing or do not load."""
-    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    options = {
+        "attn_implementation": attention_of(model, attn_implementation, trust_remote_code=trust_remote_code),
+        "trust_remote_code": trust_remote_code,
+    }
     load = AutoModelForCausalLM.from_pretrained
     found, info = load_part(
         "--model", model, "weights", lambda: load(model, dtype=dtype, output_loading_info=True, **options)

@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help=f"another than loopback needs a token in {TOKEN_VARIABLE}")
     parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="the trainer's")
-    parser.add_argument("--attn_implementation", default="sdpa", help="the trainer's")
+    parser.add_argument("--attn_implementation", default="auto", help="the trainer's")
     parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
     parser.add_argument("--max_tokens_per_batch", type=int, default=8192)
     parser.add_argument("--batch_wait_ms", type=float, default=2.0, help="for others to join a forward")

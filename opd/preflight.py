@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from opd.attention import AUTO
 from opd.config import to_dict
 from opd.data import PromptSet
 from opd.heads import find_head, logit_form, weights_beside_the_head
@@ -114,7 +115,7 @@ def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
 
 
 def read_checked(
-    flag: str, path: str, trust_remote_code: bool, *, vllm: bool = True, attn_implementation: str | None = None
+    flag: str, path: str, trust_remote_code: bool, *, vllm: bool = True, attn_implementation: str = AUTO
 ) -> torch.nn.Module:
     """The model at `path` on the meta device, when its files hold all of it and its scores can be computed; else ValueError.
 
@@ -157,7 +158,7 @@ def check_downloads(config) -> None:
 
 
 def read_fact(
-    flag: str, path: str, tokenizer, trust_remote_code: bool, *, vllm: bool = True, attn_implementation: str | None = None
+    flag: str, path: str, tokenizer, trust_remote_code: bool, *, vllm: bool = True, attn_implementation: str = AUTO
 ) -> ModelFact:
     """Of the model at `path`. ValueError as `read_checked` says, and if it has no EOS."""
     model = read_checked(flag, path, trust_remote_code, vllm=vllm, attn_implementation=attn_implementation)

@@ -236,4 +236,5 @@ def _child_main() -> None:
 
 
 if __name__ == "__main__":
-    _child_main()
+    with distributed.exit_together():
+        _child_main()

@@ -1,15 +1,20 @@
 """Rows of prompt files: JSON Lines, parquet, directories of those, or a hub data set. Knows files, not prompts."""
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+LFS_START = b"version https://git-lfs"
+LFS_POINTER = "a git-lfs pointer, not the file itself; fetch that with `git lfs pull`"
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
 
 
@@ -18,34 +23,90 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _read_json(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a JSON Lines file, or of a file that holds one JSON list."""
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a value of a column store that Python cannot hold. An error only where somebody needs the value."""
+
+    reason: str
+
+
+def _content(path: Path, flag: str) -> bytes:
+    """The bytes of a text file in UTF-8, without a byte order mark."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot read it: {error.strerror}") from None
-    if path.suffix == ".json" and next((line for line in lines if line.strip()), b"").lstrip().startswith(b"["):
+    if content.startswith(LFS_START):
+        raise ValueError(f"{flag} {path}: {LFS_POINTER}")
+    encoding = json.detect_encoding(content[:4])
+    if not encoding.startswith("utf-8"):
+        raise ValueError(f"{flag} {path}: begins as {encoding.upper()} does, not UTF-8; save it as UTF-8")
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _read_json(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a JSON Lines file, or of a file that holds one JSON list."""
+    content = _content(path, flag)
+    if path.suffix == ".json" and content.lstrip().startswith(b"["):
         try:
-            yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(json.loads(b"\n".join(lines)), 1))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(json.loads(content), 1))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{flag} {path}: not JSON: {one_line(error)}") from None
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         where = f"{flag} {path}, line {number}"
         if not line.strip():
             continue
         try:
             yield where, json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {one_line(error)}; every line must be one JSON object") from None
 
 
+def _holds_json(kind: pyarrow.DataType) -> bool:
+    children = (kind.field(i).type for i in range(kind.num_fields))
+    return isinstance(kind, pyarrow.JsonType) or any(map(_holds_json, children))
+
+
+def _parse_json(value: Any, kind: pyarrow.DataType) -> Any:
+    """A copy of `value` in which the text of arrow's JSON type, a string to pyarrow, is what it says."""
+    if value is None or not _holds_json(kind):
+        return value
+    if isinstance(kind, pyarrow.JsonType):
+        return json.loads(value)
+    if pyarrow.types.is_map(kind):
+        return {k: _parse_json(v, kind.item_type) for k, v in value.items()}
+    if pyarrow.types.is_struct(kind):
+        return {field.name: _parse_json(value[field.name], field.type) for field in kind}
+    return [_parse_json(item, kind.value_type) for item in value]
+
+
+def _cell(cell: pyarrow.Scalar) -> Any:
+    try:
+        return _parse_json(cell.as_py(maps_as_pydicts="strict"), cell.type)
+    # Text that is not UTF-8 or not JSON, years after 9999, unknown time zones, map keys that occur twice.
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError, RecursionError) as error:
+        return Unreadable(one_line(error))
+
+
 def _read_parquet(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
-    try:  # streaming: nothing is copied into a cache, so a rewritten file is never read from an old copy
-        rows = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
-        yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(rows, 1))
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path}: not a parquet file: {one_line(error)}") from None
+    """By pyarrow and not by `datasets` 5.2, which knows fewer types (no UUID, no map) and fails on a file without rows."""
+    number = 0
+    try:
+        with path.open("rb") as start:
+            if start.read(len(LFS_START)) == LFS_START:
+                raise ValueError(LFS_POINTER)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"it has two columns called {twice[0]}")
+            for batch in file.iter_batches(1024):
+                columns = [map(_cell, column) for column in batch.columns]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    yield f"{flag} {path}, row {number}", dict(zip(names, values, strict=True))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{flag} {path}: not a parquet file that can be read: {one_line(error)}") from None
 
 
 def _read_hub(name: str, flag: str) -> Iterator[tuple[str, Any]]:
@@ -58,7 +119,10 @@ def _read_hub(name: str, flag: str) -> Iterator[tuple[str, Any]]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         hub = f"nor a hub data set OWNER/NAME[/CONFIG][:SPLIT]: {one_line(error)}"
         raise ValueError(f"{flag} {name}: neither a file or directory {hub}") from None
-    return ((f"{flag} {name}, row {i}", row) for i, row in enumerate(rows, 1))
+    try:  # images and the like are decoded only now
+        yield from ((f"{flag} {name}, row {i}", row) for i, row in enumerate(rows, 1))
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{flag} {name}: a row cannot be read: {one_line(error)}") from None
 
 
 def _data_files(directory: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -182,28 +183,26 @@ def user_errors():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # rank 0 speaks first: launchers end all ranks when one has left
-        distributed.leave()
         sys.exit(2)
-    except SystemExit:  # a dry run has nothing left to do
-        distributed.leave()
-        raise
 
 
 def prepare(cfg, *, need_response: bool = False) -> Run:
     """Joins the ranks and checks everything that can be checked before a weight is loaded; a `--dry_run` ends here.
 
-    Raises ValueError with one line for whatever the user has to mend.
+    Raises ValueError with one line for whatever the user has to mend. A program calls it in `distributed.exit_together`.
     """
     started = time.time()
     faults.check()
     cfg.validate()
     device = distributed.init(cfg.run.local_rank)
+    moment = checkpoint.first_start(Path(cfg.run.output_dir), cfg.run.resume)
     with distributed.agree_on_error("checking the inputs"):
-        run = _read_inputs(cfg, device, need_response)
+        run = _read_inputs(cfg, device, need_response, moment)
     cfg, plan, memory = plan_run(cfg)
     run = dataclasses.replace(run, cfg=cfg, plan=plan)
     if cfg.run.dry_run:
         say(preflight.dry_run_report(cfg, run.train_set, run.tokenizer, run.facts, memory=memory))
+        distributed.barrier()  # nobody leaves while another is in a collective operation
         sys.exit(0)
 
     hashes = {
@@ -212,6 +211,8 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     }
     fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)
     fingerprint["eval"] = _asked(run)
+    if run.train_set.moment:
+        fingerprint[checkpoint.FIRST_START] = run.train_set.moment.isoformat()
     resume_from = checkpoint.find(run.run_dir, cfg.run.resume)
     if resume_from is not None:  # the fingerprint compares contents, so models and data may have moved
         checkpoint.check_fingerprint(resume_from, fingerprint)
@@ -227,11 +228,13 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         write_run_files(run.run_dir, config.to_dict(cfg), sys.argv)
     setup_logging(run.run_dir)
     say(f"resumes from {resume_from}" if resume_from else "starts fresh")
-    _say_counts(run.train_set, run.eval_set)
+    for name, prompt_set in (("training", run.train_set), ("held-out", run.eval_set)):
+        if prompt_set is not None:
+            say(f"{name} prompts: {prompt_set.summary}")
     return dataclasses.replace(run, hashes=hashes, fingerprint=fingerprint, resume_from=resume_from, started=started)
 
 
-def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
+def _read_inputs(cfg, device: torch.device, need_response: bool, moment: datetime | None = None) -> Run:
     """Models' configurations, tokenizer, prompts and routes, each checked against the others; no collective."""
     ds_config = load_ds_config(cfg.run.ds_config)
     tokenizer = preflight.load_tokenizer(cfg.model.student_model, cfg.model.trust_remote_code)
@@ -239,10 +242,10 @@ def _read_inputs(cfg, device: torch.device, need_response: bool) -> Run:
     preflight.check_tensor_parallel(cfg, facts, distributed.world_size())
     facts, served = check_served(cfg, tokenizer, facts)
     takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
-    load = functools.partial(data.load_prompts, tokenizer=tokenizer, cfg=cfg.data, default_domain=takes_all)
+    load = functools.partial(data.load_prompts, tokenizer=tokenizer, cfg=cfg.data, default_domain=takes_all, moment=moment)
     train_set = load(
         cfg.data.data, flag="--data", need_answer=cfg.loss.reward_weight > 0, need_response=need_response,
-        max_response_tokens=cfg.rollout.max_response_tokens,
+        max_response_tokens=cfg.rollout.max_response_tokens, eos_ids=facts.student.eos_ids,
     )  # fmt: skip
     eval_set = load(cfg.data.eval_data, flag="--eval_data", need_answer=True) if cfg.data.eval_data else None
     routes = data.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
@@ -291,15 +294,6 @@ def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
         "inner_updates": cfg.batch.inner_updates,
         "seed": cfg.run.seed,
     }
-
-
-def _say_counts(*prompt_sets: data.PromptSet | None) -> None:
-    for name, prompt_set in zip(("training", "held-out"), prompt_sets, strict=True):
-        if prompt_set is None:
-            continue
-        counts = ", ".join(f"{domain} {count}" for domain, count in prompt_set.counts.items())
-        overlong = sum(prompt_set.overlong.values())
-        say(f"{name} prompts: {counts}" + (f"; {overlong} over-long ones dropped or cut" if overlong else ""))
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -37,7 +37,8 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     """Tells the user what concerns this rank, whichever it is: console and log."""
-    print(f"warning: rank {rank()}: {message}", file=sys.stderr, flush=True)
+    # In one piece: launchers start `python -u`, and `print` would write the end of the line after another rank's warning.
+    print(f"warning: rank {rank()}: {message}\n", end="", file=sys.stderr, flush=True)
     logger.warning(message)
 
 

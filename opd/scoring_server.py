@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from opd import distributed
 from opd.arguments import OneLineParser
 from opd.content import content_hash
 from opd.heads import load_head
@@ -120,4 +121,5 @@ def serve(argv: list[str], token: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(serve))
+    with distributed.exit_together():
+        sys.exit(run_main(serve))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from opd.attention import AUTO, attention_for
 from opd.rows import one_line
 
 
@@ -102,11 +103,11 @@ def served_length(model: str, context: int | None, max_model_len: int | None) ->
 
 
 def read_model(
-    flag: str, path: str, trust_remote_code: bool = False, *, attn_implementation: str | None = None
+    flag: str, path: str, trust_remote_code: bool = False, *, attn_implementation: str = AUTO
 ) -> torch.nn.Module:
     """The causal language model of a directory or hub id on the meta device: shapes only.
 
-    ValueError if it cannot be built, or has no such attention; None stands for the one that transformers chooses.
+    ValueError if it cannot be built, or not with that attention.
     """
     check_path(flag, path)
     options = {"trust_remote_code": trust_remote_code}
@@ -114,16 +115,16 @@ def read_model(
         flag, path, "config.json",
         lambda: AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **options),
     )  # fmt: skip
-    if attn_implementation is None:
-        return model_of(config, flag, path, **options)
     try:
-        return model_of(copy.deepcopy(config), flag, path, attn_implementation=attn_implementation, **options)
+        attention = attention_for(config, attn_implementation)
+        return model_of(copy.deepcopy(config), flag, path, attn_implementation=attention, **options)
     except ValueError as error:
+        if attn_implementation == AUTO:
+            raise
         model_of(config, flag, path, **options)  # what fails here too is not a matter of attention
-        other = "another" if attn_implementation == "eager" else "--attn_implementation eager"
-        reason = str(error).partition(": cannot load its architecture: ")[2]
+        reason = str(error).rpartition(": cannot load its architecture: ")[2]
         raise ValueError(
-            f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose {other} ({reason})"
+            f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose auto or eager ({reason})"
         ) from None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from opd import distributed
+from opd.attention import attention_of
 from opd.checkpoint_names import checkpoint_tensors
 from opd.config import ModelConfig, OptimConfig
 from opd.deepspeed_engine import ShardedEngine
@@ -111,9 +112,10 @@ class Student:
     ):
         dtype = resolve_dtype(model.dtype)
         self.sharded = ShardedEngine(ds_config, optim, dtype=dtype)
+        path, trust = model.student_model, model.trust_remote_code
         self.model = AutoModelForCausalLM.from_pretrained(
-            model.student_model, dtype=dtype, attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
+            path, dtype=dtype, trust_remote_code=trust,
+            attn_implementation=attention_of(path, model.attn_implementation, trust_remote_code=trust),
         )  # fmt: skip
         if self.sharded.stage != 3:
             self.model.to(device)

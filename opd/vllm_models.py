@@ -96,7 +96,7 @@ def _brings_models() -> bool:
 @functools.cache
 def _why_not_importable(module: str, name: str) -> str | None:
     """The error at the root of a failed import of a class of vLLM's, or None."""
-    if module == "transformers":  # vLLM's backend of that name: it imports images' classes, and they import what they can
+    if module == "transformers":  # vLLM's backend of that name names images' classes too, and imports without them
         return None
     if importlib.util.find_spec("torchvision") is not None and importlib.util.find_spec("torchaudio") is not None:
         return None

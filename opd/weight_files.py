@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from opd.rows import one_line
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = ("F64", "F32", "F16", "BF16")
 LFS_POINTER = b"version https://git-lfs"
 
 # Families whose published checkpoints have no prefix, and for which vLLM 0.32 adds it as transformers does.
@@ -123,7 +123,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
             raise ValueError(f"{path.name} is a git-lfs pointer, not weights; fetch it with git lfs pull")
         if not start:
             raise ValueError(f"{path.name} is empty; fetch it again")
-        with safe_open(path, framework="np") as file:  # maps the file, and checks that its header accounts for every byte
+        with safe_open(path, framework="np") as file:  # checks that the header accounts for every byte, and reads none
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
             return {name: Stored(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
@@ -162,21 +162,21 @@ def _check(root: Path, model: PreTrainedModel, vllm: bool) -> None:
         raise ValueError("a LoRA adapter lies beside its weights (adapter_config.json); merge it, or move it away")
     stored = read_headers(root)
     expected = model.state_dict(keep_vars=True)
-    floats = {
-        name: torch.empty(s.shape, dtype=FLOATS[s.dtype], device="meta") for name, s in stored.items() if s.dtype in FLOATS
-    }
     others = {name: s for name, s in stored.items() if s.dtype not in FLOATS}
-    for name in others.keys() & expected.keys():
-        if not expected[name].is_floating_point():  # a buffer of integers
-            floats[name] = torch.empty(others[name].shape, dtype=expected[name].dtype, device="meta")
     tied = _tied_names(model, expected)
-    found = _ask_transformers(model, {name: tensor for name, tensor in floats.items() if name not in tied})
+    tensors = {name: torch.empty(s.shape, device="meta") for name, s in stored.items() if name not in tied}
+    found = _ask_transformers(model, tensors)
     missing = [name for name in expected if name in found["missing_keys"]]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(expected)} weights are not in its files, first {missing[0]}; "
             + _remedy(model, expected[missing[0]], missing[0], found["unexpected_keys"], others)
         )
+    if others:
+        lost = _ask_transformers(model, {name: t for name, t in tensors.items() if name not in others})["missing_keys"]
+        lost = [name for name, tensor in expected.items() if name in lost and tensor.is_floating_point()]
+        if lost:
+            raise ValueError(f"{len(lost)} of its weights are no floating-point numbers, first {lost[0]}; " + _types(others))
     if found["mismatched_keys"]:
         name, there, here = min(found["mismatched_keys"])
         raise ValueError(
@@ -219,12 +219,16 @@ def _remedy(
     if extra := _extra_parts(model, missing, unexpected):
         return f"names in its files have `{extra}.` too many; save the model without what is wrapped around it"
     if others:
-        (dtype, count), *_ = Counter(s.dtype for s in others.values()).most_common(1)
-        return f"{count} tensors are of type {dtype}, as quantised weights are; give its bfloat16 checkpoint"
+        return _types(others)
     head = model.get_output_embeddings()
     if weight is head.weight and weight is not model.get_input_embeddings().weight:
         return "export the model with its lm_head, or set tie_word_embeddings to true in config.json if the embedding is it"
     return "export the model again, whole"
+
+
+def _types(others: dict[str, Stored]) -> str:
+    (dtype, count), *_ = Counter(s.dtype for s in others.values()).most_common(1)
+    return f"{count} tensors are of type {dtype}, as quantised weights are; give its bfloat16 checkpoint"
 
 
 def _extra_parts(model: PreTrainedModel, missing: str, names: Iterable[str]) -> str | None:
@@ -232,19 +236,22 @@ def _extra_parts(model: PreTrainedModel, missing: str, names: Iterable[str]) -> 
 
     Example: of "student.model.norm.weight", where "model.norm.weight" is missing, it is "student".
     """
-    bare = missing.removeprefix(f"{model.base_model_prefix}.")
-    for wanted in (missing, bare):
-        for name in names:
-            if name != wanted and name.rpartition(".")[2] == wanted.rpartition(".")[2]:
-                rest, extra = wanted.split("."), []
-                for part in name.split("."):
-                    if rest and part == rest[0]:
-                        rest = rest[1:]
-                    else:
-                        extra.append(part)
-                if not rest:
-                    return ".".join(extra)
+    for wanted in (missing, missing.removeprefix(f"{model.base_model_prefix}.")):
+        found = [extra for name in names if (extra := _parts_beside(wanted, name))]
+        if found:
+            return ".".join(min(found, key=len))
     return None
+
+
+def _parts_beside(wanted: str, name: str) -> list[str] | None:
+    """What is left of a name without the parts of the wanted one, which must follow each other in it; else None."""
+    rest, extra = wanted.split("."), []
+    for part in name.split("."):
+        if rest and part == rest[0]:
+            rest.pop(0)
+        else:
+            extra.append(part)
+    return None if rest else extra
 
 
 def _check_unexpected(model: PreTrainedModel, unexpected: Iterable[str]) -> None:
@@ -266,6 +273,9 @@ def _check_prefix(model: PreTrainedModel, stored: dict[str, Stored], expected: d
     if not prefix or model.config.model_type in WITHOUT_PREFIX:
         return
     bare = [name for name in stored if name not in expected and f"{prefix}.{name}" in expected]
+    if bare:
+        named = revert_weight_conversion(model, dict(model.state_dict()))  # as save_pretrained does: Fuyu's have none
+        bare = [name for name in bare if name not in named]
     if bare:
         raise ValueError(
             f"{len(bare)} names in its files lack the prefix `{prefix}.`, first {bare[0]}, and vLLM does not know them so; "

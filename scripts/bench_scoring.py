@@ -267,4 +267,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with distributed.exit_together():
+        sys.exit(main())

@@ -300,8 +300,10 @@ def main() -> int:
     device = tools.pick_device(args.device)
     args.size = args.size or ("small" if device == "cuda" else "tiny")
     if args.section:
-        args.answer.write_text(json.dumps(run_here(args.section, SIZES[args.size], device)))
-        return 0
+        from opd import distributed  # whatever is missing, the process that started this one has said it
+
+        with distributed.exit_together():
+            args.answer.write_text(json.dumps(run_here(args.section, SIZES[args.size], device)))
     results = {name: run_section(name, args, device) for name in args.sections}
     print(report(results))
     output = args.output or default_output(device)

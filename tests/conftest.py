@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,14 @@ class Tiny:
     train: Path
     eval: Path
     domains: tuple[str, ...] = DOMAINS
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A published chat model, and a student of 20 of its 30 layers: model directories."""
+
+    whole: Path
+    student: Path
 
 
 def pytest_addoption(parser):
@@ -95,6 +104,20 @@ def tiny_tied(tmp_path_factory, tokenizer) -> Path:
     path = tmp_path_factory.mktemp("tiny_tied")
     _save(_random_model("tied", tokenizer, tie_word_embeddings=True), tokenizer, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> RealModel:
+    """Downloaded once per machine, into $OPD_CACHE or ~/.cache/opd. A test that needs it fails where it cannot be had."""
+    cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
+    model = RealModel(cache / "smollm2", cache / "smollm2_20")
+    script = [sys.executable, str(ROOT / "scripts" / "get_smollm2.py"), "--output_dir", str(model.whole)]
+    done = subprocess.run(
+        [*script, "--student_dir", str(model.student), "--num_layers", "20"], env=worker_environment(),
+        capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import shutil
+from datetime import datetime
 
 import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
 import train_gkd
 import train_mopd
-from opd import config, distributed, run
+from opd import config, run
+from opd import checkpoint, config, distributed, run
 from opd.arguments import parse
 from opd.build import build_student
 from opd.run import prepare, user_errors
+from opd.types import LoopState
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -85,6 +88,9 @@ def test_no_teacher_and_a_domain_without_one(tiny, tmp_path, capsys):
         ("", ["empty"]),
         ('{"prompt": "a"\n', ["line 1", "not JSON"]),
         ('{"x": 1}\n', ["line 1", "data_source", "--domain_key"]),
+        ('{"data_source": "\\ud800", "prompt": "a"}\n', ["line 1", "data_source", "half a surrogate"]),
+        ('{"data_source": "m", "prompt": "a", "tools": [{"name": "f"}]}\n', ["line 1", "leaves out the tools"]),
+        ("version https://git-lfs.github.com/spec/v1\n", ["git-lfs pointer", "git lfs pull"]),
     ],
 )
 def test_data_files(tiny, tmp_path, capsys, text, parts):
@@ -137,6 +143,35 @@ def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
     assert stopped.value.code == 0  # the dry run ends there
 
 
+WEIGHTS = {
+    "git-lfs pointer": (lambda path: (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+                        "model.safetensors is a git-lfs pointer"),
+    "truncated": (lambda path: (path / "model.safetensors").write_bytes(b"\0" * 100), "is not a whole safetensors file"),
+    "quantised": (lambda path: edit_config(path, quantization_config={"quant_method": "gptq"}), "are quantised"),
+    "another shape": (lambda path: edit_config(path, intermediate_size=64), "have another shape than config.json says"),
+    "no class of vLLM's": (lambda path: edit_config(path, architectures=["Qwen3Model"]), "architectures ['Qwen3Model']"),
+}  # fmt: skip
+
+
+def edit_config(path, **changes) -> None:
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize("damage", WEIGHTS)
+@pytest.mark.parametrize("who", ["student", "addition"])
+def test_model_directories_that_do_not_hold_the_model(tiny, tmp_path, capsys, who, damage):
+    """tests/test_weight_files.py has the whole list."""
+    change, says = WEIGHTS[damage]
+    path = tmp_path / "model"
+    shutil.copytree(getattr(tiny, who), path)
+    change(path)
+    argv = [a.replace(str(getattr(tiny, who)), str(path)) for a in arguments(tiny, tmp_path / "run")]
+    line = mistake(capsys, [*argv, "--dry_run"])
+    assert says in line and str(path) in line
+    assert ("--student_model" if who == "student" else "--teacher addition") in line
+
+
 def test_an_output_directory_that_cannot_be(tiny, capsys):
     assert "--output_dir /proc/run" in mistake(capsys, arguments(tiny, "/proc/run"))
 
@@ -186,7 +221,7 @@ def test_train_gkd(tiny, tmp_path, capsys, flags):
     assert all(part in line for part in GKD[flags]), line
 
 
-def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, capsys):
     """It shows only in what the model computes, so its weights are loaded first."""
     path = tmp_path / "mamba"
     MambaForCausalLM(
@@ -197,8 +232,63 @@ def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, monkeypa
     cfg = dataclasses.replace(ready.cfg, model=dataclasses.replace(ready.cfg.model, student_model=str(path)))
     run_of_mamba = dataclasses.replace(ready, cfg=cfg, ds_config={"zero_optimization": {"stage": 0}})
     capsys.readouterr()
-    monkeypatch.setattr(distributed, "leave", lambda: None)  # this process has other tests to run
     with pytest.raises(SystemExit) as stopped:
         build_student(run_of_mamba)
     assert stopped.value.code == 2
     assert "error: --packing: mamba mixes sequences that lie in one row" in capsys.readouterr().err
+
+
+# ---- Chat templates --------------------------------------------------------------------------------------------------
+
+
+def with_template(tiny, path, template: str) -> list[str]:
+    """Arguments of a run whose student is the tiny one with another chat template."""
+    shutil.copytree(tiny.student, path / "student")
+    (path / "student" / "chat_template.jinja").write_text(template)
+    argv = [*arguments(tiny, path / "run"), "--allow_template_mismatch"]
+    argv[argv.index(str(tiny.student))] = str(path / "student")
+    return argv
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("{{ 1 // 0 }}", "refuses it: ZeroDivisionError"), ("{% for m in messages %}a{% endfor %}", "leaves out the text")],
+)
+def test_templates_that_cannot_be_used(tiny, tmp_path, capsys, template, said):
+    line = mistake(capsys, with_template(tiny, tmp_path, template))
+    assert f"--data {tiny.train}, line 1: column `prompt`: the chat template {said}" in line
+
+
+def test_dataset_responses_end_as_the_template_ends_a_turn(tiny, tmp_path, tokenizer):
+    """Both tokens end the student's responses; the tokenizer's EOS is the other one."""
+    letter = tokenizer.convert_tokens_to_ids("z")
+    argv = with_template(tiny, tmp_path, "{% for m in messages %}{{ m.content }}z{% endfor %}")
+    generation = tmp_path / "student" / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [tokenizer.eos_token_id, letter]}))
+    rows = [json.loads(line) | {"response": "ab"} for line in tiny.train.read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv[argv.index(str(tiny.train))] = str(tmp_path / "rows.jsonl")
+    argv = [*(a for a in argv if not a.startswith("--teacher=")), f"--teacher={tiny.addition}"]
+    ready = prepare(parse(train_gkd.Config, argv), need_response=True)
+    assert {tuple(p.target_ids) for p in ready.train_set.prompts} == {tuple(tokenizer.convert_tokens_to_ids([*"abz"]))}
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_another_day(tiny, tmp_path, monkeypatch):
+    """The first start decides: neither the prompts nor their hash change with the day."""
+
+    def start(moment: datetime, *flags):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls: moment)})
+        monkeypatch.setattr(checkpoint, "datetime", clock)
+        return prepare(parse(train_mopd.Config, [*argv, *flags]))
+
+    argv = with_template(tiny, tmp_path, "{{ strftime_now('%d%m%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    first = start(datetime(2026, 2, 28, 23, 59, 59, 5))
+    assert first.fingerprint["first_start"] == "2026-02-28T23:59:59"
+    state = LoopState(step=1)
+    checkpoint.save(first.run_dir, state, lambda path: (path / "shard").write_bytes(b"s"), first.fingerprint, keep=1)
+    for flags in ((), ("--resume", str(first.run_dir / "checkpoints" / "step_1"))):
+        again = start(datetime(2026, 3, 1), *flags)
+        assert again.resume_from.name == "step_1" and again.fingerprint == first.fingerprint
+        assert again.train_set.prompts == first.train_set.prompts
+    other = start(datetime(2026, 3, 1), "--output_dir", str(tmp_path / "other"))
+    assert other.train_set.prompts != first.train_set.prompts

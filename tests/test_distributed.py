@@ -84,11 +84,6 @@ def test_unequal_ranks_run_equally_many_micro_batches(agreed):
     assert seen(agreed, "micro_batches", "total") == [22, 22]
 
 
-def test_a_rank_that_is_done_has_left_the_group(agreed):
-    """A group that the interpreter's exit takes down aborted one start in five, after all work was done."""
-    assert seen(agreed, "left", "group") == [False] * 2
-
-
 # ---- Ends ------------------------------------------------------------------------------------------------------------
 
 

@@ -127,6 +127,20 @@ def test_rows_point_down_or_sideways_and_never_in_circles(name):
     assert name not in reached
 
 
+def test_whoever_joins_the_ranks_ends_in_one_place():
+    """Elsewhere the interpreter would take the groups down, and now and then abort a program that has done its work."""
+    helpers = {  # called by programs that end there, or by pytest
+        "opd/distributed.py", "opd/run.py", "opd/scoring.py", "scripts/gpu_check_engines.py", "scripts/gpu_check_training.py",
+        "tests/conftest.py",
+    }  # fmt: skip
+    joins = re.compile(r"(distributed\.init|init_process_group|join_alone)\(")
+    files = [path for folder in ("opd", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in [*files, *(ROOT / name for name in SCRIPTS)]}
+    joining = {name for name, text in texts.items() if joins.search(text)}
+    assert joining >= helpers
+    assert not [name for name in joining - helpers if "exit_together(" not in texts[name]]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_import_the_package_but_neither_engine_library_nor_each_other(script):
     own, other = imports_of((ROOT / script).read_text())
@@ -233,7 +247,7 @@ def launches(text: str) -> list[tuple[str, list[str]]]:
 
 
 def shell_texts() -> dict[str, str]:
-    texts = {path.name: path.read_text() for path in sorted((ROOT / "scripts").glob("*.sh"))}
+    texts = {path.name: path.read_text() for path in sorted((ROOT / "scripts").rglob("*.sh"))}
     return texts | {path.name: "\n".join(code_blocks(path.read_text(), "(?:bash|sh)")) for path in PAGES}
 
 

@@ -66,25 +66,25 @@ from pathlib import Path
 from opd import distributed
 from opd.metrics import Metrics, write_rollouts, write_run_files
 
-distributed.init()
-rank = distributed.rank()
-write_run_files(Path("run"), {"num_steps": 3}, ["train.py"])
-metrics = Metrics(Path("run"), num_steps=3, domains=["math", "code"])
-if rank == 0:
-    metrics.add("loss/total", 6.0, 2)
-    metrics.add("loss/total/math", 6.0, 2)
-else:
-    metrics.merge({"loss/total": (torch.tensor(2.0), torch.tensor(6)), "loss/total/code": (torch.tensor(2.0), 6.0)})
-    metrics.add("mismatch/k1", 0.0, 0)
-metrics.add_max("mem/host_rss_gib", [3.0, 5.0][rank])
-metrics.add("time/score", [1.0, 2.0][rank])
-metrics.add("time/score", [1.5, 0.0][rank])
-metrics.histogram("distill/k1", torch.tensor([[0.0, 1.0], [2.0, math.nan]])[rank], step=1)
-row = metrics.flush(1)
-write_rollouts(Path("run"), 1, [{"rank": rank}])
-Path(f"row_{rank}.json").write_text(json.dumps(row))
-metrics.close()
-distributed.leave()
+with distributed.exit_together():
+    distributed.init()
+    rank = distributed.rank()
+    write_run_files(Path("run"), {"num_steps": 3}, ["train.py"])
+    metrics = Metrics(Path("run"), num_steps=3, domains=["math", "code"])
+    if rank == 0:
+        metrics.add("loss/total", 6.0, 2)
+        metrics.add("loss/total/math", 6.0, 2)
+    else:
+        metrics.merge({"loss/total": (torch.tensor(2.0), torch.tensor(6)), "loss/total/code": (torch.tensor(2.0), 6.0)})
+        metrics.add("mismatch/k1", 0.0, 0)
+    metrics.add_max("mem/host_rss_gib", [3.0, 5.0][rank])
+    metrics.add("time/score", [1.0, 2.0][rank])
+    metrics.add("time/score", [1.5, 0.0][rank])
+    metrics.histogram("distill/k1", torch.tensor([[0.0, 1.0], [2.0, math.nan]])[rank], step=1)
+    row = metrics.flush(1)
+    write_rollouts(Path("run"), 1, [{"rank": rank}])
+    Path(f"row_{rank}.json").write_text(json.dumps(row))
+    metrics.close()
 """
 
 

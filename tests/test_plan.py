@@ -11,7 +11,15 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, worker_environment
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig
+from transformers import (
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+)
 
 import train_gkd
 import train_mopd
@@ -23,7 +31,7 @@ from opd.plan_types import GIB, OFFLOADS, PHASES, Machine
 from opd.plan_view import as_json, remedies, table, verdict
 from opd.planner import Plan, make_plan
 from opd.run import prepare
-from opd.shapes import ModelShape, model_of, shape_of
+from opd.shapes import ModelShape, layer_values, model_of, shape_of
 from opd.sharding import ZeroSettings, zero_shard
 
 # ---- Exact: what ZeRO holds, against the tensors of real engines -------------------------------------------------------
@@ -123,6 +131,36 @@ def test_activations_are_near_what_autograd_saves():
     kept = sum(size for ptr, size in saved.items() if ptr not in parameters)
     assert hidden.requires_grad
     assert shape.activations_per_token(4) * ids.numel() * 2 == pytest.approx(kept, rel=0.15)
+
+
+def test_layers_that_differ_count_as_the_largest():
+    """By transformers' overrides, whose global field may not be read, as Gemma 4's; and by lists, as Gemma 3n's."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    gemma = Gemma4TextConfig(
+        **small, intermediate_size=48, head_dim=16, global_head_dim=32, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="per-layer"):
+        _ = gemma.head_dim
+    shape = shape_of(model_of(gemma, "--x", "m"), "--x", "m")
+    assert (shape.head_dim, shape.num_kv_heads, shape.num_layers) == (32, 1, 4)
+    assert shape.kv_per_token == 2 * 4 * 1 * 32
+    config = Qwen3Config(**small, intermediate_size=48, head_dim=16)
+    config.per_layer_config = {0: {"num_key_value_heads": 2, "intermediate_size": 96}}
+    assert layer_values(config, "num_key_value_heads") == [2, 1, 1, 1]
+    assert layer_values(PreTrainedConfig(num_key_value_heads=[1, 2, None, 2]), "num_key_value_heads") == [1, 2, 2]
+    gemma = Gemma3nTextConfig(
+        **small, head_dim=16, intermediate_size=[48, 96, 48, 48], activation_sparsity_pattern=[0.0] * 4, laurel_rank=4,
+        vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    )  # fmt: skip
+    assert shape_of(model_of(gemma, "--x", "m"), "--x", "m").mlp_size == 96
+
+
+def test_a_configuration_that_does_not_say_enough_is_one_line():
+    model = model_of(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), "--x", "m")
+    with pytest.raises(ValueError, match=r"--x m: config\.json has no num_attention_heads"):
+        shape_of(model, "--x", "m")
 
 
 # ---- Published shapes --------------------------------------------------------------------------------------------------
@@ -263,13 +301,14 @@ from opd.vllm_engine import HiddenStateEngine
 def resident():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
 
-distributed.init()
-engines = []
-for name, model in (("first", sys.argv[1]), ("second", sys.argv[2])):  # the first one brings the libraries
-    before = resident()
-    options = {"tokenizer": sys.argv[1], "dtype": "float32", "max_model_len": 64, "trust_remote_code": False}
-    engines.append(HiddenStateEngine(name, model, kv_cache_gib=0.25, **options))
-print("grown", resident() - before)
+with distributed.exit_together():
+    distributed.init()
+    engines = []
+    for name, model in (("first", sys.argv[1]), ("second", sys.argv[2])):  # the first one brings the libraries
+        before = resident()
+        options = {"tokenizer": sys.argv[1], "dtype": "float32", "max_model_len": 64, "trust_remote_code": False}
+        engines.append(HiddenStateEngine(name, model, kv_cache_gib=0.25, **options))
+    print("grown", resident() - before)
 """
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +35,7 @@ from transformers import (
 
 from opd import vllm_models
 from opd.arguments import parse
+from opd.attention import attention_for
 from opd.config import (
     BatchConfig,
     DataConfig,
@@ -51,8 +53,16 @@ from opd.plan import read_job
 from opd.plan_types import GIB, Machine
 from opd.plan_view import table
 from opd.planner import make_plan
-from opd.preflight import check_models, check_output_dir, check_tensor_parallel, dry_run_report, load_tokenizer
-from opd.shapes import read_model
+from opd.preflight import (
+    _divided,
+    check_downloads,
+    check_models,
+    check_output_dir,
+    check_tensor_parallel,
+    dry_run_report,
+    load_tokenizer,
+)
+from opd.shapes import layer_values, read_model
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -303,10 +313,24 @@ def test_families_without_the_attention_that_is_asked_for(student, tmp_path, con
     shutil.copytree(student, tmp_path / "m")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     odd = str(tmp_path / "m")
-    message = refusal(odd, odd, "--allow_template_mismatch")
-    assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose --attn_implementation eager")
+    message = refusal(odd, odd, "--attn_implementation", "sdpa", "--allow_template_mismatch")
+    assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager")
+    check_models(make_config(odd, odd))  # auto
     check_models(make_config(odd, odd, "--attn_implementation", "eager"))
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
+
+
+def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
+    """PyTorch's own does not know the soft-cap of Gemma 2, and says nothing."""
+    shutil.copytree(student, tmp_path / "m")
+    config = Gemma2Config(**SMALL, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    message = refusal(odd, odd, "--attn_implementation", "sdpa")
+    assert "leaves out the soft-cap of gemma2 (attn_logit_softcapping = 50.0)" in message and "choose auto" in message
+    assert attention_for(config) == "eager" and attention_for(config, "eager") == "eager"
+    assert attention_for(Gemma2Config(attn_logit_softcapping=None)) is None
+    check_models(make_config(odd, odd))
 
 
 def test_an_attention_that_nobody_has(student):
@@ -412,6 +436,12 @@ def break_shard(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}}))
 
 
+def break_weights(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, path / "model.safetensors")
+
+
 def break_generation_config(path: Path) -> None:
     (path / "generation_config.json").write_text("{")
 
@@ -429,6 +459,7 @@ def break_generation_config(path: Path) -> None:
         (break_no_weights, "no .safetensors weights in the directory; convert the .bin files"),
         (break_shard, "1 of 1 weight files are missing, first model-2-of-2.safetensors"),
         (break_generation_config, "generation_config.json"),
+        (break_weights, "1 of 14 weights are not in its files, first model.norm.weight"),
     ],
 )
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -455,6 +486,34 @@ def test_teachers_that_sleep_on_the_disk(student, tmp_path, monkeypatch):
     check_models(make_config(student, student, *disk))
 
 
+def test_hub_ids_are_checked_when_their_files_are_there(student, tmp_path, monkeypatch):
+    """As the cache of the hub lays them out; nothing is fetched."""
+    snapshot = tmp_path / "hub" / "models--group--model" / "snapshots" / "0"
+    shutil.copytree(student, snapshot)
+    (tmp_path / "hub" / "models--group--model" / "refs").mkdir()
+    (tmp_path / "hub" / "models--group--model" / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    by_flag = {"--student_model": make_config("group/model", student), "--teacher math": make_config(student, "group/model")}
+    for config in by_flag.values():
+        check_models(config)
+        check_downloads(config)
+    break_weights(snapshot)
+    for flag, config in by_flag.items():
+        check_models(config)
+        assert error(check_downloads, config).startswith(f"{flag} group/model: 1 of 14 weights are not in its files")
+
+
+def test_tensor_parallel_divides_every_layer(student, tmp_path):
+    """Layers of 4 and of 6 key-value heads go to 2 GPUs, not to 4."""
+    config = tiny(num_hidden_layers=2, num_attention_heads=12, num_key_value_heads=4)
+    config.per_layer_config = {1: {"num_key_value_heads": 6, "intermediate_size": 48}}
+    fact = dataclasses.replace(
+        check_models(make_config(student, student)).student,
+        kv_heads=math.gcd(*layer_values(config, "num_key_value_heads")), divided=_divided(config),
+    )  # fmt: skip
+    assert fact.kv_heads == 2 and fact.divided == {"attention heads": 12, "intermediate channels": 16}
+
+
 def test_a_file_is_not_a_model(student, tmp_path):
     (tmp_path / "f").write_text("")
     assert "no such model directory" in error(load_tokenizer, str(tmp_path / "f"))
@@ -476,15 +535,15 @@ def write_header(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def test_dry_run_report_loads_no_weights(student, tmp_path):
-    """Of a model of 600 GB, which is more than this machine can load."""
+    """Of a model of 800 GB, which is more than this machine can load."""
     model = tmp_path / "m"
     shutil.copytree(student, model)
-    large = tiny(hidden_size=16384, intermediate_size=65536, num_hidden_layers=80, num_attention_heads=8, head_dim=2048)
+    large = tiny(hidden_size=65536, intermediate_size=262144, num_hidden_layers=8, num_attention_heads=8, head_dim=2048)
     large.architectures = ["Qwen3ForCausalLM"]
     large.save_pretrained(model)
     shapes = {name: tuple(p.shape) for name, p in read_model("--student_model", str(model)).named_parameters()}
     write_header(model / "model.safetensors", shapes)
-    assert (model / "model.safetensors").stat().st_size > 600e9
+    assert (model / "model.safetensors").stat().st_size > 800e9
     rows = [{"data_source": d, "prompt": p} for d, p in (("math", "abc"), ("math", "def"), ("code", "xyz"))]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(str(model), str(model), "--teacher", f"code={model}")

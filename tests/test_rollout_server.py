@@ -88,12 +88,13 @@ import dataclasses, json, sys
 from opd import distributed
 from opd.vllm_engine import GeneratorEngine
 job = json.load(open(sys.argv[1]))
-distributed.init()
-engine = GeneratorEngine(
-    job["model"], dtype="float32", max_model_len=512, kv_cache_gib=0.03, seed=0, trust_remote_code=False, enforce_eager=True
-)
-samples = [engine.generate(job["prompts"], job["seeds"], job["stop_ids"], **options) for options in job["options"]]
-json.dump([[dataclasses.asdict(s) for s in part] for part in samples], open(sys.argv[2], "w"))
+with distributed.exit_together():
+    distributed.init()
+    of_engine = {"dtype": "float32", "max_model_len": 512, "kv_cache_gib": 0.03, "seed": 0}
+    engine = GeneratorEngine(job["model"], trust_remote_code=False, enforce_eager=True, **of_engine)
+    samples = [engine.generate(job["prompts"], job["seeds"], job["stop_ids"], **options) for options in job["options"]]
+    with open(sys.argv[2], "w") as answer:
+        json.dump([[dataclasses.asdict(s) for s in part] for part in samples], answer)
 """
 
 

@@ -1,6 +1,7 @@
 """The run directory: logs that keep the console clean, files that hold no secret."""
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from opd.run_files import redact, redact_argv, write_rollouts, write_run_files
+from opd.run_files import redact, redact_argv, warn, write_rollouts, write_run_files
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 300
@@ -162,3 +163,17 @@ def test_rollouts_are_one_strict_object_a_line(tmp_path):
         {**rows[0], "reward": None},
         rows[1],
     ]
+
+
+def test_a_warning_is_written_in_one_piece(monkeypatch):
+    """Ranks share a console, and `python -u` writes every piece at once."""
+    pieces = []
+
+    class Console(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Console())
+    warn("the disk is full")
+    assert [piece for piece in pieces if piece] == ["warning: rank 0: the disk is full\n"]

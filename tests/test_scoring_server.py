@@ -3,6 +3,7 @@
 import asyncio
 import pickle
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -285,11 +286,21 @@ def test_no_model_is_a_line_and_status_2(tmp_path):
     assert_refused(["--model", str(tmp_path / "none")], "no such model directory")
 
 
+@pytest.mark.parametrize("server", ["scoring_server", "rollout_server", "logprob_server"])
+def test_broken_weights_are_a_line_and_status_2(tiny, tmp_path, server):
+    """For each of the servers, before one is loaded."""
+    path = tmp_path / "m"
+    shutil.copytree(tiny.padded, path)
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    more = [] if server == "scoring_server" else ["--weights_dir", str(tmp_path / "weights")]
+    assert_refused(["--model", str(path), *more], f"--model {path}: model.safetensors is a git-lfs pointer", server)
+
+
 # ---- Attacks ---------------------------------------------------------------------------------------------------------
 
 
-def assert_refused(flags: list[str], says: str, **env: str) -> None:
-    command = [sys.executable, "-m", "opd.scoring_server", *flags]
+def assert_refused(flags: list[str], says: str, server: str = "scoring_server", **env: str) -> None:
+    command = [sys.executable, "-m", f"opd.{server}", *flags]
     environment = worker_environment(**env)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert run.returncode == 2, run.stderr

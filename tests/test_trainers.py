@@ -214,13 +214,14 @@ VLLM_SAMPLES = """
 import json, sys
 from opd import distributed
 from opd.vllm_process import import_vllm
-distributed.init()
-vllm = import_vllm()
-llm = vllm.LLM(sys.argv[1], dtype="float32", max_model_len=64, kv_cache_memory_bytes=1 << 26, enforce_eager=True,
-               distributed_executor_backend="external_launcher")
-params = vllm.SamplingParams(max_tokens=48, temperature=1.0, n=32, seed=0)
-(output,) = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], params, use_tqdm=False)
-print("IDS", json.dumps([list(o.token_ids) for o in output.outputs]))
+with distributed.exit_together():
+    distributed.init()
+    vllm = import_vllm()
+    llm = vllm.LLM(sys.argv[1], dtype="float32", max_model_len=64, kv_cache_memory_bytes=1 << 26, enforce_eager=True,
+                   distributed_executor_backend="external_launcher")
+    params = vllm.SamplingParams(max_tokens=48, temperature=1.0, n=32, seed=0)
+    (output,) = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], params, use_tqdm=False)
+    print("IDS", json.dumps([list(o.token_ids) for o in output.outputs]))
 """
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV4Config,
     GPT2Config,
     LlamaConfig,
     Qwen3MoeConfig,
@@ -282,9 +283,13 @@ WEIGHTS = {
     "another family": (renamed(lambda n: n.replace("layers", "h")), "22 of 25 weights are not in its files"),
     "other shape": (other_shape, "6 weights have another shape than config.json says, first model.layers.0.mlp.down_proj"),
     "other vocabulary": (other_vocabulary, "1 weights have another shape than config.json says, first lm_head.weight"),
-    "int8": (of_type(torch.int8), "25 tensors are of type I8, as quantised weights are; give its bfloat16 checkpoint"),
+    "int8": (of_type(torch.int8), "25 of its weights are no floating-point numbers, first model.embed_tokens.weight; 25 "
+             "tensors are of type I8, as quantised weights are; give its bfloat16 checkpoint"),
     "one of fp8": (of_type(torch.float8_e4m3fn, UP), f"first {UP}; 1 tensors are of type F8_E4M3"),
     "int64 norm": (of_type(torch.int64, "model.norm.weight"), "first model.norm.weight; 1 tensors are of type I64"),
+    "packed": (lambda path: rewrite(path, lambda weights: {
+        (k.replace("up_proj.weight", "up_proj.qweight")): (v.int() if "up_proj" in k else v) for k, v in weights.items()
+    }), "2 of 25 weights are not in its files, first model.layers.0.mlp.up_proj.weight; 2 tensors are of type I32"),
     "more layers": (lambda path: edit_config(path, num_hidden_layers=1, layer_types=["full_attention"]),
                     "11 weights in its files have no place in the Qwen3ForCausalLM of its config.json, first model.layers.1"),
     "value head": (with_more(v_head__summary__weight=(1, 64)), "1 weights in its files have no place"),
@@ -309,6 +314,17 @@ def test_what_may_lie_in_a_checkpoint_beside_its_weights(model):
         model__embed_positions__version=1,
     )(model)  # fmt: skip
     fact_of(model)
+
+
+def test_a_buffer_of_integers_is_no_weight(tmp_path):
+    """DeepSeek V4's routing tables, which transformers renames besides."""
+    config = DeepseekV4Config(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, q_lora_rank=16, qk_rope_head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype="float32").save_pretrained(tmp_path)
+    assert any(stored.dtype == "I64" for stored in read_headers(tmp_path).values())
+    check_weights("--student_model", "m", tmp_path, read_model("--student_model", str(tmp_path)), vllm=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

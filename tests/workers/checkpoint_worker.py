@@ -190,5 +190,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve()
     else:
-        print("RESULT " + json.dumps(run(json.loads(sys.argv[1]))), flush=True)
-        distributed.leave()
+        with distributed.exit_together():
+            print("RESULT " + json.dumps(run(json.loads(sys.argv[1]))))

@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -76,11 +74,10 @@ def crash(out: Path) -> None:
         time.sleep(600)
 
     atexit.register(wait_for_the_others)
-    with distributed.exit_together():
-        if distributed.rank() == 1:
-            (out / "crashed_at").write_text(str(time.time()))
-            raise RuntimeError("lost in the forward pass")
-        distributed.all_reduce([1.0])
+    if distributed.rank() == 1:
+        (out / "crashed_at").write_text(str(time.time()))
+        raise RuntimeError("lost in the forward pass")
+    distributed.all_reduce([1.0])
 
 
 def wait(out: Path) -> None:
@@ -101,11 +98,8 @@ def main() -> None:
     args = parser.parse_args()
     distributed.init(args.local_rank)
     if args.mode == "agree":
-        with distributed.exit_together():
-            agree(args.out)
-            micro_batches(args.out)
-        left = {"group": dist.is_initialized()}
-        (args.out / f"left_{os.environ['RANK']}.json").write_text(json.dumps(left))
+        agree(args.out)
+        micro_batches(args.out)
     elif args.mode == "crash":
         crash(args.out)
     else:
@@ -113,4 +107,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with distributed.exit_together():
+        main()

@@ -71,8 +71,8 @@ def main() -> None:
             log_mismatch(metrics, batches, cfg, domains=DOMAINS)
             metrics.flush(1)
             metrics.close()
-    distributed.leave()
 
 
 if __name__ == "__main__":
-    main()
+    with distributed.exit_together():
+        main()

@@ -109,8 +109,10 @@ def main() -> None:
                 "numel": sum(v.numel() for v in still.values()),
             }
             Path(job["out"], f"{name}.json").write_text(json.dumps(record))
-    distributed.leave()
 
 
 if __name__ == "__main__":
-    main()
+    from opd import distributed
+
+    with distributed.exit_together():
+        main()

