@@ -44,7 +44,6 @@ SELF = {"same": "vllm", "samehf": "hf"}  # domains that the student itself teach
 PROMPTS = 6  # of each domain: all of them in each step
 TOLERANCE = 1e-4  # nats, float32: rounding of two implementations is below it, a dropped bias is not
 TIMEOUT_S = 300
-EAGER = "--attn_implementation eager"  # advice of a refusal that is followed
 COMMON = {
     "num_steps": 2, "prompts_per_step": PROMPTS * 3, "micro_batch_size": PROMPTS, "num_generations": 1,
     "max_prompt_tokens": 16, "max_response_tokens": 12, "learning_rate": 3e-3, "warmup_steps": 0, "dtype": "float32",
@@ -125,7 +124,6 @@ class Result:
     student: Verdict
     teachers: dict[str, Verdict]  # by backend
     seconds: float
-    attention: str = ""  # --attn_implementation, where another than the default was asked for
 
     @property
     def is_fault(self) -> bool:
@@ -165,17 +163,12 @@ def check_family(family: Family, scratch: Path) -> Result:
     teachers.append({"name": "other", "model": str(root / "other"), "backend": "vllm"})
     teachers = [{**entry, "domains": [entry["name"]]} for entry in teachers]
     config = {**COMMON, "student_model": str(root / "student"), "teachers": teachers, "parity_every": 1}
-    config["data"] = [str(root / "data.jsonl")]
-    student, attention = judge(run_trainer("train_mopd.py", config, root / "as_student")), ""
-    if student.kind == "refused" and EAGER in student.reason:
-        attention = "eager"
-        config["attn_implementation"] = attention
-        student = judge(run_trainer("train_mopd.py", config, root / "as_student_eager"))
+    student = judge(run_trainer("train_mopd.py", {**config, "data": [str(root / "data.jsonl")]}, root / "as_student"))
     if student.kind == "refused":
         verdicts = {backend: check_teacher(family, root, backend) for backend in SELF.values()}
     else:
         verdicts = {backend: Verdict(student.kind, student.reason and "see student") for backend in SELF.values()}
-    return Result(family.name, student, verdicts, round(time.monotonic() - start, 1), attention)
+    return Result(family.name, student, verdicts, round(time.monotonic() - start, 1))
 
 
 def check_teacher(family: Family, root: Path, backend: str) -> Verdict:
@@ -241,7 +234,7 @@ def table(results: list[Result]) -> str:
         "pushed. *no* means: the run was refused at its start, with the line in the last column. `mismatch` is the largest",
         "difference between the log-probabilities of sampler and student at a sampled token, in nats, after the push.",
         "",
-        "| family | `model_type` | models | student | teacher, `vllm` | teacher, `hf` | mismatch | what to know |",
+        "| family | `model_type` | models | student | teacher, `vllm` | teacher, `hf` | mismatch | reason |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
@@ -252,10 +245,9 @@ def table(results: list[Result]) -> str:
         reasons = {
             _short(v.reason) for v in (result.student, *result.teachers.values()) if v.reason not in ("", "see student")
         }
-        notes = [f"with `{EAGER}`"] if result.attention else []
         cells = [
             family.name, f"`{family.model_type}`", family.published, *answers,
-            "" if mismatch is None else f"{mismatch:.0e}", "; ".join([*notes, *sorted(reasons)]),
+            "" if mismatch is None else f"{mismatch:.0e}", "; ".join(sorted(reasons)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
