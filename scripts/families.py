@@ -90,6 +90,11 @@ FAMILIES = (
         **WINDOWED, "global_head_dim": 64, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": 30.0,
     }, telling=True),
+    Family("gemma4_e2b", "gemma4_text", "Gemma 4 E2B and E4B, text", {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 64, "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 16, "final_logit_softcapping": 30.0, "use_double_wide_mlp": True,
+    }),
     Family("vaultgemma", "vaultgemma", "VaultGemma 1B", {
         **WINDOWED, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0,
     }),
@@ -109,6 +114,10 @@ FAMILIES = (
         **_rope(partial_rotary_factor=0.25), "qk_layernorm": True, "use_parallel_residual": True,
     }),
     Family("granite", "granite", "Granite 3 and 4 dense", {**TIED, **SCALES}),
+    Family("granite4", "granitemoehybrid", "Granite 4.0 350M and 1B, dense", {
+        **TIED, **SCALES, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 128,
+        "layer_types": ["attention", "attention"], "position_embedding_type": "rope",
+    }),
     Family("granite_swa", "granite_swa", "Granite with windows", {**SCALES, **WINDOWED}),
     Family("glm", "glm", "GLM-4 9B", {**_rope(**HALF)}),
     Family("glm4", "glm4", "GLM-4-0414", {**_rope(**HALF)}),
@@ -130,6 +139,9 @@ FAMILIES = (
     Family("youtu", "youtu", "Youtu-LLM 2B", {**MLA, "num_key_value_heads": 2, "embedding_initializer_range": 0.4}),
     Family("nanochat", "nanochat", "nanochat"),
     Family("doge", "doge", "Doge 20M to 320M"),
+    Family("minicpm3", "minicpm3", "MiniCPM3 4B", {
+        **MLA, "num_key_value_heads": 2, "scale_emb": 4, "scale_depth": 1.4, "dim_model_base": 32,
+    }),
     Family("internlm2", "internlm2", "InternLM 2 and 2.5"),
     # Dense, older than Llama.
     Family("gpt2", "gpt2", "GPT-2, DistilGPT-2", telling=True),
@@ -208,6 +220,29 @@ FAMILIES = (
     Family("jetmoe", "jetmoe", "JetMoE 8B", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 32, "num_key_value_heads": 1,
     }),
+    Family("gemma4_moe", "gemma4_text", "Gemma 4 26B-A4B, text", {
+        **WINDOWED, "global_head_dim": 64, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB,
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+        "final_logit_softcapping": 30.0, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+    }),
+    Family("llama4", "llama4_text", "Llama 4 Scout, text", {
+        "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128, "intermediate_size": 64,
+        "interleave_moe_layer_step": 1, "attention_chunk_size": 16, "no_rope_layers": [1, 0], **LLAMA3_ROPE,
+    }),
+    Family("exaone_moe", "exaone_moe", "K-EXAONE", {
+        **WINDOWED, **_moe(), "num_shared_experts": 1, "first_k_dense_replace": 1,
+    }),
+    Family("glm4_moe_lite", "glm4_moe_lite", "GLM-4.7-Flash", {
+        **MLA, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+        "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    }),
+    Family("solar_open", "solar_open", "Solar Open 100B", {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
+    }),
+    Family("mimo_v2", "mimo_v2_flash", "MiMo-V2-Flash", {
+        **WINDOWED, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 64,
+        "v_head_dim": 32,
+    }),
     # State-space, convolution and linear attention, alone or beside attention.
     Family("mamba", "mamba", "Mamba 130M to 2.8B", {"num_hidden_layers": 2, "state_size": 16}),
     Family("mamba2", "mamba2", "Mamba2, Codestral Mamba", {
@@ -236,6 +271,14 @@ FAMILIES = (
     }),
     Family("lfm2", "lfm2", "LFM2 350M to 2.6B", {
         "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 64, "conv_dim_out": 64,
+    }),
+    Family("lfm2_moe", "lfm2_moe", "LFM2 8B-A1B", {
+        **_moe(), "layer_types": ["conv", "full_attention"], "num_dense_layers": 1,
+    }),
+    Family("kimi_linear", "kimi_linear", "Kimi-Linear 48B-A3B", {
+        **MLA, "q_lora_rank": None, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 32,
+        "linear_num_heads": 2,
     }),
     Family("qwen3_next", "qwen3_next", "Qwen3-Next-80B-A3B", {
         **_moe(shared_expert_intermediate_size=64), **LINEAR, **_rope(partial_rotary_factor=0.25),
