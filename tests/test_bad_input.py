@@ -10,8 +10,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import train_gkd
 import train_mopd
-from opd import config, run
-from opd import checkpoint, config, distributed, run
+from opd import checkpoint, config, run
 from opd.arguments import parse
 from opd.build import build_student
 from opd.run import prepare, user_errors
