@@ -44,6 +44,7 @@ SELF = {"same": "vllm", "samehf": "hf"}  # domains that the student itself teach
 PROMPTS = 6  # of each domain: all of them in each step
 TOLERANCE = 1e-4  # nats, float32: rounding of two implementations is below it, a dropped bias is not
 TIMEOUT_S = 300
+KILL_S = 30
 COMMON = {
     "num_steps": 2, "prompts_per_step": PROMPTS * 3, "micro_batch_size": PROMPTS, "num_generations": 1,
     "max_prompt_tokens": 16, "max_response_tokens": 12, "learning_rate": 3e-3, "warmup_steps": 0, "dtype": "float32",
@@ -145,7 +146,7 @@ def run_trainer(script: str, config: dict, directory: Path) -> Outcome:
             status = process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(KILL_S)
             status = None
     metrics = directory / "run" / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
@@ -300,7 +301,7 @@ def main() -> int:
             shutil.rmtree(scratch / family.name, ignore_errors=True)
             jobs.append(pool.submit(check_family, family, scratch))
         for job in as_completed(jobs):
-            result = job.result()
+            result = job.result(timeout=0)  # it is done
             results[result.family] = result
             print(report(result), flush=True)
             done = [results[family.name] for family in families if family.name in results]
