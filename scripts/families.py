@@ -54,8 +54,8 @@ LLAMA3_ROPE = _rope(
     "llama3", 500_000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256
 )
 HALF = {"partial_rotary_factor": 0.5}
-# Multi-head latent attention of DeepSeek.
-MLA = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+# Multi-head latent attention of DeepSeek, with the only sizes that vLLM's kernel for a CPU has.
+MLA = {"kv_lora_rank": 512, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32}
 LINEAR = {
     "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"],
@@ -190,7 +190,7 @@ FAMILIES = (
     }),
     Family("glm4_moe", "glm4_moe", "GLM-4.5, GLM-4.6", {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
-        "use_qk_norm": True, "attention_bias": True, **_rope(**HALF),
+        "use_qk_norm": True, "attention_bias": True, "head_dim": 32, **_rope(**HALF),
     }),
     Family("dots1", "dots1", "dots.llm1", {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
@@ -263,14 +263,14 @@ FAMILIES = (
     }),
     Family("zamba2", "zamba2", "Zamba2", {
         "n_mamba_heads": 4, "mamba_d_state": 16, "mamba_ngroups": 1, "chunk_size": 16, "adapter_rank": 8,
-        "layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 2, "use_mamba_kernels": False,
+        "layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 2, "head_dim": 64, "use_mamba_kernels": False,
     }),
     Family("nemotron_h", "nemotron_h", "Nemotron-H, Nemotron Nano 2", {
         "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "ssm_state_size": 16,
         "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1, "chunk_size": 16, "use_mamba_kernels": False,
     }),
     Family("lfm2", "lfm2", "LFM2 350M to 2.6B", {
-        "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 64, "conv_dim_out": 64,
+        "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 64, "block_dim": 64,
     }),
     Family("lfm2_moe", "lfm2_moe", "LFM2 8B-A1B", {
         **_moe(), "layer_types": ["conv", "full_attention"], "num_dense_layers": 1,
