@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import get_questions
 from scripts.demos import before_after
-from scripts.get_smollm2 import main, spread_layers
+from scripts.get_smollm2 import main, kept_layers
 from tests.test_trainers import metrics_of, succeed
 
 ROOT = Path(__file__).parents[1]
@@ -61,8 +61,8 @@ def test_it_chats_and_ends_its_turn(smollm2):
 
 
 def test_a_student_has_the_layers_that_were_chosen(smollm2):
-    layers = spread_layers(20)
-    assert len(set(layers)) == 20 and layers[0] == 0 and layers[-1] == 29
+    layers = kept_layers(20)
+    assert len(layers) == 20 and layers == sorted(set(layers)) and set(layers) < set(kept_layers(21)) < set(range(30))
     whole, student = (load_file(path / "model.safetensors") for path in (smollm2.whole, smollm2.student))
     kept = {f"model.layers.{new}.": f"model.layers.{old}." for new, old in enumerate(layers)}
     for name, value in student.items():
@@ -90,23 +90,23 @@ def test_without_a_network_it_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", ["1", "30", "31", "-4"])
+@pytest.mark.parametrize("number", ["19", "30", "31", "-4"])
 def test_a_student_has_fewer_layers_than_the_model(tmp_path, capsys, number):
     there = ["--output_dir", str(tmp_path / "model"), "--student_dir", str(tmp_path / "student")]
     assert main([*there, "--num_layers", number]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --num_layers {number}: give 2 to 29")
+    assert capsys.readouterr().err.startswith(f"error: --num_layers {number}: give 20 to 29")
     assert not list(tmp_path.iterdir())
 
 
 def test_something_else_is_not_overwritten(smollm2, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("precious")
     assert main(["--output_dir", str(tmp_path)]) == 2
-    assert main(["--output_dir", str(smollm2.whole), "--student_dir", str(smollm2.student), "--num_layers", "10"]) == 2
+    assert main(["--output_dir", str(smollm2.whole), "--student_dir", str(smollm2.student), "--num_layers", "25"]) == 2
     (tmp_path / "source.json").write_text((smollm2.whole / "source.json").read_text())
     assert main(["--output_dir", str(tmp_path)]) == 2
     other, layers, incomplete = capsys.readouterr().err.splitlines()
     assert other.startswith(f"error: --output_dir {tmp_path}: is there and is not SmolLM2-135M-Instruct")
-    assert layers.startswith(f"error: --student_dir {smollm2.student}: is there and is not") and "10 layers" in layers
+    assert layers.startswith(f"error: --student_dir {smollm2.student}: is there and is not") and "25 layers" in layers
     assert "lacks config.json" in incomplete
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
@@ -123,12 +123,12 @@ def test_the_sampler_is_the_student_after_every_push(smollm2, tmp_path):
         *(sys.executable, "train_mopd.py", "--student_model", str(smollm2.whole), "--teacher", str(smollm2.student)),
         *("--data", str(tmp_path / "prompts.jsonl"), "--output_dir", str(tmp_path / "run"), "--num_steps", "3"),
         *("--prompts_per_step", "4", "--max_prompt_tokens", "64", "--max_response_tokens", "8"),
-        *("--learning_rate", "1e-5", "--parity_every", "1", "--dtype", "float32", "--enforce_eager"),
+        *("--learning_rate", "3e-6", "--parity_every", "1", "--dtype", "float32", "--enforce_eager"),
         *("--rollout_kv_cache_gib", "0.1", "--teacher_kv_cache_gib", "0.1"),
     ])  # fmt: skip
     before, after = (load_file(path / "model.safetensors") for path in (smollm2.whole, tmp_path / "run" / "model"))
     head = "model.embed_tokens.weight"  # and the output projection
-    assert (before[head].float() - after[head].float()).abs().max() > 1e-5
+    assert (before[head].float() - after[head].float()).abs().max() > 1e-6
     steps = [row for row in metrics_of(tmp_path / "run") if row["step"] > 0]
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert [row["step"] for row in steps if not row["mismatch/abs_max"] < PARITY] == []
