@@ -49,7 +49,7 @@ def kept_layers(num_layers: int) -> list[int]:
 
 def is_there(directory: Path, layers: list[int], flag: str) -> bool:
     """Whether the directory holds the model of these layers; ValueError if it holds something else."""
-    if not directory.exists():
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     try:
         whole = json.loads((directory / SOURCE).read_text()) == _source(layers)
@@ -138,14 +138,16 @@ def _quiet() -> None:
 
 def get(output_dir: Path, student_dir: Path | None = None, num_layers: int = 20) -> list[str]:
     """Writes what is not there yet; returns a line for each directory."""
-    wanted = [("--output_dir", output_dir, list(range(NUM_LAYERS)))]
+    wanted = [("--output_dir", output_dir.resolve(), list(range(NUM_LAYERS)))]
     if student_dir is not None:
-        wanted.append(("--student_dir", student_dir, kept_layers(num_layers)))
+        wanted.append(("--student_dir", student_dir.resolve(), kept_layers(num_layers)))
     there = [is_there(directory, layers, flag) for flag, directory, layers in wanted]  # all, before any is written
+    whole = wanted[0][1]
     if not there[0]:
-        write_whole(output_dir)
-    if student_dir is not None and not there[1]:
-        write_student(output_dir, student_dir, wanted[1][2])
+        write_whole(whole)
+    for _, directory, layers in wanted[1:]:
+        if not there[1]:
+            write_student(whole, directory, layers)
     return [
         f"{directory}: {'already there' if old else 'written'}, {NAME}, {len(layers)} of {NUM_LAYERS} layers"
         for (_, directory, layers), old in zip(wanted, there, strict=True)

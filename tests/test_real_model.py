@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import get_questions
 from scripts.demos import before_after
-from scripts.get_smollm2 import main, kept_layers
+from scripts.get_smollm2 import kept_layers, main
 from tests.test_trainers import metrics_of, succeed
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +96,20 @@ def test_a_student_has_fewer_layers_than_the_model(tmp_path, capsys, number):
     assert main([*there, "--num_layers", number]) == 2
     assert capsys.readouterr().err.startswith(f"error: --num_layers {number}: give 20 to 29")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_directory_is_filled(smollm2, tmp_path, capsys):
+    student = tmp_path / "student"
+    student.mkdir()
+    arguments = ["--output_dir", str(smollm2.whole), "--student_dir", str(student), "--num_layers", "29"]
+    assert main(arguments) == 0 and main(arguments) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("/")]  # DeepSpeed prints too
+    assert [line.partition(": ")[2].partition(",")[0] for line in lines] == [
+        *("already there", "written"),
+        *("already there", "already there"),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert json.loads((student / "config.json").read_text())["num_hidden_layers"] == 29
 
 
 def test_something_else_is_not_overwritten(smollm2, tmp_path, capsys):
