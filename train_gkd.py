@@ -32,7 +32,8 @@ from opd.ledger import Ledger
 from opd.logits import LogitsChunk
 from opd.metrics import Metrics, say
 from opd.mismatch import log_mismatch
-from opd.padding import count_loss_tokens, make_micro_batches
+from opd.padding import count_loss_tokens
+from opd.parity import Parity
 from opd.rollout import dataset_rollouts
 from opd.run import (
     Run,
@@ -174,6 +175,7 @@ def main(run: Run) -> None:
     teachers = build_teacher_pool(run, engines, colocation.turns)
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg)
     inner_updates = cfg.batch.inner_updates
+    parity = Parity(run.micro_batches, cfg.rollout, every=cfg.run.parity_every, dtype=student.model.dtype)
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
@@ -189,12 +191,13 @@ def main(run: Run) -> None:
         with colocation.step(step), metrics.timed("step"):
             prompts = run.prompt_batch(step)  # P prompts of this rank
             on_policy = is_on_policy(step, cfg)
+            checked = on_policy and parity.is_due(step)
 
             with saves_on_failure(run, student.save_shards, state):  # no weight has changed yet
                 with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
                     if on_policy:
                         rollouts = rollout_engine.generate(
-                            prompts, step, with_logprobs=run.checks_parity(step), on_finished=teachers.hear
+                            prompts, step, with_logprobs=checked, on_finished=teachers.hear
                         )
                     else:
                         rollouts = dataset_rollouts(
@@ -204,17 +207,14 @@ def main(run: Run) -> None:
                 with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
                     scores = teachers.score(rollouts)
 
-            micro_batches = make_micro_batches(
-                rollouts, scores,
-                micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
-                packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
-            )  # fmt: skip
+            micro_batches = run.micro_batches(rollouts, scores)
             trained_on = rows_of(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
-                if on_policy and run.checks_parity(step):
+                if checked:
+                    parity.check(student, rollouts, step)  # is the sampler the student? If not, the run stops here
                     scored = [mb.with_old_logprobs(student.logprobs(mb, cfg.rollout.temperature)) for mb in micro_batches]
                     log_mismatch(metrics, scored, cfg.loss, domains=run.domains)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay

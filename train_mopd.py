@@ -41,7 +41,8 @@ from opd.losses import (
 )
 from opd.metrics import Metrics
 from opd.mismatch import corrects, log_mismatch
-from opd.padding import count_loss_tokens, make_micro_batches
+from opd.padding import count_loss_tokens
+from opd.parity import Parity
 from opd.rollout import with_rewards
 from opd.run import (
     Run,
@@ -176,6 +177,7 @@ def main(run: Run) -> None:
     old_policy, temperature = cfg.loss.old_logprobs, cfg.rollout.temperature
     logprob_temperature = temperature if corrects(cfg.loss) and old_policy == "rollout" else None
     inner_updates = cfg.batch.inner_updates
+    parity = Parity(run.micro_batches, cfg.rollout, every=cfg.run.parity_every, dtype=student.model.dtype)
 
     def save_parts(directory: Path) -> None:
         """This rank's part of a checkpoint: its shards, and responses of coming steps if some are written already."""
@@ -195,31 +197,31 @@ def main(run: Run) -> None:
         started = time.perf_counter()
         with colocation.step(step), metrics.timed("step"):
             prompts = run.prompt_batch(step)  # P prompts of this rank, mixed domains
+            checked = parity.is_due(step)
 
             with saves_on_failure(run, save_parts, state):  # no weight has changed yet
                 with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
                     rollouts = rollout_engine.generate(  # P * G responses
-                        prompts, step, with_logprobs=run.reads_logprobs(step), on_finished=teachers.hear
+                        prompts, step, with_logprobs=run.reads_logprobs or checked, on_finished=teachers.hear
                     )
+                    fresh = rollout_engine.fresh(rollouts, step) if checked else []
                     if cfg.loss.reward_weight > 0:
                         rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
 
                 with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
                     scores = teachers.score(rollouts)  # by each rollout's own domain
 
-            micro_batches = make_micro_batches(
-                rollouts, scores,
-                micro_batch_size=cfg.batch.micro_batch_size, max_tokens=cfg.batch.max_tokens_per_micro_batch,
-                packed=cfg.batch.packing, pad_id=run.facts.pad_id, domains=run.domains,
-            )  # fmt: skip
+            micro_batches = run.micro_batches(rollouts, scores)
             trained_on = rows_of(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
+                if checked:
+                    parity.check(student, fresh, step)  # is the sampler the student? If not, the run stops here
                 if old_policy == "server":  # the rollouts brought it
                     log_mismatch(metrics, micro_batches, cfg.loss, domains=run.domains)
-                elif old_policy == "recompute" or (run.checks_parity(step) and logprob_temperature is None):
+                elif old_policy == "recompute" or (checked and logprob_temperature is None):
                     micro_batches = [mb.with_old_logprobs(student.logprobs(mb, temperature)) for mb in micro_batches]
                     log_mismatch(metrics, micro_batches, cfg.loss, domains=run.domains)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay

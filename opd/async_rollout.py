@@ -34,6 +34,8 @@ from opd.rollout import places_of, sample_id_of, sample_seed
 from opd.rollout_client import Answer, RolloutServers
 from opd.types import OldPolicy, Prompt, Rollout
 
+FRESH_PROMPTS, FRESH_TOKENS = 8, 32  # of what is asked for to see whether the servers have the weights of now
+
 Push = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]  # (parameters, version) -> metrics; collective
 
 
@@ -97,15 +99,33 @@ class AsyncRolloutEngine:
 
     def generate_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response per prompt at temperature 0, for evaluation, under the weights of now."""
-        futures = []
-        for prompt in prompts:
-            future = self.servers.submit(
-                f"greedy-{prompt.prompt_id}", prompt.token_ids, seed=0, temperature=0.0, with_logprobs=False,
-                oldest=self.policy_version,
-            )  # fmt: skip
-            futures.append((_Place(-1, prompt, prompt.prompt_id, 0), future))
-        answers = self.servers.pool.collect([future for _, future in futures])
-        return [self._rollout(place, answer) for (place, _), answer in zip(futures, answers, strict=True)]
+        return self._answers(prompts, "greedy", temperature=0.0, with_logprobs=False)
+
+    def _answers(self, prompts: Sequence[Prompt], name: str, **options) -> list[Rollout]:
+        """One response per prompt, asked for now and waited for."""
+        places = [_Place(-1, prompt, prompt.prompt_id, 0) for prompt in prompts]
+        futures = [
+            self.servers.submit(
+                f"{name}-{prompt.prompt_id}", prompt.token_ids, seed=0, oldest=self.policy_version, **options
+            )
+            for prompt in prompts
+        ]
+        answers = self.servers.pool.collect(futures)
+        return [self._rollout(place, answer) for place, answer in zip(places, answers, strict=True)]
+
+    def fresh(self, rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
+        """Responses that the weights of `step` have written, of its rollouts or, if all of them are stale, a few short new ones.
+
+        None if the weights of `step` were not pushed.
+        """
+        if self.policy_version != step:
+            return []
+        if found := [rollout for rollout in rollouts if rollout.policy_version == step]:
+            return found
+        return self._answers(
+            [rollout.prompt for rollout in rollouts[:FRESH_PROMPTS]], "fresh", temperature=self.cfg.temperature,
+            with_logprobs=True, most_tokens=FRESH_TOKENS,
+        )  # fmt: skip
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Pushes the student's weights to the servers, if this step is one to push after, and issues what that allows.

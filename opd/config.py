@@ -295,7 +295,10 @@ class RunConfig:
     eval_max_prompts: int = option(0, "Held-out prompts per domain; 0 is all.")
     save_every: int = option(0, "Checkpoint every n steps; 0 is at the end only.")
     keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
-    parity_every: int = option(10, "Compare rollout engine and student every n steps; 0 is never.")
+    parity_every: int = option(
+        10, "Compare rollout engine and student in the first two steps and every n steps, and stop where they are not the "
+        "same model; 0 is never."
+    )  # fmt: skip
     rollout_samples: int = option(4, "Responses written to rollouts/ and TensorBoard at each logged step.")
     rollout_every: int = option(10, "Write sample responses every n steps; 0 is never.")
     resume: str = option(

@@ -113,6 +113,10 @@ class PeerError(RankError):
     """Raised where a rank would have waited for one that has failed; `agree_on_error` turns it into the cause."""
 
 
+class Stop(RuntimeError):
+    """Raised on every rank: the run must not go on, and one line says all about it. `exit_together` prints no traceback."""
+
+
 def was_agreed(error: BaseException) -> bool:
     """Whether every rank raises at this point, so that they may still meet."""
     return error is _agreed
@@ -226,6 +230,7 @@ def exit_together():
     | ends | 0 | the ranks for each other, in a collective operation; then rank 0 for the others |
     | `sys.exit(status)` | `status` | rank 0 for the others, if it is 0 |
     | raises | 1, with a traceback | nobody |
+    | raises `Stop` | 1, with one line | nobody |
     | Ctrl-C | SIGINT, with a traceback | nobody |
     """
     with collective_region():
@@ -302,8 +307,9 @@ def collective_region():
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        traceback.print_exc()
-        if was_agreed(error) and rank() == 0:  # what the user needs, below all that he does not
+        if not isinstance(error, Stop):
+            traceback.print_exc()
+        if (was_agreed(error) or isinstance(error, Stop)) and rank() == 0:  # what the user needs, below all that he does not
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _end_now(1)
 

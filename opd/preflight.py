@@ -318,7 +318,7 @@ def dry_run_report(config, prompt_set: PromptSet, tokenizer, facts: ModelFacts, 
         [
             "Configuration\n" + yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).rstrip(),
             memory,
-            f"Prompts: {rows}; special tokens in brackets\n" + "\n".join(prompts),
+            "\n".join([f"Prompts: {rows}; special tokens in brackets", *prompt_set.notes, *prompts]),
         ]
     )
 

@@ -105,6 +105,10 @@ class RolloutEngine:
         fault_point("rollout.sampled")
         return [rollout(index, sample) for index, sample in enumerate(samples)]
 
+    def fresh(self, rollouts: Sequence[Rollout], step: int) -> Sequence[Rollout]:
+        """Those of a step's rollouts that the weights of now have written: here all."""
+        return rollouts
+
     def generate_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response per prompt at temperature 0, for evaluation."""
         samples = self.engine.generate(

@@ -90,11 +90,15 @@ class RolloutServers:
         )  # fmt: skip
 
     def submit(
-        self, name: str, prompt_ids: list[int], *, seed: int, temperature: float, with_logprobs: bool, oldest: int
-    ) -> "Future[Answer]":
-        """Asks for one response of tokens no older than version `oldest`. The future raises `Unanswered` or `Rejected`."""
+        self, name: str, prompt_ids: list[int], *, seed: int, temperature: float, with_logprobs: bool, oldest: int,
+        most_tokens: int | None = None,
+    ) -> "Future[Answer]":  # fmt: skip
+        """Asks for one response of tokens no older than version `oldest`. The future raises `Unanswered` or `Rejected`.
+
+        It has at most `most_tokens`, or as many as any response.
+        """
         read = functools.partial(self._read, with_logprobs=with_logprobs, oldest=oldest)
-        most = self.cfg.max_response_tokens
+        most = min(most_tokens or self.cfg.max_response_tokens, self.cfg.max_response_tokens)
         self.flow.began()
         future = self.pool.submit(self._call(name, prompt_ids, seed, most, temperature, with_logprobs, read))
         future.add_done_callback(lambda _: self.flow.ended())

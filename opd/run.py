@@ -34,6 +34,7 @@ from opd.deepspeed_engine import check_ds_config
 from opd.ledger import GIB, Ledger
 from opd.metrics import Metrics, say, setup_logging, write_run_files
 from opd.mismatch import corrects
+from opd.padding import make_micro_batches
 from opd.plan import plan_run
 from opd.plan_types import PHASES
 from opd.planner import Plan
@@ -43,7 +44,7 @@ from opd.served_model import ServedModel
 from opd.served_preflight import api_key_of, check_served, limits_of
 from opd.served_teachers import write_with_servers
 from opd.student import Student, resolve_dtype
-from opd.types import LoopState, Prompt
+from opd.types import LoopState, MicroBatch, Prompt, Rollout, TeacherScores
 from opd.validation import load_ds_config
 from opd.vllm_engine import Sample
 
@@ -138,15 +139,20 @@ class Run:
         """The task reward of a response."""
         return self.reward(prompt, self.tokenizer.decode(response_ids, skip_special_tokens=True))
 
-    def reads_logprobs(self, step: int) -> bool:
-        """Whether anything reads the sampler's log-probabilities of `step`: a correction, a PPO ratio, the parity check."""
-        loss = self.cfg.loss
-        return corrects(loss) or loss.clip_low is not None or self.checks_parity(step)
+    def micro_batches(
+        self, rollouts: Sequence[Rollout], scores: Sequence[tuple[TeacherScores, ...]]
+    ) -> list[MicroBatch]:
+        """Rollouts as the student computes them, as the batch section of the configuration says. Collective."""
+        batch = self.cfg.batch
+        return make_micro_batches(
+            rollouts, scores, micro_batch_size=batch.micro_batch_size, max_tokens=batch.max_tokens_per_micro_batch,
+            packed=batch.packing, pad_id=self.facts.pad_id, domains=self.domains,
+        )  # fmt: skip
 
-    def checks_parity(self, step: int) -> bool:
-        """Whether `step` compares the log-probabilities of sampler and student."""
-        every = self.cfg.run.parity_every
-        return every > 0 and step % every == 0
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether the loss reads the sampler's log-probabilities: a correction, or a PPO ratio."""
+        return corrects(self.cfg.loss) or self.cfg.loss.clip_low is not None
 
     @functools.cached_property
     def teachers_of(self) -> Callable[[int], tuple[str, ...]]:

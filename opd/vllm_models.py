@@ -106,7 +106,10 @@ def _why_not_importable(module: str, name: str) -> str | None:
     if not any(NEEDS_MORE.search(source.read_text()) for source in sources):
         return None
     command = [sys.executable, "-c", IMPORT, full, name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None  # the engine will say
     if done.returncode == 0:
         return None
     said = (done.stdout if done.returncode == 3 else done.stderr).strip().splitlines()

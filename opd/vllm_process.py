@@ -26,6 +26,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+# Of a directory with Mistral's own files too, vllm 0.32 would read those, and the student the others.
+SAME_FILES = {"config_format": "hf", "load_format": "hf"}
+
 
 def import_vllm():
     """vLLM, imported with its environment set: no worker processes, no thread placement, no usage statistics."""
@@ -155,7 +158,7 @@ def async_engine(on_step: Callable[[int], None], **options):
 
     extension = f"{__name__}.{ReloadingWorker.__name__}"
     arguments = AsyncEngineArgs(
-        disable_log_stats=True, enable_log_requests=False, worker_extension_cls=extension, **options
+        disable_log_stats=True, enable_log_requests=False, worker_extension_cls=extension, **SAME_FILES, **options
     )  # fmt: skip
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[Steps])
 

@@ -47,7 +47,8 @@ def ends(tmp_path_factory):
     cases = {way: [way] for way in ALONE} | TOGETHER
     (out / "job.json").write_text(json.dumps({"out": str(out), "cases": cases}))
     done = subprocess.run(
-        [sys.executable, str(WORKERS / "end_worker.py"), str(out / "job.json")], env=worker_environment(),
+        [sys.executable, str(WORKERS / "end_worker.py"), str(out / "job.json")],
+        env=worker_environment(PYTHONUNBUFFERED=""),  # output is in the buffer until the end flushes it
         capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

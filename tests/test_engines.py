@@ -7,12 +7,14 @@ H hidden size.
 import dataclasses
 import gc
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from opd import distributed, vllm_engine, vllm_process
@@ -65,9 +67,21 @@ def rollout_engine(process, tiny):
 
 
 @pytest.fixture(scope="module")
-def teachers(process, tiny, tiny_tied):
+def beside_mistrals_files(tiny, tmp_path_factory):
+    """The padded teacher in shards, beside files as Mistral writes them: other weights, which nobody must read."""
+    path = shutil.copytree(tiny.padded, tmp_path_factory.mktemp("both") / "padded")
+    (path / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny.padded).save_pretrained(path, max_shard_size="60KB")
+    assert len(list(path.glob("model-*.safetensors"))) > 1
+    save_file({"norm.weight": torch.zeros(96)}, path / "consolidated.safetensors")
+    (path / "params.json").write_text('{"dim": 96}')
+    return path
+
+
+@pytest.fixture(scope="module")
+def teachers(process, tiny, tiny_tied, beside_mistrals_files):
     """Every teacher's engine and head, asleep, by name."""
-    paths = {"addition": tiny.addition, "reversal": tiny.reversal, "padded": tiny.padded, "tied": tiny_tied}
+    paths = {"addition": tiny.addition, "reversal": tiny.reversal, "padded": beside_mistrals_files, "tied": tiny_tied}
     built = {}
     for name, path in paths.items():
         engine = HiddenStateEngine(name, str(path), tokenizer=str(tiny.student), kv_cache_gib=KV_GIB, **OPTIONS)

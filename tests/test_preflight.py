@@ -545,6 +545,7 @@ def test_dry_run_report_loads_no_weights(student, tmp_path):
     write_header(model / "model.safetensors", shapes)
     assert (model / "model.safetensors").stat().st_size > 800e9
     rows = [{"data_source": d, "prompt": p} for d, p in (("math", "abc"), ("math", "def"), ("code", "xyz"))]
+    rows[1]["chat_template_kwargs"] = {"thinking": False}
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(str(model), str(model), "--teacher", f"code={model}")
     tokenizer = load_tokenizer(str(model))
@@ -556,6 +557,7 @@ def test_dry_run_report_loads_no_weights(student, tmp_path):
     assert "[<user>]abc[<assistant>]<< the response starts here and ends with EOS: <eos> (1) >>" in report
     assert "[<user>]xyz[<assistant>]" in report and "def" not in report.split("Prompts:")[1]
     assert yaml.safe_load(report.split("\n\n")[0].removeprefix("Configuration\n")) == to_dict(config)
+    assert "1 rows set 'thinking' in `chat_template_kwargs`, which the chat template does not mention" in report
     assert "math 2 (0 over-long)" in report and "2 ranks" in report and "total" in report
 
 

@@ -133,6 +133,7 @@ SECOND = dt.datetime(2024, 2, 29, 12, 30, 1)
 TEXTS = {
     "decimal": (pa.array([Decimal("72.50"), Decimal("-1000.00")], pa.decimal128(20, 2)), "72.50", "-1000.00"),
     "wide decimal": (pa.array([Decimal("1e30"), Decimal(0)], pa.decimal256(60, 3)), f"1{'0' * 30}.000", "0.000"),
+    "small decimal": (pa.array([Decimal(0), Decimal("1e-10")], pa.decimal128(20, 10)), "0.0000000000", "0.0000000001"),
     "date": (pa.array([SECOND.date(), dt.date(1, 1, 1)]), "2024-02-29", "0001-01-01"),
     "datetime": (pa.array([SECOND, SECOND], pa.timestamp("ms")), "2024-02-29T12:30:01", "2024-02-29T12:30:01"),
     "nanoseconds": (pa.array([1, 10**9], pa.timestamp("ns")), "1970-01-01T00:00:00.000000001", "1970-01-01T00:00:01"),

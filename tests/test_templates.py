@@ -308,6 +308,8 @@ def test_a_content_of_null_beside_tool_calls(load, refusal):
     ):
         texts, _ = load(template, {"prompt": messages}, {"prompt": absent})
         assert texts[0] == texts[1] and "weather" in texts[0] and "None" not in texts[0]
+    template = "{% for m in messages %}{{ '[' ~ m.content ~ ']' if 'content' in m else m.tool_calls[0].type }}{% endfor %}"
+    assert load(template, {"prompt": messages})[0] == ["[a]function[b]"]
     assert "every message needs a role and a content" in refusal(
         PLAIN, {"prompt": [turn("user", "a"), turn("tool", None)]}
     )
@@ -361,8 +363,8 @@ def test_a_response_ends_as_the_template_ends_a_turn(load, template, end):
 
 def test_a_conversation_that_may_not_be_answered_does_not_hide_the_end(load):
     template = (
-        "{% if messages | length == 2 and messages[0].role != 'user' %}{{ raise_exception('no question') }}{% endif %}"
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<turn|>{% endfor %}"
+        "{% if messages | length > 1 and messages[0].role != 'user' %}{{ raise_exception('no question') }}{% endif %}"
+        "{% for m in messages %}{{ m.content + ('<turn|>' if m.role == 'assistant' else '<|end|>') }}{% endfor %}"
     )
     assert ends(load, template, prompt=[turn("system", "a")]) == [*YES, TURN]
 
