@@ -3,6 +3,8 @@
     python scripts/demos/before_after.py RUN_DIR --student DIR --teacher DIR --questions eval.jsonl
 
 Answers are greedy. Exit status 1 if the KL did not fall by 60 %.
+
+Shape suffixes: B questions, L padded tokens of a question and its answer.
 """
 
 import argparse
@@ -49,17 +51,16 @@ def write_answers(model_dir: Path, questions: list[list[dict]]) -> list[str]:
     """Greedy answers of a model to chats, cut at NUM_TOKENS."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    logging.disable_progress_bar()  # the tables are the output
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    answers = []
-    for messages in questions:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        ids_1L = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
-        answers.append(tokenizer.decode(ids_1L[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return answers
+    inputs = tokenizer.apply_chat_template(
+        questions, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    ids_BL = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
+    return tokenizer.batch_decode(ids_BL[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def cell(text: str) -> str:
