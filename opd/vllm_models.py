@@ -14,12 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Tables of vllm 0.32's registry whose classes write text.
 GENERATING = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
 REMOVED = "_PREVIOUSLY_SUPPORTED_MODELS"  # architecture -> the last version that had it
 NEEDS_MORE = re.compile(r"^\s*(from|import) .*\b(vllm\.multimodal|torchvision|torchaudio)\b", re.M)
+# Model types whose log-probabilities differ by about 2e-4 between vllm 0.32 and transformers 5.19: nothing in bfloat16.
+ROUNDED = {"bloom": "its GELU, exact or approximated", "nemotron_h": "a lower bound of the time step, applied or not"}
 IMPORT_SECONDS = 300.0  # a cold disk
 
 IMPORT = """
@@ -65,6 +67,27 @@ def check_vllm_runs(flag: str, path: str, model: PreTrainedModel, architectures:
         return
     if reason := _why_not_importable(*known[runs]):
         raise ValueError(f"{flag} {path}: vLLM cannot run {runs} here ({reason}); install what it needs, or {remedy}")
+
+
+def check_agrees(flag: str, path: str, config: PreTrainedConfig, *, exact: bool, tokens: int) -> None:
+    """ValueError for a student whose sampler would be another model: where vllm 0.32 and transformers 5.19 are known to differ.
+
+    `exact` is whether it computes in float32, `tokens` the longest prompt and response together.
+    """
+    config = config.get_text_config()
+    if config.model_type == "gpt_oss":
+        raise ValueError(f"{flag} {path}: vLLM takes no new weights for gpt_oss while it runs; it can be a teacher")
+    if exact and config.model_type in ROUNDED:
+        raise ValueError(
+            f"{flag} {path}: vLLM and transformers compute {config.model_type} with other formulas "
+            f"({ROUNDED[config.model_type]}), which float32 shows; use --dtype bfloat16"
+        )
+    window = getattr(config, "sliding_window", None)
+    if config.model_type.startswith("cohere2") and window and tokens > window:
+        raise ValueError(
+            f"{flag} {path}: beyond its window of {window} tokens vLLM and transformers see other tokens (vLLM one more); "
+            f"--max_prompt_tokens and --max_response_tokens may be {window} together"
+        )
 
 
 @functools.cache
