@@ -136,7 +136,9 @@ FAMILIES = (
     Family("cwm", "cwm", "Code World Model 32B", {**WINDOWED, **LLAMA3_ROPE, "bos_token_id": 2}),
     Family("hyperclovax", "hyperclovax", "HyperCLOVA X SEED", {**SCALES}),
     Family("bitnet", "bitnet", "BitNet b1.58 (its bf16 weights)", {**TIED}),
-    Family("youtu", "youtu", "Youtu-LLM 2B", {**MLA, "num_key_value_heads": 2, "embedding_initializer_range": 0.4}),
+    Family("youtu", "youtu", "Youtu-LLM 2B", {
+        **MLA, "num_key_value_heads": 2, "embedding_initializer_range": 0.4, "pad_token_id": None,
+    }),
     Family("nanochat", "nanochat", "nanochat"),
     Family("doge", "doge", "Doge 20M to 320M"),
     Family("minicpm3", "minicpm3", "MiniCPM3 4B", {
@@ -167,8 +169,8 @@ FAMILIES = (
     Family("mixtral", "mixtral", "Mixtral 8x7B", {"num_local_experts": 4}, telling=True),
     Family("qwen2_moe", "qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", _moe(shared_expert_intermediate_size=64)),
     Family("qwen3_moe", "qwen3_moe", "Qwen3-30B-A3B", _moe(norm_topk_prob=True), telling=True),
-    Family("olmoe", "olmoe", "OLMoE 1B-7B", _moe()),
-    Family("flex_olmo", "flex_olmo", "FlexOlmo 7x7B", _moe()),
+    Family("olmoe", "olmoe", "OLMoE 1B-7B", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Family("flex_olmo", "flex_olmo", "FlexOlmo 7x7B", {"num_experts": 4, "num_experts_per_tok": 2}),
     Family("granitemoe", "granitemoe", "Granite 3 MoE", {**TIED, **SCALES, "num_local_experts": 4}),
     Family("granitemoeshared", "granitemoeshared", "Granite MoE with shared experts", {
         **TIED, **SCALES, "num_local_experts": 4, "shared_intermediate_size": 64,
@@ -202,7 +204,7 @@ FAMILIES = (
     }),
     Family("hunyuan_moe", "hunyuan_v1_moe", "Hunyuan-A13B", {
         **TIED, **_rope("dynamic", alpha=1000.0, factor=1.0), "num_experts": 4, "moe_topk": 2, "use_qk_norm": True,
-        "moe_intermediate_size": 32, "num_shared_expert": 1, "use_mixed_mlp_moe": True,
+        "moe_intermediate_size": 128, "num_shared_expert": 1, "use_mixed_mlp_moe": True,
     }),
     Family("minimax_m2", "minimax_m2", "MiniMax-M2", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16, "scoring_func": "sigmoid",
@@ -210,7 +212,7 @@ FAMILIES = (
     }),
     Family("afmoe", "afmoe", "Trinity", {
         **WINDOWED, **_moe(), "num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True, "n_group": 1,
-        "topk_group": 1,
+        "topk_group": 1, "score_func": "sigmoid", "route_norm": True,
     }),
     Family("dbrx", "dbrx", "DBRX", {
         "d_model": 64, "n_heads": 2, "n_layers": 2, "max_seq_len": 512,
@@ -304,7 +306,8 @@ def make_config(family: Family, pad_id: int, eos_id: int) -> PreTrainedConfig:
     fields = {*config_class.__dataclass_fields__, *config_class.attribute_map}
     sizes = {key: value for key, value in SIZES.items() if key in fields}
     # A published trait that transformers leaves out (topk_method of DeepSeek-V3) is for vLLM, which reads the file.
-    return config_class(**sizes | family.traits, dtype="float32", pad_token_id=pad_id, eos_token_id=eos_id)
+    special = {"pad_token_id": pad_id, "eos_token_id": eos_id}
+    return config_class(**sizes | special | family.traits, dtype="float32")
 
 
 def make_model(family: Family, config: PreTrainedConfig, seed: int) -> torch.nn.Module:
