@@ -203,6 +203,7 @@ def expected_loss(student: Path, teacher: Path, data: Path) -> float:
     for row in map(json.loads, data.read_text().splitlines()):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         response = [*tokenizer.encode(row["response"], add_special_tokens=False), tokenizer.eos_token_id]
+        response = response[: COMMON["max_response_tokens"]]
         ids_1T = torch.tensor([prompt + response])
         s_LV, t_LV = (
             model(ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for model in models
