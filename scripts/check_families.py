@@ -220,7 +220,7 @@ def write_rows(path: Path, domains: tuple[str, ...]) -> None:
         for _ in range(PROMPTS):
             word = "".join(rng.choices(LETTERS, k=rng.randint(3, 7)))
             prompt = [{"role": "user", "content": word + "="}]
-            rows.append({"data_source": domain, "prompt": prompt, "response": word[::-1] + word})
+            rows.append({"data_source": domain, "prompt": prompt, "response": word[::-1] + word[:3]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
