@@ -303,8 +303,9 @@ assert len(BY_NAME) == len(FAMILIES), "two families of one name"
 def make_config(family: Family, pad_id: int, eos_id: int) -> PreTrainedConfig:
     """The tiny configuration. Of a family that transformers lacks: Llama's, and `save` gives it the family's name."""
     config_class = CONFIG_MAPPING[family.model_type] if family.is_known else LlamaConfig
-    fields = {*config_class.__dataclass_fields__, *config_class.attribute_map}
-    sizes = {key: value for key, value in SIZES.items() if key in fields}
+    own_names = config_class.attribute_map  # a common name -> the family's
+    fields = {*config_class.__dataclass_fields__, *own_names}
+    sizes = {key: value for key, value in SIZES.items() if key in fields and own_names.get(key) not in family.traits}
     # A published trait that transformers leaves out (topk_method of DeepSeek-V3) is for vLLM, which reads the file.
     special = {"pad_token_id": pad_id, "eos_token_id": eos_id}
     return config_class(**sizes | special | family.traits, dtype="float32")
