@@ -258,12 +258,14 @@ def check_models(config) -> ModelFacts:
                 f"--max_prompt_tokens {prompt_tokens} + --max_response_tokens {response_tokens}: over the context of "
                 f"{fact.flag} {fact.path}, {fact.context} tokens; lower them"
             )
-    dtype = config.model.dtype
-    check_agrees(
-        student.flag, student.path, AutoConfig.from_pretrained(student.path, trust_remote_code=trust),
-        exact=dtype == "float32" or (dtype == "auto" and not torch.cuda.is_available()),
-        tokens=prompt_tokens + response_tokens,
-    )  # fmt: skip
+    by_vllm = [student, *(teachers[t.name] for t in config.teachers if t.name in teachers and t.backend == "vllm")]
+    dtype, on_gpu = config.model.dtype, torch.cuda.is_available()
+    for fact in by_vllm:
+        check_agrees(
+            fact.flag, fact.path, AutoConfig.from_pretrained(fact.path, trust_remote_code=trust),
+            is_student=fact is student, exact=dtype == "float32" or (dtype == "auto" and not on_gpu), on_gpu=on_gpu,
+            tokens=prompt_tokens + response_tokens,
+        )  # fmt: skip
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else student.eos_ids[0]
     return ModelFacts(student, teachers, pad_id, num_tokens, min(fact.vocab_size for fact in models))
 

@@ -16,11 +16,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
     Cohere2Config,
     CohereConfig,
+    DogeConfig,
     Gemma2Config,
     GenerationConfig,
     GptOssConfig,
@@ -64,6 +66,7 @@ from opd.preflight import (
     load_tokenizer,
 )
 from opd.shapes import layer_values, read_model
+from opd.vllm_models import check_agrees
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -349,6 +352,23 @@ def test_students_whose_sampler_is_known_to_differ(student, tmp_path, config, fl
     odd = str(tmp_path / "m")
     found = refusal(odd, odd, *flags)
     assert message in found and odd in found and "\n" not in found
+
+
+def test_teachers_that_vllm_computes_otherwise(student, tmp_path):
+    """Nobody judges a teacher; transformers runs it right."""
+    shutil.copytree(student, tmp_path / "m")
+    config = DogeConfig(**SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    found = refusal(student, odd)
+    assert found.startswith("--teacher math") and "without its dynamic mask" in found and "`backend: hf`" in found
+    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+    options = {"is_student": False, "exact": True, "tokens": 8}
+    for family in ("deepseek_v3", "lfm2_moe"):
+        config = AutoConfig.for_model(family)
+        with pytest.raises(ValueError, match="on a CPU"):
+            check_agrees("--teacher", "t", config, on_gpu=False, **options)
+        check_agrees("--teacher", "t", config, on_gpu=True, **options)
 
 
 def test_an_attention_that_nobody_has(student):
