@@ -74,6 +74,7 @@ def agreed(log) -> None:
 
 
 def interrupted(log) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background inherits that it is ignored
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(DEADLINE)
 
