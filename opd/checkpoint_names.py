@@ -63,7 +63,9 @@ def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
 
     On the meta device: shapes. ValueError if the family's conversion makes new values of what the model holds.
     """
-    tensors = {name: tensor.detach() for name, tensor in persistent_tensors(model, remove_duplicate=False)}
+    once: dict[int, Tensor] = {}  # tied ones are one object
+    named = persistent_tensors(model, remove_duplicate=False)
+    tensors = {name: once.setdefault(id(tensor), tensor.detach()) for name, tensor in named}
     with _KeepViews():
         views = dict(checkpoint_tensors(model, by_layer(tensors.items())))
     own = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
