@@ -166,8 +166,8 @@ OURS = [
     r"warning: rank \d: vLLM cannot sleep on a CPU: its engines keep their memory in every phase",
 ]
 OURS_ASYNC = [
-    r"step \d/2  loss \S+  \S+ tok/s  eta \S+  \S+s.*",
-    r"(rollout|log-prob) servers?.*",
+    r"step \d/2  loss \S+  \S+ tok/s  eta \S+  \S+s( \(.*\))?",
+    r"(rollout|log-prob) servers: \S+",
 ]
 STAMP = r"\[[-\d]+ [\d:,]+\] "
 THEIRS = {
