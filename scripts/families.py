@@ -229,7 +229,7 @@ FAMILIES = (
     }),
     Family("llama4", "llama4_text", "Llama 4 Scout, text", {
         "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128, "intermediate_size": 64,
-        "interleave_moe_layer_step": 1, "attention_chunk_size": 16, "no_rope_layers": [1, 0], **LLAMA3_ROPE,
+        "interleave_moe_layer_step": 1, "attention_chunk_size": 128, "no_rope_layers": [1, 0], **LLAMA3_ROPE,
     }),
     Family("exaone_moe", "exaone_moe", "K-EXAONE", {
         **WINDOWED, **_moe(), "num_shared_experts": 1, "first_k_dense_replace": 1,
