@@ -39,10 +39,12 @@ def test_a_run_whose_sampler_keeps_its_old_head_ends_with_one_line(models, tiny_
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_servers_have_the_weights_that_were_pushed(models, tokenizer, tmp_path, family):  # noqa: F811
     """A tied model, and experts: rollout and log-prob servers against each other and the trainer, after every push."""
-    save(BY_NAME[family], tokenizer, tmp_path / "student", seed=0)
+    for seed, name in enumerate(("student", "teacher")):
+        save(BY_NAME[family], tokenizer, tmp_path / name, seed)
+    models = replace(models, student=tmp_path / "student", teachers=dict.fromkeys(models.teachers, tmp_path / "teacher"))
     flags = ["--mode", "async", "--max_staleness", "0", "--rollout_servers", "auto", "--logprob_servers", "auto"]
     flags += ["--old_logprobs", "server", "--is_mode", "truncate", "--learning_rate", "1e-2", "--num_steps", "3"]
-    succeed(command(replace(models, student=tmp_path / "student"), tmp_path / "run", *flags))
+    succeed(command(models, tmp_path / "run", *flags))
     rows = metrics_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:
