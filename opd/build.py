@@ -5,6 +5,7 @@ What libraries print while they load goes to the rank's log.
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from opd.distillation import payload_of
 from opd.heads import load_head, map_head
 from opd.hf_engine import HFEngine
 from opd.metrics import Metrics, say
-from opd.rollout import RolloutEngine
+from opd.rollout import CANARY_IDS, RolloutEngine
+from opd.rows import one_line
 from opd.run import Run, user_errors
 from opd.run_files import warn
 from opd.sample_ledger import SampleLedger
@@ -48,6 +50,24 @@ def _console_to_log(run_dir: Path):
             os.close(saved)
 
 
+@contextmanager
+def _building(run: Run, model: str):
+    """Around the building of an engine and its first answer: what its library cannot do with a model is one line on all ranks.
+
+    The traceback goes to the rank's log. `model` is what the user gave, with its flag.
+    """
+    try:
+        with distributed.agree_on_error("building its engine"), _console_to_log(run.run_dir):
+            try:
+                yield
+            except Exception:
+                traceback.print_exc()
+                raise
+    except (ValueError, distributed.RankError) as error:
+        with user_errors():
+            raise ValueError(f"{model}: {one_line(error)}; the traceback is in {run.run_dir / 'logs'}") from None
+
+
 def build_student(run: Run) -> Student:
     """The student under DeepSpeed. Collective: its weights are sharded while they load."""
     cfg = run.cfg
@@ -74,10 +94,11 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
     """Every colocated teacher's engine and head on this rank, each put to sleep as soon as it stands."""
     teachers = []
     for spec in (spec for spec in run.cfg.teachers if not spec.is_served):
-        with distributed.agree_on_error(f"building teacher {spec.name}"), _console_to_log(run.run_dir):
+        with _building(run, f"--teacher {spec.name} {spec.model}"):
             on_disk = run.cfg.teacher.teacher_residency == "disk"
             head = (map_head if on_disk else load_head)(spec.model)
             teachers.append(ColocatedTeacher(spec, _build_engine(run, spec), head))
+            teachers[-1].engine.hidden_states([CANARY_IDS])
         with distributed.agree_on_error(f"putting teacher {spec.name} to sleep"):
             teachers[-1].sleep()
     return teachers
@@ -129,11 +150,12 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
     """The sampler on this rank, or what asks the servers for it. It sleeps, without weights, until the first push."""
     if is_async(run.cfg):
         return build_async_engine(run)
-    with distributed.agree_on_error("building the rollout engine"), _console_to_log(run.run_dir):
+    with _building(run, f"--student_model {run.cfg.model.student_model}"):
         engine = RolloutEngine(
             run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,
             **run.engine_options,
         )  # fmt: skip
+        engine.try_out()
     with distributed.agree_on_error("putting the rollout engine to sleep"):
         engine.sleep()
     return engine

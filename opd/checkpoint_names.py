@@ -10,9 +10,21 @@ from itertools import groupby
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")  # as in model.layers.3.mlp.experts.down_proj
+
+
+def persistent_tensors(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all that a checkpoint holds, in the model's order: parameters, and buffers such as a router's bias.
+
+    Tied ones come once, or with `remove_duplicate=False` under each of their names.
+    """
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not (remove_duplicate and id(tensor) in seen):
+            seen.add(id(tensor))
+            yield name, tensor
 
 
 def by_layer(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
@@ -24,6 +36,17 @@ def by_layer(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Te
 
     for _, layer in groupby(named, key=layer_of):
         yield list(layer)
+
+
+def forget_prefixes(model: nn.Module) -> None:
+    """To be called once on a model from files. Of the conversions that it has noted, it forgets changes of prefix.
+
+    Under ZeRO-3 transformers 5.19 notes every conversion of a family, used or not, and one that was not used would put a prefix
+    before each name that it writes.
+    """
+    noted = getattr(model, "_weight_conversions", None)
+    if noted:
+        model._weight_conversions = [change for change in noted if not isinstance(change, PrefixChange)] or None
 
 
 def checkpoint_tensors(model: nn.Module, layers: Iterable[list[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
@@ -40,10 +63,10 @@ def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
 
     On the meta device: shapes. ValueError if the family's conversion makes new values of what the model holds.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {name: tensor.detach() for name, tensor in persistent_tensors(model, remove_duplicate=False)}
     with _KeepViews():
-        views = dict(checkpoint_tensors(model, by_layer(parameters.items())))
-    own = {p.untyped_storage().data_ptr() for p in parameters.values()}
+        views = dict(checkpoint_tensors(model, by_layer(tensors.items())))
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     for name, view in views.items():
         if view.untyped_storage().data_ptr() not in own:
             raise ValueError(f"{name}: {model.config.model_type} computes it from other parameters; it cannot be loaded alone")

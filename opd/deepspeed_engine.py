@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd.checkpoint_names import by_layer
+from opd.checkpoint_names import by_layer, persistent_tensors
 from opd.config import OptimConfig
 from opd.host_memory import pinned_like
 
@@ -230,14 +230,14 @@ class ShardedEngine:
             yield
 
     def full_layers(self, module: nn.Module, bucket_bytes: int = 256 << 20) -> Iterator[list[tuple[str, Tensor]]]:
-        """(name, parameter) of `module`, whole, layer by layer; collective: all ranks must exhaust it alike.
+        """(name, tensor) of `module` as far as a checkpoint holds it, whole, layer by layer; collective: all exhaust it alike.
 
         Layers are gathered bucket by bucket. One that is yielded is valid until the next one is asked for.
         """
         bucket: list[list[tuple[str, Tensor]]] = []
         size = 0
-        for layer in by_layer(module.named_parameters()):
-            layer_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for _, p in layer)
+        for layer in by_layer(persistent_tensors(module)):
+            layer_bytes = sum(getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size() for _, tensor in layer)
             if bucket and size + layer_bytes > bucket_bytes:
                 yield from self._emit(bucket)
                 bucket, size = [], 0
@@ -246,14 +246,15 @@ class ShardedEngine:
         yield from self._emit(bucket)
 
     def _emit(self, bucket: list[list[tuple[str, Tensor]]]) -> Iterator[list[tuple[str, Tensor]]]:
-        with self.gathered([parameter for layer in bucket for _, parameter in layer]):
+        with self.gathered([t for layer in bucket for _, t in layer if isinstance(t, nn.Parameter)]):
             for layer in bucket:
-                yield [(name, parameter.detach()) for name, parameter in layer]
+                yield [(name, tensor.detach()) for name, tensor in layer]
 
     def named_full_parameters(self, module: nn.Module, bucket_bytes: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
-        """The same, parameter by parameter."""
+        """Of these the parameters, one by one."""
+        names = {name for name, _ in module.named_parameters()}
         for layer in self.full_layers(module, bucket_bytes):
-            yield from layer
+            yield from ((name, tensor) for name, tensor in layer if name in names)
 
     def save(self, directory: Path) -> None:
         """DeepSpeed's shards under `directory`/shards. Its `latest` file is written without a barrier, so it is not used."""

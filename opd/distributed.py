@@ -114,7 +114,14 @@ class PeerError(RankError):
 
 
 class Stop(RuntimeError):
-    """Raised on every rank: the run must not go on, and one line says all about it. `exit_together` prints no traceback."""
+    """Raised on every rank: the run must not go on, and one line says all about it. `exit_together` prints no traceback.
+
+    `status` is the program's: 2 for what is refused before anything was trained.
+    """
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
 
 
 def was_agreed(error: BaseException) -> bool:
@@ -230,7 +237,7 @@ def exit_together():
     | ends | 0 | the ranks for each other, in a collective operation; then rank 0 for the others |
     | `sys.exit(status)` | `status` | rank 0 for the others, if it is 0 |
     | raises | 1, with a traceback | nobody |
-    | raises `Stop` | 1, with one line | nobody |
+    | raises `Stop` | its own, with one line | nobody |
     | Ctrl-C | SIGINT, with a traceback | nobody |
     """
     with collective_region():
@@ -311,7 +318,7 @@ def collective_region():
             traceback.print_exc()
         if (was_agreed(error) or isinstance(error, Stop)) and rank() == 0:  # what the user needs, below all that he does not
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        _end_now(1)
+        _end_now(error.status if isinstance(error, Stop) else 1)
 
 
 def fold_seed(*parts) -> int:

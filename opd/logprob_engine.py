@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from opd.attention import attention_of
-from opd.checkpoint_names import checkpoint_views
+from opd.checkpoint_names import checkpoint_views, forget_prefixes
 from opd.fused_linear import score_hidden
 from opd.heads import logit_form
 from opd.hf_engine import batches
@@ -51,6 +51,7 @@ def load_model(model: str, *, dtype: torch.dtype, attn_implementation: str, trus
         raise ValueError(
             f"--model {model}: lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} first"
         )
+    forget_prefixes(found)
     return found.eval().requires_grad_(False)  # eval: the trainer switches dropout off
 
 

@@ -75,10 +75,12 @@ class Parity:
         """Raises distributed.Stop if `mean` is over the limit. The first check of a bfloat16 run sets the limit of the others."""
         if not mean <= self.limit:
             when = "before any update" if self.checks == 0 else "after weights were pushed"
+            nothing_trained = self.checks == 0 and step == 0
             raise distributed.Stop(
                 f"step {step + 1}: the sampler is not the student: {when}, their log-probabilities of the same {count} tokens "
                 f"differ by {mean:.2g} on average (at most {largest:.2g}), and {self.limit:.2g} can be rounding; nothing was "
-                "trained on these tokens; see docs/metrics.md (parity) and docs/models.md; --parity_every 0 goes on unjudged"
+                "trained on these tokens; see docs/metrics.md (parity) and docs/models.md; --parity_every 0 goes on unjudged",
+                status=2 if nothing_trained else 1,
             )
         if self.checks == 0 and not self.is_exact:
             self.limit = max(TIMES_FLOOR * mean, LEAST_LIMIT)

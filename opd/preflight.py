@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from opd.attention import AUTO
@@ -23,7 +23,7 @@ from opd.data import PromptSet
 from opd.heads import find_head, logit_form, weights_beside_the_head
 from opd.rows import one_line
 from opd.shapes import check_path, layer_values, load_part, read_model
-from opd.vllm_models import check_vllm_runs
+from opd.vllm_models import check_agrees, check_vllm_runs
 from opd.weight_files import check_not_quantised, check_weights
 
 # Keys that make a run another run. With --resume auto, everything else may change between two starts.
@@ -258,6 +258,14 @@ def check_models(config) -> ModelFacts:
                 f"--max_prompt_tokens {prompt_tokens} + --max_response_tokens {response_tokens}: over the context of "
                 f"{fact.flag} {fact.path}, {fact.context} tokens; lower them"
             )
+    by_vllm = [student, *(teachers[t.name] for t in config.teachers if t.name in teachers and t.backend == "vllm")]
+    dtype, on_gpu = config.model.dtype, torch.cuda.is_available()
+    for fact in by_vllm:
+        check_agrees(
+            fact.flag, fact.path, AutoConfig.from_pretrained(fact.path, trust_remote_code=trust),
+            is_student=fact is student, exact=dtype == "float32" or (dtype == "auto" and not on_gpu), on_gpu=on_gpu,
+            tokens=prompt_tokens + response_tokens,
+        )  # fmt: skip
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else student.eos_ids[0]
     return ModelFacts(student, teachers, pad_id, num_tokens, min(fact.vocab_size for fact in models))
 

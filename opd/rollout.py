@@ -59,6 +59,10 @@ class RolloutEngine:
         if self.engine.can_sleep and self.engine.ready and not was_ready:
             self._check_canary()
 
+    def try_out(self) -> None:
+        """Writes two tokens. Kernels that vLLM does not have for a model are missed when it first computes."""
+        self.engine.generate([CANARY_IDS], [0], (), max_tokens=2, temperature=self.cfg.temperature)
+
     def _check_canary(self) -> None:
         """One greedy token of the engine that woke: known if its weights are, and never what a model without weights says.
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from opd import distributed
 from opd.attention import attention_of
-from opd.checkpoint_names import checkpoint_tensors
+from opd.checkpoint_names import checkpoint_tensors, forget_prefixes
 from opd.config import ModelConfig, OptimConfig
 from opd.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
@@ -117,6 +117,7 @@ class Student:
             path, dtype=dtype, trust_remote_code=trust,
             attn_implementation=attention_of(path, model.attn_implementation, trust_remote_code=trust),
         )  # fmt: skip
+        forget_prefixes(self.model)
         if self.sharded.stage != 3:
             self.model.to(device)
         if model.gradient_checkpointing:

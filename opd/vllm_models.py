@@ -14,12 +14,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Tables of vllm 0.32's registry whose classes write text.
 GENERATING = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
 REMOVED = "_PREVIOUSLY_SUPPORTED_MODELS"  # architecture -> the last version that had it
 NEEDS_MORE = re.compile(r"^\s*(from|import) .*\b(vllm\.multimodal|torchvision|torchaudio)\b", re.M)
+# Model types that vllm 0.32 and transformers 5.19 were found to compute otherwise (scripts/check_families.py): always, on a
+# CPU, or by less than bfloat16 shows (about 2e-4 nats).
+OTHERWISE = {"doge": "without its dynamic mask", "jetmoe": "without its experts of attention"}
+OTHERWISE_ON_CPU = ("deepseek_v3", "gemma3n", "gemma3n_text", "lfm2_moe")
+ROUNDED = {
+    "apertus": "its activation has parameters in bfloat16", "bloom": "its GELU, exact or approximated",
+    "nemotron_h": "a lower bound of the time step, applied or not",
+}  # fmt: skip
 IMPORT_SECONDS = 300.0  # a cold disk
 
 IMPORT = """
@@ -65,6 +73,35 @@ def check_vllm_runs(flag: str, path: str, model: PreTrainedModel, architectures:
         return
     if reason := _why_not_importable(*known[runs]):
         raise ValueError(f"{flag} {path}: vLLM cannot run {runs} here ({reason}); install what it needs, or {remedy}")
+
+
+def check_agrees(
+    flag: str, path: str, config: PreTrainedConfig, *, is_student: bool, exact: bool, on_gpu: bool, tokens: int
+) -> None:
+    """ValueError for a model that vllm 0.32 is known to compute otherwise than transformers 5.19, or cannot sample for a trainer.
+
+    `exact` is whether it computes in float32, `tokens` the longest prompt and response together. What is not known here the judge
+    of the sampler finds (`parity`); nobody judges a teacher.
+    """
+    config = config.get_text_config()
+    family, window = config.model_type, getattr(config, "sliding_window", None)
+    other = "choose another model" if is_student else "set `backend: hf` in its entry"
+    if family in OTHERWISE:
+        raise ValueError(f"{flag} {path}: vLLM computes {family} otherwise than its authors ({OTHERWISE[family]}); {other}")
+    if family in OTHERWISE_ON_CPU and not on_gpu:
+        raise ValueError(f"{flag} {path}: on a CPU vLLM computes {family} otherwise than transformers does; {other}")
+    if family.startswith("cohere2") and window and tokens > window:
+        raise ValueError(
+            f"{flag} {path}: beyond its window of {window} tokens vLLM and transformers see other tokens (vLLM one more); "
+            f"--max_prompt_tokens and --max_response_tokens may be {window} together"
+        )
+    if is_student and family == "gpt_oss":
+        raise ValueError(f"{flag} {path}: vLLM takes no new weights for gpt_oss while it runs; it can be a teacher")
+    if is_student and exact and family in ROUNDED:
+        raise ValueError(
+            f"{flag} {path}: vLLM and transformers compute {family} with other formulas ({ROUNDED[family]}), which float32 "
+            "shows; use --dtype bfloat16"
+        )
 
 
 @functools.cache

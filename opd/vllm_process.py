@@ -4,6 +4,7 @@ vLLM expects one engine in a process. Its environment, its sleep allocator and i
 set before the first import, owned by the engine that made them, and exchanged around every call.
 """
 
+import functools
 import gc
 import os
 from collections.abc import Callable, Sequence
@@ -66,12 +67,17 @@ def reload_weights(worker, **source) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     layers = list(worker.get_model().modules())
+    for parameter in worker.get_model().parameters():
+        if isinstance(loader := getattr(parameter, "weight_loader", None), functools.partial):
+            loader.__name__ = loader.func.__name__  # which vllm 0.32 asks of a loader
     if not torch.cuda.is_available():
         for layer in layers:
             if isinstance(layer, RoutedExperts):
                 layer.quant_method.moe_kernel = None
     worker.reload_weights(**source)
     for layer in layers:
+        if isinstance(layer, RoutedExperts) and layer.quant_method.moe_kernel is None:
+            raise RuntimeError(f"{layer.layer_name}: vLLM has loaded no new weights into these experts")
         if isinstance(layer, ParallelLMHead):
             layer.quant_method.process_weights_after_loading(layer)
 

@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ SELF = {"same": "vllm", "samehf": "hf"}  # domains that the student itself teach
 PROMPTS = 6  # of each domain: all of them in each step
 TOLERANCE = 1e-4  # nats, float32: rounding of two implementations is below it, a dropped bias is not
 TIMEOUT_S = 300
+SEE_STUDENT = "see student"
 KILL_S = 30
 COMMON = {
     "num_steps": 2, "prompts_per_step": PROMPTS * 3, "micro_batch_size": PROMPTS, "num_generations": 1,
@@ -168,7 +170,7 @@ def check_family(family: Family, scratch: Path) -> Result:
     if student.kind == "refused":
         verdicts = {backend: check_teacher(family, root, backend) for backend in SELF.values()}
     else:
-        verdicts = {backend: Verdict(student.kind, student.reason and "see student") for backend in SELF.values()}
+        verdicts = {backend: Verdict(student.kind, student.reason and SEE_STUDENT) for backend in SELF.values()}
     return Result(family.name, student, verdicts, round(time.monotonic() - start, 1))
 
 
@@ -203,6 +205,7 @@ def expected_loss(student: Path, teacher: Path, data: Path) -> float:
     for row in map(json.loads, data.read_text().splitlines()):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         response = [*tokenizer.encode(row["response"], add_special_tokens=False), tokenizer.eos_token_id]
+        response = response[: COMMON["max_response_tokens"]]
         ids_1T = torch.tensor([prompt + response])
         s_LV, t_LV = (
             model(ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for model in models
@@ -220,7 +223,7 @@ def write_rows(path: Path, domains: tuple[str, ...]) -> None:
         for _ in range(PROMPTS):
             word = "".join(rng.choices(LETTERS, k=rng.randint(3, 7)))
             prompt = [{"role": "user", "content": word + "="}]
-            rows.append({"data_source": domain, "prompt": prompt, "response": word[::-1] + word})
+            rows.append({"data_source": domain, "prompt": prompt, "response": word[::-1] + word[:3]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -243,21 +246,21 @@ def table(results: list[Result]) -> str:
         mismatch = result.student.figures.get("mismatch 2")
         words = {"right": "yes", "refused": "no", "fault": "**wrong**"}
         answers = [words[verdict.kind] for verdict in (result.student, *result.teachers.values())]
-        reasons = {
-            _short(v.reason) for v in (result.student, *result.teachers.values()) if v.reason not in ("", "see student")
-        }
+        told = [result.student, *(verdict for verdict in result.teachers.values() if verdict.kind == "fault")]
+        reasons = dict.fromkeys(_short(verdict.reason) for verdict in told if verdict.reason not in ("", SEE_STUDENT))
         cells = [
             family.name, f"`{family.model_type}`", family.published, *answers,
-            "" if mismatch is None else f"{mismatch:.0e}", "; ".join(sorted(reasons)),
+            "" if mismatch is None else f"{mismatch:.0e}", "; ".join(reasons),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _short(reason: str) -> str:
-    """Without the flag and the path in front, which are of the tiny model, and safe in a table."""
-    head, colon, rest = reason.partition(": ")
-    return (rest if colon and head.startswith("--") else reason).replace("|", "\\|")
+    """Without what is of this machine: the flag and the path in front, and where the log lies. Safe in a table."""
+    reason = re.sub(r"^--\w+( \w+)? /\S+: ", "", reason)
+    reason = re.sub(r"; the traceback is in \S+", "", reason)
+    return re.sub(r"/\S+/", "", reason).replace("|", "\\|")
 
 
 def report(result: Result) -> str:

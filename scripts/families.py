@@ -54,8 +54,8 @@ LLAMA3_ROPE = _rope(
     "llama3", 500_000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256
 )
 HALF = {"partial_rotary_factor": 0.5}
-# Multi-head latent attention of DeepSeek.
-MLA = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+# Multi-head latent attention of DeepSeek, with the only sizes that vLLM's kernel for a CPU has.
+MLA = {"kv_lora_rank": 512, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32}
 LINEAR = {
     "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"],
@@ -136,7 +136,9 @@ FAMILIES = (
     Family("cwm", "cwm", "Code World Model 32B", {**WINDOWED, **LLAMA3_ROPE, "bos_token_id": 2}),
     Family("hyperclovax", "hyperclovax", "HyperCLOVA X SEED", {**SCALES}),
     Family("bitnet", "bitnet", "BitNet b1.58 (its bf16 weights)", {**TIED}),
-    Family("youtu", "youtu", "Youtu-LLM 2B", {**MLA, "num_key_value_heads": 2, "embedding_initializer_range": 0.4}),
+    Family("youtu", "youtu", "Youtu-LLM 2B", {
+        **MLA, "num_key_value_heads": 2, "embedding_initializer_range": 0.4, "pad_token_id": None,
+    }),
     Family("nanochat", "nanochat", "nanochat"),
     Family("doge", "doge", "Doge 20M to 320M"),
     Family("minicpm3", "minicpm3", "MiniCPM3 4B", {
@@ -167,8 +169,8 @@ FAMILIES = (
     Family("mixtral", "mixtral", "Mixtral 8x7B", {"num_local_experts": 4}, telling=True),
     Family("qwen2_moe", "qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", _moe(shared_expert_intermediate_size=64)),
     Family("qwen3_moe", "qwen3_moe", "Qwen3-30B-A3B", _moe(norm_topk_prob=True), telling=True),
-    Family("olmoe", "olmoe", "OLMoE 1B-7B", _moe()),
-    Family("flex_olmo", "flex_olmo", "FlexOlmo 7x7B", _moe()),
+    Family("olmoe", "olmoe", "OLMoE 1B-7B", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Family("flex_olmo", "flex_olmo", "FlexOlmo 7x7B", {"num_experts": 4, "num_experts_per_tok": 2}),
     Family("granitemoe", "granitemoe", "Granite 3 MoE", {**TIED, **SCALES, "num_local_experts": 4}),
     Family("granitemoeshared", "granitemoeshared", "Granite MoE with shared experts", {
         **TIED, **SCALES, "num_local_experts": 4, "shared_intermediate_size": 64,
@@ -190,7 +192,7 @@ FAMILIES = (
     }),
     Family("glm4_moe", "glm4_moe", "GLM-4.5, GLM-4.6", {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
-        "use_qk_norm": True, "attention_bias": True, **_rope(**HALF),
+        "use_qk_norm": True, "attention_bias": True, "head_dim": 32, **_rope(**HALF),
     }),
     Family("dots1", "dots1", "dots.llm1", {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
@@ -202,7 +204,7 @@ FAMILIES = (
     }),
     Family("hunyuan_moe", "hunyuan_v1_moe", "Hunyuan-A13B", {
         **TIED, **_rope("dynamic", alpha=1000.0, factor=1.0), "num_experts": 4, "moe_topk": 2, "use_qk_norm": True,
-        "moe_intermediate_size": 32, "num_shared_expert": 1, "use_mixed_mlp_moe": True,
+        "moe_intermediate_size": 128, "num_shared_expert": 1, "use_mixed_mlp_moe": True,
     }),
     Family("minimax_m2", "minimax_m2", "MiniMax-M2", {
         "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16, "scoring_func": "sigmoid",
@@ -210,7 +212,7 @@ FAMILIES = (
     }),
     Family("afmoe", "afmoe", "Trinity", {
         **WINDOWED, **_moe(), "num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True, "n_group": 1,
-        "topk_group": 1,
+        "topk_group": 1, "score_func": "sigmoid", "route_norm": True,
     }),
     Family("dbrx", "dbrx", "DBRX", {
         "d_model": 64, "n_heads": 2, "n_layers": 2, "max_seq_len": 512,
@@ -263,14 +265,14 @@ FAMILIES = (
     }),
     Family("zamba2", "zamba2", "Zamba2", {
         "n_mamba_heads": 4, "mamba_d_state": 16, "mamba_ngroups": 1, "chunk_size": 16, "adapter_rank": 8,
-        "layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 2, "use_mamba_kernels": False,
+        "layers_block_type": ["mamba", "hybrid"], "num_key_value_heads": 2, "head_dim": 64, "use_mamba_kernels": False,
     }),
     Family("nemotron_h", "nemotron_h", "Nemotron-H, Nemotron Nano 2", {
         "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "ssm_state_size": 16,
         "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1, "chunk_size": 16, "use_mamba_kernels": False,
     }),
     Family("lfm2", "lfm2", "LFM2 350M to 2.6B", {
-        "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 64, "conv_dim_out": 64,
+        "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_dim": 64, "block_dim": 64,
     }),
     Family("lfm2_moe", "lfm2_moe", "LFM2 8B-A1B", {
         **_moe(), "layer_types": ["conv", "full_attention"], "num_dense_layers": 1,
@@ -301,10 +303,12 @@ assert len(BY_NAME) == len(FAMILIES), "two families of one name"
 def make_config(family: Family, pad_id: int, eos_id: int) -> PreTrainedConfig:
     """The tiny configuration. Of a family that transformers lacks: Llama's, and `save` gives it the family's name."""
     config_class = CONFIG_MAPPING[family.model_type] if family.is_known else LlamaConfig
-    fields = {*config_class.__dataclass_fields__, *config_class.attribute_map}
-    sizes = {key: value for key, value in SIZES.items() if key in fields}
+    own_names = config_class.attribute_map  # a common name -> the family's
+    fields = {*config_class.__dataclass_fields__, *own_names}
+    sizes = {key: value for key, value in SIZES.items() if key in fields and own_names.get(key) not in family.traits}
     # A published trait that transformers leaves out (topk_method of DeepSeek-V3) is for vLLM, which reads the file.
-    return config_class(**sizes | family.traits, dtype="float32", pad_token_id=pad_id, eos_token_id=eos_id)
+    special = {"pad_token_id": pad_id, "eos_token_id": eos_id}
+    return config_class(**sizes | special | family.traits, dtype="float32")
 
 
 def make_model(family: Family, config: PreTrainedConfig, seed: int) -> torch.nn.Module:

@@ -132,17 +132,23 @@ def test_a_teacher_is_right_when_its_loss_is_that_of_transformers():
 
 def test_the_table_has_a_row_per_family_with_its_reason():
     right = check.Verdict("right", figures={"mismatch 2": 4e-6})
-    refused = check.Verdict("refused", "--student_model /tmp/x: no | sdpa")
+    refused = check.Verdict("refused", "--student_model /tmp/x/student: no | sdpa; the traceback is in /tmp/x/run/logs")
+    also = check.Verdict("refused", "--teacher all /tmp/x/student: no | sdpa")
+    wrong = check.Verdict("fault", "status 1: x")
     rows = check.table(
         [
             check.Result("opt", right, {"vllm": right, "hf": right}, 30.0),
-            check.Result("gpt_oss", refused, {"vllm": right, "hf": refused}, 30.0),
-            check.Result("phi", check.Verdict("fault", "status 1: x"), {"vllm": right, "hf": right}, 30.0),
+            check.Result("gpt_oss", refused, {"vllm": also, "hf": right}, 30.0),
+            check.Result("mpt", refused, {"vllm": also, "hf": check.Verdict("fault", "loss 1, expected 2")}, 30.0),
+            check.Result(
+                "phi", wrong, {name: check.Verdict("fault", check.SEE_STUDENT) for name in ("vllm", "hf")}, 30.0
+            ),
         ]
-    ).splitlines()[-3:]
+    ).splitlines()[-4:]
     assert rows[0].startswith("| opt | `opt` | OPT | yes | yes | yes | 4e-06 |")
-    assert "| no | yes | no |" in rows[1] and rows[1].endswith("| no \\| sdpa |")
-    assert "| **wrong** |" in rows[2] and "status 1: x" in rows[2]
+    assert "| no | no | yes |" in rows[1] and rows[1].endswith("| no \\| sdpa |")
+    assert "| no | no | **wrong** |" in rows[2] and rows[2].endswith("| no \\| sdpa; loss 1, expected 2 |")
+    assert "| **wrong** | **wrong** | **wrong** |" in rows[3] and rows[3].endswith("| status 1: x |")
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------

@@ -48,14 +48,16 @@ def test_float32_has_one_limit_and_one_line(mean):
     with pytest.raises(distributed.Stop) as stop:
         parity.decide(mean, 3.0, 100, 1)
     message = str(stop.value)
+    assert stop.value.status == 1
     assert "\n" not in message and message.startswith("step 2: the sampler is not the student: after weights were pushed")
     assert "100 tokens" in message and "docs/metrics.md" in message and "--parity_every 0" in message
 
 
 def test_bfloat16_measures_its_floor_before_any_update_and_bounds_it():
     parity = judge("bfloat16")
-    with pytest.raises(distributed.Stop, match="before any update"):
+    with pytest.raises(distributed.Stop, match="before any update") as stop:
         parity.decide(FIRST_LIMIT * 1.01, 1.0, 100, 0)
+    assert stop.value.status == 2
     parity.decide(0.02, 0.3, 100, 0)
     parity.decide(0.079, 0.3, 100, 1)
     with pytest.raises(distributed.Stop, match=r"0\.08 can be rounding"):

@@ -16,10 +16,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
+    Cohere2Config,
     CohereConfig,
+    DogeConfig,
     Gemma2Config,
     GenerationConfig,
     GptOssConfig,
@@ -33,7 +36,7 @@ from transformers import (
     XGLMConfig,
 )
 
-from opd import vllm_models
+from opd import preflight, vllm_models
 from opd.arguments import parse
 from opd.attention import attention_for
 from opd.config import (
@@ -63,6 +66,7 @@ from opd.preflight import (
     load_tokenizer,
 )
 from opd.shapes import layer_values, read_model
+from opd.vllm_models import check_agrees
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -315,8 +319,8 @@ def test_families_without_the_attention_that_is_asked_for(student, tmp_path, con
     odd = str(tmp_path / "m")
     message = refusal(odd, odd, "--attn_implementation", "sdpa", "--allow_template_mismatch")
     assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager")
-    check_models(make_config(odd, odd))  # auto
-    check_models(make_config(odd, odd, "--attn_implementation", "eager"))
+    for attention in ("auto", "eager"):
+        preflight.read_fact("--student_model", odd, load_tokenizer(odd), False, attn_implementation=attention)
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
 
 
@@ -331,6 +335,40 @@ def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
     assert attention_for(config) == "eager" and attention_for(config, "eager") == "eager"
     assert attention_for(Gemma2Config(attn_logit_softcapping=None)) is None
     check_models(make_config(odd, odd))
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        (BloomConfig(vocab_size=len(VOCABULARY), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1), [], "bfloat16"),
+        (GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1), [], "it can be a teacher"),
+        (Cohere2Config(**SMALL, head_dim=8, sliding_window=16), ["--max_prompt_tokens", "16"], "window of 16 tokens"),
+    ],
+    ids=["bloom", "gpt_oss", "cohere2"],
+)
+def test_students_whose_sampler_is_known_to_differ(student, tmp_path, config, flags, message):
+    shutil.copytree(student, tmp_path / "m")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    found = refusal(odd, odd, *flags)
+    assert message in found and odd in found and "\n" not in found
+
+
+def test_teachers_that_vllm_computes_otherwise(student, tmp_path):
+    """Nobody judges a teacher; transformers runs it right."""
+    shutil.copytree(student, tmp_path / "m")
+    config = DogeConfig(**SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    found = refusal(student, odd)
+    assert found.startswith("--teacher math") and "without its dynamic mask" in found and "`backend: hf`" in found
+    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+    options = {"is_student": False, "exact": True, "tokens": 8}
+    for family in ("deepseek_v3", "lfm2_moe"):
+        config = AutoConfig.for_model(family)
+        with pytest.raises(ValueError, match="on a CPU"):
+            check_agrees("--teacher", "t", config, on_gpu=False, **options)
+        check_agrees("--teacher", "t", config, on_gpu=True, **options)
 
 
 def test_an_attention_that_nobody_has(student):
