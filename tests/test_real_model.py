@@ -137,7 +137,7 @@ def test_the_sampler_is_the_student_after_every_push(smollm2, tmp_path):
         *(sys.executable, "train_mopd.py", "--student_model", str(smollm2.whole), "--teacher", str(smollm2.student)),
         *("--data", str(tmp_path / "prompts.jsonl"), "--output_dir", str(tmp_path / "run"), "--num_steps", "3"),
         *("--prompts_per_step", "4", "--max_prompt_tokens", "64", "--max_response_tokens", "8"),
-        *("--learning_rate", "3e-6", "--parity_every", "1", "--dtype", "float32", "--enforce_eager"),
+        *("--learning_rate", "5e-6", "--parity_every", "1", "--dtype", "float32", "--enforce_eager"),
         *("--rollout_kv_cache_gib", "0.1", "--teacher_kv_cache_gib", "0.1"),
     ])  # fmt: skip
     before, after = (load_file(path / "model.safetensors") for path in (smollm2.whole, tmp_path / "run" / "model"))
