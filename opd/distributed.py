@@ -31,6 +31,7 @@ _agreements = 0
 _meetings: Counter[int] = Counter()
 _process_groups: dict[int, dist.ProcessGroup] = {}
 _agreed: BaseException | None = None  # what this rank raised when all ranks last agreed to
+_store: dist.Store | None = None  # where the ranks meet when no group is left
 
 
 def init(local_rank: int = -1) -> torch.device:
@@ -38,6 +39,7 @@ def init(local_rank: int = -1) -> torch.device:
 
     `local_rank` is what older launchers pass as a flag; the environment wins. Returns this rank's device.
     """
+    global _store
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     store = None
@@ -58,6 +60,7 @@ def init(local_rank: int = -1) -> torch.device:
     if not dist.is_initialized():
         own = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **own)
+    _store = dist.distributed_c10d._get_default_store()
     device = PartialState(cpu=not use_cuda).device
     return device if use_cuda else torch.device("cpu")  # to accelerate's cpu:0, `Tensor.to` copies what lies on the cpu
 
@@ -244,8 +247,7 @@ def exit_together():
         status = 0
         try:
             yield
-            if dist.is_initialized():
-                barrier()  # nobody leaves while another is in a collective operation
+            _meet_at_end()
         except SystemExit as stop:
             status = _status_of(stop)
         except KeyboardInterrupt:
@@ -253,6 +255,18 @@ def exit_together():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             _end_now(-signal.SIGINT)  # a shell that runs a script of commands wants to know that it was Ctrl-C
         _end_orderly(status)
+
+
+def _meet_at_end() -> None:
+    """Nobody leaves while another is in a collective operation.
+
+    An engine of vllm 0.32 that is freed, as when `main` returns, takes all groups of its process with it. The store stays.
+    """
+    if dist.is_initialized():
+        barrier()
+    elif _store is not None and world_size() > 1:
+        _store.set(f"opd/done/{rank()}", "")
+        _store.wait([f"opd/done/{other}" for other in range(world_size())], COLLECTIVE_TIMEOUT)
 
 
 def _status_of(stop: SystemExit) -> int:
@@ -269,25 +283,23 @@ def _end_orderly(status: int) -> NoReturn:
     That would destroy the groups' C++ objects while their threads run (torch 2.13), and now and then abort a finished run:
     "terminate called without an active exception". The hooks come first: vllm 0.32's raise if the groups are gone.
     """
-    joined, me, size = dist.is_initialized(), rank(), world_size()
-    store = dist.distributed_c10d._get_default_store() if joined else None
     threading._shutdown()
     atexit._run_exitfuncs()
     if dist.is_initialized():
         dist.destroy_process_group()
-    if store is not None and status == 0 and size > 1:
-        _end_last(store, me, size)
+    if _store is not None and status == 0 and world_size() > 1:
+        _end_last(_store)
     _end_now(status)
 
 
-def _end_last(store: dist.Store, me: int, size: int) -> None:
+def _end_last(store: dist.Store) -> None:
     """Rank 0 returns when the others are here: it may hold the store, of whose loss their libraries would complain."""
-    key = "opd/ended/{}".format
     with suppress(RuntimeError):  # one that does not come, or a store that is gone: this rank is done
-        if me > 0:
-            store.set(key(me), "")
+        if rank() > 0:
+            store.set(f"opd/ended/{rank()}", "")
         else:
-            store.wait([key(other) for other in range(1, size)], datetime.timedelta(seconds=LAST_SECONDS))
+            others = [f"opd/ended/{other}" for other in range(1, world_size())]
+            store.wait(others, datetime.timedelta(seconds=LAST_SECONDS))
 
 
 def _end_now(status: int) -> NoReturn:

@@ -23,8 +23,8 @@ HURRY = 20  # seconds that a rank may take which waits for nobody; the hook that
 
 ALONE = ("well", "exit", "exit 0", "exit 3", "exit text", "raises", "agreed", "interrupted", "unread")
 TOGETHER = {
-    "both well": ["well", "slow"], "a mistake": ["user", "user"], "an agreed failure": ["agreed", "agreed"],
-    "a lonely failure": ["waits", "raises"], "a lonely exit": ["waits", "exit 0"],
+    "both well": ["well", "slow"], "both without groups": ["busy", "freed"], "a mistake": ["user", "user"],
+    "an agreed failure": ["agreed", "agreed"], "a lonely failure": ["waits", "raises"], "a lonely exit": ["waits", "exit 0"],
 }  # fmt: skip
 CLEANUPS = ["second cleanup", "first cleanup"]
 
@@ -102,6 +102,13 @@ def test_two_ranks_part_together_and_rank_0_goes_last(ends):
     assert all(end.log.splitlines()[-2:] == CLEANUPS for end in ranks)
     (through,) = (float(line.split()[1]) for line in ranks[1].log.splitlines() if line.startswith("slow"))
     assert ranks[0].ended > through
+
+
+def test_ranks_whose_groups_are_gone_meet_at_the_store(ends):
+    ranks = ends["both without groups"]
+    assert [(end.status, end.stderr) for end in ranks] == [(0, ""), (0, "")]
+    (through,) = (float(line.split()[1]) for line in ranks[0].log.splitlines() if line.startswith("slow"))
+    assert ranks[1].ended > through
 
 
 def test_a_mistake_on_two_ranks_is_one_line(ends):

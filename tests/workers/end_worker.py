@@ -14,9 +14,12 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import shared_memory
 from pathlib import Path
+
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,6 +30,13 @@ DEADLINE = 120  # seconds; a rank that hangs is ended by SIGALRM, and its test f
 SLOW = 1.0  # seconds that the slow rank needs for its exit hooks
 
 left_open = []  # what a library keeps in a global until the interpreter ends
+
+
+class Engine:
+    """As vllm 0.32's: its finaliser destroys its group, and raises if that is gone already."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        weakref.finalize(self, dist.destroy_process_group, group)
 
 
 def late(log, seconds: float) -> None:
@@ -41,7 +51,8 @@ def well(log) -> None:
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
     memory = shared_memory.SharedMemory(create=True, size=8)
     atexit.register(memory.unlink)
-    left_open.extend([folder, pool, memory])
+    own_group = dist.new_group([distributed.rank()], use_local_synchronization=True)
+    left_open.extend([folder, pool, memory, Engine(own_group)])
     log(f"pool {pool.submit(os.getpid).result()}")
     log(f"folder {folder.name}")
     print("half a line", end="")
@@ -53,6 +64,17 @@ def slow(log) -> None:
         log(f"slow {time.monotonic()}")
 
     atexit.register(hook)
+
+
+def freed(log) -> None:
+    """An engine that is freed has destroyed all groups; the other rank is not through."""
+    dist.destroy_process_group()
+
+
+def busy(log) -> None:
+    time.sleep(SLOW)
+    log(f"slow {time.monotonic()}")
+    freed(log)
 
 
 def raises(log) -> None:
@@ -100,8 +122,9 @@ def exits(*status):
 
 
 WAYS = {
-    "well": well, "slow": slow, "raises": raises, "user": user, "agreed": agreed, "interrupted": interrupted, "unread": unread,
-    "waits": waits, "exit": exits(), "exit 0": exits(0), "exit 3": exits(3), "exit text": exits("the trainer is gone"),
+    "well": well, "slow": slow, "freed": freed, "busy": busy, "raises": raises, "user": user, "agreed": agreed,
+    "interrupted": interrupted, "unread": unread, "waits": waits,
+    "exit": exits(), "exit 0": exits(0), "exit 3": exits(3), "exit text": exits("the trainer is gone"),
 }  # fmt: skip
 
 
