@@ -23,7 +23,7 @@ NEEDS_MORE = re.compile(r"^\s*(from|import) .*\b(vllm\.multimodal|torchvision|to
 # Model types that vllm 0.32 and transformers 5.19 were found to compute otherwise (scripts/check_families.py): always, on a
 # CPU, or by less than bfloat16 shows (about 2e-4 nats).
 OTHERWISE = {"doge": "without its dynamic mask", "jetmoe": "without its experts of attention"}
-OTHERWISE_ON_CPU = ("deepseek_v3", "gemma3n", "gemma3n_text", "lfm2_moe")
+OTHERWISE_ON_CPU = ("deepseek_v3", "gemma3n", "gemma3n_text", "lfm2", "lfm2_moe")
 ROUNDED = {
     "apertus": "its activation has parameters in bfloat16", "bloom": "its GELU, exact or approximated",
     "nemotron_h": "a lower bound of the time step, applied or not",
