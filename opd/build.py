@@ -17,9 +17,9 @@ from opd.deepspeed_engine import what_leaves
 from opd.distillation import payload_of
 from opd.heads import load_head, map_head
 from opd.hf_engine import HFEngine
+from opd.messages import one_line
 from opd.metrics import Metrics, say
 from opd.rollout import CANARY_IDS, RolloutEngine
-from opd.rows import one_line
 from opd.run import Run, user_errors
 from opd.run_files import warn
 from opd.sample_ledger import SampleLedger

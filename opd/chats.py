@@ -4,7 +4,8 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd.columns import column, cut, json_column, without_nulls
+from opd.columns import column, json_column, without_nulls
+from opd.messages import cut
 
 TOOLS, KWARGS = "tools", "chat_template_kwargs"  # the columns' names in TRL, whose data sets have them
 

@@ -7,15 +7,11 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from opd.rows import Unreadable, one_line
+from opd.messages import cut, one_line
+from opd.rows import Unreadable
 
 MAX_DEPTH = 100  # of lists and objects inside each other; Python itself gives up somewhat below 1000
 EXACT_FLOAT = 2**53  # a whole number below it has one float
-
-
-def cut(value: Any) -> str:
-    """A value in a message."""
-    return f"{value!r:.80}"
 
 
 def _can_be_written(text: str) -> bool:

@@ -18,9 +18,10 @@ from math import gcd, lcm
 from typing import Any
 
 from opd.chats import KWARGS, Chat, read_chat, read_plain
-from opd.columns import column, cut, domain_column, text_column
+from opd.columns import column, domain_column, text_column
 from opd.config import DataConfig, TeacherSpec
 from opd.distributed import fold_seed
+from opd.messages import cut
 from opd.rows import read_rows
 from opd.templates import ChatTemplate
 from opd.types import Prompt

@@ -19,7 +19,6 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 
 # A rank that waits longer than this for the others ends the run instead of hanging it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -39,6 +38,8 @@ def init(local_rank: int = -1) -> torch.device:
 
     `local_rank` is what older launchers pass as a flag; the environment wins. Returns this rank's device.
     """
+    from accelerate import PartialState  # not at the top: `exit_together` also ends programs that need torch alone
+
     global _store
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))

@@ -23,8 +23,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
+from opd.messages import one_line
 from opd.protocols import TOKEN_VARIABLE, is_loopback
-from opd.rows import one_line
 
 SHORTEST_TOKEN = 16
 READ_SECONDS = 30.0  # for a client to send a body

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from opd.http_service import RequireToken, metrics_text, new_app, read_body
 from opd.logprob_engine import VersionedBody
 from opd.logprob_wire import VERSION_HEADER, LogprobQuestion
-from opd.rows import one_line
+from opd.messages import one_line
 from opd.scoring import ScoringThread
 from opd.scoring_routes import answer_or_give_up, binary
 from opd.server_control import ACT_SECONDS, Control, PauseMode

@@ -21,7 +21,7 @@ from opd.attention import AUTO
 from opd.config import to_dict
 from opd.data import PromptSet
 from opd.heads import find_head, logit_form, weights_beside_the_head
-from opd.rows import one_line
+from opd.messages import one_line
 from opd.shapes import check_path, layer_values, load_part, read_model
 from opd.vllm_models import check_agrees, check_vllm_runs
 from opd.weight_files import check_not_quantised, check_weights

@@ -32,10 +32,10 @@ from starlette.requests import ClientDisconnect
 from opd import http_service
 from opd.arguments import OneLineParser
 from opd.checkpoint_names import checkpoint_views
+from opd.messages import one_line
 from opd.preflight import read_checked
 from opd.protocols import ROLLOUT
 from opd.rollout_engine import PushedEngine, Sampling
-from opd.rows import one_line
 from opd.server_control import Control, WeightsGate
 from opd.shapes import served_length
 from opd.student import resolve_dtype

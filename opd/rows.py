@@ -12,15 +12,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from opd.messages import one_line
+
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 LFS_START = b"version https://git-lfs"
 LFS_POINTER = "a git-lfs pointer, not the file itself; fetch that with `git lfs pull`"
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
-
-
-def one_line(error: Exception) -> str:
-    """The message of a library's exception, cut to what fits into a line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from opd.http_service import RequireToken, metrics_text, new_app, read_body, read_json, unless_gone
+from opd.messages import one_line
 from opd.protocols import SCORING
-from opd.rows import one_line
 from opd.scoring import ScoringThread
 from opd.types import TeacherPayload
 from opd.wire import Question, decode_ids, stream_arrays

@@ -20,9 +20,9 @@ import torch
 
 from opd.arguments import OneLineParser
 from opd.http_service import read_token
+from opd.messages import one_line
 from opd.protocols import TOKEN_VARIABLE
 from opd.replicas import START_SECONDS, StartError, serving
-from opd.rows import one_line
 from opd.shapes import check_path
 from opd.watch import watch
 from opd.weight_store import claim

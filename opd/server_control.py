@@ -32,7 +32,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
 from opd.http_service import read_json
-from opd.rows import one_line
+from opd.messages import one_line
 from opd.weight_broadcast import check_reach
 from opd.weight_offer import MOST_OFFER_BYTES, Offer, Receivers, read_offer
 from opd.weight_store import verify

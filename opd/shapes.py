@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from opd.attention import AUTO, attention_for
-from opd.rows import one_line
+from opd.messages import one_line
 
 
 @dataclass(frozen=True)

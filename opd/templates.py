@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from opd.chats import TOOLS, Chat, text_of
-from opd.rows import one_line
+from opd.messages import one_line
 
 TIME_LIMIT_S = 5  # of processor time; a row takes about 0.1 ms
 MARK = "zqxjk"  # an answer that no template contains

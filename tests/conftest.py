@@ -130,6 +130,11 @@ def device():
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     PartialState._reset_state()
+    if "deepspeed" in sys.modules:  # it remembers the groups of the first module of tests that used it
+        from deepspeed import comm
+        from deepspeed.utils import groups
+
+        comm.comm.cdb = groups._WORLD_GROUP = None
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:

@@ -78,7 +78,8 @@ CASES = {
 
 def make_model(model_type: str, changes: dict):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SHAPE, **changes})).eval()
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()  # leaves no soft-cap out
     head = model.get_output_embeddings()
     if head.bias is not None:
         torch.nn.init.normal_(head.bias)  # zeros would not show
