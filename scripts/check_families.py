@@ -17,13 +17,16 @@ Shape suffixes: L tokens of a response, T of prompt and response, V vocabulary.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -138,22 +141,43 @@ def run_trainer(script: str, config: dict, directory: Path) -> Outcome:
     directory.mkdir(parents=True)
     settings = directory / "config.yaml"
     settings.write_text(yaml.safe_dump(config | {"output_dir": str(directory / "run")}))
-    more = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / script), "--config", str(settings)]
-    with open(directory / "stdout", "w") as out, open(directory / "stderr", "w") as err:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | more, stdout=out, stderr=err, start_new_session=True
-        )
-        try:
-            status = process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(KILL_S)
-            status = None
+    process = _forkserver().Process(target=_be_trainer, args=(ROOT / script, settings, directory))
+    process.start()
+    process.join(TIMEOUT_S)
+    status = process.exitcode
+    if status is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join(KILL_S)
     metrics = directory / "run" / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     rows = [row for row in rows if "loss/total" in row]
     return Outcome(status, (directory / "stderr").read_text(errors="replace"), rows)
+
+
+@functools.cache
+def _forkserver():
+    """Where trainers are forked from."""
+    more = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scripts.trainer_imports"])
+    before = dict(os.environ)
+    os.environ.update(more)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _be_trainer(script: Path, settings: Path, directory: Path) -> None:
+    """In a process of the forkserver: what `python SCRIPT --config SETTINGS` is."""
+    os.setsid()
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(directory / name, os.O_WRONLY | os.O_CREAT), stream)
+    os.chdir(ROOT)
+    sys.argv = [str(script), "--config", str(settings)]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def check_family(family: Family, scratch: Path) -> Result:
@@ -284,7 +308,7 @@ def chosen(names: str, everything: bool) -> list[Family]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--families", default="", help="names from scripts/families.py, by commas")
-    parser.add_argument("--all", action="store_true", help="every family: hours")
+    parser.add_argument("--all", action="store_true", help="every family: half an hour")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time, each with a core and 4 GB")
     parser.add_argument("--output", type=Path, help="where the table is written, such as docs/models.md")
     parser.add_argument("--json", type=Path, help="where the results are written")
