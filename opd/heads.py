@@ -20,12 +20,15 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from opd.weight_files import read_headers
 
-HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "language_model.lm_head.weight")
+HEAD_NAMES = (
+    "lm_head.weight", "embed_out.weight", "language_model.lm_head.weight", "output_projection.weight", "head.weight",
+)  # fmt: skip
 EMBEDDING_NAMES = (
     "model.embed_tokens.weight", "embed_tokens.weight",
     "model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight",
     "model.decoder.embed_tokens.weight", "decoder.embed_tokens.weight",
     "transformer.wte.weight", "wte.weight", "transformer.word_embeddings.weight", "word_embeddings.weight",
+    "backbone.embeddings.weight", "biogpt.embed_tokens.weight",
 )  # fmt: skip
 
 # Keys by which configurations change logits behind the lm_head, those of models with code of their own included.
@@ -253,7 +256,11 @@ def _weight_name(model: str, root: Path, files: dict[str, Path]) -> str:
     for name in names:
         if name in files:
             return name
-    raise ValueError(f"{model}: none of {', '.join(names)} in its safetensors")
+    kind = "head or embedding" if len(names) > len(HEAD_NAMES) else "head"
+    raise ValueError(
+        f"{model}: its safetensors hold no output {kind} under a known name ({names[0]} and {len(names) - 1} others); "
+        "choose another model"
+    )
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
