@@ -64,8 +64,9 @@ def _building(run: Run, model: str):
                 traceback.print_exc()
                 raise
     except (ValueError, distributed.RankError) as error:
+        what = "" if isinstance(error, distributed.RankError) else "building its engine failed: "
         with user_errors():
-            raise ValueError(f"{model}: {one_line(error)}; the traceback is in {run.run_dir / 'logs'}") from None
+            raise ValueError(f"{model}: {what}{one_line(error)}; the traceback is in {run.run_dir / 'logs'}") from None
 
 
 def build_student(run: Run) -> Student:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from opd.attention import AUTO, attention_for
 from opd.messages import one_line
@@ -111,10 +112,7 @@ def read_model(
     """
     check_path(flag, path)
     options = {"trust_remote_code": trust_remote_code}
-    config = load_part(
-        flag, path, "config.json",
-        lambda: AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **options),
-    )  # fmt: skip
+    config = load_part(flag, path, "config.json", lambda: _load_config(path, options))
     try:
         attention = attention_for(config, attn_implementation)
         return model_of(copy.deepcopy(config), flag, path, attn_implementation=attention, **options)
@@ -126,6 +124,15 @@ def read_model(
         raise ValueError(
             f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose auto or eager ({reason})"
         ) from None
+
+
+def _load_config(path: str, options: dict[str, Any]) -> PreTrainedConfig:
+    here = {"local_files_only": Path(path).is_dir()}
+    content, _ = PreTrainedConfig.get_config_dict(path, **here)
+    family = content.get("model_type")
+    if family is not None and family not in CONFIG_MAPPING and "auto_map" not in content:
+        raise ValueError(f"transformers {transformers.__version__} does not know {family}; choose another model")
+    return AutoConfig.from_pretrained(path, **here, **options)
 
 
 def model_of(config: PreTrainedConfig, flag: str, path: str, **options) -> torch.nn.Module:

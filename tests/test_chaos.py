@@ -10,12 +10,14 @@ from scripts import chaos
 pytestmark = pytest.mark.e2e
 
 
-def test_kills_of_every_role(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.nightly)])
+def test_kills_of_every_role(tmp_path, capsys, monkeypatch, kills):
     monkeypatch.delenv("OPD_FAULT", raising=False)
-    status = chaos.main(["--kills", "12", "--gap_s", "1", "--steps", "16", "--work_dir", str(tmp_path), "--json"])
+    wanted = ["--kills", str(kills * len(chaos.ROLES)), "--gap_s", "1", "--steps", "16"]
+    status = chaos.main([*wanted, "--work_dir", str(tmp_path), "--json"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert status == 0 and not result["problems"] and not result["left_alive"], result
-    assert result["kills"] == dict.fromkeys(chaos.ROLES, 3), result
+    assert result["kills"] == dict.fromkeys(chaos.ROLES, kills), result
     assert result["samples"] == result["rounds"] * 16 * chaos.WORK.prompts
 
 
