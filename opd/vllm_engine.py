@@ -17,7 +17,7 @@ from opd import distributed
 from opd.engine_memory import KV_CACHE, WEIGHTS
 from opd.run_files import warn
 from opd.vllm_process import (
-    SAME_FILES,
+    as_transformers,
     engine_memory,
     import_vllm,
     kept_classes,
@@ -77,7 +77,7 @@ class _Engine:
         with self._active(), kept_classes():
             self.llm = vllm.LLM(
                 model=model,
-                **SAME_FILES,
+                **as_transformers(),
                 tensor_parallel_size=tensor_parallel_size,
                 distributed_executor_backend="external_launcher",
                 enforce_eager=enforce_eager,

@@ -23,10 +23,10 @@ NEEDS_MORE = re.compile(r"^\s*(from|import) .*\b(vllm\.multimodal|torchvision|to
 # Model types that vllm 0.32 and transformers 5.19 were found to compute otherwise (scripts/check_families.py): always, on a
 # CPU, or by less than bfloat16 shows (about 2e-4 nats).
 OTHERWISE = {"doge": "without its dynamic mask", "jetmoe": "without its experts of attention"}
-OTHERWISE_ON_CPU = ("deepseek_v3", "gemma3n", "gemma3n_text", "lfm2", "lfm2_moe")
+OTHERWISE_ON_CPU = ("gemma3n", "gemma3n_text")
 ROUNDED = {
     "apertus": "its activation has parameters in bfloat16", "bloom": "its GELU, exact or approximated",
-    "nemotron_h": "a lower bound of the time step, applied or not",
+    **dict.fromkeys(("nemotron_h", "zamba2"), "a lower bound of the time step, applied or not"),
 }  # fmt: skip
 IMPORT_SECONDS = 300.0  # a cold disk
 
@@ -97,10 +97,10 @@ def check_agrees(
         )
     if is_student and family == "gpt_oss":
         raise ValueError(f"{flag} {path}: vLLM takes no new weights for gpt_oss while it runs; it can be a teacher")
-    if is_student and exact and family in ROUNDED:
+    if exact and family in ROUNDED:
         raise ValueError(
             f"{flag} {path}: vLLM and transformers compute {family} with other formulas ({ROUNDED[family]}), which float32 "
-            "shows; use --dtype bfloat16"
+            f"shows; use --dtype bfloat16, or {other}"
         )
 
 

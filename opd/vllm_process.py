@@ -27,9 +27,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# Of a directory with Mistral's own files too, vllm 0.32 would read those, and the student the others.
-SAME_FILES = {"config_format": "hf", "load_format": "hf"}
-
 
 def import_vllm():
     """vLLM, imported with its environment set: no worker processes, no thread placement, no usage statistics."""
@@ -40,6 +37,21 @@ def import_vllm():
     import vllm
 
     return vllm
+
+
+def as_transformers() -> dict[str, Any]:
+    """Options under which vllm 0.32 reads the files that transformers reads, and computes what transformers computes.
+
+    Of a directory with Mistral's own files too, it would read those. Its rotary kernel for CPUs returns something else where
+    queries have a dimension of heads, as in multi-head latent attention (DeepSeek) and in LFM2.
+    """
+    import_vllm()
+    from vllm.config import CompilationConfig
+
+    options: dict[str, Any] = {"config_format": "hf", "load_format": "hf"}
+    if not torch.cuda.is_available():
+        options["compilation_config"] = CompilationConfig(custom_ops=["-rotary_embedding"])
+    return options
 
 
 def sampling_params(
@@ -164,7 +176,7 @@ def async_engine(on_step: Callable[[int], None], **options):
 
     extension = f"{__name__}.{ReloadingWorker.__name__}"
     arguments = AsyncEngineArgs(
-        disable_log_stats=True, enable_log_requests=False, worker_extension_cls=extension, **SAME_FILES, **options
+        disable_log_stats=True, enable_log_requests=False, worker_extension_cls=extension, **as_transformers(), **options
     )  # fmt: skip
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[Steps])
 

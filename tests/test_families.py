@@ -155,9 +155,9 @@ def test_the_table_has_a_row_per_family_with_its_reason():
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "smollm3", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "smollm3", "gemma2", "lfm2"])
 def test_a_family_trains_as_its_own_teacher(tmp_path, name):
-    """Tied embeddings; experts; a family that vLLM runs on its Transformers backend; a soft-cap in the attention."""
+    """Tied embeddings; experts; vLLM's Transformers backend; a soft-cap in the attention; queries that rotate head by head."""
     result = check.check_family(BY_NAME[name], tmp_path)
     assert result.student.kind == "right", result
 

@@ -364,11 +364,14 @@ def test_teachers_that_vllm_computes_otherwise(student, tmp_path):
     assert found.startswith("--teacher math") and "without its dynamic mask" in found and "`backend: hf`" in found
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
     options = {"is_student": False, "exact": True, "tokens": 8}
-    for family in ("deepseek_v3", "lfm2_moe"):
-        config = AutoConfig.for_model(family)
-        with pytest.raises(ValueError, match="on a CPU"):
-            check_agrees("--teacher", "t", config, on_gpu=False, **options)
+    config = AutoConfig.for_model("gemma3n_text")
+    with pytest.raises(ValueError, match="on a CPU"):
+        check_agrees("--teacher", "t", config, on_gpu=False, **options)
+    check_agrees("--teacher", "t", config, on_gpu=True, **options)
+    config = AutoConfig.for_model("zamba2")
+    with pytest.raises(ValueError, match="bfloat16, or set `backend: hf`"):
         check_agrees("--teacher", "t", config, on_gpu=True, **options)
+    check_agrees("--teacher", "t", config, on_gpu=True, **options | {"exact": False})
 
 
 def test_an_attention_that_nobody_has(student):
