@@ -164,6 +164,7 @@ ELSEWHERE = ("save.", "ahead.", "push.")
 PASSES = {"teachers.submit": 6, "pool.request": 6, "pool.answer": 6, "backward": 4, "sync.before": 3}
 
 
+@pytest.mark.nightly
 def test_a_run_killed_at_every_point_of_a_step_is_the_undisturbed_one(models, tmp_path):
     """Two runs, each killed at half of the points one after the other and resumed each time, with a served teacher."""
     points = [point for point in faults.POINTS if not point.startswith(ELSEWHERE)]
