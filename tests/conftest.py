@@ -110,7 +110,7 @@ def tiny_tied(tmp_path_factory, tokenizer) -> Path:
 def smollm2() -> RealModel:
     """Downloaded once per machine, into $OPD_CACHE or ~/.cache/opd. A test that needs it fails where it cannot be had."""
     cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
-    model = RealModel(cache / "smollm2", cache / "smollm2_student")
+    model = RealModel(cache / "smollm2", cache / "smollm2_20")
     script = [sys.executable, str(ROOT / "scripts" / "get_smollm2.py"), "--output_dir", str(model.whole)]
     done = subprocess.run(
         [*script, "--student_dir", str(model.student), "--num_layers", "20"], env=worker_environment(),

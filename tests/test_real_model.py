@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import get_questions
 from scripts.demos import before_after
-from scripts.get_smollm2 import kept_layers, main
+from scripts.get_smollm2 import main, spread_layers
 from tests.test_trainers import metrics_of, succeed
 
 ROOT = Path(__file__).parents[1]
@@ -61,8 +62,9 @@ def test_it_chats_and_ends_its_turn(smollm2):
 
 
 def test_a_student_has_the_layers_that_were_chosen(smollm2):
-    layers = kept_layers(20)
-    assert len(layers) == 20 and layers == sorted(set(layers)) and set(layers) < set(kept_layers(21)) < set(range(30))
+    layers = spread_layers(20)
+    assert len(layers) == 20 and layers == sorted(set(layers)) and (layers[0], layers[-1]) == (0, 29)
+    assert {after - before for before, after in pairwise(layers)} == {1, 2}
     whole, student = (load_file(path / "model.safetensors") for path in (smollm2.whole, smollm2.student))
     kept = {f"model.layers.{new}.": f"model.layers.{old}." for new, old in enumerate(layers)}
     for name, value in student.items():
