@@ -253,7 +253,7 @@ def test_the_checkpoint_decides_which_of_two_is_the_head(tmp_path):
 def test_a_checkpoint_without_a_head_or_with_an_unknown_form_is_named(tmp_path):
     save_file({"model.norm.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    with pytest.raises(ValueError, match=rf"{tmp_path}: none of lm_head\.weight"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: its safetensors hold no output head .*lm_head\.weight"):
         load_head(str(tmp_path))
     save_file({"lm_head.weight": torch.zeros(V, H)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "logit_scale": 2}))
