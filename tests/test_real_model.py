@@ -92,11 +92,11 @@ def test_without_a_network_it_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", ["19", "30", "31", "-4"])
+@pytest.mark.parametrize("number", ["1", "30", "31", "-4"])
 def test_a_student_has_fewer_layers_than_the_model(tmp_path, capsys, number):
     there = ["--output_dir", str(tmp_path / "model"), "--student_dir", str(tmp_path / "student")]
     assert main([*there, "--num_layers", number]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --num_layers {number}: give 20 to 29")
+    assert capsys.readouterr().err.startswith(f"error: --num_layers {number}: give 2 to 29")
     assert not list(tmp_path.iterdir())
 
 
