@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from opd import checkpoint, config, distributed
 from opd.async_build import build_async_engine, is_async
 from opd.async_rollout import AsyncRolloutEngine
@@ -99,7 +101,9 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
             on_disk = run.cfg.teacher.teacher_residency == "disk"
             head = (map_head if on_disk else load_head)(spec.model)
             teachers.append(ColocatedTeacher(spec, _build_engine(run, spec), head))
-            teachers[-1].engine.hidden_states([CANARY_IDS])
+            (state_LH,) = teachers[-1].engine.hidden_states([CANARY_IDS])
+            if not (state_LH.isfinite().all() and head.weight_VH.sum(dtype=torch.float32).isfinite()):
+                raise ValueError("it computes no numbers: look for NaN and infinity in its weights")
         with distributed.agree_on_error(f"putting teacher {spec.name} to sleep"):
             teachers[-1].sleep()
     return teachers

@@ -21,7 +21,7 @@ from opd.attention import AUTO
 from opd.config import to_dict
 from opd.data import PromptSet
 from opd.heads import find_head, logit_form, weights_beside_the_head
-from opd.messages import one_line
+from opd.messages import cut, one_line
 from opd.shapes import check_path, layer_values, load_part, read_model
 from opd.vllm_models import check_agrees, check_vllm_runs
 from opd.weight_files import check_not_quantised, check_weights
@@ -62,7 +62,7 @@ def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
     check_path(flag, path)
     options = {"local_files_only": Path(path).is_dir()}
     config_dict, _ = load_part(flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, **options))
-    tokenizer_dict = load_part(flag, path, "tokenizer", lambda: get_tokenizer_config(path, **options))
+    tokenizer_dict = load_part(flag, path, "tokenizer", lambda: {**get_tokenizer_config(path, **options)})
     if ("auto_map" in config_dict or "auto_map" in tokenizer_dict) and not trust_remote_code:
         raise ValueError(f"{flag} {path}: the model brings its own code (auto_map); read it, then --trust_remote_code")
     if "model_type" not in config_dict:
@@ -72,14 +72,14 @@ def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
 def load_tokenizer(path: str, trust_remote_code: bool = False, *, flag: str = "--student_model"):
     """The tokenizer of a model directory or hub id."""
     _check_source(flag, path, trust_remote_code)
-    tokenizer = load_part(
-        flag,
-        path,
-        "tokenizer",
-        lambda: AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=Path(path).is_dir()
-        ),
-    )
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": Path(path).is_dir()}
+
+    def load():
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer("a")  # some of what is wrong in its files shows only here
+        return tokenizer
+
+    tokenizer = load_part(flag, path, "tokenizer", load)
     is_local = Path(path).is_dir()
     # transformers 5 builds an empty tokenizer from the model type alone where a directory holds none.
     if is_local and not any(p.name.startswith(("tokenizer", "vocab", "spiece")) for p in Path(path).iterdir()):
@@ -88,15 +88,19 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, *, flag: str = "-
 
 
 def _eos_ids(flag: str, path: str, model_config: PreTrainedConfig, tokenizer) -> tuple[int, ...]:
+    generation, file = None, Path(path) / "generation_config.json"
     try:
         generation = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError as error:  # many base models have no such file, but a broken one must not pass for none
-        if (Path(path) / "generation_config.json").exists():
-            raise ValueError(f"{flag} {path}: cannot load its generation_config.json: {one_line(error)}") from None
-        generation = None
+    except Exception as error:  # many base models have no such file, but a broken one must not pass for none
+        if not isinstance(error, OSError) or file.exists() or file.is_symlink():
+            reason = f"cannot load its generation_config.json: {one_line(error)}"
+            raise ValueError(f"{flag} {path}: {reason}") from None
     candidates = (generation, model_config.get_text_config().eos_token_id, tokenizer.eos_token_id)
-    eos = next((e for e in candidates if e is not None and e != []), ())
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    eos = next((e for e in candidates if e is not None and e != []), [])
+    ids = eos if isinstance(eos, list | tuple) else [eos]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"{flag} {path}: its eos_token_id is {cut(eos)}; it must be a token id or a list of them")
+    return tuple(ids)
 
 
 def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
@@ -134,6 +138,8 @@ def read_checked(
     if is_local:
         _check_files(flag, path, path, model, vllm)
     if vllm:
+        if is_local and set(path) & set("[*?"):
+            raise ValueError(f"{flag} {path}: vLLM takes [, * and ? in a path for a pattern; rename the directory")
         other = "choose another model" + (", or `backend: hf` in its entry" if is_teacher else "")
         check_vllm_runs(flag, path, model, content.get("architectures"), other)
     return model

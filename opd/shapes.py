@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
 
 from opd.attention import AUTO, attention_for
 from opd.messages import one_line
@@ -81,11 +82,15 @@ class ModelShape:
 
 
 def load_part(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns; whatever it raises becomes one line about the model at `path`."""
+    """What `load` returns; whatever it raises becomes one line about the model at `path`, and the only one."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what transformers warns of here, it says again when the model is loaded
     try:
         return load()
     except Exception as error:  # a broken file breaks other people's parsers in any way it likes
         raise ValueError(f"{flag} {path}: cannot load its {what}: {one_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def check_path(flag: str, path: str) -> None:

@@ -176,7 +176,7 @@ class Student:
         fault_point("backward")
         (bad,) = distributed.all_reduce([float(not torch.isfinite(loss.detach()))], "max")
         if bad:
-            raise FloatingPointError("the loss is not finite; the last checkpoint is whole")
+            raise distributed.Stop("the loss is not finite; the weights are as they were before this step")
         self.sharded.backward(loss, last=last)
 
     def step(self, learning_rate: float) -> float:
@@ -185,7 +185,7 @@ class Student:
         grad_norm = self.sharded.step(learning_rate)
         fault_point("train.after_step")
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient norm is {grad_norm}; the last checkpoint is whole")
+            raise distributed.Stop(f"the gradient norm is {grad_norm}; the last checkpoint, if there is one, is whole")
         return grad_norm
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -487,6 +487,25 @@ def break_generation_config(path: Path) -> None:
     (path / "generation_config.json").write_text("{")
 
 
+def wrong(file: str, content: str):
+    return lambda path: (path / file).write_text(content)
+
+
+def wrong_key(file: str, **changes):
+    return lambda path: edit_json(path / file, **changes)
+
+
+def break_vocabulary(path: Path) -> None:
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+
+
+def break_link(path: Path) -> None:
+    (path / "generation_config.json").unlink(missing_ok=True)
+    (path / "generation_config.json").symlink_to("generation_config.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -500,6 +519,15 @@ def break_generation_config(path: Path) -> None:
         (break_no_weights, "no .safetensors weights in the directory; convert the .bin files"),
         (break_shard, "1 of 1 weight files are missing, first model-2-of-2.safetensors"),
         (break_generation_config, "generation_config.json"),
+        (break_link, "generation_config.json"),
+        (wrong("generation_config.json", "[1]"), "generation_config.json"),
+        (wrong("generation_config.json", "null"), "generation_config.json"),
+        (wrong("generation_config.json", '{"eos_token_id": ["1"]}'), "its eos_token_id is ['1']"),
+        (wrong("generation_config.json", '{"eos_token_id": 1.0}'), "its eos_token_id is 1.0"),
+        (wrong("generation_config.json", '{"eos_token_id": [1, null]}'), "its eos_token_id is [1, None]"),
+        (wrong("tokenizer_config.json", "null"), "tokenizer"),
+        (wrong_key("tokenizer_config.json", model_max_length="x"), "tokenizer"),
+        (break_vocabulary, "tokenizer"),
         (break_weights, "1 of 14 weights are not in its files, first model.norm.weight"),
     ],
 )

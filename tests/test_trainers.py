@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -423,6 +424,20 @@ def test_bad_input_is_one_line_and_status_2(models, tmp_path):
     mistakes = [line for line in orphan.stderr.splitlines() if line.startswith("error:")]
     assert len(mistakes) == 1 and "reversal (" in mistakes[0], orphan.stderr[-2000:]
     assert "exitcode  : 2" in orphan.stderr and "SIGABRT" not in orphan.stderr, orphan.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("who", "name"), [("student", "model.norm.weight"), ("addition", "lm_head.weight")])
+def test_a_weight_that_is_no_number_is_found_at_the_start(models, tmp_path, who, name):
+    path = models.student if who == "student" else models.teachers[who]
+    broken = shutil.copytree(path, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights[name].view(-1)[3] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with_it = replace(models, **({"student": broken} if who == "student" else {"teachers": {**models.teachers, who: broken}}))
+    done = start(command(with_it, tmp_path / "run"))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert len(errors) == 1 and "look for NaN and infinity" in errors[0], errors
 
 
 def test_dry_run_loads_nothing(models, tmp_path):
