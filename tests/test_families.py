@@ -1,6 +1,7 @@
 """Model families: their tiny models, the judge of a run, and runs of families that broke in different ways."""
 
 import json
+import multiprocessing.forkserver
 
 import pytest
 import torch
@@ -149,6 +150,14 @@ def test_the_table_has_a_row_per_family_with_its_reason():
     assert "| no | no | yes |" in rows[1] and rows[1].endswith("| no \\| sdpa |")
     assert "| no | no | **wrong** |" in rows[2] and rows[2].endswith("| no \\| sdpa; loss 1, expected 2 |")
     assert "| **wrong** | **wrong** | **wrong** |" in rows[3] and rows[3].endswith("| status 1: x |")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forkserver():
+    """Where runs are forked from ends with this module: it is large, and tests count the children of their process."""
+    yield
+    check._forkserver.cache_clear()
+    multiprocessing.forkserver._forkserver._stop()
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
