@@ -5,7 +5,8 @@ A model is built on the meta device, where tensors have shapes and no memory, so
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,16 +82,27 @@ class ModelShape:
             )
 
 
-def load_part(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns; whatever it raises becomes one line about the model at `path`, and the only one."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what transformers warns of here, it says again when the model is loaded
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without warnings and progress bars: what it warns of here, it says again when the model is loaded."""
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
-        return load()
-    except Exception as error:  # a broken file breaks other people's parsers in any way it likes
-        raise ValueError(f"{flag} {path}: cannot load its {what}: {one_line(error)}") from None
+        yield
     finally:
         logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+def load_part(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns; whatever it raises becomes one line about the model at `path`, and the only one."""
+    try:
+        with quiet():
+            return load()
+    except Exception as error:  # a broken file breaks other people's parsers in any way it likes
+        raise ValueError(f"{flag} {path}: cannot load its {what}: {one_line(error)}") from None
 
 
 def check_path(flag: str, path: str) -> None:

@@ -7,8 +7,7 @@ tied weights and buffers that no file holds. What it loads and vLLM does not is 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging as transformers_logging
 
 from opd.messages import one_line
+from opd.shapes import quiet
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -196,7 +195,7 @@ def _tied_names(model: PreTrainedModel, expected: dict[str, Tensor]) -> list[str
 
 def _ask_transformers(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict:
     """missing_keys, unexpected_keys and mismatched_keys of transformers 5.19, which loads nothing and allocates nothing."""
-    with _quiet():
+    with quiet():
         try:
             _, found = type(model).from_pretrained(
                 None, config=model.config, state_dict=tensors, device_map={"": "meta"}, dtype=torch.float32,
@@ -281,17 +280,3 @@ def _check_prefix(model: PreTrainedModel, stored: dict[str, Stored], expected: d
             f"{len(bare)} names in its files lack the prefix `{prefix}.`, first {bare[0]}, and vLLM does not know them so; "
             f"export the {type(model).__name__}, not its base model"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without its report of what is missing, and without a progress bar."""
-    verbosity, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shows_bars:
-            transformers_logging.enable_progress_bar()

@@ -17,10 +17,8 @@ Shape suffixes: L tokens of a response, T of prompt and response, V vocabulary.
 """
 
 import argparse
-import functools
 import json
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import re
@@ -50,6 +48,8 @@ TOLERANCE = 1e-4  # nats, float32: rounding of two implementations is below it, 
 TIMEOUT_S = 300
 SEE_STUDENT = "see student"
 KILL_S = 30
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["scripts.trainer_imports"])
 COMMON = {
     "num_steps": 2, "prompts_per_step": PROMPTS * 3, "micro_batch_size": PROMPTS, "num_generations": 1,
     "max_prompt_tokens": 16, "max_response_tokens": 12, "learning_rate": 3e-3, "warmup_steps": 0, "dtype": "float32",
@@ -141,7 +141,7 @@ def run_trainer(script: str, config: dict, directory: Path) -> Outcome:
     directory.mkdir(parents=True)
     settings = directory / "config.yaml"
     settings.write_text(yaml.safe_dump(config | {"output_dir": str(directory / "run")}))
-    process = _forkserver().Process(target=_be_trainer, args=(ROOT / script, settings, directory))
+    process = FORKSERVER.Process(target=_be_trainer, args=(ROOT / script, settings, directory))
     process.start()
     process.join(TIMEOUT_S)
     status = process.exitcode
@@ -152,22 +152,6 @@ def run_trainer(script: str, config: dict, directory: Path) -> Outcome:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     rows = [row for row in rows if "loss/total" in row]
     return Outcome(status, (directory / "stderr").read_text(errors="replace"), rows)
-
-
-@functools.cache
-def _forkserver():
-    """Where trainers are forked from."""
-    more = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scripts.trainer_imports"])
-    before = dict(os.environ)
-    os.environ.update(more)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return context
 
 
 def _be_trainer(script: Path, settings: Path, directory: Path) -> None:

@@ -3,6 +3,11 @@
 `scripts/check_families.py` starts hundreds of runs of a few steps, most of whose time were imports.
 """
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from opd.vllm_process import import_vllm
 
 import_vllm()

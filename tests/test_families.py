@@ -156,7 +156,6 @@ def test_the_table_has_a_row_per_family_with_its_reason():
 def forkserver():
     """Where runs are forked from ends with this module: it is large, and tests count the children of their process."""
     yield
-    check._forkserver.cache_clear()
     multiprocessing.forkserver._forkserver._stop()
 
 

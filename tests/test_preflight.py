@@ -374,6 +374,12 @@ def test_teachers_that_vllm_computes_otherwise(student, tmp_path):
     check_agrees("--teacher", "t", config, on_gpu=True, **options | {"exact": False})
 
 
+def test_a_path_that_vllm_takes_for_a_pattern(student, tmp_path):
+    odd = str(shutil.copytree(student, tmp_path / "m[1]"))
+    assert refusal(odd, student) == f"--student_model {odd}: vLLM takes [, * and ? in a path for a pattern; rename the directory"
+    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+
+
 def test_an_attention_that_nobody_has(student):
     message = refusal(student, student, "--attn_implementation", "quick")
     assert message.startswith("--attn_implementation quick: not for --student_model") and "choose" in message
