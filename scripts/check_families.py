@@ -237,6 +237,10 @@ def write_rows(path: Path, domains: tuple[str, ...]) -> None:
 
 def table(results: list[Result]) -> str:
     """The page docs/models.md."""
+    learn, by_vllm, by_hf = (
+        sum(verdict.kind == "right" for verdict in column)
+        for column in zip(*((result.student, *result.teachers.values()) for result in results), strict=True)
+    )
     lines = [
         "# Model families",
         "",
@@ -245,6 +249,8 @@ def table(results: list[Result]) -> str:
         f"student, sampler and teacher agreed within {TOLERANCE} nats per token, also after the weights had changed and were",
         "pushed. *no* means: the run was refused at its start, with the line in the last column. `mismatch` is the largest",
         "difference between the log-probabilities of sampler and student at a sampled token, in nats, after the push.",
+        "",
+        f"Of {len(results)} families {learn} learn, {by_vllm} teach through vLLM and {by_hf} through transformers.",
         "",
         "| family | `model_type` | models | student | teacher, `vllm` | teacher, `hf` | mismatch | reason |",
         "|---|---|---|---|---|---|---|---|",

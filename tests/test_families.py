@@ -136,7 +136,7 @@ def test_the_table_has_a_row_per_family_with_its_reason():
     refused = check.Verdict("refused", "--student_model /tmp/x/student: no | sdpa; the traceback is in /tmp/x/run/logs")
     also = check.Verdict("refused", "--teacher all /tmp/x/student: no | sdpa")
     wrong = check.Verdict("fault", "status 1: x")
-    rows = check.table(
+    page = check.table(
         [
             check.Result("opt", right, {"vllm": right, "hf": right}, 30.0),
             check.Result("gpt_oss", refused, {"vllm": also, "hf": right}, 30.0),
@@ -145,7 +145,9 @@ def test_the_table_has_a_row_per_family_with_its_reason():
                 "phi", wrong, {name: check.Verdict("fault", check.SEE_STUDENT) for name in ("vllm", "hf")}, 30.0
             ),
         ]
-    ).splitlines()[-4:]
+    )
+    assert "Of 4 families 1 learn, 1 teach through vLLM and 2 through transformers." in page
+    rows = page.splitlines()[-4:]
     assert rows[0].startswith("| opt | `opt` | OPT | yes | yes | yes | 4e-06 |")
     assert "| no | no | yes |" in rows[1] and rows[1].endswith("| no \\| sdpa |")
     assert "| no | no | **wrong** |" in rows[2] and rows[2].endswith("| no \\| sdpa; loss 1, expected 2 |")
