@@ -23,35 +23,36 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from opd import checkpoint, config, distributed, weight_sync
-from opd.arguments import parse
-from opd.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers, restore
+from opd import config, distributed
 from opd.colocation import Colocation
 from opd.distillation import compare
-from opd.ledger import Ledger
-from opd.logits import LogitsChunk
-from opd.metrics import Metrics, say
+from opd.inputs.arguments import parse
+from opd.inputs.validation import validate_common
+from opd.log import say
 from opd.mismatch import log_mismatch
+from opd.ops.logits import LogitsChunk
 from opd.padding import count_loss_tokens
 from opd.parity import Parity
-from opd.rollout import dataset_rollouts
-from opd.run import (
-    Run,
-    evaluate,
-    evaluate_teachers,
-    finish,
-    is_due,
-    prepare,
-    saves_on_failure,
-    user_errors,
+from opd.records import checkpoint
+from opd.records.files import replace_text
+from opd.records.memory_ledger import Ledger
+from opd.records.metrics import Metrics
+from opd.records.sample_ledger import SampleLedger, sample_rows
+from opd.rollout import dataset_rollouts, push
+from opd.run.build import (
+    build_rollout_engine,
+    build_student,
+    build_teacher_pool,
+    build_teachers,
+    restore,
 )
-from opd.run_files import replace_text
-from opd.sample_ledger import SampleLedger, rows_of
-from opd.step_log import log_servers, log_step
+from opd.run.context import Run
+from opd.run.evaluation import evaluate, evaluate_teachers, finish
+from opd.run.prepare import is_due, prepare, saves_on_failure, user_errors
+from opd.run.step_log import log_servers, log_step
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch
-from opd.validation import validate_common
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
@@ -179,7 +180,7 @@ def main(run: Run) -> None:
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
-        state.policy_version = weight_sync.push(student, rollout_engine, version=state.step)
+        state.policy_version = push(student, rollout_engine, version=state.step)
     if state.step == 0 and run.eval_prompts:
         with colocation.phase("rollout"):
             evaluate(run, rollout_engine, metrics, 0)
@@ -208,14 +209,16 @@ def main(run: Run) -> None:
                     scores = teachers.score(rollouts)
 
             micro_batches = run.micro_batches(rollouts, scores)
-            trained_on = rows_of(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
+            trained_on = sample_rows(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
             with colocation.phase("train"), metrics.timed("train"):
                 if checked:
                     parity.check(student, rollouts, step)  # is the sampler the student? If not, the run stops here
-                    scored = [mb.with_old_logprobs(student.logprobs(mb, cfg.rollout.temperature)) for mb in micro_batches]
+                    scored = [
+                        mb.with_old_logprobs(student.logprobs(mb, cfg.rollout.temperature)) for mb in micro_batches
+                    ]
                     log_mismatch(metrics, scored, cfg.loss, domains=run.domains)
                 for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
                     for mb in micro_batches:
@@ -228,7 +231,7 @@ def main(run: Run) -> None:
                 teachers.release_head()
 
             with colocation.phase("sync"), metrics.timed("sync"):
-                state.policy_version = weight_sync.push(student, rollout_engine, version=step + 1)
+                state.policy_version = push(student, rollout_engine, version=step + 1)
 
         samples.record(trained_on)
         state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens

@@ -25,13 +25,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opd import checkpoint, config, distributed, evaluation, rewards, weight_sync
-from opd.arguments import parse
-from opd.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers, restore
+from opd import config, distributed
 from opd.colocation import Colocation
 from opd.distillation import compare
-from opd.ledger import Ledger
-from opd.logits import LogitsChunk
+from opd.inputs import rewards
+from opd.inputs.arguments import parse
+from opd.inputs.validation import validate_ahead, validate_common
 from opd.losses import (
     MAX_LOG_RATIO,
     accepted_sequences,
@@ -39,27 +38,29 @@ from opd.losses import (
     importance_weights,
     policy_gradient_loss,
 )
-from opd.metrics import Metrics
 from opd.mismatch import corrects, log_mismatch
+from opd.ops.logits import LogitsChunk
 from opd.padding import count_loss_tokens
 from opd.parity import Parity
-from opd.rollout import with_rewards
-from opd.run import (
-    Run,
-    evaluate,
-    evaluate_teachers,
-    finish,
-    is_due,
-    prepare,
-    saves_on_failure,
-    user_errors,
+from opd.records import checkpoint
+from opd.records.memory_ledger import Ledger
+from opd.records.metrics import Metrics
+from opd.records.sample_ledger import SampleLedger, sample_rows
+from opd.rollout import push, with_rewards
+from opd.run.build import (
+    build_rollout_engine,
+    build_student,
+    build_teacher_pool,
+    build_teachers,
+    restore,
 )
-from opd.sample_ledger import SampleLedger, rows_of
-from opd.step_log import log_servers, log_step
+from opd.run.context import Judge, Run
+from opd.run.evaluation import evaluate, evaluate_teachers, finish
+from opd.run.prepare import is_due, prepare, saves_on_failure, user_errors
+from opd.run.step_log import log_servers, log_step
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch, Rollout
-from opd.validation import validate_ahead, validate_common
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 
@@ -147,7 +148,7 @@ def correction_weights(mb: MicroBatch, trainer_N: Tensor, cfg: config.LossConfig
     return mb.at_loss_tokens(weights_BS * accepted_B[:, None])
 
 
-def add_task_rewards(rollouts: list[Rollout], judge: evaluation.Judge, group_size: int) -> list[Rollout]:
+def add_task_rewards(rollouts: list[Rollout], judge: Judge, group_size: int) -> list[Rollout]:
     """A reward per response and its advantage over the other responses to the same prompt."""
     scores = [judge(r.prompt, r.response_ids) for r in rollouts]
     return with_rewards(rollouts, scores, rewards.group_relative_advantages(scores, group_size))
@@ -186,7 +187,7 @@ def main(run: Run) -> None:
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
-        state.policy_version = weight_sync.push(student, rollout_engine, version=state.step)
+        state.policy_version = push(student, rollout_engine, version=state.step)
     if state.step == 0 and run.eval_prompts:
         with colocation.phase("rollout"):
             evaluate(run, rollout_engine, metrics, 0)
@@ -212,7 +213,7 @@ def main(run: Run) -> None:
                     scores = teachers.score(rollouts)  # by each rollout's own domain
 
             micro_batches = run.micro_batches(rollouts, scores)
-            trained_on = rows_of(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
+            trained_on = sample_rows(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
             del scores  # the micro-batches have copied the hidden states
             num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
 
@@ -242,7 +243,7 @@ def main(run: Run) -> None:
             state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
 
             with saves_on_failure(run, save_parts, state, metrics), colocation.phase("sync"), metrics.timed("sync"):
-                state.policy_version = weight_sync.push(student, rollout_engine, version=state.step)
+                state.policy_version = push(student, rollout_engine, version=state.step)
 
         metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
         seconds = time.perf_counter() - started

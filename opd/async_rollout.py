@@ -27,11 +27,11 @@ from typing import Any
 from torch import Tensor
 
 from opd import distributed
+from opd.clients.logprob_servers import LogprobServers
+from opd.clients.rollout_servers import Answer, RolloutServers
 from opd.config import AsyncConfig, RolloutConfig
 from opd.faults import fault_point
-from opd.logprob_client import LogprobServers
 from opd.rollout import places_of, sample_id_of, sample_seed
-from opd.rollout_client import Answer, RolloutServers
 from opd.types import OldPolicy, Prompt, Rollout
 
 FRESH_PROMPTS, FRESH_TOKENS = 8, 32  # of what is asked for to see whether the servers have the weights of now

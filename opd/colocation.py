@@ -24,13 +24,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from opd.ledger import Ledger
+from opd.records.memory_ledger import Ledger
 from opd.types import Offloadable, Sleeper, TeacherSleeper
-from opd.wake_order import wake_orders
 
 
 @dataclass(frozen=True)
-class Row:
+class PhaseRow:
     """One phase of the table."""
 
     after: tuple[str, ...]  # the phases that may come before it
@@ -40,10 +39,10 @@ class Row:
 
 
 TABLE = {
-    "rollout": Row(("sync", "rollout"), frozenset({"weights", "kv_cache"}), states=False, parameters=False),
-    "score": Row(("rollout", "score", "sync"), frozenset(), states=False, parameters=False),
-    "train": Row(("score",), frozenset(), states=True, parameters=True),
-    "sync": Row(("start", "train", "score", "rollout"), frozenset({"weights"}), states=False, parameters=True),
+    "rollout": PhaseRow(("sync", "rollout"), frozenset({"weights", "kv_cache"}), states=False, parameters=False),
+    "score": PhaseRow(("rollout", "score", "sync"), frozenset(), states=False, parameters=False),
+    "train": PhaseRow(("score",), frozenset(), states=True, parameters=True),
+    "sync": PhaseRow(("start", "train", "score", "rollout"), frozenset({"weights"}), states=False, parameters=True),
 }
 
 
@@ -154,7 +153,7 @@ class Colocation:
             with suppress(RuntimeError):
                 teacher.prefetch()
 
-    def _enter(self, row: Row) -> None:
+    def _enter(self, row: PhaseRow) -> None:
         """Makes room first, then fills it. What the table wants awake already is not touched."""
         if row.states:
             self.rollout_engine.sleep()
@@ -191,3 +190,42 @@ class Colocation:
                     cause.add_note(f"{engine.name} could not be put to sleep: {error}")
         if failures and cause is None:
             raise failures[0]
+
+
+def wake_orders(
+    needs: Sequence[Collection[str]], cost: Mapping[str, float], *, awake: str | None = None
+) -> list[list[str]]:
+    """The cheapest orders: for each step, the teachers that it needs in the order of their turns.
+
+    `needs` are the teachers of this step and of those that follow, as far as one looks ahead; `cost` is what waking a
+    teacher costs (bytes or seconds) and names the only ones that may stay awake between steps; `awake` is the one that is
+    awake now. Exact over the steps given, by dynamic programming over who stays awake after each step. Of equal orders
+    the one that keeps the given order of `needs` most is taken, so all ranks agree.
+
+        >>> wake_orders([["a", "b"], ["b", "c"]], {"a": 1, "b": 5, "c": 2}, awake="a")
+        [['a', 'b'], ['b', 'c']]
+    """
+    # stays[i]: who may be awake between step i - 1 and step i -> (what is saved from there back, the choice before it)
+    stays: list[dict[str | None, tuple[float, str | None]]] = [{awake: (0.0, None)}]
+    for index, needed in enumerate(needs):
+        following = needs[index + 1] if index + 1 < len(needs) else ()
+        choices: dict[str | None, tuple[float, str | None]] = {}
+        for last in (None, *(name for name in needed if name in following and name in cost)):
+            for first, (saved, _) in stays[-1].items():
+                if first is not None and first == last and len(needed) > 1:
+                    continue  # it cannot have both the first and the last turn
+                gain = saved + (cost[first] if first in needed and first in cost else 0.0)
+                if last not in choices or gain > choices[last][0]:
+                    choices[last] = (gain, first)
+        stays.append(choices)
+    last = max(stays[-1], key=lambda name: stays[-1][name][0])
+    orders = []
+    for index in reversed(range(len(needs))):
+        first = stays[index + 1][last][1]
+        ends = [name for name in (first, last) if name is not None]
+        middle = [name for name in needs[index] if name not in ends]
+        head = [first] if first in needs[index] else []
+        tail = [last] if last is not None and last != first else []
+        orders.append([*head, *middle, *tail])
+        last = first
+    return orders[::-1]

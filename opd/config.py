@@ -1,7 +1,7 @@
 """Configuration: each dataclass field is a flag and a YAML key, and its help text is its documentation.
 
 A script composes its Config from the groups below. `parse` reads `--config FILE` first and lets the command line win.
-Nothing here imports torch, and nothing checks a value: that is `opd/validation.py`.
+Nothing here imports torch, and nothing checks a value: that is `opd/inputs/validation.py`.
 """
 
 import dataclasses
@@ -43,6 +43,7 @@ class ModelConfig:
 
 
 LocalBackend = Literal["vllm", "hf"]
+GIB = 1 << 30  # bytes
 Backend = Literal["vllm", "hf", "server"]
 Residency = Literal["gpu", "host", "disk"]
 
@@ -130,7 +131,8 @@ class AsyncConfig:
     )
     rollout_replicas: int = option(1, "Rollout servers to start with --rollout_servers auto.")
     rollout_gpus: str = option(
-        "", "GPUs of the rollout servers that are started, such as 4,5,6,7: not the trainer's. Default: the visible ones."
+        "",
+        "GPUs of the rollout servers that are started, such as 4,5,6,7: not the trainer's. Default: the visible ones.",
     )
     logprob_servers: list[str] = option(
         [], "URLs of log-prob servers for --old_logprobs server; auto starts them on this machine."

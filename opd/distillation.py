@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd import diagnostics
 from opd.config import LossConfig
-from opd.heads import OutputHead
-from opd.logits import LogitsChunk
 from opd.losses import kl_estimate, support_divergence
-from opd.topk import union_support
+from opd.ops.heads import OutputHead
+from opd.ops.logits import LogitsChunk
+from opd.topk import overlap, union_support
 from opd.types import MicroBatch, TeacherPayload, TeacherSlice
 
 HeadOf = Callable[[str], OutputHead]  # teacher name -> its head on the device, cut to the shared vocabulary
@@ -70,7 +69,7 @@ def compare(logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf
     student_topk_CK = None
     if support_of(cfg) != "sampled" and cfg.overlap_k > 0:
         student_topk_CK = logits.top_k(min(cfg.overlap_k, logits.vocab))
-    stats = diagnostics.Average(diagnostics.keys_of(cfg, support_of(cfg)), student_logprobs_C)
+    stats = Average(keys_of(cfg, support_of(cfg)), student_logprobs_C)
     for part, index_M in _parts(mb, rows):
         # None is all of the chunk, the usual case: micro-batches are ordered by teacher.
         index = None if len(index_M) == len(labels_C) else index_M
@@ -89,7 +88,7 @@ def compare(logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf
             if student_topk_CK is not None and against.topk_ids_MK is not None:
                 K = min(student_topk_CK.shape[1], against.topk_ids_MK.shape[1])  # a teacher may have sent fewer
                 ids_MK = against.topk_ids_MK[:, :K]
-                values |= diagnostics.overlap_of(
+                values |= overlap_of(
                     student_topk_CK[index_M, :K], ids_MK, logits.gather(ids_MK, index), against.topk_logprobs_MK[:, :K]
                 )
             stats.add(index_M, part.weights_M, {key: values[key] for key in values.keys() & stats.sums.keys()})
@@ -98,7 +97,7 @@ def compare(logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf
         found["distill/k1"] = student_logprobs_C - teacher_logprobs_C
         found["distill/advantage_abs"] = found["distill/k1"].abs()
         found["distill/student_entropy"] = logits.entropy_C
-        found |= diagnostics.by_position("distill/k1", found["distill/k1"], mb.response_thirds_N[rows])
+        found |= by_position("distill/k1", found["distill/k1"], mb.response_thirds_N[rows])
     is_pg = cfg.loss == "reverse_kl_pg"
     return Comparison(None if is_pg else divergence_C, student_logprobs_C, teacher_logprobs_C, found)
 
@@ -180,3 +179,62 @@ def _logits_at(hidden_MH: Tensor, head: OutputHead, ids_MK: Tensor, piece_bytes:
         weight_PKH = F.embedding(ids_MK[piece], head.weight_VH).to(wide)
         z_MK[piece] = torch.einsum("ph,pkh->pk", hidden_MH[piece].to(wide), weight_PKH)
     return z_MK if head.bias_V is None else z_MK + head.bias_V[ids_MK]
+
+
+POSITIONS = ("front", "middle", "tail")
+
+
+def keys_of(cfg: LossConfig, support: str) -> tuple[str, ...]:
+    """What teachers are asked for each token: the same for every chunk of a run."""
+    keys = ("distill/k3", "distill/teacher_entropy", "distill/entropy_gap")
+    if support == "sampled":
+        return keys
+    if cfg.overlap_k > 0:
+        keys += ("distill/overlap_ratio", "distill/overlap_mass", "distill/overlap_advantage")
+    if support != "teacher_topk":
+        keys += ("distill/spilled",)
+    return (*keys, "distill/student_mass", "distill/teacher_mass")
+
+
+class Average:
+    """Values of several teachers at the tokens of a chunk, averaged with the teachers' weights; NaN where nobody spoke."""
+
+    def __init__(self, keys: tuple[str, ...], like_C: Tensor):
+        zero_C = torch.zeros_like(like_C)
+        self.sums, self.weights = dict.fromkeys(keys, zero_C), dict.fromkeys(keys, zero_C)
+
+    def add(self, index_M: Tensor, weights_M: Tensor, values: dict[str, Tensor]) -> None:
+        for key, value_M in values.items():
+            known_M = (weights_M * ~value_M.isnan()).to(self.weights[key].dtype)
+            self.sums[key] = self.sums[key].index_add(0, index_M, known_M * value_M.masked_fill(value_M.isnan(), 0))
+            self.weights[key] = self.weights[key].index_add(0, index_M, known_M)
+
+    def values(self) -> dict[str, Tensor]:
+        return {key: self.sums[key] / self.weights[key] for key in self.sums}  # 0 / 0 is the NaN of no one
+
+
+def overlap_of(
+    student_ids_MK: Tensor, teacher_ids_MK: Tensor, student_logprobs_MK: Tensor, teacher_logprobs_MK: Tensor
+) -> dict[str, Tensor]:
+    """How far the top-K sets agree; the log-probabilities are those of the teacher's ids.
+
+    The advantage is the mean over the common tokens v of p'(v) (log q'(v) - log p'(v)), p' and q' renormalised on them
+    (arXiv 2604.13016): at most 0, NaN where no token is common.
+
+    Example: student (1, 2), teacher (2, 5): ratio 1/2; one common token, so p' = q' = 1 and the advantage is 0.
+    """
+    common_MK = (teacher_ids_MK.unsqueeze(-1) == student_ids_MK.unsqueeze(-2)).any(dim=-1)
+    p_MK = student_logprobs_MK.masked_fill(~common_MK, -torch.inf).log_softmax(-1)
+    q_MK = teacher_logprobs_MK.masked_fill(~common_MK, -torch.inf).log_softmax(-1)
+    terms_MK = (p_MK.exp() * (q_MK - p_MK)).masked_fill(~common_MK, 0.0)
+    count_M = overlap(teacher_ids_MK, student_ids_MK)
+    return {
+        "distill/overlap_ratio": count_M / student_ids_MK.shape[-1],
+        "distill/overlap_mass": (student_logprobs_MK.exp() * common_MK).sum(-1),
+        "distill/overlap_advantage": terms_MK.sum(-1) / count_M,  # 0 / 0 where nothing is common
+    }
+
+
+def by_position(key: str, value_C: Tensor, third_C: Tensor) -> dict[str, Tensor]:
+    """`key`_front, _middle and _tail: the value where the token stands in that third of its response, else NaN."""
+    return {f"{key}_{name}": value_C.masked_fill(third_C != i, torch.nan) for i, name in enumerate(POSITIONS)}

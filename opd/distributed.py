@@ -1,12 +1,10 @@
 """Ranks, reductions, agreement on errors, seeds. One process per GPU; plain `python` is one rank."""
 
 import atexit
-import ctypes
 import datetime
 import hashlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -14,7 +12,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -329,7 +326,9 @@ def collective_region():
     except BaseException as error:
         if not isinstance(error, Stop):
             traceback.print_exc()
-        if (was_agreed(error) or isinstance(error, Stop)) and rank() == 0:  # what the user needs, below all that he does not
+        if (
+            was_agreed(error) or isinstance(error, Stop)
+        ) and rank() == 0:  # what the user needs, below all that he does not
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _end_now(error.status if isinstance(error, Stop) else 1)
 
@@ -340,54 +339,8 @@ def fold_seed(*parts) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies. To be called in a child, before `exec`."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-def _launcher_chain() -> list[int]:
-    """This rank's ancestors that belong to a launcher: `deepspeed` puts two between the shell and the rank."""
-    chain, pid = [], os.getppid()
-    while pid > 1:
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            break
-        if not any(
-            name in command
-            for name in ("deepspeed", "torchrun", "torch/distributed", "torch.distributed", "accelerate")
-        ):
-            break
-        chain.append(pid)
-        pid = _parent_of(pid)
-    return chain
-
-
-def die_with_launcher(poll_seconds: float = 1.0) -> None:
-    """Ends this rank when its launcher is gone, however it died. A SIGKILL of a launcher cannot be forwarded to its ranks."""
-    chain = _launcher_chain()
-    if not chain:
-        return
-
-    def watch():
-        me = os.getpid()
-        while all(_parent_of(child) == parent for child, parent in zip([me, *chain[:-1]], chain, strict=True)):
-            time.sleep(poll_seconds)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+def resolve_dtype(name: str) -> torch.dtype:
+    """auto is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)

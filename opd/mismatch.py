@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opd.config import LossConfig
 from opd.losses import MAX_LOG_RATIO, accepted_sequences, importance_weights
-from opd.metrics import Metrics
+from opd.records.metrics import Metrics
 from opd.types import MicroBatch
 
 # Below this share of the mean square, a variance worked out from sums is rounding.

@@ -76,7 +76,11 @@ class Parity:
         if not mean <= self.limit:
             when = "before any update" if self.checks == 0 else "after weights were pushed"
             nothing_trained = self.checks == 0 and step == 0
-            broken = "" if math.isfinite(mean) else " (one of them computes no number: look for NaN and infinity in the weights)"
+            broken = (
+                ""
+                if math.isfinite(mean)
+                else " (one of them computes no number: look for NaN and infinity in the weights)"
+            )
             raise distributed.Stop(
                 f"step {step + 1}: the sampler is not the student: {when}, their log-probabilities of the same {count} tokens "
                 f"differ by {mean:.2g} on average (at most {largest:.2g}){broken}, and {self.limit:.2g} can be rounding; "

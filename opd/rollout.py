@@ -19,13 +19,12 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import LocalBackend, RolloutConfig
+from opd.engines.hf_engine import HFGenerator
+from opd.engines.vllm_engine import GeneratorEngine
 from opd.faults import fault_point
-from opd.hf_engine import HFGenerator
-from opd.types import Prompt, Rollout
-from opd.vllm_engine import GeneratorEngine, Sample
+from opd.types import CANARY_IDS, Prompt, Rollout, Sample, WeightSource, WeightTarget
 
-CANARY_IDS = list(range(2, 10))
-CANARY_TOLERANCE = 0.05  # nats; kernels may add up in another order
+OWN_CANARY_TOLERANCE = 0.05  # nats; kernels may add up in another order
 
 
 class RolloutEngine:
@@ -72,7 +71,7 @@ class RolloutEngine:
         (sample,) = self.engine.generate([CANARY_IDS], [0], (), max_tokens=1, temperature=0.0)
         found = (sample.token_ids[0], sample.logprobs[0])
         known = self._canary if self._canary_version == self.policy_version else None
-        if known is not None and (known[0] != found[0] or not abs(known[1] - found[1]) <= CANARY_TOLERANCE):
+        if known is not None and (known[0] != found[0] or not abs(known[1] - found[1]) <= OWN_CANARY_TOLERANCE):
             raise RuntimeError(
                 f"rollout engine woke up with other weights: its canary is {found} (token, log-probability), and was {known} "
                 f"under the same version {self.policy_version}"
@@ -241,6 +240,17 @@ def _child_main() -> None:
     )  # fmt: skip
     rows = [{"token_ids": s.token_ids, "logprobs": s.logprobs, "stopped": s.stopped} for s in samples]
     Path(args.answer).write_text(json.dumps(rows))
+
+
+def push(student: WeightSource, rollout_engine: WeightTarget, version: int) -> int:
+    """Replaces the rollout engine's weights by the student's and returns the version that it samples with from now on.
+
+    Collective: under ZeRO-3 every rank gathers the same buckets and feeds its own engine. The engine resets its caches and
+    stamps what it samples from now on with `version`; if the load fails halfway the version is not stamped.
+    """
+    fault_point("sync.before")
+    rollout_engine.load_weights(student.checkpoint_tensors(), version)
+    return rollout_engine.policy_version
 
 
 if __name__ == "__main__":

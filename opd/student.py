@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from opd import distributed
-from opd.attention import attention_of
-from opd.checkpoint_names import checkpoint_tensors, forget_prefixes
 from opd.config import ModelConfig, OptimConfig
-from opd.deepspeed_engine import ShardedEngine
+from opd.distributed import resolve_dtype
+from opd.engines.checkpoint_names import checkpoint_tensors, forget_prefixes
+from opd.engines.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
-from opd.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
-from opd.heads import OutputHead, logit_form
-from opd.logits import LogitsChunk
+from opd.ops.attention import attention_of
+from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
+from opd.ops.heads import OutputHead, logit_form
+from opd.ops.logits import LogitsChunk
 from opd.types import LossOutput, MicroBatch
 
 # (logits, rows, micro_batch, logprobs_N or None) -> (loss_C, {metric key: value_C})
@@ -39,13 +40,6 @@ class LossSettings:
     shared_vocab: int | None = None  # tokens that all models know; None is all of the student's
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     packing: bool = False  # sequences of a micro-batch end to end, without padding
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """auto is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, name)
 
 
 def learning_rate_at(step: float, num_steps: int, optim: OptimConfig) -> float:

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from opd import distributed
+from opd.clients.served_teacher import ServedTeacher
 from opd.config import LossConfig, TeacherSpec
 from opd.faults import fault_point
-from opd.fused_linear import score_hidden
-from opd.heads import MappedHead, OutputHead
-from opd.run_files import warn
-from opd.served_teachers import ServedTeacher
-from opd.types import Rollout, TeacherEngine, TeacherPayload, TeacherScores
+from opd.log import warn
+from opd.ops.fused_linear import score_hidden
+from opd.ops.heads import MappedHead, OutputHead
+from opd.types import CANARY_IDS, Rollout, TeacherEngine, TeacherPayload, TeacherScores
 
-CANARY_IDS = list(range(2, 10))  # tokens that every vocabulary has; what they mean does not matter
 CANARY_ROWS = 256  # of the head: a slice is enough to tell one hidden state from another
 
 
@@ -98,7 +97,7 @@ class ColocatedTeacher:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _ScoringJob:
     """Rollouts that one teacher reads in one go, by their place among all, and what is kept of its hidden states."""
 
     indices: list[int]
@@ -250,7 +249,7 @@ class TeacherPool:
         with closing(self._turns(names)) as turns:
             for name in turns:  # one awake at a time
                 jobs = list(self._jobs(name, rollouts, work[name], share))
-                idle = [_Job([], [], "sampled")] * (self.teachers[name].most_calls(len(jobs)) - len(jobs))
+                idle = [_ScoringJob([], [], "sampled")] * (self.teachers[name].most_calls(len(jobs)) - len(jobs))
                 for job in jobs + idle:
                     mine = [rollouts[index] for index in job.indices]
                     found = self._score(name, mine, self.teachers[name].hidden_states(mine), job.payload)
@@ -287,7 +286,7 @@ class TeacherPool:
 
     def _jobs(
         self, name: str, rollouts: Sequence[Rollout], mine: list[tuple[int, float]], share: float
-    ) -> Iterator[_Job]:
+    ) -> Iterator[_ScoringJob]:
         """First what is kept in full, then, in pieces, what is scored at once and dropped."""
         sizes = [self._bytes_of(name, rollouts[index]) for index, _ in mine]
         keeps = "hidden" in self.payload
@@ -296,7 +295,7 @@ class TeacherPool:
             filled += sizes[kept]
             kept += 1
         if kept:
-            yield _Job([i for i, _ in mine[:kept]], [w for _, w in mine[:kept]], self.payload)
+            yield _ScoringJob([i for i, _ in mine[:kept]], [w for _, w in mine[:kept]], self.payload)
         piece_bytes, start = max(PIECE_BYTES, 0 if keeps else self.cache_bytes), kept
         while start < len(mine):
             end, filled = start + 1, sizes[start]
@@ -306,7 +305,7 @@ class TeacherPool:
             if keeps:
                 self.spilled_tokens += sum(len(rollouts[index].response_ids) for index, _ in mine[start:end])
             payload = "topk" if keeps else self.payload
-            yield _Job([i for i, _ in mine[start:end]], [w for _, w in mine[start:end]], payload)
+            yield _ScoringJob([i for i, _ in mine[start:end]], [w for _, w in mine[start:end]], payload)
             start = end
 
     @property

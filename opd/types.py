@@ -23,6 +23,7 @@ RolloutSource = Literal["student", "dataset", "teacher"]
 FinishReason = Literal["stop", "length"]
 # What a loss needs from a teacher, in ascending size; "topk+hidden" is both.
 TeacherPayload = Literal["sampled", "topk", "hidden", "topk+hidden"]
+CANARY_IDS = list(range(2, 10))  # tokens that every vocabulary has; what they mean does not matter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,9 @@ class Rollout:
     )  # [L] the sampler's, at the sampling temperature; None where nothing reads them
     finish_reason: FinishReason
     policy_version: int  # the student weights that sampled it; the oldest of them, if they changed on the way
-    policy_spans: tuple[tuple[int, int, int], ...] = ()  # (version, start, end) of its tokens; () is one version for all
+    policy_spans: tuple[
+        tuple[int, int, int], ...
+    ] = ()  # (version, start, end) of its tokens; () is one version for all
     old_policy: OldPolicy | None = None  # with --old_logprobs server
     reward: float | None = None  # the task reward, None when the run uses none
     task_advantage: float = 0.0  # group-relative, 0 when the run uses no task reward
@@ -250,3 +253,12 @@ class WeightTarget(Protocol):
     policy_version: int
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled response. Log-probabilities are of the distribution that was sampled from."""
+
+    token_ids: list[int]  # [L], the stop token included
+    logprobs: list[float] | None  # [L]
+    stopped: bool  # False: cut at the token limit

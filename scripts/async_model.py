@@ -162,7 +162,9 @@ def synchronous(work: Workload, rates: Rates, split: Split | int) -> Result:
     pushing = push * (work.steps - 1)
     seconds = float(waited + training + pushing)
     samples = Counter({0: work.steps * work.batch})
-    return Result(seconds, float(waited) / seconds, pushing / seconds, 1 - float(decoding) / seconds, trained, ended, samples)
+    return Result(
+        seconds, float(waited) / seconds, pushing / seconds, 1 - float(decoding) / seconds, trained, ended, samples
+    )
 
 
 def _last_scored(ends: np.ndarray, tokens: np.ndarray, rates: Rates, split: Split) -> float:

@@ -32,9 +32,9 @@ import httpx
 import numpy as np
 import torch
 
-from opd.protocols import TOKEN_VARIABLE
-from opd.replicas import serving
-from opd.wire import metric
+from opd.clients.protocols import TOKEN_VARIABLE
+from opd.clients.wire import metric
+from opd.servers.server_processes import serving
 from scripts import bench_tools as tools
 from scripts.bench_step import environment, make_model, make_tokenizer, run_child
 

@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_mopd  # noqa: E402
-from opd import plan, planner  # noqa: E402
-from opd.arguments import parse  # noqa: E402
+from opd.inputs.arguments import parse  # noqa: E402
+from opd.plan import apply, planner  # noqa: E402
 from scripts import bench_tools as tools  # noqa: E402
 from scripts.bench_step import HEAD_DIM, RunFailed, environment, make_tokenizer, run_child  # noqa: E402
 
@@ -208,7 +208,7 @@ def summary(peaks: dict[tuple[str, int], int], sizes: list[int]) -> dict:
 
 def predicted_growth(flags: list[str]) -> int:
     """Bytes that the planner expects a run to add at its peak to what it holds when `prepare` ends."""
-    job = plan.read_job(parse(train_mopd.Config, flags), plan.machine_here(1))
+    job = apply.read_job(parse(train_mopd.Config, flags), apply.machine_here(1))
     return planner.make_plan(job).peak
 
 

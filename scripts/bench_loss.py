@@ -4,7 +4,7 @@ Every side gets the same hidden states and weights and returns the loss sum and 
 student's hidden states and weight:
 
 * `naive`: full logits of student and teacher, two log-softmaxes, autograd. What anybody would write in torch.
-* `ours`: `opd.fused_linear.fused_linear_divergence`.
+* `ours`: `opd.ops.fused_linear.fused_linear_divergence`.
 * `trl`: the loss of TRL's DistillationTrainer, which tiles the vocabulary and projects again in the backward. It is read
   from its own directory, so that it cannot change this project's packages:
 
@@ -42,7 +42,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opd.fused_linear import fused_linear_divergence
+from opd.ops.fused_linear import fused_linear_divergence
 from scripts import bench_tools as tools
 
 TRL_VERSION = "1.16.0"

@@ -1,8 +1,8 @@
 """How the cost of the loss grows: with tokens, with the vocabulary, with the support and with the number of teachers.
 
-* Tokens and vocabulary: `opd.fused_linear.fused_linear_divergence` with both gradients should be linear in either, a
+* Tokens and vocabulary: `opd.ops.fused_linear.fused_linear_divergence` with both gradients should be linear in either, a
   slope of 1 in a log-log plot. A little less where fixed costs still show, more where something outgrows its memory.
-* Support: `opd.fused_linear.score_hidden` projects to the whole vocabulary whatever the top-k, so k should cost next to
+* Support: `opd.ops.fused_linear.score_hidden` projects to the whole vocabulary whatever the top-k, so k should cost next to
   nothing, a slope near 0. Measured on the largest vocabulary.
 * Teachers: the tokens of a step are shared out among the teachers, each with an output projection of its own, and the
   student's gradient is summed. Every token is scored once, so the cost should not depend on how many teachers there are:
@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opd.fused_linear import fused_linear_divergence, score_hidden
+from opd.ops.fused_linear import fused_linear_divergence, score_hidden
 from scripts import bench_tools as tools
 
 LOGIT_STD = 3.0

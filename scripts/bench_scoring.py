@@ -5,7 +5,7 @@ The same sequences of random tokens go through one random model (Qwen3, made in 
 * `prompt_logprobs`: vLLM's `prompt_logprobs=k`, as most trainers score. The engine keeps logits of the vocabulary's size
   and builds a Python object per token and candidate. Only the engine's call is timed: that a trainer must still turn
   those objects into tensors is not held against it.
-* `prefill` + `score`: the engine returns final hidden states, `opd.fused_linear.score_hidden` makes log-probabilities,
+* `prefill` + `score`: the engine returns final hidden states, `opd.ops.fused_linear.score_hidden` makes log-probabilities,
   top-k, log-sum-exp and entropy of them. Tensors from end to end.
 * The floor: the same `prefill` + `matmul`, the bare product of hidden states and output projection with nothing done to
   the logits. No exact route can be faster.
@@ -41,14 +41,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opd import distributed, vllm_engine, vllm_process
-from opd.fused_linear import HiddenScores, score_hidden
-from opd.replica import Limits
-from opd.replicas import serving
-from opd.served_model import ServedModel, inspect_replicas, open_pool, score_call
-from opd.servers import ReplicaPool
-from opd.transport import Call
-from opd.wire import Question
+from opd import distributed
+from opd.clients.health import Limits
+from opd.clients.pool import ReplicaPool
+from opd.clients.served_model import ServedModel, inspect_replicas, open_pool, score_call
+from opd.clients.transport import Call
+from opd.clients.wire import Question
+from opd.engines import vllm_engine, vllm_process
+from opd.ops.fused_linear import HiddenScores, score_hidden
+from opd.servers.server_processes import serving
 from scripts import bench_tools as tools
 from scripts.make_demo import make_tokenizer
 

@@ -39,8 +39,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from opd.distributed import free_port  # noqa: E402
-from opd.vllm_process import ENVIRONMENT as VLLM_ENVIRONMENT  # noqa: E402
+from opd.engines.vllm_process import ENVIRONMENT as VLLM_ENVIRONMENT  # noqa: E402
+from opd.processes import free_port  # noqa: E402
 from scripts.bench_tools import last_error  # noqa: E402
 
 BIN = Path(sys.executable).parent

@@ -29,10 +29,11 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 import yaml  # noqa: E402
 
-from opd import process_group, sample_ledger  # noqa: E402
-from opd.content import content_hash  # noqa: E402
-from opd.protocols import TOKEN_VARIABLE  # noqa: E402
-from opd.replicas import Replica, serving  # noqa: E402
+from opd import processes
+from opd.clients.protocols import TOKEN_VARIABLE  # noqa: E402
+from opd.inputs.content import content_hash  # noqa: E402
+from opd.records import sample_ledger  # noqa: E402
+from opd.servers.server_processes import ServerProcess, serving  # noqa: E402
 from scripts.bench_step import Workload, environment, write_workload  # noqa: E402
 from scripts.bench_tools import last_error, print_json, say  # noqa: E402
 
@@ -49,7 +50,7 @@ ROLES = ("trainer", "rollout", "logprob", "teacher")
 class Fleet:
     """The servers of all rounds, which outlive their trainers."""
 
-    servers: dict[str, list[Replica]]
+    servers: dict[str, list[ServerProcess]]
     root: Path
     weights: Path
     steps: int
@@ -137,7 +138,7 @@ class Killer:
 
 def launch(fleet: Fleet, run_dir: Path, max_staleness: int):
     env = environment(1, PYTHONPATH=str(ROOT))
-    return process_group.start(fleet.command(run_dir, max_staleness), log=run_dir.with_suffix(".log"), env=env)
+    return processes.start(fleet.command(run_dir, max_staleness), log=run_dir.with_suffix(".log"), env=env)
 
 
 def last_step(run_dir: Path) -> int:
@@ -153,7 +154,9 @@ def play(fleet: Fleet, run_dir: Path, max_staleness: int, killer: Killer | None)
         killer.after_step = killer.next_at = None
     while True:
         time.sleep(POLL_S)
-        assert time.monotonic() - started < ROUND_S and launches <= MOST_LAUNCHES, f"{run_dir.name} does not end: {stops[-3:]}"
+        assert time.monotonic() - started < ROUND_S and launches <= MOST_LAUNCHES, (
+            f"{run_dir.name} does not end: {stops[-3:]}"
+        )
         if trainer.poll() is not None:
             if trainer.returncode == 0:
                 break
@@ -163,7 +166,7 @@ def play(fleet: Fleet, run_dir: Path, max_staleness: int, killer: Killer | None)
             continue
         role = killer.victim(last_step(run_dir)) if killer else None
         if role == "trainer":
-            process_group.end(trainer.pid, 0)
+            processes.end(trainer.pid, 0)
             trainer.wait(60)
             trainer, launches = launch(fleet, run_dir, max_staleness), launches + 1
         elif role:
@@ -188,7 +191,7 @@ def problems_of(fleet: Fleet, run_dir: Path, max_staleness: int, calm: Path | No
         if not 0 <= lag <= max_staleness or int(row["id"].split("/")[0]) != row["step"] - 1:
             problems.append(f"{row['id']}: trained on in step {row['step']}, {lag} versions behind")
     if calm is not None:
-        problems += sample_ledger.compare(sample_ledger.read(calm / sample_ledger.FILE), rows)
+        problems += sample_ledger.differences(sample_ledger.read(calm / sample_ledger.FILE), rows)
         if content_hash(str(calm / "model")) != content_hash(str(run_dir / "model")):
             problems.append("the final weights are not those of the undisturbed run")
     return problems

@@ -33,7 +33,9 @@ class Family:
     name: str
     model_type: str
     published: str  # models of the family
-    traits: dict[str, Any] = field(default_factory=dict)  # what its configuration says beyond SIZES and its own defaults
+    traits: dict[str, Any] = field(
+        default_factory=dict
+    )  # what its configuration says beyond SIZES and its own defaults
     telling: bool = False  # in the short list: has a trait that something went wrong with
 
     @property

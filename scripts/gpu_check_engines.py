@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from opd import distributed
-from opd.vllm_engine import GeneratorEngine, HiddenStateEngine
+from opd.engines.vllm_engine import GeneratorEngine, HiddenStateEngine
 from scripts.bench_step import make_tokenizer
 from scripts.gpu_check import GB, GIB, Size, measure_copies
 

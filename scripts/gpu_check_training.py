@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from opd import distributed
 from opd.config import OptimConfig
-from opd.deepspeed_engine import ShardedEngine, what_leaves
+from opd.engines.deepspeed_engine import ShardedEngine, what_leaves
 from scripts.bench_step import environment, run_child
 from scripts.gpu_check import ROOT, Size
 from scripts.gpu_check_engines import DTYPES, gib, model_config, options, timed, used_bytes, write_models

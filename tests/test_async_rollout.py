@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.async_rollout import AsyncRolloutEngine
+from opd.clients.health import Limits
+from opd.clients.logprob_servers import LogprobServers
+from opd.clients.rollout_servers import RolloutServers
+from opd.clients.wire import LogprobQuestion, encode_logprobs
 from opd.config import AsyncConfig, RolloutConfig
-from opd.logprob_client import LogprobServers
-from opd.logprob_wire import LogprobQuestion, encode_logprobs
-from opd.replica import Limits
 from opd.rollout import sample_seed
-from opd.rollout_client import RolloutServers
 from opd.types import Prompt
 
 EOS, VOCAB, P, G = 1, 50, 3, 2
@@ -80,7 +80,9 @@ class Scripted:
             late = self.late.pop(name, 0)
             arrays = {"logprobs": -torch.arange(1.0, L + 1), "entropy": torch.arange(0.0, L)}
             question = LogprobQuestion(ids[:prompt_length], ids[prompt_length:])
-            return Response(encode_logprobs(arrays, question, self.version - late), media_type="application/octet-stream")
+            return Response(
+                encode_logprobs(arrays, question, self.version - late), media_type="application/octet-stream"
+            )
 
         return app
 
@@ -185,7 +187,9 @@ def test_nothing_runs_ahead_without_staleness(server):
     max_staleness=st.integers(0, 3), sync_every=st.integers(1, 3), steps=st.integers(1, 7),
     slow=st.dictionaries(st.sampled_from(ids_of(range(7))), st.floats(0, 0.15), max_size=8),
 )  # fmt: skip
-def test_the_bound_holds_and_nothing_is_lost_whatever_the_delays(server_forever, max_staleness, sync_every, steps, slow):
+def test_the_bound_holds_and_nothing_is_lost_whatever_the_delays(
+    server_forever, max_staleness, sync_every, steps, slow
+):
     max_staleness = max(max_staleness, sync_every - 1)
     server_forever.delays = {name.replace("/", "-"): seconds for name, seconds in slow.items()}
     engine = engine_of(server_forever, num_steps=steps, max_staleness=max_staleness, sync_every=sync_every)

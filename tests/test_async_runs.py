@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from opd import sample_ledger
-from opd.replicas import serving
+from opd.records import sample_ledger
+from opd.servers.server_processes import serving
 from tests.test_metrics import documented_keys, undocumented
 from tests.test_standalone import key, models  # noqa: F401 - fixtures
 from tests.test_trainers import ROOT, command, losses_of, metrics_of, parameter_hash, start, succeed
@@ -64,7 +64,7 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     output = succeed(launch(models, same, servers, "--max_staleness", "0", "--save_every", "2"))
     assert "resumes from" in output
     assert losses_of(same) == losses_of(calm)
-    assert not sample_ledger.compare(ledger_of(calm), ledger_of(same))
+    assert not sample_ledger.differences(ledger_of(calm), ledger_of(same))
     assert parameter_hash(same) == parameter_hash(calm)
 
     # The old policy of a log-prob server is that of the trainer, where nothing is stale.
@@ -101,7 +101,18 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
 def test_servers_that_the_trainer_starts_are_gone_with_it(models, tmp_path):  # noqa: F811
     run = tmp_path / "auto"
     output = succeed(
-        command(models, run, "--num_steps", "2", "--mode", "async", "--rollout_replicas", "1", "--eval_data", str(models.eval))
+        command(
+            models,
+            run,
+            "--num_steps",
+            "2",
+            "--mode",
+            "async",
+            "--rollout_replicas",
+            "1",
+            "--eval_data",
+            str(models.eval),
+        )
     )
     assert "rollout servers: http://127.0.0.1:" in output
     assert json.loads((run / "report.json").read_text())["steps"] == 2

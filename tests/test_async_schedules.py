@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.async_rollout import AsyncRolloutEngine
+from opd.clients.rollout_servers import Answer, Flow
+from opd.clients.wire import Logprobs
 from opd.config import AsyncConfig, RolloutConfig
-from opd.logprob_wire import Logprobs
-from opd.rollout_client import Answer, Flow
 from tests.test_async_rollout import P, ids_of, prompts_of
 
 G, L = 2, 4

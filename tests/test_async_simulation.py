@@ -91,7 +91,10 @@ def test_without_staleness_it_is_the_split_synchronous_run(batch):
     work = long_tailed(batch, steps=4)
     split = Split(4, 1, 2, logprob=1)
     rates = replace(RATES, logprob=4e-5)
-    run, expected = asynchronous(work, rates, split, Rule(0, waves=1, trainer_waits=False)), synchronous(work, rates, split)
+    run, expected = (
+        asynchronous(work, rates, split, Rule(0, waves=1, trainer_waits=False)),
+        synchronous(work, rates, split),
+    )
     assert run.seconds == pytest.approx(expected.seconds, rel=1e-9)
     # While replicas load, this trainer waits; the synchronous run counts that as part of the push.
     assert run.trainer_idle == pytest.approx(expected.trainer_idle + rates.load * 3 / run.seconds)
@@ -203,7 +206,9 @@ def test_a_trainer_that_waits_for_its_servers_pays_for_each_of_them_in_turn():
     assert run.trainer_publishing == pytest.approx(4 * push / run.seconds)
     together = asynchronous(work, rates, split, Rule(1, waves=1, trainer_waits=True))
     assert together.seconds == pytest.approx(5 * step + 4 * 3.0)
-    assert asynchronous(work, rates, split, Rule(4, waves=3, trainer_waits=False)).seconds == pytest.approx(5 * step + 4 * 1.0)
+    assert asynchronous(work, rates, split, Rule(4, waves=3, trainer_waits=False)).seconds == pytest.approx(
+        5 * step + 4 * 1.0
+    )
     assert asynchronous(long_tailed(), RATES, SPLIT, Rule(2, waves=4)).seconds > 1.02 * (
         asynchronous(long_tailed(), RATES, SPLIT, Rule(2, trainer_waits=False)).seconds
     )

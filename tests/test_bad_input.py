@@ -10,10 +10,12 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import train_gkd
 import train_mopd
-from opd import checkpoint, config, run
-from opd.arguments import parse
-from opd.build import build_student
-from opd.run import prepare, user_errors
+from opd import config
+from opd.inputs.arguments import parse
+from opd.records import checkpoint
+from opd.run.build import build_student
+from opd.run.evaluation import asked
+from opd.run.prepare import _fingerprint, _read_inputs, prepare, user_errors
 from opd.types import LoopState
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -188,8 +190,8 @@ def test_what_a_resume_may_change(tiny, tmp_path, device):
 
     def identity(*flags):
         cfg = parse(train_mopd.Config, [*arguments(tiny, tmp_path / "run"), "--eval_data", str(tiny.eval), *flags])
-        inputs = run._read_inputs(cfg, device, need_response=False)
-        return run._fingerprint(cfg, {"addition": "a", "reversal": "r"}, "data"), run._asked(inputs)
+        inputs = _read_inputs(cfg, device, need_response=False)
+        return _fingerprint(cfg, {"addition": "a", "reversal": "r"}, "data"), asked(inputs)
 
     first = identity()
     memory = (
@@ -251,7 +253,10 @@ def with_template(tiny, path, template: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("template", "said"),
-    [("{{ 1 // 0 }}", "refuses it: ZeroDivisionError"), ("{% for m in messages %}a{% endfor %}", "leaves out the text")],
+    [
+        ("{{ 1 // 0 }}", "refuses it: ZeroDivisionError"),
+        ("{% for m in messages %}a{% endfor %}", "leaves out the text"),
+    ],
 )
 def test_templates_that_cannot_be_used(tiny, tmp_path, capsys, template, said):
     line = mistake(capsys, with_template(tiny, tmp_path, template))
@@ -263,7 +268,9 @@ def test_dataset_responses_end_as_the_template_ends_a_turn(tiny, tmp_path, token
     letter = tokenizer.convert_tokens_to_ids("z")
     argv = with_template(tiny, tmp_path, "{% for m in messages %}{{ m.content }}z{% endfor %}")
     generation = tmp_path / "student" / "generation_config.json"
-    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [tokenizer.eos_token_id, letter]}))
+    generation.write_text(
+        json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [tokenizer.eos_token_id, letter]})
+    )
     rows = [json.loads(line) | {"response": "ab"} for line in tiny.train.read_text().splitlines()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv[argv.index(str(tiny.train))] = str(tmp_path / "rows.jsonl")
@@ -280,7 +287,9 @@ def test_a_run_whose_template_writes_the_date_goes_on_another_day(tiny, tmp_path
         monkeypatch.setattr(checkpoint, "datetime", clock)
         return prepare(parse(train_mopd.Config, [*argv, *flags]))
 
-    argv = with_template(tiny, tmp_path, "{{ strftime_now('%d%m%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    argv = with_template(
+        tiny, tmp_path, "{{ strftime_now('%d%m%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     first = start(datetime(2026, 2, 28, 23, 59, 59, 5))
     assert first.fingerprint["first_start"] == "2026-02-28T23:59:59"
     state = LoopState(step=1)

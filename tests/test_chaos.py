@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from opd import sample_ledger
+from opd.records import sample_ledger
 from scripts import chaos
 
 pytestmark = pytest.mark.e2e
@@ -42,7 +42,9 @@ def test_what_is_wrong_is_found(tmp_path, spoil, problem):
             spoil(rows)
         (tmp_path / name / "model").mkdir(parents=True)
         (tmp_path / name / "model" / "config.json").write_text("{}")
-        (tmp_path / name / "model" / "model.safetensors").write_bytes(b"1" if problem != "final weights" else name.encode())
+        (tmp_path / name / "model" / "model.safetensors").write_bytes(
+            b"1" if problem != "final weights" else name.encode()
+        )
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name / sample_ledger.FILE).write_text(text)
     fleet = chaos.Fleet({}, tmp_path, tmp_path, steps=2)

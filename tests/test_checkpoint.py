@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from opd import checkpoint, content, export
-from opd.checkpoint import FAULT_POINTS
+from opd.inputs import content
+from opd.records import checkpoint, export
+from opd.records.checkpoint import FAULT_POINTS
 from opd.types import LoopState
 
 WORKER = Path(__file__).parent / "workers" / "checkpoint_worker.py"
@@ -204,7 +205,7 @@ def test_damage_to_any_file_is_refused_and_the_older_one_is_used(name, tmp_path,
     capsys.readouterr()
     victim.unlink()
     assert checkpoint.find(tmp_path, "auto") == older
-    assert capsys.readouterr().err == f"WARNING: checkpoint: skipped {newer}: {name}: missing\n"
+    assert capsys.readouterr().err == f"warning: rank 0: checkpoint: skipped {newer}: {name}: missing\n"
     with pytest.raises(ValueError, match=rf"--resume {newer}: not a whole checkpoint: {name}: missing; .*auto"):
         checkpoint.find(tmp_path, str(newer))
     victim.write_bytes(whole)

@@ -4,8 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd.checkpoint_names import by_layer, checkpoint_tensors, checkpoint_views, persistent_tensors
-from opd.weight_store import check_names
+from opd.engines.checkpoint_names import (
+    by_layer,
+    checkpoint_tensors,
+    checkpoint_views,
+    persistent_tensors,
+)
+from opd.weights.store import check_names
 from scripts.families import BY_NAME, make_config, make_model
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "mixtral", "granitemoe", "olmoe", "glm4_moe", "gpt2", "gemma4")

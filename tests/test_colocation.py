@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.colocation import TABLE, Colocation
-from opd.ledger import Ledger
+from opd.records.memory_ledger import Ledger
 
 BOTH = {"weights", "kv_cache"}
 PHASES = ("rollout", "score", "train", "sync")

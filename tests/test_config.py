@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 import train_mopd
-from opd.arguments import parse
 from opd.config import (
     BatchConfig,
     DataConfig,
@@ -23,7 +22,8 @@ from opd.config import (
     pairs,
     to_dict,
 )
-from opd.validation import load_ds_config, validate_common
+from opd.inputs.arguments import parse
+from opd.inputs.validation import load_ds_config, validate_common
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,12 @@ BAD_TEACHERS = {
     "unknown key `domain`; did you mean domains?": [{"name": "a", "model": "m", "domain": ["x"]}],
     "domains must be a list": [{"name": "a", "model": "m", "domains": "math"}],
     "weight must be a number": [{"name": "a", "model": "m", "weight": "big"}],
-    "a: backend must be vllm, hf or server, got 'vlm'; did you mean vllm?": [{"name": "a", "model": "m", "backend": "vlm"}],
-    "a: backend must be vllm, hf or server, got 'HFF'; did you mean hf?": [{"name": "a", "model": "m", "backend": "HFF"}],
+    "a: backend must be vllm, hf or server, got 'vlm'; did you mean vllm?": [
+        {"name": "a", "model": "m", "backend": "vlm"}
+    ],
+    "a: backend must be vllm, hf or server, got 'HFF'; did you mean hf?": [
+        {"name": "a", "model": "m", "backend": "HFF"}
+    ],
     "a: backend must be vllm, hf or server, got 7": [{"name": "a", "model": "m", "backend": 7}],
     "a: urls must be a list": [{"name": "a", "backend": "server", "urls": "http://h"}],
     "`api_key`: no secret may stand in a file": [{"name": "a", "backend": "server", "api_key": "hush"}],
@@ -447,7 +451,9 @@ def test_bad_values(argv, message):
     ],
 )
 def test_good_values(argv):
-    assert to_dict(validated(*words(argv))) == to_dict(parse(Config, [*REQUIRED, *words(argv)])), "a check changes nothing"
+    assert to_dict(validated(*words(argv))) == to_dict(parse(Config, [*REQUIRED, *words(argv)])), (
+        "a check changes nothing"
+    )
 
 
 BAD_AHEAD = {

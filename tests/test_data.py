@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from opd.config import DataConfig, TeacherSpec
-from opd.data import load_prompts, prompt_batch, routes
+from opd.inputs.prompts import load_prompts, prompt_batch, routes
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")
 TEMPLATE = (

@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd import diagnostics, distillation
+from opd import distillation
 from opd.config import LossConfig, TeacherSpec
 from opd.distillation import compare, payload_of, support_of
-from opd.heads import LogitForm, OutputHead
-from opd.logits import LogitsChunk
 from opd.losses import DIVERGENCES, TAILS
+from opd.ops.heads import LogitForm, OutputHead
+from opd.ops.logits import LogitsChunk
 from opd.padding import collate
 from opd.student import summarise
 from opd.teachers import ColocatedTeacher, TeacherPool
@@ -347,7 +347,7 @@ def test_overlap_counts_what_the_teacher_sent():
 def test_overlap_by_hand():
     """Top 2 of the student (0, 1), of the teacher (1, 2): one in common, so the renormalised sides agree there."""
     cfg = LossConfig(overlap_k=2)
-    found = diagnostics.overlap_of(
+    found = distillation.overlap_of(
         torch.tensor([[0, 1], [0, 1], [0, 1]]), torch.tensor([[1, 2], [2, 3], [1, 0]]),
         torch.tensor([[0.3, 0.1], [0.1, 0.1], [0.3, 0.6]]).log(), torch.tensor([[0.5, 0.4], [0.5, 0.4], [0.6, 0.3]]).log(),
     )  # fmt: skip
@@ -366,7 +366,7 @@ def test_thirds_of_a_response():
     thirds = {1: [0], 2: [0, 1], 3: [0, 1, 2], 4: [0, 0, 1, 2], 5: [0, 0, 1, 1, 2]}
     assert batch.mb.response_thirds_N.tolist() == [t for r in batch.rollouts for t in thirds[len(r.response_ids)]]
     _, stats = run_compare(batch, LossConfig(), 3)
-    for index, name in enumerate(diagnostics.POSITIONS):
+    for index, name in enumerate(distillation.POSITIONS):
         here_N = batch.mb.response_thirds_N == index
         close(stats[f"distill/k1_{name}"][here_N], stats["distill/k1"][here_N])
         assert stats[f"distill/k1_{name}"][~here_N].isnan().all()

@@ -185,7 +185,8 @@ THEIRS = {
         STAMP + r"\[(WARNING|INFO)\] \[real_accelerator\.py:\d+:get_accelerator\] Setting .*",
         STAMP + r"\[WARNING\] \[runner\.py:\d+:fetch_hostfile\] Unable to find hostfile, .*",
         STAMP + r"\[INFO\] \[runner\.py:\d+:main\] cmd = .*",
-        STAMP + r"\[INFO\] \[launch\.py:\d+:main\] (WORLD INFO DICT|nnodes|global_rank_mapping|dist_world_size|Setting CUDA).*",
+        STAMP
+        + r"\[INFO\] \[launch\.py:\d+:main\] (WORLD INFO DICT|nnodes|global_rank_mapping|dist_world_size|Setting CUDA).*",
         STAMP + r"\[INFO\] \[launch\.py:\d+:main\] process \d+ spawned with command: .*",
         STAMP + r"\[INFO\] \[launch\.py:\d+:main\] Process \d+ exits successfully\.",
     ],
@@ -227,7 +228,9 @@ def test_every_line_on_the_console_of_a_good_run_is_known(tiny, tmp_path, launch
     more = OURS_ASYNC if "async" in flags else []
     assert not unknown(console, OURS + more + THEIRS[launcher])
     mine = [line.split()[0].rstrip(":,") for line in done.stdout.splitlines() if not unknown(line, OURS + more)]
-    assert [word for word in mine if word in PARTS] == ["starts", "training", "step", "step", "memory", "model"], console
+    assert [word for word in mine if word in PARTS] == ["starts", "training", "step", "step", "memory", "model"], (
+        console
+    )
 
 
 @pytest.mark.e2e

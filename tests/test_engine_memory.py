@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from opd.engine_memory import DEFERRABLE, KV_CACHE, WEIGHTS, EngineMemory
+from opd.engines.engine_memory import DEFERRABLE, KV_CACHE, WEIGHTS, EngineMemory
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 cumem = pytest.importorskip("vllm.device_allocator.cumem")

@@ -17,18 +17,19 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from opd import distributed, vllm_engine, vllm_process
+from opd import distributed
 from opd.config import LossConfig, RolloutConfig, TeacherSpec
 from opd.distillation import compare
-from opd.engine_memory import EngineMemory
-from opd.fused_linear import LIVE_BUFFERS, fused_linear_loss
-from opd.heads import OutputHead, load_head, map_head
-from opd.hf_engine import HFEngine
+from opd.engines import vllm_engine, vllm_process
+from opd.engines.engine_memory import EngineMemory
+from opd.engines.hf_engine import HFEngine
+from opd.engines.vllm_engine import HiddenStateEngine
+from opd.ops.fused_linear import LIVE_BUFFERS, fused_linear_loss
+from opd.ops.heads import OutputHead, load_head, map_head
 from opd.padding import collate
 from opd.rollout import RolloutEngine
 from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
-from opd.vllm_engine import HiddenStateEngine
 
 VOCAB = 40
 EOS, OTHER_STOP = 1, 20

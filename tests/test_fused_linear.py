@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opd.fused_linear import LIVE_BUFFERS, fused_linear_divergence, fused_linear_loss, score_hidden
-from opd.heads import LogitForm, OutputHead
 from opd.losses import DIVERGENCES, divergence, support_divergence
+from opd.ops.fused_linear import (
+    LIVE_BUFFERS,
+    fused_linear_divergence,
+    fused_linear_loss,
+    score_hidden,
+)
+from opd.ops.heads import LogitForm, OutputHead
 from opd.topk import gather_logprobs
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())

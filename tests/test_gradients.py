@@ -72,7 +72,9 @@ TWO_RANKS = (
 REFRESHED = (
     Case(name="refreshed_ppo", loss="ppo", micro_batch_size=3, inner_updates=2, learning_rate=0.02),
     Case(name="refreshed_pg", loss="pg", micro_batch_size=3, inner_updates=3, learning_rate=0.02),
-    Case(name="refreshed_decoupled", loss="decoupled", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3),
+    Case(
+        name="refreshed_decoupled", loss="decoupled", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3
+    ),
     Case(name="refreshed_full", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3),
 )
 

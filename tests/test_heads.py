@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from opd.heads import (
+from opd.ops.heads import (
     FAMILIES,
     LOGIT_KEYS,
     LogitForm,

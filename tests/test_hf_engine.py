@@ -17,11 +17,12 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import train_mopd
-from opd import hf_engine, run
-from opd.arguments import parse
 from opd.config import TeacherSpec
-from opd.heads import load_head, map_head
-from opd.hf_engine import HFEngine, HFGenerator, batches
+from opd.engines import hf_engine
+from opd.engines.hf_engine import HFEngine, HFGenerator, batches
+from opd.inputs.arguments import parse
+from opd.ops.heads import load_head, map_head
+from opd.run.prepare import _fingerprint
 from opd.teachers import ColocatedTeacher
 from tests.test_heads import CASES, make_model
 from tests.test_trainers import Models, command, metrics_of, succeed
@@ -379,7 +380,7 @@ def test_residency_and_backend_may_change_under_a_resumed_run(tiny):
     prints = []
     for flags in ([], ["--teacher_residency", "gpu"], ["--teacher_residency", "disk", "--teacher_backend", "hf"]):
         cfg = parse(train_mopd.Config, [*argv, "--teacher", f"addition={tiny.addition}", *flags])
-        prints.append(json.dumps(run._fingerprint(cfg, {"addition": "its hash"}, "data"), sort_keys=True))
+        prints.append(json.dumps(_fingerprint(cfg, {"addition": "its hash"}, "data"), sort_keys=True))
     assert prints[0] == prints[1] == prints[2]
 
 

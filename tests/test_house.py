@@ -16,8 +16,9 @@ import yaml
 
 import train_gkd
 import train_mopd
-from opd import config, distillation, losses, validation
-from opd.arguments import parse
+from opd import config, distillation, losses
+from opd.inputs import validation
+from opd.inputs.arguments import parse
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {"train_mopd.py": train_mopd.Config, "train_gkd.py": train_gkd.Config}
@@ -45,10 +46,13 @@ learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam
 output_dir num_steps seed ds_config eval_every eval_max_prompts save_every keep_checkpoints parity_every rollout_samples
 rollout_every resume plan dry_run local_rank
 """)  # fmt: skip
-AHEAD_FLAGS = re.findall(r"\w+", """
+AHEAD_FLAGS = re.findall(
+    r"\w+",
+    """
 mode max_staleness sync_every partial_rollout rollout_servers rollout_replicas max_inflight rollout_timeout_s rollout_wait_s
 weights_dir weight_transfer rollout_gpus logprob_servers logprob_replicas logprob_gpus
-""")
+""",
+)
 GKD_FLAGS = [*MOPD_FLAGS, "lmbda", "seq_kd", "seq_kd_temperature", "sft_alpha"]
 
 
@@ -130,7 +134,7 @@ def test_rows_point_down_or_sideways_and_never_in_circles(name):
 def test_whoever_joins_the_ranks_ends_in_one_place():
     """Elsewhere the interpreter would take the groups down, and now and then abort a program that has done its work."""
     helpers = {  # called by programs that end there, or by pytest
-        "opd/distributed.py", "opd/run.py", "opd/scoring.py", "scripts/gpu_check_engines.py", "scripts/gpu_check_training.py",
+        "opd/distributed.py", "opd/run/prepare.py", "opd/servers/scoring_engine.py", "scripts/gpu_check_engines.py", "scripts/gpu_check_training.py",
         "tests/conftest.py",
     }  # fmt: skip
     joins = re.compile(r"(distributed\.init|init_process_group|join_alone)\(")
@@ -184,7 +188,9 @@ def test_public_functions_and_classes_say_what_they_do(path):
 # ---- Flags -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "flags"), [("train_mopd.py", [*MOPD_FLAGS, *AHEAD_FLAGS]), ("train_gkd.py", GKD_FLAGS)])
+@pytest.mark.parametrize(
+    ("script", "flags"), [("train_mopd.py", [*MOPD_FLAGS, *AHEAD_FLAGS]), ("train_gkd.py", GKD_FLAGS)]
+)
 def test_flags_are_frozen(script, flags):
     assert flags_of(SCRIPTS[script]) == set(flags)
 

@@ -6,8 +6,8 @@ C rows, V vocabulary, K ids per row.
 import pytest
 import torch
 
-from opd import kernels
 from opd.losses import DIVERGENCES, divergence
+from opd.ops import kernels
 
 
 def randn(*shape, seed=0, dtype=torch.float64, scale=3.0):

@@ -6,7 +6,7 @@ import signal
 import pytest
 from test_trainers import at_most_two, command, models, parameter_hash, start, succeed  # noqa: F401  models: a fixture
 
-from opd.sample_ledger import FILE, SampleLedger, compare, read, rows_of, token_hash
+from opd.records.sample_ledger import FILE, SampleLedger, differences, read, sample_rows, token_hash
 from opd.types import Prompt, Rollout, TeacherScores
 
 
@@ -19,7 +19,7 @@ def rollout_of(sample_id: str, response_ids=(7, 8)) -> Rollout:
 
 def rows(*sample_ids: str, step: int = 1) -> list[dict]:
     scores = (TeacherScores(teacher="a", weight=0.5), TeacherScores(teacher="b", weight=0.5))
-    return rows_of([rollout_of(i) for i in sample_ids], [scores] * len(sample_ids), step=step)
+    return sample_rows([rollout_of(i) for i in sample_ids], [scores] * len(sample_ids), step=step)
 
 
 def test_a_row_says_what_was_trained_on():
@@ -56,9 +56,9 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
 
 def test_every_difference_is_said():
     expected = rows("0/0/0", "0/1/0", "0/2/0")
-    assert compare(expected, expected[::-1]) == []
+    assert differences(expected, expected[::-1]) == []
     found = [expected[0], expected[0], {**expected[1], "tokens": "f", "teachers": ["a"]}, *rows("1/0/0")]
-    assert compare(expected, found) == [
+    assert differences(expected, found) == [
         "0/0/0: trained on 2 times",
         "0/1/0: teachers is ['a'], expected ['a', 'b']",
         f"0/1/0: tokens is 'f', expected '{expected[1]['tokens']}'",
@@ -102,7 +102,7 @@ def test_a_run_killed_anywhere_and_resumed_has_the_ledger_and_weights_of_an_undi
         assert [row["step"] for row in expected] == sorted(row["step"] for row in expected)
         assert all(int(row["id"].split("/")[0]) == row["policy_version"] == row["step"] - 1 for row in expected)
         for fault in (f for f, s in STRIKES.items() if s == script):
-            assert compare(expected, read(tmp_path / fault / FILE)) == [], fault
+            assert differences(expected, read(tmp_path / fault / FILE)) == [], fault
             assert parameter_hash(tmp_path / fault) == parameter_hash(tmp_path / script), fault
     teachers = {tuple(row["teachers"]) for row in read(tmp_path / "train_mopd.py" / FILE)}
     assert teachers == {(name,) for name in models.teachers}

@@ -17,20 +17,20 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd import wire
-from opd.logprob_client import LogprobServers
-from opd.logprob_engine import LogprobScorer, load_model
-from opd.logprob_routes import EngineHolder, Service
-from opd.logprob_wire import LogprobQuestion, decode_logprobs, encode_logprobs
+from opd.clients import wire
+from opd.clients.health import Limits
+from opd.clients.logprob_servers import LogprobServers
+from opd.clients.protocols import LOGPROB
+from opd.clients.wire import LogprobQuestion, decode_logprobs, encode_logprobs
 from opd.padding import collate
-from opd.protocols import LOGPROB
-from opd.replica import Limits
-from opd.replicas import ServerOptions, serving, start_replica, stop_all
-from opd.scoring import BatchLimits, ScoringThread
-from opd.server_control import Control, WeightsGate
+from opd.servers.control import Control, WeightsGate
+from opd.servers.logprob_engine import LogprobScorer, load_model
+from opd.servers.logprob_server import EngineHolder, LogprobService
+from opd.servers.scoring_engine import BatchLimits, ScoringThread
+from opd.servers.server_processes import ServerOptions, serving, start_replica, stop_all
 from opd.student import LossSettings, _ModelWithLoss
 from opd.types import Prompt, Rollout, TeacherScores
-from opd.weight_store import publish
+from opd.weights.store import publish
 
 TOKEN = "a-token-of-more-than-16-characters"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
@@ -463,7 +463,7 @@ def test_without_a_token_nobody_changes_weights(scorer, tmp_path):
     engine = ScoringThread(lambda: scorer, BatchLimits())
     engine.ready.result(DEADLINE)
     control = Control(WeightsGate(0), EngineHolder(engine), tmp_path, protocol=LOGPROB, token=None)
-    app = Service(engine, control, max_model_len=CONTEXT, max_waiting=4).app(None)
+    app = LogprobService(engine, control, max_model_len=CONTEXT, max_waiting=4).app(None)
 
     async def statuses():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:

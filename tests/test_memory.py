@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from bench_tools import in_child, peak_extra_bytes
 
-from opd.fused_linear import fused_linear_loss, score_hidden
-from opd.heads import LogitForm, OutputHead
+from opd.ops.fused_linear import fused_linear_loss, score_hidden
+from opd.ops.heads import LogitForm, OutputHead
 
 MIB = 1 << 20
 BUDGET, N, V, H = 64 * MIB, 3000, 20_000, 32

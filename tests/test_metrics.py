@@ -15,8 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opd.distributed import free_port
-from opd.metrics import GROUPS, Metrics, memory, step_line
+from opd.processes import free_port
+from opd.records.metrics import GROUPS, Metrics, memory, step_line
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 300
@@ -64,7 +64,7 @@ TWO_RANKS = """
 import json, math, torch
 from pathlib import Path
 from opd import distributed
-from opd.metrics import Metrics, write_rollouts, write_run_files
+from opd.records.metrics import Metrics, write_rollouts, write_run_files
 
 with distributed.exit_together():
     distributed.init()
@@ -254,7 +254,7 @@ def test_the_time_left_is_that_of_recent_steps(tmp_path, capsys):
 
 TERMINAL = """
 from pathlib import Path
-from opd.metrics import Metrics, say
+from opd.records.metrics import Metrics, say
 metrics = Metrics(Path("run"), num_steps=3, domains=[])
 for step in (1, 2, 3):
     metrics.flush(step)

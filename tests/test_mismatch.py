@@ -19,8 +19,8 @@ from workers.mismatch_worker import CONFIGS, DOMAINS, SPLITS, micro_batches, res
 
 from opd import distributed
 from opd.config import LossConfig
-from opd.metrics import Metrics
 from opd.mismatch import effective_share, log_mismatch, pearson
+from opd.records.metrics import Metrics
 
 WORKER = Path(__file__).parent / "workers" / "mismatch_worker.py"
 DEADLINE = 300  # seconds
@@ -53,9 +53,11 @@ def expected(cfg: LossConfig) -> dict[str, float]:
     levels = {"token": rho_N, "sequence": np.exp(whole).repeat(length), "geometric": np.exp(mean).repeat(length)}
     ratio_N = levels[cfg.is_level]
     outside_N = (ratio_N < cfg.is_low) | (ratio_N > cfg.is_high)
-    weights_N = {"none": ratio_N, "truncate": np.minimum(ratio_N, cfg.is_high), "mask": np.where(outside_N, 0, ratio_N)}[
-        cfg.is_mode
-    ]
+    weights_N = {
+        "none": ratio_N,
+        "truncate": np.minimum(ratio_N, cfg.is_high),
+        "mask": np.where(outside_N, 0, ratio_N),
+    }[cfg.is_mode]
     row = {
         "mismatch/k1": (b_N - r_N).mean(),
         "mismatch/k3": (rho_N - (r_N - b_N) - 1).mean(),
@@ -113,7 +115,17 @@ def flushed(tmp_path, trainer_of, cfg=CONFIGS["cut"]):
 
 def test_policies_that_agree(tmp_path):
     row = flushed(tmp_path, lambda r: r.rollout_logprobs)
-    for key in ("k1", "k3", "abs_mean", "abs_max", "chi2_token", "chi2_sequence", "prob_gap", "out_of_bounds", "rejected"):
+    for key in (
+        "k1",
+        "k3",
+        "abs_mean",
+        "abs_max",
+        "chi2_token",
+        "chi2_sequence",
+        "prob_gap",
+        "out_of_bounds",
+        "rejected",
+    ):
         assert row[f"mismatch/{key}"] == 0, key
     for key in ("ppl_ratio", "pearson", "ess"):
         assert row[f"mismatch/{key}"] == pytest.approx(1, abs=1e-12), key

@@ -14,8 +14,8 @@ import torch
 from conftest import worker_environment
 
 from opd import distributed
-from opd.deepspeed_engine import HostCopy, what_leaves
-from opd.validation import load_ds_config
+from opd.engines.deepspeed_engine import HostCopy, what_leaves
+from opd.inputs.validation import load_ds_config
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).parent / "workers" / "offload_worker.py"

@@ -11,14 +11,15 @@ from conftest import leave_vllm
 from safetensors.torch import load_file
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from opd import distributed, vllm_engine, weight_sync
+from opd import distributed
 from opd.config import ModelConfig, OptimConfig, RolloutConfig
+from opd.engines import vllm_engine
+from opd.inputs.validation import load_ds_config
 from opd.padding import make_micro_batches
 from opd.parity import FIRST_LIMIT, FLOAT32_LIMIT, LEAST_LIMIT, Parity
-from opd.rollout import RolloutEngine
+from opd.rollout import RolloutEngine, push
 from opd.student import LossSettings, Student
 from opd.types import Prompt
-from opd.validation import load_ds_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CUT = functools.partial(make_micro_batches, micro_batch_size=8, pad_id=0, domains=["d"])
@@ -49,7 +50,9 @@ def test_float32_has_one_limit_and_one_line(mean):
         parity.decide(mean, 3.0, 100, 1)
     message = str(stop.value)
     assert stop.value.status == 1
-    assert "\n" not in message and message.startswith("step 2: the sampler is not the student: after weights were pushed")
+    assert "\n" not in message and message.startswith(
+        "step 2: the sampler is not the student: after weights were pushed"
+    )
     assert "100 tokens" in message and "docs/metrics.md" in message and "--parity_every 0" in message
 
 
@@ -101,7 +104,7 @@ class Pair:
         return Parity(CUT, self.cfg, every=10, dtype=self.dtype)
 
     def push(self) -> None:
-        weight_sync.push(self.student, self.engine, self.step)
+        push(self.student, self.engine, self.step)
 
     def update(self, scale=0.03) -> None:
         """Every weight changes, as by an optimizer with a bold learning rate."""

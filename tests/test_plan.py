@@ -23,16 +23,17 @@ from transformers import (
 
 import train_gkd
 import train_mopd
-from opd import distributed, participants, plan, planner
-from opd.arguments import parse
-from opd.config import TeacherSpec, groups_of, to_dict
-from opd.participants import activations, kv_least, kv_wanted
-from opd.plan_types import GIB, OFFLOADS, PHASES, Machine
-from opd.plan_view import as_json, remedies, table, verdict
-from opd.planner import Plan, make_plan
-from opd.run import prepare
-from opd.shapes import ModelShape, layer_values, model_of, shape_of
-from opd.sharding import ZeroSettings, zero_shard
+from opd import distributed
+from opd.config import GIB, TeacherSpec, groups_of, to_dict
+from opd.inputs.arguments import parse
+from opd.inputs.shapes import ModelShape, layer_values, model_of, shape_of
+from opd.plan import apply, memory, planner
+from opd.plan.job import OFFLOADS, PHASES, Machine
+from opd.plan.memory import activations, kv_least, kv_wanted
+from opd.plan.planner import Plan, make_plan
+from opd.plan.sharding import ZeroSettings, zero_shard
+from opd.plan.view import as_json, remedies, table, verdict
+from opd.run.prepare import prepare
 
 # ---- Exact: what ZeRO holds, against the tensors of real engines -------------------------------------------------------
 
@@ -100,7 +101,7 @@ def test_bytes_of_every_zero_stage_are_those_of_the_real_tensors(counted, odd_mo
 
 
 def planner_shape(path: Path) -> ModelShape:
-    return shape_of(plan.read_model("--student_model", str(path)), "--student_model", str(path))
+    return shape_of(apply.read_model("--student_model", str(path)), "--student_model", str(path))
 
 
 def test_tied_embeddings_count_once(odd_models):
@@ -135,7 +136,13 @@ def test_activations_are_near_what_autograd_saves():
 
 def test_layers_that_differ_count_as_the_largest():
     """By transformers' overrides, whose global field may not be read, as Gemma 4's; and by lists, as Gemma 3n's."""
-    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     gemma = Gemma4TextConfig(
         **small, intermediate_size=48, head_dim=16, global_head_dim=32, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
@@ -208,7 +215,7 @@ def job_of(shapes, student: str, teachers: list[str], *argv: str, gpus=8, gib=80
     names = [f"t{i}" for i in range(len(teachers))]
     cfg = run_config(*(word for name in names for word in ("--teacher", f"{name}={name}")), *argv)
     machine = Machine(gpus, int(gib * GIB), int(host * GIB), 25e9, is_gpu)
-    found = plan.make_job(cfg, shapes[student], {n: shapes[t] for n, t in zip(names, teachers, strict=True)}, machine)
+    found = apply.make_job(cfg, shapes[student], {n: shapes[t] for n, t in zip(names, teachers, strict=True)}, machine)
     return replace(found, zero=replace(found.zero, stage=stage))
 
 
@@ -289,14 +296,14 @@ def test_a_teacher_on_a_cpu_sleeps_only_if_it_can(published):
     assert len(set(row["teacher t1"].values())) == 1 and row["teacher t1"]["train"] > 0
     small = published["0.6B"]
     weights = small.num_parameters + small.head_parameters  # the embedding is packed beside itself
-    weights += int(participants.KEPT_BY_HEAP * (small.num_parameters - small.head_parameters - norms(small)))
+    weights += int(memory.KEPT_BY_HEAP * (small.num_parameters - small.head_parameters - norms(small)))
     assert row["teacher t1"]["train"] == weights * 4 + GIB // 4
 
 
 ENGINE_CHILD = """
 import sys
 from opd import distributed
-from opd.vllm_engine import HiddenStateEngine
+from opd.engines.vllm_engine import HiddenStateEngine
 
 def resident():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
@@ -332,7 +339,7 @@ def test_an_engine_on_a_cpu_takes_what_is_predicted(tiny, tmp_path):
 
 def teacher_awake_on_cpu(shapes: dict[str, ModelShape]) -> int:
     job = job_of(shapes, "wide", ["wide"], is_gpu=False, gpus=1)
-    return participants.teacher_awake(job, "t0", make_plan(job).choices)
+    return memory.teacher_awake(job, "t0", make_plan(job).choices)
 
 
 def norms(shape: ModelShape) -> int:
@@ -381,13 +388,13 @@ def test_explicit_flags_win(published):
     assert {"rollout_kv_cache_gib", "micro_batch_size", "support"} <= job.cfg.explicit
     made = make_plan(job, job.cfg.explicit)
     assert (made.choices.kv_cache, made.choices.max_tokens, made.choices.support) == (3 * GIB, 0, "union_topk")
-    assert plan.apply(job.cfg, made)[0].rollout == job.cfg.rollout
+    assert apply.apply(job.cfg, made)[0].rollout == job.cfg.rollout
 
 
 def test_apply_says_each_change_and_writes_it_where_config_yaml_will_have_it(published):
     job = job_of(published, "1.7B", ["8B"])
     made = make_plan(job, frozenset())
-    cfg, lines = plan.apply(job.cfg, made)
+    cfg, lines = apply.apply(job.cfg, made)
     flat = to_dict(cfg)
     assert flat["rollout_kv_cache_gib"] == made.choices.kv_cache / GIB
     assert flat["max_tokens_per_micro_batch"] == made.choices.max_tokens >= job.longest - 1
@@ -435,7 +442,7 @@ def run_yaml(tiny, tmp_path) -> Path:
 
 
 def command(capsys, *argv: str) -> tuple[int, str, str]:
-    status = plan.main(list(argv))
+    status = apply.main(list(argv))
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -460,7 +467,7 @@ def test_command_prints_a_table_a_verdict_and_a_plot(run_yaml, capsys):
 
 
 def test_the_planner_takes_every_flag_of_the_trainers():
-    known = {f.name for group in groups_of(plan.Config).values() for f in dataclasses.fields(group)}
+    known = {f.name for group in groups_of(apply.Config).values() for f in dataclasses.fields(group)}
     trainers = {f.name for g in groups_of(train_gkd.Config).values() for f in dataclasses.fields(g)}
     assert known == trainers
 
@@ -507,7 +514,7 @@ def test_tensor_parallelism_that_does_not_divide(published, size, ranks, what):
     job = job_of(published, "1.7B", ["8B"])
     cfg = replace(job.cfg, teachers=(TeacherSpec("t0", "t0", ("t0",), tensor_parallel_size=size),))
     with pytest.raises(ValueError, match=f"teachers: t0: tensor_parallel_size {size}: does not divide the {what}"):
-        plan.make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
+        apply.make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
 
 
 def test_a_served_teacher_takes_no_memory_here(run_yaml, capsys):
@@ -580,20 +587,20 @@ def test_a_resumed_run_keeps_the_support_that_was_planned(tiny, tmp_path):
         f"--output_dir={run_dir}",
     ]
     cfg = parse(train_mopd.Config, [*flags, "--plan", "auto"])
-    assert plan._with_choices_of(cfg) == cfg, "a fresh run"
+    assert apply._with_choices_of(cfg) == cfg, "a fresh run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("support: teacher_topk\n")
-    kept = plan._with_choices_of(cfg)
+    kept = apply._with_choices_of(cfg)
     assert kept.loss.support == "teacher_topk" and "support" in kept.explicit
     given = parse(train_mopd.Config, [*flags, "--plan", "auto", "--support", "full"])
-    assert plan._with_choices_of(given) == given, "a flag is the user's word"
+    assert apply._with_choices_of(given) == given, "a flag is the user's word"
     (run_dir / "config.yaml").write_text("[")
-    assert plan._with_choices_of(cfg) == cfg
+    assert apply._with_choices_of(cfg) == cfg
 
 
 def test_without_a_prediction_a_run_goes_on_but_auto_stops(tiny, says_too_little, tmp_path):
     cfg = parse(train_mopd.Config, [*trainer_flags(tiny, tmp_path), "--student_model", str(says_too_little)])
-    same, made, text = plan.plan_run(cfg)
+    same, made, text = apply.plan_run(cfg)
     assert same is cfg and made is None and "no num_attention_heads" in text
     with pytest.raises(ValueError, match="no num_attention_heads"):
-        plan.plan_run(replace(cfg, run=replace(cfg.run, plan="auto")))
+        apply.plan_run(replace(cfg, run=replace(cfg.run, plan="auto")))

@@ -36,10 +36,8 @@ from transformers import (
     XGLMConfig,
 )
 
-from opd import preflight, vllm_models
-from opd.arguments import parse
-from opd.attention import attention_for
 from opd.config import (
+    GIB,
     BatchConfig,
     DataConfig,
     LossConfig,
@@ -51,12 +49,9 @@ from opd.config import (
     TeacherSpec,
     to_dict,
 )
-from opd.data import load_prompts
-from opd.plan import read_job
-from opd.plan_types import GIB, Machine
-from opd.plan_view import table
-from opd.planner import make_plan
-from opd.preflight import (
+from opd.inputs import vllm_models
+from opd.inputs.arguments import parse
+from opd.inputs.models import (
     _divided,
     check_downloads,
     check_models,
@@ -64,9 +59,16 @@ from opd.preflight import (
     check_tensor_parallel,
     dry_run_report,
     load_tokenizer,
+    read_fact,
 )
-from opd.shapes import layer_values, read_model
-from opd.vllm_models import check_agrees
+from opd.inputs.prompts import load_prompts
+from opd.inputs.shapes import layer_values, read_model
+from opd.inputs.vllm_models import check_agrees
+from opd.ops.attention import attention_for
+from opd.plan.apply import read_job
+from opd.plan.job import Machine
+from opd.plan.planner import make_plan
+from opd.plan.view import table
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -242,7 +244,10 @@ def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
 
 @pytest.mark.parametrize(
     ("eos", "message"),
-    [(99, f"EOS token [99] is not one of its {len(VOCABULARY)} tokens"), ([], "has no EOS token; name one in its generation")],
+    [
+        (99, f"EOS token [99] is not one of its {len(VOCABULARY)} tokens"),
+        ([], "has no EOS token; name one in its generation"),
+    ],
 )
 def test_an_eos_that_is_no_token(tmp_path, eos, message):
     path = save_model(tmp_path / "m", eos=eos, eos_token_id=None, tokenizer={"eos": None} if eos == [] else None)
@@ -320,7 +325,7 @@ def test_families_without_the_attention_that_is_asked_for(student, tmp_path, con
     message = refusal(odd, odd, "--attn_implementation", "sdpa", "--allow_template_mismatch")
     assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager")
     for attention in ("auto", "eager"):
-        preflight.read_fact("--student_model", odd, load_tokenizer(odd), False, attn_implementation=attention)
+        read_fact("--student_model", odd, load_tokenizer(odd), False, attn_implementation=attention)
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
 
 
@@ -376,7 +381,10 @@ def test_teachers_that_vllm_computes_otherwise(student, tmp_path):
 
 def test_a_path_that_vllm_takes_for_a_pattern(student, tmp_path):
     odd = str(shutil.copytree(student, tmp_path / "m[1]"))
-    assert refusal(odd, student) == f"--student_model {odd}: vLLM takes [, * and ? in a path for a pattern; rename the directory"
+    assert (
+        refusal(odd, student)
+        == f"--student_model {odd}: vLLM takes [, * and ? in a path for a pattern; rename the directory"
+    )
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
 
 
@@ -432,7 +440,9 @@ def test_a_class_whose_imports_fail_is_refused_with_the_reason(student, tmp_path
     config = Qwen3_5TextConfig(**SMALL, head_dim=8, layer_types=["full_attention"], max_position_embeddings=64)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     message = refusal(str(tmp_path / "m"), student)
-    assert message.startswith(f"--student_model {tmp_path / 'm'}: vLLM cannot run Qwen3_5ForCausalLM here (ModuleNotFoundError: ")
+    assert message.startswith(
+        f"--student_model {tmp_path / 'm'}: vLLM cannot run Qwen3_5ForCausalLM here (ModuleNotFoundError: "
+    )
     assert "'torchvision'" in message and "choose another model" in message
     check_models(make_config(student, str(tmp_path / "m"), "--teacher_backend", "hf"))
 
@@ -568,7 +578,10 @@ def test_hub_ids_are_checked_when_their_files_are_there(student, tmp_path, monke
     (tmp_path / "hub" / "models--group--model" / "refs").mkdir()
     (tmp_path / "hub" / "models--group--model" / "refs" / "main").write_text("0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    by_flag = {"--student_model": make_config("group/model", student), "--teacher math": make_config(student, "group/model")}
+    by_flag = {
+        "--student_model": make_config("group/model", student),
+        "--teacher math": make_config(student, "group/model"),
+    }
     for config in by_flag.values():
         check_models(config)
         check_downloads(config)

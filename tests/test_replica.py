@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.replica import Limits, Patience, Replica, RetryBudget, slow_ones
+from opd.clients.health import Health, Limits, Patience, RetryBudget, slow_ones
 
 LIMITS = Limits()
 
 
-def replicas(count: int, **limits) -> list[Replica]:
-    return [Replica(f"http://{i}", Limits(**limits)) for i in range(count)]
+def replicas(count: int, **limits) -> list[Health]:
+    return [Health(f"http://{i}", Limits(**limits)) for i in range(count)]
 
 
 # ---- Strikes ---------------------------------------------------------------------------------------------------------
@@ -99,12 +99,12 @@ def test_it_takes_no_more_than_its_bound_nothing_while_suspect_and_nothing_while
 # ---- Slow ------------------------------------------------------------------------------------------------------------
 
 
-def worked(replica: Replica, seconds: float, size: int = 100, times: int = 20) -> None:
+def worked(replica: Health, seconds: float, size: int = 100, times: int = 20) -> None:
     for _ in range(times):
         replica.answered(seconds, size)
 
 
-def windows_until_slow(pool: list[Replica], start: float, windows: int = 60) -> dict[str, int]:
+def windows_until_slow(pool: list[Health], start: float, windows: int = 60) -> dict[str, int]:
     """URL -> the window in which it was found slow, a second each."""
     found = {}
     for window in range(windows):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opd.report import main, recovery_report, render_report, write_report
+from opd.records.report import recovery_report, render_report, report_command, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -161,6 +161,6 @@ def test_the_command(tmp_path):
 def test_a_run_without_a_report_is_one_line_and_status_2(tmp_path, capsys, content):
     if content is not None:
         (tmp_path / "report.json").write_text(content)
-    assert main([str(tmp_path)]) == 2
+    assert report_command([str(tmp_path)]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and str(tmp_path) in shown.err

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from opd.rewards import exact_match, group_relative_advantages, last_number, load_reward
+from opd.inputs.rewards import exact_match, group_relative_advantages, last_number, load_reward
 from opd.types import Prompt
 
 

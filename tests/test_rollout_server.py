@@ -18,10 +18,11 @@ import torch
 from conftest import LOOPBACK, listening_addresses, worker_environment
 from transformers import Qwen3ForCausalLM
 
-from opd import process_group, weight_store
-from opd.replicas import serving
-from opd.rollout_server import read_sampling
-from opd.weight_push import PushFailed, push
+from opd import processes
+from opd.servers.rollout_server import read_sampling
+from opd.servers.server_processes import serving
+from opd.weights import store
+from opd.weights.push import PushFailed, push_to_servers
 
 TOKEN = "a-token-of-more-than-16-characters"
 VOCAB, CONTEXT, EOS = 40, 512, 1
@@ -39,7 +40,7 @@ class Versions:
 
     def publish(self, version: int, **changes: torch.Tensor) -> None:
         weights = dict(self.models[version].named_parameters()) | changes
-        weight_store.publish(self.root, weights.items(), version, self.fence)
+        store.publish(self.root, weights.items(), version, self.fence)
 
     @torch.no_grad()
     def logprobs(self, version: int, prompt_ids: list[int], token_ids: list[int]) -> torch.Tensor:
@@ -86,7 +87,7 @@ def client(replica):
 IN_PROCESS = """
 import dataclasses, json, sys
 from opd import distributed
-from opd.vllm_engine import GeneratorEngine
+from opd.engines.vllm_engine import GeneratorEngine
 job = json.load(open(sys.argv[1]))
 with distributed.exit_together():
     distributed.init()
@@ -127,7 +128,7 @@ def under_way(client, **question):
 
 
 def push_to(versions, replica, version, **options):
-    return push([replica.url], version, versions.fence, TOKEN, **{"lease_s": 20.0, "deadline_s": SECONDS, **options})
+    return push_to_servers([replica.url], version, versions.fence, TOKEN, **{"lease_s": 20.0, "deadline_s": SECONDS, **options})
 
 
 # ---- One server's life -----------------------------------------------------------------------------------------------
@@ -137,7 +138,10 @@ def test_a_server_without_a_push_serves_nothing(client, replica):
     answer = client.post("/generate", json={**LONG, "max_tokens": 1})
     assert (answer.status_code, answer.json()) == (503, {"error": "stale"})
     facts = {"version": "1", "protocol": "opd-rollout-1", "weights": None, "state": "stale", "fence": 0}
-    assert client.get("/version").json() == facts | {"max_model_len": 512, "receivers": {"workers": 1, "backend": "gloo"}}
+    assert client.get("/version").json() == facts | {
+        "max_model_len": 512,
+        "receivers": {"workers": 1, "backend": "gloo"},
+    }
     children = psutil.Process(replica.process.pid).children(recursive=True)
     for pid in (replica.process.pid, *(child.pid for child in children)):
         assert listening_addresses(pid) <= LOOPBACK
@@ -175,7 +179,13 @@ def test_tokens_are_those_of_a_cold_in_process_engine(client, versions, tiny, tm
         {"temperature": 1.3, "top_k": 5, "max_tokens": 12}, {"temperature": 0.0, "max_tokens": 12},
     ]  # fmt: skip
     prompts, seeds = [[3, 4, 5], [6, 7], [8, 9, 10, 11]] * 4, list(range(12))
-    job = {"model": str(tmp_path / "model"), "prompts": prompts, "seeds": seeds, "stop_ids": [EOS, 17], "options": options}
+    job = {
+        "model": str(tmp_path / "model"),
+        "prompts": prompts,
+        "seeds": seeds,
+        "stop_ids": [EOS, 17],
+        "options": options,
+    }
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-c", IN_PROCESS, tmp_path / "job.json", tmp_path / "samples.json"]
     subprocess.run(command, env=worker_environment(), check=True, timeout=300)
@@ -228,7 +238,7 @@ def test_a_client_that_goes_takes_its_request_along(client, replica):
 
 def test_a_killed_pushers_lease_ends_the_pause(client, replica, versions):
     versions.publish(3)
-    code = f"from opd.weight_push import push; push([{replica.url!r}], 3, 1, {TOKEN!r}, lease_s=2.0)"
+    code = f"from opd.weights.push import push; push([{replica.url!r}], 3, 1, {TOKEN!r}, lease_s=2.0)"
     killed = subprocess.Popen([sys.executable, "-c", code], env=worker_environment(OPD_FAULT="push.paused:kill"))
     future = under_way(client, **LONG)
     wait_for(lambda: client.get("/version").json()["state"] == "paused")
@@ -256,7 +266,7 @@ def test_a_half_loaded_server_is_stale_until_the_next_push(client, replica, vers
 
 def test_one_dead_replica_is_reported_and_the_other_serves(client, replica, versions):
     versions.publish(2)
-    report = push(["http://127.0.0.1:9", replica.url], 2, versions.fence, TOKEN)
+    report = push_to_servers(["http://127.0.0.1:9", replica.url], 2, versions.fence, TOKEN)
     assert [(r.url, r.ok) for r in report.replicas] == [("http://127.0.0.1:9", False), (replica.url, True)]
     assert "ConnectError" in report.failed[0].error
     (versions.root / "v3" / "model-00001.safetensors").write_bytes(b"torn")
@@ -299,19 +309,21 @@ def test_a_zombie_is_refused(client, replica, versions):
     versions.publish(3)
     push_to(versions, replica, 3)
     with pytest.raises(PushFailed, match=r"409.*fence 2"):
-        push([replica.url], 3, 1, TOKEN)
+        push_to_servers([replica.url], 3, 1, TOKEN)
     expected = {"weights": 3, "state": "ready", "fence": 2}
     assert client.get("/version").json() | expected == client.get("/version").json()
 
 
 def test_it_ends_with_what_it_has_started(client, replica):
     future = under_way(client, **LONG)
-    held = client.post("/pause", json={"fence": 2, "lease_s": 60, "mode": "keep"})  # or it may be answered on a slow machine
+    held = client.post(
+        "/pause", json={"fence": 2, "lease_s": 60, "mode": "keep"}
+    )  # or it may be answered on a slow machine
     assert held.status_code == 200 and not future.done()
     start = time.monotonic()
     replica.process.send_signal(signal.SIGTERM)
     assert replica.process.wait(timeout=10) == 0
-    wait_for(lambda: not process_group.members(replica.process.pid), 10 - (time.monotonic() - start))
+    wait_for(lambda: not processes.members(replica.process.pid), 10 - (time.monotonic() - start))
     print(f"end: {time.monotonic() - start:.2f} s")
     assert future.exception(timeout=SECONDS) is not None
 

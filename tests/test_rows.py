@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import ids, load, row, write
 
-from opd.rows import read_rows
+from opd.inputs.rows import read_rows
 
 ROWS = [row("a", answer="1"), row("b", answer="2")]
 

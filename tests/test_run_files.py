@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from opd.run_files import redact, redact_argv, warn, write_rollouts, write_run_files
+from opd.log import redact, redact_argv, warn
+from opd.records.files import write_rollouts, write_run_files
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 300
@@ -39,7 +40,7 @@ from pathlib import Path
 from transformers.utils import logging as hf_logging
 hf_logging.get_logger("transformers.early").warning("before the setup: this one may be seen")
 
-from opd.metrics import Metrics, say, setup_logging
+from opd.records.metrics import Metrics, say, setup_logging
 print("----", flush=True)
 for stream in (1, 2):
     import os; os.write(stream, b"====\\n")

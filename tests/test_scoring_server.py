@@ -17,17 +17,19 @@ import safetensors.torch
 import torch
 from conftest import LOOPBACK, PADDED_VOCAB, leave_vllm, listening_addresses, worker_environment
 
-from opd import process_group, scoring, wire
+from opd import processes
+from opd.clients import wire
 from opd.config import LossConfig, TeacherSpec
-from opd.content import content_hash
-from opd.heads import load_head
-from opd.hf_engine import HFEngine
-from opd.http_service import check_host
-from opd.replicas import ServerOptions, start_replica, stop_all
-from opd.scoring_routes import ModelInfo, Service
+from opd.engines.hf_engine import HFEngine
+from opd.engines.vllm_engine import HiddenStateEngine
+from opd.inputs.content import content_hash
+from opd.ops.heads import load_head
+from opd.servers import scoring_engine
+from opd.servers.http_service import check_host
+from opd.servers.scoring_server import ModelInfo, ScoringService
+from opd.servers.server_processes import ServerOptions, start_replica, stop_all
 from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
-from opd.vllm_engine import HiddenStateEngine
 
 SHARED_VOCAB, HIDDEN, CONTEXT, K = 40, 96, 512, 5
 TOKEN = "a-token-of-more-than-16-characters"
@@ -172,10 +174,10 @@ def test_many_at_once_are_batched_and_answered_each_for_itself(urls, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_with_one_sequence_a_batch_the_bits_do_not_depend_on_the_others(engines, tiny, backend):
-    scorer = scoring.Scorer(engines[backend], load_head(str(tiny.padded)), torch.float32)
+    scorer = scoring_engine.Scorer(engines[backend], load_head(str(tiny.padded)), torch.float32)
     asked = [question("topk+hidden", (3 + i, 40 - i), seed=i) for i in range(12)]
     alone = [scorer.score([one])[0] for one in asked]
-    thread = scoring.ScoringThread(lambda: scorer, scoring.BatchLimits(sequences=1))
+    thread = scoring_engine.ScoringThread(lambda: scorer, scoring_engine.BatchLimits(sequences=1))
     bodies = [answer.result(DEADLINE) for answer in [thread.submit(one) for one in asked]]
     assert thread.batches == len(asked)
     for one, body, expected in zip(asked, bodies, alone, strict=True):
@@ -253,10 +255,10 @@ def test_what_is_not_there_is_404_and_documents_nothing(urls):
 def test_an_engine_that_fails_costs_these_questions_and_no_others(tiny):
     """A sleeping engine refuses to work, and works again when it is awake."""
     engine = HFEngine("math", str(tiny.padded), dtype="float32", trust_remote_code=False, residency="disk")
-    scorer = scoring.Scorer(engine, load_head(str(tiny.padded)), torch.float32)
-    thread = scoring.ScoringThread(lambda: scorer, scoring.BatchLimits())
+    scorer = scoring_engine.Scorer(engine, load_head(str(tiny.padded)), torch.float32)
+    thread = scoring_engine.ScoringThread(lambda: scorer, scoring_engine.BatchLimits())
     served = ModelInfo("math", str(tiny.padded), "hash", (1,), CONTEXT, PADDED_VOCAB)
-    app = Service(served, thread, None, max_waiting=4).app(None)
+    app = ScoringService(served, thread, None, max_waiting=4).app(None)
 
     async def statuses():
         transport = httpx.ASGITransport(app)
@@ -274,8 +276,8 @@ def test_an_engine_that_fails_costs_these_questions_and_no_others(tiny):
 
 
 def test_a_question_that_is_taken_back_is_not_computed(engines, tiny):
-    scorer = scoring.Scorer(engines["hf"], load_head(str(tiny.padded)), torch.float32)
-    thread = scoring.ScoringThread(lambda: scorer, scoring.BatchLimits(wait_seconds=1.0))
+    scorer = scoring_engine.Scorer(engines["hf"], load_head(str(tiny.padded)), torch.float32)
+    thread = scoring_engine.ScoringThread(lambda: scorer, scoring_engine.BatchLimits(wait_seconds=1.0))
     first, second = (thread.submit(question(seed=seed)) for seed in range(2))
     assert first.cancel()
     assert wire.decode_scores(second.result(DEADLINE), question(seed=1))
@@ -329,7 +331,7 @@ def test_a_token_that_could_be_guessed_is_refused(tiny):
 
 @pytest.mark.parametrize("name", [*BACKENDS, "closed"])
 def test_every_socket_is_on_loopback(replicas, name):
-    found = set().union(*(listening_addresses(pid) for pid in process_group.members(replicas[name].process.pid)))
+    found = set().union(*(listening_addresses(pid) for pid in processes.members(replicas[name].process.pid)))
     assert found and found <= LOOPBACK
 
 

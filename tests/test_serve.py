@@ -16,16 +16,19 @@ from conftest import LOOPBACK, ROOT, listening_addresses, worker_environment
 from transformers import Qwen3ForCausalLM
 
 import train_mopd
-from opd import process_group, serve, watch, weight_store, wire
-from opd.arguments import parse
-from opd.replicas import StartError, serving
-from opd.weight_push import push
+from opd import processes
+from opd.clients import wire
+from opd.inputs.arguments import parse
+from opd.servers import launch
+from opd.servers.server_processes import StartError, serving
+from opd.weights import store
+from opd.weights.push import push_to_servers
 
 DEADLINE = 300.0
 GONE_SECONDS = 10.0
 SMALL = ["--max_logprobs", "40", "--kv_cache_gib", "0.05"]
 TOKEN = "a-token-of-more-than-16-characters"
-TEACHER = (sys.executable, "-m", "opd.serve", "teacher")
+TEACHER = (sys.executable, "-m", "opd.servers.launch", "teacher")
 
 
 def wait_until(done, seconds: float, what: str) -> None:
@@ -62,10 +65,10 @@ def ready(process, out) -> None:
 
 def ended(process, signum: int, groups: list[int]) -> None:
     """The launcher, by a signal, and all that it has started."""
-    assert groups and all(process_group.members(group) for group in groups)
+    assert groups and all(processes.members(group) for group in groups)
     process.send_signal(signum)
     assert process.wait(GONE_SECONDS) == 0
-    assert not any(process_group.members(group) for group in groups)
+    assert not any(processes.members(group) for group in groups)
 
 
 # ---- Process groups --------------------------------------------------------------------------------------------------
@@ -74,8 +77,8 @@ FAMILY = "sleep 300 & trap '' TERM; sleep 300; true"  # a leader that ignores SI
 
 
 def start_family(tmp_path) -> subprocess.Popen:
-    process = process_group.start(["bash", "-c", FAMILY], log=tmp_path / "log", env=dict(os.environ))
-    wait_until(lambda: len(process_group.members(process.pid)) == 3, DEADLINE, "the family")
+    process = processes.start(["bash", "-c", FAMILY], log=tmp_path / "log", env=dict(os.environ))
+    wait_until(lambda: len(processes.members(process.pid)) == 3, DEADLINE, "the family")
     return process
 
 
@@ -83,15 +86,15 @@ def test_a_leader_that_is_killed_takes_its_group_along(tmp_path):
     process = start_family(tmp_path)
     process.kill()
     assert process.wait(DEADLINE) == -signal.SIGKILL
-    wait_until(lambda: not process_group.members(process.pid), GONE_SECONDS, "the guard")
+    wait_until(lambda: not processes.members(process.pid), GONE_SECONDS, "the guard")
 
 
 def test_a_group_that_ignores_sigterm_is_ended_by_force(tmp_path):
     process = start_family(tmp_path)
-    process_group.end(process.pid, 0.3)
+    processes.end(process.pid, 0.3)
     assert process.wait(DEADLINE) == -signal.SIGKILL
-    assert not process_group.members(process.pid)
-    process_group.end(process.pid)  # what has ended is no error
+    assert not processes.members(process.pid)
+    processes.end(process.pid)  # what has ended is no error
 
 
 def test_a_parent_that_is_killed_leaves_nothing(tmp_path):
@@ -103,9 +106,9 @@ def test_a_parent_that_is_killed_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=worker_environment()) as parent:
         group = int(parent.stdout.readline())
-        wait_until(lambda: len(process_group.members(group)) == 3, DEADLINE, "the family")
+        wait_until(lambda: len(processes.members(group)) == 3, DEADLINE, "the family")
         parent.kill()
-    wait_until(lambda: not process_group.members(group), GONE_SECONDS, "the guard")
+    wait_until(lambda: not processes.members(group), GONE_SECONDS, "the guard")
     assert parent.returncode == -signal.SIGKILL
 
 
@@ -152,7 +155,7 @@ def test_a_mistake_is_a_value_error_of_one_line(words, monkeypatch, mistake):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("OPD_SERVER_TOKEN", TOKEN)
     with pytest.raises(ValueError, match=says) as error:
-        serve.parse_arguments([str(words.get(word, word)) for word in arguments])
+        launch.launch_arguments([str(words.get(word, word)) for word in arguments])
     assert "\n" not in str(error.value)
 
 
@@ -164,10 +167,10 @@ def test_weights_are_pushed_with_a_token_only(words, monkeypatch, role, token, s
     if token:
         monkeypatch.setenv("OPD_SERVER_TOKEN", token)
     with pytest.raises(ValueError, match=says):
-        serve.parse_arguments(arguments)
+        launch.launch_arguments(arguments)
     assert not words["NEW"].exists()
     monkeypatch.setenv("OPD_SERVER_TOKEN", TOKEN)
-    assert serve.parse_arguments(arguments).weights_dir == words["NEW"]
+    assert launch.launch_arguments(arguments).weights_dir == words["NEW"]
     assert words["NEW"].stat().st_mode & 0o777 == 0o700
 
 
@@ -193,10 +196,10 @@ def test_a_mistake_ends_the_script_with_status_2(words, role):
 def test_gpus_are_dealt_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert serve.deal_gpus(None, 2) == ["0", "1"]
-    assert serve.deal_gpus("3,1", 2) == ["3", "1"]
+    assert launch.deal_gpus(None, 2) == ["0", "1"]
+    assert launch.deal_gpus("3,1", 2) == ["3", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
-    assert serve.deal_gpus(None, 2) == ["5", "6"]
+    assert launch.deal_gpus(None, 2) == ["5", "6"]
 
 
 URL = "http://127.0.0.1:1"
@@ -204,9 +207,9 @@ URL = "http://127.0.0.1:1"
 
 @pytest.mark.parametrize("name", ["math", "true", "7", "a: b", 'quo"te', "ä", "-x"])
 def test_the_entry_is_yaml_that_says_the_same(tiny, name):
-    args = serve.parse_arguments(["teacher", str(tiny.addition), f"--name={name}"])
+    args = launch.launch_arguments(["teacher", str(tiny.addition), f"--name={name}"])
     expected = {"name": name, "model": str(tiny.addition), "backend": "server", "urls": [URL]}
-    assert yaml.safe_load(serve.entry(args, [URL])) == {"teachers": [expected]}
+    assert yaml.safe_load(launch.entry(args, [URL])) == {"teachers": [expected]}
 
 
 def test_a_server_that_does_not_come_up_says_why(tiny, tmp_path):
@@ -270,7 +273,7 @@ def test_rollout_servers_are_served(tiny, tmp_path):
         said = httpx.get(**asked, headers={"Authorization": f"Bearer {TOKEN}"}).json()
         assert (said["protocol"], said["state"]) == ("opd-rollout-1", "stale")
         groups = children_of(process.pid)
-        assert len(process_group.members(*groups)) > 1  # the engine has processes of its own
+        assert len(processes.members(*groups)) > 1  # the engine has processes of its own
         ended(process, signal.SIGTERM, groups)
 
 
@@ -278,14 +281,14 @@ def test_rollout_servers_are_served(tiny, tmp_path):
 
 
 def test_early_deaths_are_counted_and_late_ones_forgiven():
-    restarts = watch.Restarts(ready_at=100.0)
-    assert restarts.died(100.0 + watch.EARLY_SECONDS) == 1.0  # late
+    restarts = launch.Restarts(ready_at=100.0)
+    assert restarts.died(100.0 + launch.EARLY_SECONDS) == 1.0  # late
     assert restarts.died(200.0) == 1.0  # it has not been ready
     restarts.ready_at = 300.0
     assert restarts.died(301.0) == 2.0
     restarts.ready_at = 400.0
-    assert restarts.died(400.0 + watch.EARLY_SECONDS) == 1.0  # the count begins again
-    assert [restarts.died(500.0) for _ in range(watch.EARLY_DEATHS)] == [1.0, 2.0, None]
+    assert restarts.died(400.0 + launch.EARLY_SECONDS) == 1.0  # the count begins again
+    assert [restarts.died(500.0) for _ in range(launch.EARLY_DEATHS)] == [1.0, 2.0, None]
 
 
 def kill_and_wait_for_its_successor(process, err, url: str) -> None:
@@ -295,7 +298,7 @@ def kill_and_wait_for_its_successor(process, err, url: str) -> None:
     wait_until(lambda: err.read_text().count("is back") > back or process.poll() is not None, DEADLINE, "the next one")
     assert process.poll() is None, err.read_text()
     (successor,) = children_of(process.pid)
-    assert successor != leader and not process_group.members(leader)
+    assert successor != leader and not processes.members(leader)
     assert f"{url} is back: process {successor}\n" in err.read_text()
 
 
@@ -307,11 +310,11 @@ def test_a_log_prob_server_comes_back_stale_and_takes_a_push(tiny, tmp_path):
         ready(process, out)
         (url,) = yaml.safe_load(out.read_text())["logprob_servers"]
         assert out.read_text() == f'logprob_servers: ["{url}"]\n'
-        weight_store.publish(weights, Qwen3ForCausalLM.from_pretrained(tiny.student).named_parameters(), 7, 1)
+        store.publish(weights, Qwen3ForCausalLM.from_pretrained(tiny.student).named_parameters(), 7, 1)
         for last in (False, True):
             said = httpx.get(f"{url}/version", headers=headers, timeout=DEADLINE, trust_env=False).json()
             assert (said["protocol"], said["state"]) == ("opd-logprob-1", "stale")
-            assert not push([url], 7, 1, TOKEN).failed
+            assert not push_to_servers([url], 7, 1, TOKEN).failed
             if not last:
                 kill_and_wait_for_its_successor(process, err, url)
         ended(process, signal.SIGTERM, children_of(process.pid))
@@ -367,7 +370,9 @@ def test_a_replica_starts_again_at_its_port(binary):
     url, process = binary.url, binary.process
     binary.restart()  # it lives, and is ended first
     assert process.poll() is not None and binary.process.pid != process.pid
-    assert not binary.is_ready() and "serving" not in binary.last_lines(), "what its predecessor wrote counts as its own"
+    assert not binary.is_ready() and "serving" not in binary.last_lines(), (
+        "what its predecessor wrote counts as its own"
+    )
     binary.wait_until_ready(DEADLINE)
     assert binary.url == url and binary.is_ready()
 
@@ -377,7 +382,7 @@ def test_vllms_server_has_no_control_routes_and_no_open_socket(json_launcher):
     for route in ("/collective_rpc", "/sleep", "/pause", "/update_weights", "/reset_prefix_cache"):
         assert httpx.post(url + route).status_code == 404
     (leader,) = children_of(process.pid)
-    members = process_group.members(leader)
+    members = processes.members(leader)
     assert len(members) > 2  # the engine has processes of its own
     found = set().union(*(listening_addresses(pid) for pid in members))
     assert found and found <= LOOPBACK
@@ -387,7 +392,7 @@ def test_nothing_is_left_after_a_sigkill_of_the_launcher(json_launcher):
     """The last test of this file. vLLM's engine would live on: it does not notice that its API server is gone."""
     process, _ = json_launcher
     (leader,) = children_of(process.pid)
-    assert len(process_group.members(leader)) > 2
+    assert len(processes.members(leader)) > 2
     process.kill()
     process.wait(DEADLINE)
-    wait_until(lambda: not process_group.members(leader), GONE_SECONDS, "the servers")
+    wait_until(lambda: not processes.members(leader), GONE_SECONDS, "the servers")

@@ -14,19 +14,19 @@ from conftest import leave_vllm
 from fault_proxy import FAULTS, Fault, FaultProxy, is_scoring
 
 import train_mopd
-from opd.arguments import parse
+from opd.clients.health import Limits
+from opd.clients.pool import Unanswered
+from opd.clients.served_checks import check_served
+from opd.clients.served_model import ServedModel, inspect_replicas
+from opd.clients.served_teacher import ServedTeacher, write_with_servers
+from opd.clients.transport import Rejected
 from opd.config import LossConfig, TeacherSpec
-from opd.heads import load_head
-from opd.preflight import check_models, load_tokenizer
-from opd.replica import Limits
-from opd.served_model import ServedModel, inspect_replicas
-from opd.served_preflight import check_served
-from opd.served_teachers import ServedTeacher, write_with_servers
-from opd.servers import Unanswered
+from opd.engines.vllm_engine import HiddenStateEngine
+from opd.inputs.arguments import parse
+from opd.inputs.models import check_models, load_tokenizer
+from opd.ops.heads import load_head
 from opd.teachers import ColocatedTeacher, TeacherPool
-from opd.transport import Rejected
 from opd.types import Prompt, Rollout
-from opd.vllm_engine import HiddenStateEngine
 
 VOCAB, SUPPORT, CONTEXT = 40, 5, 512
 TOLERANCE = 1e-4
@@ -191,7 +191,10 @@ RENAMED = {b'"model": "addition"': b'"model": "reversal"', b'"id":"reversal"': b
 
 def test_what_servers_say(served, models):
     assert all(m.protocol == "json" and m.name == name and m.context == CONTEXT for name, m in models.items())
-    assert models["addition"].tokens == models["reversal"].tokens and models["addition"].canary != models["reversal"].canary
+    assert (
+        models["addition"].tokens == models["reversal"].tokens
+        and models["addition"].canary != models["reversal"].canary
+    )
 
 
 def test_replicas_that_do_not_fit_together(served, models):
@@ -236,7 +239,10 @@ def test_a_run_that_fits(tiny, served, models):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--max_prompt_tokens", "480"), r"--max_prompt_tokens 480 \+ --max_response_tokens 32 \+ 1: over the context of"),
+        (
+            ("--max_prompt_tokens", "480"),
+            r"--max_prompt_tokens 480 \+ --max_response_tokens 32 \+ 1: over the context of",
+        ),
         (("--support", "full"), "--support full: --teacher addition is served by vLLM .* sends no hidden states"),
         (("--loss_temperature", "1.5"), "--loss_temperature 1.5: --teacher addition is served by vLLM"),
     ],
@@ -268,7 +274,9 @@ def test_another_tokenizer_is_found_out(tiny, served, models):
 def test_a_server_that_gives_fewer_candidates_is_found_out(tiny, served, models):
     with FaultProxy(served["addition"][0].url) as fewer:
         fewer.fault = Fault("limit_4", only=lambda r: r.path == "/v1/completions" and b'"prompt_logprobs": 5' in r.body)
-        with pytest.raises(ValueError, match=r"^--support_k: --teacher addition: .* not give 5 candidates .* --max-logprobs 5"):
+        with pytest.raises(
+            ValueError, match=r"^--support_k: --teacher addition: .* not give 5 candidates .* --max-logprobs 5"
+        ):
             checked(tiny, served, urls=[fewer.url])
 
 
@@ -320,7 +328,9 @@ def test_a_fault_that_never_ends_is_an_error_with_teacher_url_and_cause(served, 
     with proxies(served) as (alone, other):
         alone.fault = Fault(kind, only=is_scoring, location=other.url + "/v1/completions")
         start = time.monotonic()
-        with pytest.raises(Unanswered, match=f"teacher addition: no answer for . s; last errors: {alone.url}: ..") as caught:
+        with pytest.raises(
+            Unanswered, match=f"teacher addition: no answer for . s; last errors: {alone.url}: .."
+        ) as caught:
             score_in_one_step(served, "addition", models, [alone.url], TWELVE, limits)
         assert time.monotonic() - start < 6.0 and "no error" not in str(caught.value)
         assert not other.requests

@@ -10,9 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from opd import http_service, weight_store
-from opd.http_service import Linger, RequireToken, new_app
-from opd.server_control import Control, Refused, WeightsGate
+from opd.servers import http_service
+from opd.servers.control import Control, Refused, WeightsGate
+from opd.servers.http_service import Linger, RequireToken, new_app
+from opd.weights import store
 
 TOKEN = "a-token-of-more-than-16-characters"
 SECONDS = 20.0
@@ -143,7 +144,7 @@ class Server:
 @pytest.fixture
 def root(tmp_path):
     for version in (1, 2):
-        weight_store.publish(tmp_path / "store", [("a", torch.full((3,), float(version)))], version, 1)
+        store.publish(tmp_path / "store", [("a", torch.full((3,), float(version)))], version, 1)
     return tmp_path / "store"
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from fault_proxy import Answer, Fault, HttpServer, Request, is_scoring
 
-from opd import transport
-from opd.replica import Limits
-from opd.servers import ReplicaPool, Unanswered
-from opd.transport import Call, Rejected
-from opd.wire import BadAnswer
+from opd.clients import transport
+from opd.clients.health import Limits
+from opd.clients.pool import ReplicaPool, Unanswered
+from opd.clients.transport import Call, Rejected
+from opd.clients.wire import BadAnswer
 
 QUICK = Limits(
     wait_s=20.0, timeout_s=2.0, connect_s=1.0, max_inflight=8, probe_every_s=0.2, probe_timeout_s=0.3, shortest_out_s=0.1,
@@ -182,7 +182,9 @@ def test_the_key_is_sent_and_never_shown():
 
     async def answer(request: Request) -> Answer:  # as some servers do
         status = int(request.body.split()[-1]) if request.path == "/work" else 200
-        return Answer(status, f"wrong key: {request.headers['authorization']}".encode() if status > 200 else request.body)
+        return Answer(
+            status, f"wrong key: {request.headers['authorization']}".encode() if status > 200 else request.body
+        )
 
     with servers(answer) as (server,), pool_of([server], limits(wait_s=0.5), api_key=key) as pool:
         assert ask(pool, 1, start=200) == ["echo 200"]
@@ -569,7 +571,10 @@ def loses_requests_from(number: int):
 
 def test_the_only_replica_loses_requests_while_its_probes_are_answered():
     """Once answers have come, nobody waits for `timeout_s`, twice, to find out."""
-    with servers(loses_requests_from(20)) as (one,), pool_of([one], limits(wait_s=1.0, timeout_s=600, patience_s=0.3)) as pool:
+    with (
+        servers(loses_requests_from(20)) as (one,),
+        pool_of([one], limits(wait_s=1.0, timeout_s=600, patience_s=0.3)) as pool,
+    ):
         assert ask(pool, 20) == echoes(20)
         start = time.monotonic()
         with pytest.raises(Unanswered, match=f"teacher T: no answer for .*{one.url}: no answer within"):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from opd import faults, sample_ledger
-from opd.replicas import Replica, serving
+from opd import faults
+from opd.records import sample_ledger
+from opd.servers.server_processes import ServerProcess, serving
 from tests.test_metrics import documented_keys, undocumented
 from tests.test_trainers import (
     BIN,
@@ -76,7 +77,7 @@ def start_in_background(arguments: list[str], **env) -> subprocess.Popen:
 
 
 @contextmanager
-def struck(arguments: list[str], run_dir: Path, *victims: Replica):
+def struck(arguments: list[str], run_dir: Path, *victims: ServerProcess):
     """A run whose servers are killed while it writes the responses of step STRUCK + 1; yields (output, status, seconds)."""
     process = start_in_background(arguments, OPD_FAULT=f"rollout:delay=2@{STRUCK + 1}", OPD_FAULT_RANK="all")
     try:
@@ -101,7 +102,7 @@ def total(run_dir: Path, key: str) -> float:
 
 
 def same_samples(run_dir: Path, other: Path) -> None:
-    differences = sample_ledger.compare(
+    differences = sample_ledger.differences(
         sample_ledger.read(run_dir / sample_ledger.FILE), sample_ledger.read(other / sample_ledger.FILE)
     )
     assert not differences, differences

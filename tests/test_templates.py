@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opd import templates
 from opd.config import DataConfig
-from opd.data import load_prompts
+from opd.inputs import templates
+from opd.inputs.prompts import load_prompts
 
 SPECIAL = ("<eos>", "<pad>", "<|end|>", "<turn|>", "<user>", "<assistant>", "<system>", "<tool>")
 VOCAB = {token: i for i, token in enumerate((*SPECIAL, *string.printable, "<unk>"))}
@@ -308,7 +308,9 @@ def test_a_content_of_null_beside_tool_calls(load, refusal):
     ):
         texts, _ = load(template, {"prompt": messages}, {"prompt": absent})
         assert texts[0] == texts[1] and "weather" in texts[0] and "None" not in texts[0]
-    template = "{% for m in messages %}{{ '[' ~ m.content ~ ']' if 'content' in m else m.tool_calls[0].type }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ '[' ~ m.content ~ ']' if 'content' in m else m.tool_calls[0].type }}{% endfor %}"
+    )
     assert load(template, {"prompt": messages})[0] == ["[a]function[b]"]
     assert "every message needs a role and a content" in refusal(
         PLAIN, {"prompt": [turn("user", "a"), turn("tool", None)]}

@@ -214,7 +214,7 @@ def test_every_emitted_metric_is_documented(full_run):
 VLLM_SAMPLES = """
 import json, sys
 from opd import distributed
-from opd.vllm_process import import_vllm
+from opd.engines.vllm_process import import_vllm
 with distributed.exit_together():
     distributed.init()
     vllm = import_vllm()
@@ -433,7 +433,9 @@ def test_a_weight_that_is_no_number_is_found_at_the_start(models, tmp_path, who,
     weights = load_file(broken / "model.safetensors")
     weights[name].view(-1)[3] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with_it = replace(models, **({"student": broken} if who == "student" else {"teachers": {**models.teachers, who: broken}}))
+    with_it = replace(
+        models, **({"student": broken} if who == "student" else {"teachers": {**models.teachers, who: broken}})
+    )
     done = start(command(with_it, tmp_path / "run"))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]

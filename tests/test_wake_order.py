@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.wake_order import wake_orders
+from opd.colocation import wake_orders
 
 NAMES = "abcdef"
 

@@ -21,12 +21,13 @@ import pytest
 import torch
 from conftest import LOOPBACK, listening_addresses, worker_environment
 
-from opd import weight_broadcast, weight_keeper, weight_store
-from opd.replicas import ServerOptions, start_replica, stop_all
-from opd.weight_broadcast import receiving, sending
-from opd.weight_keeper import WeightKeeper
-from opd.weight_offer import Receivers, read_offer
-from opd.weight_push import PushFailed, push
+from opd.servers.server_processes import ServerOptions, start_replica, stop_all
+from opd.weights import broadcast, store
+from opd.weights import keeper as keeper_module
+from opd.weights.broadcast import receiving, sending
+from opd.weights.keeper import WeightKeeper
+from opd.weights.offer import Receivers, read_offer
+from opd.weights.push import PushFailed, push_to_servers
 from tests.test_async_rollout import serving
 from tests.test_async_runs import ledger_of
 from tests.test_logprob_server import ask, question
@@ -48,7 +49,7 @@ def weights_of(seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def root(tmp_path):
     path = tmp_path / "weights"
-    weight_store.publish(path, weights_of().items(), 1, 1)
+    store.publish(path, weights_of().items(), 1, 1)
     return path
 
 
@@ -79,12 +80,12 @@ def own_sockets() -> set[str]:
 
 
 def test_every_worker_gets_what_was_published_over_loopback_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_store, "SHARD_BYTES", 100)
-    monkeypatch.setattr(weight_broadcast, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(store, "SHARD_BYTES", 100)
+    monkeypatch.setattr(broadcast, "CHUNK_BYTES", 1024)
     monkeypatch.setenv("OPD_FAULT", "push.sending:delay=0.2")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")  # it is not asked
     root, before = tmp_path / "weights", own_sockets()
-    weight_store.publish(root, weights_of().items(), 1, 1)
+    store.publish(root, weights_of().items(), 1, 1)
     assert len(list((root / "v1").glob("*.safetensors"))) == 3
     with send_to(root, workers=2) as said, ThreadPoolExecutor(2) as pool:
         offer = read_offer(json.loads(json.dumps(said)), "127.0.0.1", receivers(2))
@@ -101,8 +102,8 @@ def test_every_worker_gets_what_was_published_over_loopback_alone(tmp_path, monk
 
 
 def test_a_receiver_that_dies_ends_the_sender(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_store, "SHARD_BYTES", 100)
-    weight_store.publish(tmp_path / "weights", weights_of().items(), 1, 1)
+    monkeypatch.setattr(store, "SHARD_BYTES", 100)
+    store.publish(tmp_path / "weights", weights_of().items(), 1, 1)
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"500: dead.*sending: "), send_to(tmp_path / "weights", workers=2) as said:
         offer = read_offer(said, "127.0.0.1", receivers(2))
@@ -175,7 +176,7 @@ def test_an_offer_that_cannot_be_is_refused_before_anything_is_allocated(root, c
 
 
 def test_nccl_that_would_listen_to_the_network_is_refused(monkeypatch):
-    check, url = weight_broadcast.check_interface, "http://127.0.0.1:1"
+    check, url = broadcast.check_interface, "http://127.0.0.1:1"
     check([url], {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for reached in (url, "auto"):
@@ -198,7 +199,7 @@ class Taker(Server):
 
 
 def test_a_server_that_lost_its_weights_is_sent_them_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_keeper, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(keeper_module, "LOOK_SECONDS", 0.05)
     elsewhere = tmp_path / "elsewhere"
     with serving(Taker(elsewhere)) as first, serving(Taker(elsewhere)) as second:
         roles = {"rollout": [first.url], "logprob": [second.url]}
@@ -218,7 +219,7 @@ def test_a_server_that_lost_its_weights_is_sent_them_again(tmp_path, monkeypatch
 def test_a_server_that_takes_no_broadcast_keeps_what_it_has(tmp_path, root):
     with serving(Server(tmp_path)) as server:
         with pytest.raises(PushFailed, match="takes no broadcast; use --weight_transfer directory"):
-            push([server.url], 1, 1, TOKEN, broadcast_from=root)
+            push_to_servers([server.url], 1, 1, TOKEN, broadcast_from=root)
         assert server.loaded == []
 
 
@@ -264,7 +265,7 @@ def client(servers):
 def broadcast(versions, servers, version: int, **options):  # noqa: F811
     urls = [server.url for server in servers]
     more = {"lease_s": 20.0, "deadline_s": SECONDS, "broadcast_from": versions.root, **options}
-    return push(urls, version, versions.fence, TOKEN, **more)
+    return push_to_servers(urls, version, versions.fence, TOKEN, **more)
 
 
 def assert_serves(versions, servers, client, version: int) -> None:  # noqa: F811
@@ -365,7 +366,7 @@ SENDER = """
 import sys
 from pathlib import Path
 from opd import weight_broadcast
-from opd.weight_push import push
+from opd.weights.push import push
 weight_broadcast.CHUNK_BYTES, weight_broadcast.STALL_SECONDS = 1 << 15, 3.0
 url, version, token, root = sys.argv[1:]
 push([url], int(version), 1, token, lease_s=2.0, broadcast_from=Path(root))

@@ -17,10 +17,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from opd.heads import find_head, load_head
-from opd.preflight import load_tokenizer, read_fact
-from opd.shapes import read_model
-from opd.weight_files import check_weights, read_headers
+from opd.inputs.models import load_tokenizer, read_fact
+from opd.inputs.shapes import read_model
+from opd.inputs.weight_files import check_weights
+from opd.ops.headers import read_headers
+from opd.ops.heads import find_head, load_head
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UP = "model.layers.1.mlp.up_proj.weight"  # any weight that is neither the first nor the head
@@ -211,7 +212,10 @@ FILES = [
     (index_that_is_a_list, f"cannot load its {INDEX}"),
     (index_of_nothing, f"its {INDEX} names no files"),
     (index_that_is_wrong, f"names 1 tensors that are not where it says, first {UP} in model-00002-of-00002"),
-    (index_of_more_than_there_is, "names 1 tensors that are not where it says, first model.layers.7.mlp.up_proj.weight"),
+    (
+        index_of_more_than_there_is,
+        "names 1 tensors that are not where it says, first model.layers.7.mlp.up_proj.weight",
+    ),
     (missing_shard, "1 of 2 weight files are missing, first model-00001-of-00002.safetensors"),
     (broken_shard, "model-00002-of-00002.safetensors is not a whole safetensors file"),
     (tensor_in_two_shards, f"{UP} is in a.safetensors and in model-00001-of-00002.safetensors"),
@@ -227,7 +231,9 @@ FILES = [
 def test_broken_files(model, damage, message, flag):
     damage(model)
     assert message in refusal(model, flag)
-    with pytest.raises(ValueError, match=re.escape(str(model))):  # whoever reads a head without a preflight hears it too
+    with pytest.raises(
+        ValueError, match=re.escape(str(model))
+    ):  # whoever reads a head without a preflight hears it too
         load_head(str(model))
 
 
@@ -340,7 +346,9 @@ def test_names_without_a_prefix_are_fine_for_transformers(model):
 
 @pytest.mark.parametrize("config", [GPT2Config, BloomConfig])
 def test_families_whose_published_names_have_no_prefix(tmp_path, config):
-    small = config(vocab_size=40, n_embd=32, hidden_size=32, n_layer=1, n_head=2, pad_token_id=0, bos_token_id=0, eos_token_id=1)
+    small = config(
+        vocab_size=40, n_embd=32, hidden_size=32, n_layer=1, n_head=2, pad_token_id=0, bos_token_id=0, eos_token_id=1
+    )
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
     renamed(lambda name: name.removeprefix("transformer."))(tmp_path)
     check_weights("--student_model", "m", tmp_path, read_model("--student_model", str(tmp_path)), vllm=True)
@@ -425,7 +433,9 @@ def test_an_untied_checkpoint_has_no_head_but_its_own(model):
 
 @pytest.mark.parametrize(("config", "is_tied"), [(LlamaConfig, False), (GPT2Config, True)])
 def test_a_silent_configuration_is_tied_as_its_family_is(tmp_path, config, is_tied):
-    small = config(vocab_size=40, hidden_size=32, n_embd=32, num_hidden_layers=1, n_layer=1, num_attention_heads=2, n_head=2)
+    small = config(
+        vocab_size=40, hidden_size=32, n_embd=32, num_hidden_layers=1, n_layer=1, num_attention_heads=2, n_head=2
+    )
     model = AutoModelForCausalLM.from_config(small)
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from opd import weight_keeper
-from opd.http_service import RequireToken, new_app
-from opd.server_control import Control, WeightsGate
-from opd.weight_keeper import WeightKeeper
-from opd.weight_push import PushFailed
+from opd.servers.control import Control, WeightsGate
+from opd.servers.http_service import RequireToken, new_app
+from opd.weights import keeper as keeper_module
+from opd.weights.keeper import WeightKeeper
+from opd.weights.push import PushFailed
 from tests.test_async_rollout import serving, until
 
 TOKEN = "a-token-of-more-than-16-characters"
@@ -45,8 +45,8 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(weight_keeper, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(weight_keeper, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(keeper_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(keeper_module, "AGAIN_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_push_reaches_every_role_and_a_server_that_lost_its_weights_gets_them_
 
 def test_a_role_without_a_server_is_waited_for_and_then_named(root, monkeypatch):
     warnings = []
-    monkeypatch.setattr(weight_keeper, "warn", warnings.append)
+    monkeypatch.setattr(keeper_module, "warn", warnings.append)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with serving(Server(root)) as there, keeper_of(root, logprob=[there.url], rollout=[url]) as keeper:
@@ -110,7 +110,7 @@ def test_a_role_without_a_server_is_waited_for_and_then_named(root, monkeypatch)
 
 def test_a_server_that_missed_a_push_does_not_hold_up_the_next_one_and_comes_back(root, monkeypatch):
     warnings, port = [], free_port()
-    monkeypatch.setattr(weight_keeper, "warn", warnings.append)
+    monkeypatch.setattr(keeper_module, "warn", warnings.append)
     with serving(Server(root)) as there, keeper_of(root, rollout=[f"http://127.0.0.1:{port}/", there.url]) as keeper:
         for version in (1, 2, 3):
             keeper.push(parameters(), version)

@@ -7,8 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from opd import weight_store
-from opd.weight_store import publish, verify
+from opd.weights import store
+from opd.weights.store import publish, verify
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -20,7 +20,7 @@ def root(tmp_path):
 
 
 def shards(directory) -> dict[str, torch.Tensor]:
-    index = json.loads((directory / weight_store.INDEX).read_text())["weight_map"]
+    index = json.loads((directory / store.VERSION_INDEX).read_text())["weight_map"]
     return {name: safetensors.torch.load_file(directory / file)[name] for name, file in index.items()}
 
 
@@ -32,7 +32,7 @@ def test_what_is_read_is_what_was_written(root):
 
 
 def test_large_weights_are_split_and_copied_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_store, "SHARD_BYTES", 40)
+    monkeypatch.setattr(store, "SHARD_BYTES", 40)
     buffer = torch.zeros(8)
 
     def gathered():  # as under ZeRO-3: the memory is used again
@@ -112,14 +112,14 @@ def escape(path):
     path.write_text(path.read_text().replace("model-00001", "../model-00001"))
 
 
-SHARD, MANIFEST = "model-00001.safetensors", weight_store.MANIFEST
+SHARD, MANIFEST = "model-00001.safetensors", store.VERSION_MANIFEST
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         (SHARD, flip), (SHARD, tear), (SHARD, link), (SHARD, os.remove),
-        (weight_store.INDEX, flip), (weight_store.INDEX, os.remove), (MANIFEST, tear), (MANIFEST, os.remove),
+        (store.VERSION_INDEX, flip), (store.VERSION_INDEX, os.remove), (MANIFEST, tear), (MANIFEST, os.remove),
         (MANIFEST, link), (MANIFEST, renumber), (MANIFEST, escape),
         ("extra.safetensors", lambda p: p.write_bytes(b"")), (".", lambda p: p.chmod(0o755)),
         ("..", lambda p: p.chmod(0o770)), ("../v3", link),
@@ -154,5 +154,5 @@ def test_other_peoples_files_are_refused(root):
 def test_the_default_root_is_the_runs_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
-    assert weight_store.default_root("run") == weight_store.default_root(tmp_path / "run")
-    assert weight_store.default_root("run") != weight_store.default_root("other")
+    assert store.default_root("run") == store.default_root(tmp_path / "run")
+    assert store.default_root("run") != store.default_root("other")

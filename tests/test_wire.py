@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd import wire
-from opd.wire import BadAnswer, Question
+from opd.clients import wire
+from opd.clients.wire import BadAnswer, Question
 
 V, H, K = 20, 8, 3
 PAYLOADS = ("sampled", "topk", "hidden", "topk+hidden")
@@ -51,7 +51,7 @@ def test_scores_come_back_as_they_were(payload, length):
     assert all(torch.equal(found[name], sent[name]) and found[name].dtype == sent[name].dtype for name in sent)
 
 
-@pytest.mark.parametrize("dtype", wire.FLOATS)
+@pytest.mark.parametrize("dtype", wire.HIDDEN_DTYPES)
 def test_hidden_states_keep_their_dtype(dtype):
     asked = question("hidden")
     sent = answer_to(asked)["hidden"].to(dtype)
@@ -101,7 +101,7 @@ def test_a_pickle_is_a_bad_answer():
 
 
 @pytest.mark.parametrize("block_bytes", [1, 7, 64, 1 << 22])
-@pytest.mark.parametrize("dtype", wire.FLOATS)
+@pytest.mark.parametrize("dtype", wire.HIDDEN_DTYPES)
 def test_a_stream_is_safetensors(dtype, block_bytes):
     arrays = {"weight_VH": torch.randn(V, H).to(dtype), "bias_V": torch.randn(V).to(dtype)}
     length, blocks = wire.stream_arrays(arrays, block_bytes)

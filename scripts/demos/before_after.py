@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from opd.rows import read_rows
+from opd.inputs.rows import read_rows
 
 # In nats per token, on the student's own text: the full-vocabulary divergence that the optimizer minimised, and its estimate
 # from the sampled tokens alone.

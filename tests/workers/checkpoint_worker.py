@@ -1,4 +1,4 @@
-"""Trains a tiny model under real DeepSpeed (ZeRO-3, gloo, CPU) and saves through `opd.checkpoint`.
+"""Trains a tiny model under real DeepSpeed (ZeRO-3, gloo, CPU) and saves through `opd.records.checkpoint`.
 
 `checkpoint_worker.py JOB` is one rank of a launcher, or the only one. `checkpoint_worker.py serve` reads a JOB per
 line, forks the job's ranks, waits for them and answers with one line: exit statuses, standard error, the ranks'
@@ -27,10 +27,11 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from opd import checkpoint, distributed, export  # noqa: E402
+from opd import distributed  # noqa: E402
 from opd.config import OptimConfig  # noqa: E402
-from opd.deepspeed_engine import ShardedEngine  # noqa: E402
+from opd.engines.deepspeed_engine import ShardedEngine  # noqa: E402
 from opd.faults import fault_point  # noqa: E402
+from opd.records import checkpoint, export
 from opd.types import LoopState  # noqa: E402
 
 RANK_DEADLINE = 300  # seconds; a rank that hangs is ended by SIGALRM and its trial fails

@@ -83,7 +83,7 @@ def raises(log) -> None:
 
 
 def user(log) -> None:
-    from opd.run import user_errors  # not before the fork: it starts threads
+    from opd.run.prepare import user_errors  # not before the fork: it starts threads
 
     with user_errors():
         raise ValueError("--flag 1: wrong;\n take 2")
@@ -96,7 +96,9 @@ def agreed(log) -> None:
 
 
 def interrupted(log) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background inherits that it is ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's job in the background inherits that it is ignored
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(DEADLINE)
 

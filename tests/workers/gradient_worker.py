@@ -33,8 +33,16 @@ LOSSES = {
     "ppo": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.2, clip_high=0.3),
     "pg": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, is_mode="truncate", is_level="geometric", is_high=1.2),
     "decoupled": LossConfig(
-        loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.05, clip_high=0.1, old_logprobs="recompute", is_mode="truncate",
-        is_high=1.2, reject_level="geometric", reject_low=0.3, reject_high=1.6,
+        loss="reverse_kl_pg",
+        reward_weight=0.5,
+        clip_low=0.05,
+        clip_high=0.1,
+        old_logprobs="recompute",
+        is_mode="truncate",
+        is_high=1.2,
+        reject_level="geometric",
+        reject_low=0.3,
+        reject_high=1.6,
     ),
 }
 # With such an epsilon the first step of Adam is -lr * g / (|g| + 1): a smooth function of the gradient, not its sign.
@@ -102,12 +110,12 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     from opd import distributed
     from opd.config import ModelConfig, OptimConfig
     from opd.distillation import payload_of
-    from opd.fused_linear import LIVE_BUFFERS
-    from opd.heads import OutputHead
+    from opd.inputs.validation import load_ds_config
+    from opd.ops.fused_linear import LIVE_BUFFERS
+    from opd.ops.heads import OutputHead
     from opd.padding import count_loss_tokens
     from opd.student import LossSettings, Student
     from opd.teachers import ColocatedTeacher, TeacherPool
-    from opd.validation import load_ds_config
     from train_mopd import token_loss
 
     cfg = LOSSES[case.loss]

@@ -15,9 +15,9 @@ sys.path.insert(0, str(ROOT))
 
 from opd import distributed  # noqa: E402
 from opd.config import LossConfig  # noqa: E402
-from opd.metrics import Metrics  # noqa: E402
 from opd.mismatch import log_mismatch  # noqa: E402
 from opd.padding import collate  # noqa: E402
+from opd.records.metrics import Metrics  # noqa: E402
 from opd.types import Prompt, Rollout, TeacherScores  # noqa: E402
 
 DOMAINS = ["math", "code"]

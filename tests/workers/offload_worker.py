@@ -26,8 +26,8 @@ def token_loss(logits, rows, mb, logprobs_N):
 
 def build(case: dict, model: str, device: torch.device, offloads: frozenset[str]):
     from opd.config import ModelConfig, OptimConfig
+    from opd.inputs.validation import load_ds_config
     from opd.student import LossSettings, Student
-    from opd.validation import load_ds_config
 
     student = Student(
         ModelConfig(student_model=model, dtype=case["dtype"]), OptimConfig(learning_rate=1e-2, max_grad_norm=1.0),

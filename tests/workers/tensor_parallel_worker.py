@@ -30,7 +30,7 @@ def share(items: list, deal: tuple[int, int]) -> list:
 
 
 def generator(job: dict, size: int):
-    from opd.vllm_engine import GeneratorEngine
+    from opd.engines.vllm_engine import GeneratorEngine
 
     return GeneratorEngine(
         job["models"]["student"], seed=SEED, enforce_eager=True, tensor_parallel_size=size, **OPTIONS
@@ -38,7 +38,7 @@ def generator(job: dict, size: int):
 
 
 def scorer(job: dict, name: str, size: int):
-    from opd.vllm_engine import HiddenStateEngine
+    from opd.engines.vllm_engine import HiddenStateEngine
 
     return HiddenStateEngine(
         name, job["models"][name], tokenizer=job["models"]["student"], tensor_parallel_size=size, **OPTIONS
@@ -66,7 +66,7 @@ def what_a_rank_sees(work) -> dict:
 def scored(job: dict, engines: dict, cache_bytes: int) -> dict[str, torch.Tensor]:
     """Hidden states and top tokens from a pool whose ranks have different work for its teachers."""
     from opd import teachers
-    from opd.heads import load_head
+    from opd.ops.heads import load_head
     from opd.types import Prompt, Rollout
 
     teachers.PIECE_BYTES = 1  # every response that is not kept is a call of its own

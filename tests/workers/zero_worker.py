@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from opd import distributed  # noqa: E402
 from opd.config import OptimConfig  # noqa: E402
-from opd.deepspeed_engine import ShardedEngine  # noqa: E402
+from opd.engines.deepspeed_engine import ShardedEngine  # noqa: E402
 
 
 def held(tensors) -> int:

@@ -1,0 +1,254 @@
+"""What the vLLM engines of one process share, and how each gets its own part of it.
+
+vLLM expects one engine in a process. Its environment, its sleep allocator and its process groups are global; here they are
+set before the first import, owned by the engine that made them, and exchanged around every call.
+"""
+
+import functools
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from opd.engines.engine_memory import CudaDriver, EngineMemory
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def import_vllm():
+    """vLLM, imported with its environment set: no worker processes, no thread placement, no usage statistics."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # vllm-cpu 0.32 takes it over `kv_cache_memory_bytes`: each engine, teachers too, would hold that many GiB.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    import vllm
+
+    return vllm
+
+
+def as_transformers() -> dict[str, Any]:
+    """Options under which vllm 0.32 reads the files that transformers reads, and computes what transformers computes.
+
+    Of a directory with Mistral's own files too, it would read those. Its rotary kernel for CPUs returns something else where
+    queries have a dimension of heads, as in multi-head latent attention (DeepSeek) and in LFM2.
+    """
+    import_vllm()
+    from vllm.config import CompilationConfig
+
+    options: dict[str, Any] = {"config_format": "hf", "load_format": "hf"}
+    if not torch.cuda.is_available():
+        options["compilation_config"] = CompilationConfig(custom_ops=["-rotary_embedding"])
+    return options
+
+
+def sampling_params(
+    seed: int, stop_ids: Sequence[int], *, max_tokens: int, temperature: float, top_p: float, top_k: int, with_logprobs: bool
+):  # fmt: skip
+    """vLLM's form of how a response is sampled; whoever samples takes it from here, and so the same tokens."""
+    import_vllm()
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
+        logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True,
+        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+
+
+def reload_weights(worker, **source) -> None:
+    """Gives the model of vLLM's worker other weights, whole: what vllm 0.32 forgets when it reloads is done here.
+
+    `source` is that of vLLM's own `reload_weights`, and names are those of a checkpoint. On a CPU layers keep packed copies of
+    their weights. A head that is tied to the embedding is sent none of its own, so vLLM puts its old copy back; and experts are
+    packed only when their kernel is new, so unpacked ones would be taken for packed.
+    """
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    layers = list(worker.get_model().modules())
+    for parameter in worker.get_model().parameters():
+        if isinstance(loader := getattr(parameter, "weight_loader", None), functools.partial):
+            loader.__name__ = loader.func.__name__  # which vllm 0.32 asks of a loader
+    if not torch.cuda.is_available():
+        for layer in layers:
+            if isinstance(layer, RoutedExperts):
+                layer.quant_method.moe_kernel = None
+    worker.reload_weights(**source)
+    for layer in layers:
+        if isinstance(layer, RoutedExperts) and layer.quant_method.moe_kernel is None:
+            raise RuntimeError(f"{layer.layer_name}: vLLM has loaded no new weights into these experts")
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+@contextmanager
+def kept_classes():
+    """Around the building of an engine: classes of transformers stay what they are, for the student and teachers beside it.
+
+    vllm 0.32 runs families that it has not written itself on transformers' own class, and rewrites `__init__` and `__call__`
+    of that class. Here its model gets a class of its own that has them.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    rewrite, rewritten = Base._decorate_cls_for_torch_compile, []
+
+    def remember(model, **options):
+        cls = options["cls"]
+        rewritten.append((model, cls, cls.__bases__, dict(vars(cls))))
+        rewrite(model, **options)
+
+    Base._decorate_cls_for_torch_compile = remember
+    try:
+        yield
+    finally:
+        Base._decorate_cls_for_torch_compile = rewrite
+        for model, cls, bases, before in reversed(rewritten):
+            added = tuple(base for base in cls.__bases__ if base not in bases)
+            changed = {name: value for name, value in vars(cls).items() if before.get(name) is not value}
+            own = type(cls.__name__, (cls, *added), changed)
+            for module in model.modules():
+                if type(module) is cls:
+                    module.__class__ = own
+            cls.__bases__ = bases
+            for name in changed:
+                if name in before:
+                    setattr(cls, name, before[name])
+                else:
+                    delattr(cls, name)
+
+
+def async_engine(on_step: Callable[[int], None], worker_extension: type, **options):
+    """vLLM's engine for a server: it computes in a child process, whose worker gets the methods of `worker_extension`.
+
+    `on_step(running)` hears of every step.
+    """
+    import_vllm()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Steps(StatLoggerBase):
+        def __init__(self, vllm_config, engine_index: int = 0): ...
+
+        def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0):
+            if scheduler_stats is not None:
+                on_step(scheduler_stats.num_running_reqs)
+
+        def log_engine_initialized(self): ...
+
+    extension = f"{worker_extension.__module__}.{worker_extension.__qualname__}"
+    arguments = AsyncEngineArgs(
+        disable_log_stats=True, enable_log_requests=False, worker_extension_cls=extension, **as_transformers(), **options
+    )  # fmt: skip
+    return AsyncLLM.from_engine_args(arguments, stat_loggers=[Steps])
+
+
+# All but `_WORLD`, which every engine of the process shares.
+GLOBALS = ("_TP", "_ETP", "_ENGRAM_DP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB")
+NOTHING = dict.fromkeys(GLOBALS)
+# Names that vLLM gives the groups of a set. It numbers them, and compiled code holds the number.
+NAMES = ("tp", "etp", "edp", "dcp", "pcp", "pp", "dp", "ep", "eplb")
+
+_sets: dict[int, dict[str, Any]] = {}  # tensor-parallel size -> its groups
+
+
+class ParallelGroups:
+    """The groups of the engines of one size; `parallel_state` is vLLM's module of that name."""
+
+    def __init__(self, parallel_state: ModuleType, tensor_parallel_size: int):
+        self.state, self.size = parallel_state, tensor_parallel_size
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """vLLM's globals are this size's inside the block. Collective over all ranks for an engine of a size not met yet."""
+        if self.state._WORLD is None:  # a new process, or vLLM's environment was destroyed and all groups with it
+            _sets.clear()
+        if self.size not in _sets:  # "tp:2" whatever was built before: a compiled graph in vLLM's cache says so too
+            self.state._group_name_counter.update(dict.fromkeys(NAMES, self.size))
+        outside = self._exchange(_sets.get(self.size, NOTHING))
+        try:
+            yield
+        finally:
+            mine = self._exchange(outside)
+            if mine["_TP"] is not None:
+                # A dense model is given no group of experts, but the next engine may have some: they are the same ranks.
+                _sets[self.size] = {**mine, "_EP": mine["_EP"] or mine["_TP"]}
+
+    def _exchange(self, groups: dict[str, Any]) -> dict[str, Any]:
+        """Puts `groups` in place of those that are there, which it returns."""
+        before = {name: getattr(self.state, name) for name in GLOBALS}
+        for name, group in groups.items():
+            setattr(self.state, name, group)
+        return before
+
+
+def parallel_groups(tensor_parallel_size: int) -> ParallelGroups:
+    """The process groups of engines that so many neighbouring ranks share."""
+    import_vllm()
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    # On CPUs, vllm 0.32 would reduce in shared memory, under a name that every run on the machine has with an external
+    # launcher, and would spin for ever on a rank that is lost. Without it gloo reduces, with a deadline.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+    return ParallelGroups(parallel_state, tensor_parallel_size)
+
+
+class EngineSleep:
+    """vLLM's sleep backend for the engine that is active when it first sleeps: suspends and resumes its memory alone.
+
+    vllm 0.32 builds it without arguments and asks for no more than these methods (`SleepModeBackend`). Naming a backend
+    other than "cumem" changes one thing elsewhere: CUDA graphs stay in memory of their own and are not offloaded.
+    """
+
+    def __init__(self):
+        assert EngineMemory.current is not None, "an engine sleeps inside `active()` only"
+        self.memory = EngineMemory.current
+
+    @classmethod
+    def is_supported(cls) -> bool:
+        return torch.cuda.is_available()
+
+    def suspend(self, level: int = 1) -> None:
+        self.memory.suspend(level)
+        _release_cached_memory()
+
+    def resume(self, tags: list[str] | None = None) -> None:
+        _release_cached_memory()
+        self.memory.resume(tags)
+
+
+def _release_cached_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def register_sleep_backend() -> str:
+    """The backend's name in vLLM; registered once per process."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
+
+    with suppress(ValueError):  # it is registered already
+        SleepModeBackendFactory.register_backend("opd", __name__, EngineSleep.__name__)
+    return "opd"
+
+
+def engine_memory(name: str, *, frozen: bool) -> EngineMemory | None:
+    """None on a CPU, where vLLM has no allocator of its own."""
+    if not torch.cuda.is_available():
+        return None
+    import_vllm()
+    from vllm.device_allocator import cumem
+
+    driver = CudaDriver(cumem.create_and_map, cumem.unmap_and_release)
+    return EngineMemory(name, cumem.CuMemAllocator.get_instance(), driver, frozen=frozen)

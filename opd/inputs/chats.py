@@ -1,0 +1,89 @@
+"""What a row tells the chat template: messages, tools and template variables, each checked."""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from opd.inputs.columns import column, json_column, without_nulls
+from opd.log import cut
+
+TOOLS, KWARGS = "tools", "chat_template_kwargs"  # the columns' names in TRL, whose data sets have them
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a row tells the chat template. A content is text, a list of one text part, or absent beside tool calls."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of functions
+    kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template, such as enable_thinking
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message's content, empty where there is none."""
+    content = message.get("content")
+    return content[0]["text"] if isinstance(content, list) else content or ""
+
+
+def _messages(where: str, row: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Checked chat messages; text becomes one user message."""
+    prompt = column(where, row, key, "--prompt_key")
+    where = f"{where}: column `{key}`"
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
+        raise ValueError(f"{where} must be text or a list of {{role, content}} messages, got {cut(prompt)}")
+    for message in prompt:
+        is_call = message.get("content") is None and message.get("tool_calls")
+        if not isinstance(message.get("role"), str) or not (is_call or isinstance(message.get("content"), str)):
+            raise ValueError(f"{where}: every message needs a role and a content of text, got {cut(message)}")
+    if not any(text_of(message).strip() for message in prompt):
+        raise ValueError(f"{where}: the prompt is empty")
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(f"{where} ends with an assistant message; remove the answer from the prompt")
+    # A column store fills the keys that other messages have with nulls; a template would take them for values.
+    return without_nulls(prompt)
+
+
+def _tools(where: str, row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = json_column(where, row, TOOLS)
+    if tools in (None, []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(
+            f"{where}: column `{TOOLS}` must be a list of JSON schemas, or its JSON text, got {cut(tools)}"
+        )
+    return tools
+
+
+def _kwargs(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    kwargs = json_column(where, row, KWARGS)
+    if kwargs in (None, []):
+        return {}
+    if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+        raise ValueError(f"{where}: column `{KWARGS}` must be an object of names and values, got {cut(kwargs)}")
+    return kwargs
+
+
+def read_chat(where: str, row: dict[str, Any], prompt_key: str, tokenizer) -> Chat:
+    """What a row says to the chat template of `tokenizer`. ValueError, with the row, for what it must not say."""
+    kwargs = _kwargs(where, row)
+    if kwargs:
+        ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
+        if taken := sorted(kwargs.keys() & (ours - {"documents"})):
+            raise ValueError(f"{where}: column `{KWARGS}`: {taken[0]} is not the row's to choose; remove it")
+    return Chat(_messages(where, row, prompt_key), _tools(where, row), kwargs)
+
+
+def read_plain(where: str, row: dict[str, Any], prompt_key: str) -> str:
+    """The prompt of a row as it is, for a tokenizer without a chat template."""
+    _messages(where, row, prompt_key)  # for what it refuses
+    prompt = row[prompt_key]
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"{where}: column `{prompt_key}` holds messages and the tokenizer has no chat template; use text"
+        )
+    for name, value in ((TOOLS, _tools(where, row)), (KWARGS, _kwargs(where, row))):
+        if value:
+            raise ValueError(f"{where}: column `{name}` needs a chat template, and the tokenizer has none; remove it")
+    return prompt

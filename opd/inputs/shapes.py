@@ -1,0 +1,213 @@
+"""Shapes of models, from their configurations alone: parameters, KV cache, activations. No weight and no tokenizer is read.
+
+A model is built on the meta device, where tensors have shapes and no memory, so its parameters are those that will be loaded.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
+
+from opd.log import one_line
+from opd.ops.attention import AUTO, attention_for
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the memory of one model. Sizes are numbers of values, not bytes."""
+
+    flag: str  # what error messages call it
+    path: str
+    parameters: tuple[tuple[int, ...], ...]  # the shape of each, in the model's order; tied ones once
+    vocab_size: int  # rows of the head, padding included
+    hidden_size: int
+    tied: bool  # whether the head is the embedding
+    num_layers: int
+    num_heads: int  # this and the following: the largest, where layers differ
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int  # columns that a token passes in one layer; of a mixture of experts those of its experts together
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.parameters)
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    def in_small_matrices(self, limit: int) -> int:
+        """Parameters in matrices of fewer than `limit` values, embedding and head aside."""
+        sizes = (math.prod(shape) for shape in self.parameters if len(shape) > 1 and shape[0] != self.vocab_size)
+        return sum(size for size in sizes if size < limit)
+
+    @property
+    def kv_per_token(self) -> int:
+        """Values in the KV cache for one token: a key and a value per layer and key-value head."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def largest_parameter(self) -> int:
+        return max(math.prod(shape) for shape in self.parameters)
+
+    def activations_per_token(self, width: int) -> int:
+        """Bytes that the forward of one layer keeps for the backward of one token, with an attention that keeps no scores.
+
+        Counted from the layer as transformers 5 writes it, `width` bytes a value. A norm works in float32: it keeps its
+        input in that type (of a float32 model the input itself, once) and its result before the weight. Then: what
+        the projections read, queries, keys and values as attention sees them, its result and its log-sum-exp, and gate,
+        activation, up and their product in the MLP.
+        """
+        H, Q = self.hidden_size, self.num_heads * self.head_dim
+        KV = self.num_kv_heads * self.head_dim
+        norms = 2 * H * (4 + width) + 2 * H * width
+        heads = 3 * Q * width + 4 * KV * width + 4 * self.num_heads
+        mlp = 4 * self.mlp_size * width
+        return norms + heads + mlp
+
+    def check_parallel(self, flag: str, size: int) -> None:
+        """ValueError if `size` GPUs cannot share the attention heads evenly."""
+        if self.num_heads % size:
+            raise ValueError(
+                f"{flag} {size}: does not divide the {self.num_heads} attention heads of {self.flag} {self.path}; "
+                f"try {math.gcd(self.num_heads, size)}"
+            )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without warnings and progress bars: what it warns of here, it says again when the model is loaded."""
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
+def load_part(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
+    """What `load` returns; whatever it raises becomes one line about the model at `path`, and the only one."""
+    try:
+        with quiet():
+            return load()
+    except Exception as error:  # a broken file breaks other people's parsers in any way it likes
+        raise ValueError(f"{flag} {path}: cannot load its {what}: {one_line(error)}") from None
+
+
+def check_path(flag: str, path: str) -> None:
+    """Refuses what is neither a directory nor looks like a hub id."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()):
+        raise ValueError(f"{flag} {path}: no such model directory")
+
+
+def served_length(model: str, context: int | None, max_model_len: int | None) -> int:
+    """Tokens of prompt and response that a server of `model` takes: its context, or less. ValueError for more."""
+    if context is None and max_model_len is None:
+        raise ValueError(f"--model {model} states no context length; give --max_model_len")
+    if context is not None and (max_model_len or 0) > context:
+        raise ValueError(f"--max_model_len {max_model_len}: over the {context} tokens of {model}; lower it")
+    return max_model_len or context
+
+
+def read_model(
+    flag: str, path: str, trust_remote_code: bool = False, *, attn_implementation: str = AUTO
+) -> torch.nn.Module:
+    """The causal language model of a directory or hub id on the meta device: shapes only.
+
+    ValueError if it cannot be built, or not with that attention.
+    """
+    check_path(flag, path)
+    options = {"trust_remote_code": trust_remote_code}
+    config = load_part(flag, path, "config.json", lambda: _load_config(path, options))
+    try:
+        attention = attention_for(config, attn_implementation)
+        return model_of(copy.deepcopy(config), flag, path, attn_implementation=attention, **options)
+    except ValueError as error:
+        if attn_implementation == AUTO:
+            raise
+        model_of(config, flag, path, **options)  # what fails here too is not a matter of attention
+        reason = str(error).rpartition(": cannot load its architecture: ")[2]
+        raise ValueError(
+            f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose auto or eager ({reason})"
+        ) from None
+
+
+def _load_config(path: str, options: dict[str, Any]) -> PreTrainedConfig:
+    here = {"local_files_only": Path(path).is_dir()}
+    content, _ = PreTrainedConfig.get_config_dict(path, **here)
+    family = content.get("model_type")
+    if family is not None and family not in CONFIG_MAPPING and "auto_map" not in content:
+        raise ValueError(f"transformers {transformers.__version__} does not know {family}; choose another model")
+    return AutoConfig.from_pretrained(path, **here, **options)
+
+
+def model_of(config: PreTrainedConfig, flag: str, path: str, **options) -> torch.nn.Module:
+    """A model on the meta device, from its configuration."""
+    with torch.device("meta"):
+        return load_part(
+            flag, path, "architecture", lambda: AutoModelForCausalLM.from_config(config, dtype="float32", **options)
+        )
+
+
+def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
+    """The shape of a model, real or on the meta device. ValueError if its configuration does not say enough."""
+    config = model.config.get_text_config()
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        if not layer_values(config, name):
+            raise ValueError(f"{flag} {path}: config.json has no {name}; without it memory cannot be planned")
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{flag} {path}: {config.model_type} has no lm_head; give a causal language model")
+    vocab_size, hidden_size = head.weight.shape
+    embedding = model.get_input_embeddings()
+    num_heads = _widest(config, "num_attention_heads")
+    return ModelShape(
+        flag=flag,
+        path=path,
+        parameters=tuple(tuple(p.shape) for p in model.parameters()),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        tied=embedding is not None and embedding.weight is head.weight,
+        num_layers=_widest(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=_widest(config, "num_key_value_heads") or num_heads,
+        head_dim=_widest(config, "head_dim") or hidden_size // num_heads,
+        mlp_size=_mlp_size(config, hidden_size),
+    )
+
+
+def layer_values(config: PreTrainedConfig, name: str) -> list[int]:
+    """The numbers that a field of a configuration holds: none, one, or one for each layer where layers differ.
+
+    Layers differ by a list in the field, or by the overrides of transformers 5 (Gemma 4), whose global field may not be read.
+    """
+    is_heterogeneous = getattr(config, "is_heterogeneous", False) and name != "num_hidden_layers"
+    parts = list(config.per_layer_config) if is_heterogeneous else [config]
+    values = [getattr(part, name, None) for part in parts]
+    flat = [n for value in values for n in (value if isinstance(value, list | tuple) else [value])]
+    return [n for n in flat if isinstance(n, int) and n > 0]
+
+
+def _widest(config: PreTrainedConfig, *names: str) -> int | None:
+    """Of the first of these fields that holds a number; families name the same thing differently."""
+    return next((max(values) for name in names if (values := layer_values(config, name))), None)
+
+
+def _mlp_size(config: PreTrainedConfig, hidden_size: int) -> int:
+    dense = _widest(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden_size
+    experts = _widest(config, "num_experts_per_tok", "num_experts_per_token")
+    if experts is None:
+        return dense
+    shared = _widest(config, "shared_expert_intermediate_size") or 0
+    return experts * (_widest(config, "moe_intermediate_size") or dense) + shared

@@ -1,0 +1,159 @@
+"""What the planner speaks about: a machine, a run as memory sees it, what may be chosen, and a row of the result."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from opd.config import GIB
+from opd.inputs.shapes import ModelShape, read_model, shape_of
+from opd.inputs.validation import load_ds_config
+from opd.plan.sharding import Shard, ZeroSettings, zero_shard
+
+MIB = 1 << 20
+PHASES = ("rollout", "score", "train", "sync")
+OFFLOADS = ("optimizer", "gradients", "parameters")  # in the order in which they leave the GPU
+
+# (tokens of one forward, requests at once): defaults of vllm 0.32 for its `LLM` class, by the device's memory
+ENGINE_LIMITS = {"cpu": (4096, 256), "below 70 GiB": (8192, 256), "above": (16_384, 1024)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank has."""
+
+    gpus: int  # ranks
+    device_bytes: int  # of a GPU; without one, this rank's share of the host's free memory
+    host_bytes: int  # of the node; without a GPU it is already in `device_bytes`
+    pcie: float  # bytes a second between host and GPU, one direction
+    is_gpu: bool
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the planner may decide."""
+
+    kv_cache: int  # of the rollout engine
+    offload: tuple[str, ...]  # student states on the host while they are not needed, of OFFLOADS
+    support: str
+    max_tokens: int  # of a micro-batch; 0 cuts by micro_batch_size
+    tensor_parallel: dict[str, int]  # GPUs that share a teacher
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One participant's memory on one rank, on the device or on the host."""
+
+    participant: str
+    kind: Literal["device", "host"]
+    bytes: dict[str, int]  # phase -> bytes
+    moved: int = 0  # over PCIe in one step, both directions together
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as memory sees it."""
+
+    cfg: Any  # a script's Config
+    student: ModelShape
+    teachers: dict[str, ModelShape]
+    zero: ZeroSettings
+    machine: Machine
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value of the computation type."""
+        dtype = self.cfg.model.dtype
+        return 2 if dtype == "bfloat16" or (dtype == "auto" and self.machine.is_gpu) else 4
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Rollouts of a rank in one step."""
+        return -(-self.cfg.rollout.prompts_per_step // self.machine.gpus) * self.cfg.rollout.num_generations
+
+    @property
+    def shard(self) -> Shard:
+        return zero_shard(self.student.parameters, self.zero, width=self.width, world_size=self.machine.gpus)
+
+    def micro_tokens(self, choices: Choices) -> int:
+        """Most tokens of a micro-batch, padding included."""
+        rows = min(self.cfg.batch.micro_batch_size, self.sequences)
+        return choices.max_tokens or rows * (self.longest - 1)
+
+    @property
+    def engine_limits(self) -> tuple[int, int]:
+        """Tokens of one forward and requests at once in an engine of vLLM."""
+        if not self.machine.is_gpu:
+            return ENGINE_LIMITS["cpu"]
+        return ENGINE_LIMITS["above" if self.machine.device_bytes >= 70 * GIB else "below 70 GiB"]
+
+    def spec(self, name: str):
+        return next(spec for spec in self.cfg.teachers if spec.name == name)
+
+    @property
+    def residency(self) -> str:
+        return getattr(self.cfg.teacher, "teacher_residency", "host")
+
+    def backend(self, name: str) -> str:
+        return getattr(self.spec(name), "backend", "vllm")
+
+
+PCIE_GB_S = 25.0  # what PCIe 4.0 x16 gives to a pinned copy in one direction
+
+
+def machine_here(world_size: int, *, local_ranks: int | None = None, pcie_gb_s: float = PCIE_GB_S) -> Machine:
+    """This machine: its GPUs' memory, or on a CPU each rank's share of the host's free memory."""
+    free = free_host_memory()
+    if not torch.cuda.is_available():
+        return Machine(world_size, free // (local_ranks or world_size), 0, pcie_gb_s * 1e9, is_gpu=False)
+    device = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return Machine(world_size, device, free, pcie_gb_s * 1e9, is_gpu=True)
+
+
+def free_host_memory() -> int:
+    """What the system could still give, within the container's limit if there is one."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text()))
+    return max(0, free)
+
+
+def read_job(cfg, machine: Machine) -> Job:
+    """Reads the models' configurations and the ds_config. ValueError with one line for what is wrong with them.
+
+    A served teacher takes no memory here: the job does not know it.
+    """
+    cfg = replace(cfg, teachers=tuple(spec for spec in cfg.teachers if not spec.is_served))
+    trust = cfg.model.trust_remote_code
+    paths = {"": ("--student_model", cfg.model.student_model)}
+    paths |= {spec.name: (f"--teacher {spec.name}", spec.model) for spec in cfg.teachers}
+    shapes = {name: shape_of(read_model(flag, path, trust), flag, path) for name, (flag, path) in paths.items()}
+    student = shapes.pop("")
+    return make_job(cfg, student, shapes, machine)
+
+
+def make_job(cfg, student: ModelShape, teachers: dict[str, ModelShape], machine: Machine) -> Job:
+    """A run with models whose shapes are known. ValueError for tensor parallelism that does not divide their heads."""
+    ranks = machine.gpus
+    if cfg.rollout.prompts_per_step % ranks:
+        raise ValueError(f"--prompts_per_step {cfg.rollout.prompts_per_step}: must be a multiple of the {ranks} ranks")
+    size = cfg.rollout.rollout_tensor_parallel_size
+    student.check_parallel("--rollout_tensor_parallel_size", size)
+    for name, number in [
+        ("--rollout_tensor_parallel_size", size),
+        *((f"teachers: {spec.name}: tensor_parallel_size", spec.tensor_parallel_size) for spec in cfg.teachers),
+    ]:
+        if ranks % number:
+            raise ValueError(f"{name} {number}: does not divide the {ranks} ranks; choose a divisor")
+    for spec in cfg.teachers:
+        flag = f"teachers: {spec.name}: tensor_parallel_size"
+        teachers[spec.name].check_parallel(flag, getattr(spec, "tensor_parallel_size", 1))
+    return Job(cfg, student, teachers, ZeroSettings.of(load_ds_config(cfg.run.ds_config)), machine)

@@ -1,0 +1,171 @@
+"""A run whose inputs are known to be good: what the parts of a trainer ask of it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import config, distributed
+from opd.clients.health import Limits
+from opd.clients.served_checks import api_key_of, limits_of
+from opd.clients.served_model import ServedModel
+from opd.clients.served_teacher import write_with_servers
+from opd.distributed import resolve_dtype
+from opd.inputs import prompts
+from opd.inputs.models import ModelFacts
+from opd.inputs.prompts import PromptSet
+from opd.mismatch import corrects
+from opd.padding import make_micro_batches
+from opd.plan.job import PHASES
+from opd.plan.planner import Plan
+from opd.rollout import write_with_model
+from opd.types import MicroBatch, Prompt, Rollout, Sample, TeacherScores
+
+Judge = Callable[[Prompt, list[int]], float]  # (prompt, response ids) -> score
+
+
+def held_out(prompt_set: PromptSet, max_per_domain: int) -> list[Prompt]:
+    """The prompts to evaluate on: all, or the first `max_per_domain` of each domain."""
+    ids = prompt_set.ids_by_domain.values()
+    return [prompt_set.prompts[i] for own in ids for i in (own[:max_per_domain] if max_per_domain else own)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose inputs are all known to be good."""
+
+    cfg: Any  # the script's Config
+    device: torch.device
+    run_dir: Path
+    ds_config: dict[str, Any]
+    tokenizer: Any
+    facts: ModelFacts
+    train_set: PromptSet
+    eval_set: PromptSet | None
+    routes: dict[str, tuple[tuple[str, float], ...]]  # domain -> ((teacher, weight), ...)
+    reward: Any  # (prompt, text) -> float
+    hashes: dict[str, str]  # teacher name -> content hash
+    served: dict[str, ServedModel]  # teacher name -> what its servers say it is
+    fingerprint: dict[str, Any]
+    resume_from: Path | None
+    started: float
+    plan: Plan | None = None  # what memory the run should take; None for a model that says too little
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return self.train_set.domains
+
+    @functools.cached_property
+    def eval_prompts(self) -> list[Prompt]:
+        return held_out(self.eval_set, self.cfg.run.eval_max_prompts) if self.eval_set else []
+
+    @property
+    def predicted(self) -> dict[str, int]:
+        """phase -> bytes of this rank that the plan expects."""
+        return {phase: self.plan.bytes_of(phase) for phase in PHASES} if self.plan else {}
+
+    @property
+    def spare(self) -> dict[str, int]:
+        """phase -> bytes of the GPU that the plan leaves free."""
+        return {phase: self.plan.spare(phase) for phase in PHASES} if self.plan else {}
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What every engine of this run is built with."""
+        return {
+            "dtype": str(resolve_dtype(self.cfg.model.dtype)).removeprefix("torch."),
+            "max_model_len": self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens,
+            "trust_remote_code": self.cfg.model.trust_remote_code,
+        }
+
+    @property
+    def limits(self) -> Limits:
+        """Waits and bounds towards servers."""
+        return limits_of(self.cfg)
+
+    def can_write(self, spec: config.TeacherSpec) -> bool:
+        """Whether answers of a teacher can be had: a scoring server does not write, and its model may not be here."""
+        served = self.served.get(spec.name)
+        return served is None or served.protocol == "json" or spec.has_local_model
+
+    def write(
+        self, spec: config.TeacherSpec, prompts: Sequence[Prompt], log: Path, *, temperature: float = 0.0
+    ) -> list[Sample]:
+        """A teacher's responses to this rank's prompts: from its servers, or from a child process that is gone afterwards."""
+        options = self.writing_options | {"temperature": temperature}
+        served = self.served.get(spec.name)
+        if served is None or served.protocol != "json":
+            backend = "vllm" if spec.is_served else spec.backend
+            return write_with_model(spec.model, prompts, log=log, backend=backend, **options)
+        seeds = [distributed.fold_seed(self.cfg.run.seed, p.prompt_id, "teacher") for p in prompts]
+        limits = dataclasses.replace(
+            self.limits, timeout_s=10 * self.limits.timeout_s
+        )  # it writes, and does not only read
+        asked = {name: options[name] for name in ("eos_ids", "max_tokens", "temperature")}
+        return write_with_servers(
+            spec, served, prompts, limits=limits, api_key=api_key_of(spec), seeds=seeds, vocab=self.facts.shared_vocab, **asked
+        )  # fmt: skip
+
+    @property
+    def writing_options(self) -> dict[str, Any]:
+        """What a teacher writes with, in a child process."""
+        return {
+            **self.engine_options,
+            "kv_cache_gib": self.cfg.rollout.rollout_kv_cache_gib,
+            "eos_ids": self.facts.student.eos_ids,
+            "max_tokens": self.cfg.rollout.max_response_tokens,
+            "seed": self.cfg.run.seed,
+            "enforce_eager": self.cfg.rollout.enforce_eager,
+        }
+
+    def judge(self, prompt: Prompt, response_ids: list[int]) -> float:
+        """The task reward of a response."""
+        return self.reward(prompt, self.tokenizer.decode(response_ids, skip_special_tokens=True))
+
+    def micro_batches(
+        self, rollouts: Sequence[Rollout], scores: Sequence[tuple[TeacherScores, ...]]
+    ) -> list[MicroBatch]:
+        """Rollouts as the student computes them, as the batch section of the configuration says. Collective."""
+        batch = self.cfg.batch
+        return make_micro_batches(
+            rollouts, scores, micro_batch_size=batch.micro_batch_size, max_tokens=batch.max_tokens_per_micro_batch,
+            packed=batch.packing, pad_id=self.facts.pad_id, domains=self.domains,
+        )  # fmt: skip
+
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether the loss reads the sampler's log-probabilities: a correction, or a PPO ratio."""
+        return corrects(self.cfg.loss) or self.cfg.loss.clip_low is not None
+
+    @functools.cached_property
+    def teachers_of(self) -> Callable[[int], tuple[str, ...]]:
+        """step -> the teachers of this machine that its prompts need, those of all ranks, in the configuration's order."""
+
+        @functools.lru_cache(maxsize=8)
+        def teachers_of(step: int) -> tuple[str, ...]:
+            domains = {prompt.domain for prompt in self.prompt_batch(step, rank=0, world_size=1)}
+            needed = {name for domain in domains for name, _ in self.routes[domain]}
+            return tuple(spec.name for spec in self.cfg.teachers if spec.name in needed and not spec.is_served)
+
+        return teachers_of
+
+    def prompt_batch(self, step: int, rank: int | None = None, world_size: int | None = None) -> list[Prompt]:
+        """A rank's prompts of a step, this one's by default, mixed domains: a pure function of (seed, step)."""
+        return prompts.prompt_batch(
+            self.train_set,
+            step,
+            seed=self.cfg.run.seed,
+            prompts_per_step=self.cfg.rollout.prompts_per_step,
+            domain_weights=config.pairs("domain_weights", self.cfg.data.domain_weights),
+            rank=distributed.rank() if rank is None else rank,
+            world_size=world_size or distributed.world_size(),
+        )
+
+
+def is_async(cfg) -> bool:
+    """Whether a script's Config asks for rollouts that run ahead."""
+    return hasattr(cfg, "ahead") and cfg.ahead.mode == "async"

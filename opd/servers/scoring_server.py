@@ -1,0 +1,294 @@
+"""`python -m opd.servers.scoring_server --model M`: a teacher behind a port, which scores from hidden states.
+
+An HTTP server on the loopback interface around one engine that returns hidden states (`--backend vllm` or `hf`), and the
+model's head. It says what a colocated teacher says, to the bit if `--max_sequences_per_batch` is 1: scores with the exact
+log-sum-exp, or the hidden states themselves, as raw arrays. docs/serving.md has the routes in detail:
+
+| route | answer |
+|---|---|
+| `GET /health` | 200 while the event loop lives; whether the engine makes progress only a question tells |
+| `GET /version`, `/v1/models`, `/info` | protocol, name and context as vLLM's, what the model is |
+| `GET /metrics` | `opd_requests_total`, `opd_tokens_total`, `opd_batches_total`, `opd_waiting`, in Prometheus' text form |
+| `GET /head` | safetensors: `weight_VH` and, if there is one, `bias_V` |
+| `POST /tokenize` | `{"prompt": text, "add_special_tokens": false}` to `{"tokens": [...]}` |
+| `POST /score` | raw int32 ids to safetensors of the fields of `wire.Question.shapes` |
+
+`/score?prompt_length=&payload=&support_k=&temperature=&vocab=` takes the ids of prompt and response. `vocab` is the number
+of the head's rows that all models of a run share. A mistake is 400, a body that is too long 413, a queue that is full 429, a
+question that made the engine fail 500: each with `{"error": one line}`. The server lives on.
+
+It listens on the loopback interface only, unless OPD_SERVER_TOKEN holds a token; if it does, every route but `/health`
+wants `Authorization: Bearer TOKEN`. SIGTERM and SIGINT end it with status 0.
+"""
+
+import argparse
+import asyncio
+import functools
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from transformers import AutoTokenizer
+
+from opd import distributed
+from opd.clients.protocols import SCORING, TOKEN_VARIABLE
+from opd.clients.wire import Question, decode_ids, stream_arrays
+from opd.distributed import resolve_dtype
+from opd.engines.hf_engine import HFEngine
+from opd.engines.vllm_engine import HiddenStateEngine
+from opd.inputs.arguments import OneLineParser
+from opd.inputs.content import content_hash
+from opd.inputs.models import ModelFact, read_fact
+from opd.inputs.shapes import check_path, load_part, served_length
+from opd.log import one_line
+from opd.ops.heads import load_head
+from opd.servers.http_service import (
+    LOAD_SECONDS,
+    RequireToken,
+    bind,
+    check_host,
+    leave_on_signals,
+    metrics_text,
+    new_app,
+    read_body,
+    read_json,
+    run_main,
+    serve_app,
+    unless_gone,
+)
+from opd.servers.scoring_engine import BatchLimits, Scorer, ScoringThread, join_alone
+from opd.types import TeacherPayload
+
+
+def scoring_arguments(argv: list[str]) -> argparse.Namespace:
+    """ValueError with one line for a mistake."""
+    parser = OneLineParser("python -m opd.servers.scoring_server", __doc__)
+    parser.add_argument("--model", required=True, help="directory or hub id")
+    parser.add_argument("--name", help="of the served model (default: the last part of --model)")
+    parser.add_argument("--backend", choices=["vllm", "hf"], default="vllm")
+    parser.add_argument("--host", default="127.0.0.1", help=f"another than loopback needs a token in {TOKEN_VARIABLE}")
+    parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
+    parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
+    parser.add_argument("--kv_cache_gib", type=float, default=0.25, help="KV cache of a vllm engine, GiB")
+    parser.add_argument("--max_support_k", type=int, default=1024)
+    parser.add_argument("--max_tokens_per_batch", type=int, default=8192)
+    parser.add_argument("--max_sequences_per_batch", type=int, default=64)
+    parser.add_argument("--batch_wait_ms", type=float, default=2.0, help="for others to join a prefill")
+    parser.add_argument("--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429")
+    parser.add_argument("--tokenizer", help="directory or hub id (default: --model)")
+    parser.add_argument("--trust_remote_code", action="store_true")
+    args = parser.parse_args(argv)
+    for flag in ("max_model_len", "max_support_k", "max_tokens_per_batch", "max_sequences_per_batch", "max_waiting"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    if not args.batch_wait_ms >= 0 or not args.kv_cache_gib > 0:
+        raise ValueError("--batch_wait_ms must be at least 0 and --kv_cache_gib above 0")
+    args.name = args.name or Path(args.model).name
+    args.tokenizer = args.tokenizer or args.model
+    return args
+
+
+def _read_model(args: argparse.Namespace) -> tuple[ModelFact, object]:
+    """(facts, tokenizer). ValueError for a model that cannot be served; no weight is loaded."""
+    check_path("--tokenizer", args.tokenizer)
+    load = functools.partial(AutoTokenizer.from_pretrained, args.tokenizer, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_part("--tokenizer", args.tokenizer, "tokenizer", load)
+    fact = read_fact("--model", args.model, tokenizer, args.trust_remote_code, vllm=args.backend == "vllm")
+    return fact, tokenizer
+
+
+def build_scorer(args: argparse.Namespace, max_model_len: int) -> Scorer:
+    """Engine and head, for the thread that will use them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(args.dtype)
+    options = {"dtype": str(dtype).removeprefix("torch."), "trust_remote_code": args.trust_remote_code}
+    if args.backend == "hf":
+        engine = HFEngine(args.name, args.model, device=device, residency="gpu", **options)
+    else:
+        join_alone()
+        engine = HiddenStateEngine(
+            args.name, args.model, tokenizer=args.tokenizer, max_model_len=max_model_len,
+            kv_cache_gib=args.kv_cache_gib, residency="gpu", **options,
+        )  # fmt: skip
+    return Scorer(engine, load_head(args.model).to(device), dtype)
+
+
+def serve_scores(argv: list[str], token: str | None) -> None:
+    """Until SIGTERM or SIGINT. ValueError for a user's mistake, before a weight is loaded."""
+    args = scoring_arguments(argv)
+    leave_on_signals()
+    check_host(args.host, token)
+    bound = bind(args.host, args.port)
+    fact, tokenizer = _read_model(args)
+    max_model_len = served_length(args.model, fact.context, args.max_model_len)
+    limits = BatchLimits(args.max_tokens_per_batch, args.max_sequences_per_batch, args.batch_wait_ms / 1000)
+    engine = ScoringThread(functools.partial(build_scorer, args, max_model_len), limits)
+    engine.ready.result(timeout=LOAD_SECONDS)
+    served = ModelInfo(
+        name=args.name, model=args.model, content=content_hash(args.model), eos_ids=fact.eos_ids,
+        max_model_len=max_model_len, max_support_k=min(args.max_support_k, fact.vocab_size),
+    )  # fmt: skip
+    app = ScoringService(served, engine, tokenizer, max_waiting=args.max_waiting).app(token)
+    asyncio.run(serve_app(app, bound, args.name))
+
+
+SCORE_SECONDS = 600.0  # for the engine to compute; clients have shorter deadlines of their own
+
+
+BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than the context
+
+
+BINARY = "application/octet-stream"
+
+
+LEAST_TEMPERATURE = 1e-3  # below, logits overflow
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a server says about itself."""
+
+    name: str
+    model: str
+    content: str  # its hash
+    eos_ids: tuple[int, ...]
+    max_model_len: int
+    max_support_k: int
+
+
+class ScoringService:
+    """The routes of one model."""
+
+    def __init__(self, served: ModelInfo, engine: ScoringThread, tokenizer, *, max_waiting: int):
+        self.served, self.engine, self.tokenizer, self.max_waiting = served, engine, tokenizer, max_waiting
+        self.scorer = engine.ready.result(timeout=0)  # whoever serves has waited for it
+        self.admitted = 0  # questions whose body is being read or whose answer is due
+
+    def app(self, token: str | None) -> Callable:
+        """The ASGI application; with a token only /health is open."""
+        app = new_app()
+        for path in ("health", "version", "info", "metrics", "head"):
+            app.add_api_route(f"/{path}", getattr(self, path), methods=["GET"])
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        app.add_api_route("/score", self.score, methods=["POST"])
+        return app if token is None else RequireToken(app, token)
+
+    async def health(self) -> Response:
+        return Response()
+
+    async def version(self) -> dict[str, str]:
+        return {"version": "1", "protocol": SCORING}
+
+    async def models(self) -> dict[str, Any]:
+        served = self.served
+        entry = {"id": served.name, "object": "model", "root": served.model, "max_model_len": served.max_model_len}
+        return {"object": "list", "data": [entry]}
+
+    async def info(self) -> dict[str, Any]:
+        served, head = self.served, self.scorer.head
+        vocab_size, hidden_size = head.weight_VH.shape
+        return {
+            "content": served.content,
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "eos_ids": served.eos_ids,
+            "max_support_k": served.max_support_k,
+            "max_model_len": served.max_model_len,
+            "dtype": str(self.scorer.dtype).removeprefix("torch."),
+            "logit_scale": head.form.scale,
+            "logit_softcap": head.form.softcap,
+            "has_bias": head.bias_V is not None,
+        }
+
+    async def metrics(self) -> Response:
+        engine = self.engine
+        counts = {"requests": engine.requests, "tokens": engine.tokens, "batches": engine.batches}
+        return metrics_text(counts, {"waiting": engine.waiting})
+
+    async def head(self) -> Response:
+        head = self.scorer.head
+        arrays = {"weight_VH": head.weight_VH} | ({} if head.bias_V is None else {"bias_V": head.bias_V})
+        length, blocks = stream_arrays(arrays)
+        return StreamingResponse(blocks, media_type=BINARY, headers={"Content-Length": str(length)})
+
+    async def tokenize(self, request: Request) -> dict[str, list[int]]:
+        content = await read_json(request, BYTES_PER_TOKEN_OF_TEXT * self.served.max_model_len)
+        text, special = content.get("prompt"), content.get("add_special_tokens", False)
+        if not isinstance(text, str) or not isinstance(special, bool):
+            raise HTTPException(400, 'expected {"prompt": text, "add_special_tokens": true or false}')
+        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=special)
+        try:
+            return {"tokens": await asyncio.to_thread(encode)}
+        except (ValueError, TypeError) as error:  # half of a surrogate pair, for one
+            raise HTTPException(400, f"not a text: {one_line(error)}") from None
+
+    async def score(
+        self, request: Request, prompt_length: int, payload: TeacherPayload, support_k: int = 0,
+        temperature: float = 1.0, vocab: int | None = None,
+    ) -> Response:  # fmt: skip
+        if self.admitted >= self.max_waiting:
+            raise HTTPException(429, f"{self.admitted} questions wait already", headers={"Retry-After": "1"})
+        self.admitted += 1
+        try:
+            body = await read_body(request, 4 * self.served.max_model_len)
+            try:
+                question = self._question(body, prompt_length, payload, support_k, temperature, vocab)
+            except ValueError as error:
+                raise HTTPException(400, one_line(error)) from None
+            return await answer_or_give_up(request, self.engine.submit(question))
+        finally:
+            self.admitted -= 1
+
+    def _question(
+        self, body: bytes, prompt_length: int, payload: TeacherPayload, support_k: int, temperature: float, vocab: int | None
+    ) -> Question:  # fmt: skip
+        """Raises ValueError for what cannot be answered."""
+        size, hidden_size = self.scorer.head.weight_VH.shape
+        ids = decode_ids(body, vocab=size, most=self.served.max_model_len)
+        vocab = size if vocab is None else vocab
+        if not 1 <= vocab <= size:
+            raise ValueError(f"vocab={vocab}: must be 1 to {size}")
+        if not 1 <= prompt_length <= len(ids):
+            raise ValueError(f"prompt_length={prompt_length}: must be 1 to the number of token ids, {len(ids)}")
+        if not LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE:
+            raise ValueError(f"temperature={temperature}: must be {LEAST_TEMPERATURE:g} to {1 / LEAST_TEMPERATURE:g}")
+        most = min(vocab, self.served.max_support_k)
+        if "topk" in payload and not 1 <= support_k <= most:
+            raise ValueError(f"support_k={support_k}: must be 1 to {most}")
+        if "topk" not in payload and support_k:
+            raise ValueError(f"support_k={support_k}: payload {payload} has no support; leave it out")
+        response_ids = ids[prompt_length:]
+        if response_ids and max(response_ids) >= vocab:
+            raise ValueError(f"response token {max(response_ids)} is outside the {vocab} tokens of vocab")
+        return Question(ids[:prompt_length], response_ids, payload, support_k, vocab, temperature, hidden_size)
+
+
+def binary(body: bytes) -> Response:
+    """Raw arrays."""
+    return Response(body, media_type=BINARY)
+
+
+async def answer_or_give_up(request: Request, answer: Future, respond: Callable[[Any], Response] = binary) -> Response:
+    """What `respond` makes of the answer. A question whose client has gone is taken back."""
+    try:
+        return respond(await unless_gone(request, asyncio.wrap_future(answer), SCORE_SECONDS))
+    except TimeoutError:
+        return JSONResponse({"error": f"no answer within {SCORE_SECONDS:g} s"}, 503)
+    except ClientDisconnect:
+        raise
+    except Exception as error:  # the engine thread has printed it; the client hears it too
+        return JSONResponse({"error": f"{type(error).__name__}: {one_line(error)}"}, 500)
+
+
+if __name__ == "__main__":
+    with distributed.exit_together():
+        sys.exit(run_main(serve_scores))

@@ -1,0 +1,175 @@
+"""Published weights on their way into servers: half of them at a time, so that the others go on serving.
+
+A push to one replica is a transaction: pause, update, resume. Whatever fails, resume is tried: a server whose weights are
+whole goes on with them, and one whose weights are half loaded says that it is stale. If this process dies in between, the
+lease that it leaves does the same.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+
+from opd.faults import fault_point
+from opd.log import warn
+from opd.weights.broadcast import sending
+
+CONNECT_SECONDS = 5.0
+ALIVE_SECONDS = 15.0  # to answer at all: a server that hangs must not keep the others from their weights
+PAUSE_SECONDS = 60.0  # nor one that does not pause
+RESUME_SECONDS = 30.0  # beyond the deadline: a server is not left paused
+RENEWALS = 3.0  # of a lease while it lasts
+FAILURES = (httpx.HTTPError, ValueError)  # of a server, or of what it says
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPush:
+    """What a push did to one server."""
+
+    url: str
+    ok: bool
+    seconds: float
+    pause_s: float  # from the answer to /pause to the one to /resume: it computed nothing
+    error: str = ""  # one line
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What a push did, replica by replica."""
+
+    version: int
+    replicas: tuple[ReplicaPush, ...]
+
+    @property
+    def failed(self) -> tuple[ReplicaPush, ...]:
+        """Those that do not serve the version."""
+        return tuple(replica for replica in self.replicas if not replica.ok)
+
+
+class PushFailed(RuntimeError):
+    """No server took the weights."""
+
+
+def push_to_servers(
+    urls: Sequence[str], version: int, fence: int, token: str, *, mode: Literal["keep", "abort"] = "keep",
+    lease_s: float = 30.0, deadline_s: float = 600.0, broadcast_from: Path | None = None,
+    say: Callable[[str], None] = warn,
+) -> PushReport:  # fmt: skip
+    """Makes the servers load a version that `weight_store.publish` has written: half of them, while the others serve, and these.
+
+    They read it in their own directory; with `broadcast_from` this process reads it there, and sends it to one after the other.
+    `keep` lets what is being sampled go on under the new weights; `abort` ends it. `deadline_s` is for one server. A server
+    that fails is reported, and said; PushFailed if all did.
+    """
+
+    def push_to(url: str) -> ReplicaPush:
+        return _push_one(url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s, broadcast_from)
+
+    half = (len(urls) + 1) // 2
+    waves = [urls[:half], urls[half:]] if broadcast_from is None else [[url] for url in urls]
+    replicas: tuple[ReplicaPush, ...] = ()
+    for wave in filter(None, waves):
+        with ThreadPoolExecutor(len(wave)) as threads:
+            replicas += tuple(threads.map(push_to, wave))
+    report = PushReport(version, replicas)
+    for replica in report.failed:
+        say(f"{replica.url} did not take the weights of version {version}: {replica.error}")
+    if len(report.failed) == len(replicas):
+        errors = "; ".join(f"{replica.url}: {replica.error}" for replica in report.failed)
+        raise PushFailed(f"no server took the weights of version {version}: {errors}")
+    return report
+
+
+class _Server:
+    """Control requests to one server."""
+
+    def __init__(self, client: httpx.Client, fence: int):
+        self.client, self.fence = client, fence
+
+    def ask(self, path: str, seconds: float, **body) -> dict:
+        """The answer; one of FAILURES for everything but status 200."""
+        limits = httpx.Timeout(max(0.1, seconds), connect=CONNECT_SECONDS)
+        answer = self.client.post(path, json={"fence": self.fence, **body}, timeout=limits)
+        if answer.status_code != 200:
+            raise ValueError(f"{path}: {answer.status_code}: {_error_of(answer)}")
+        return answer.json()
+
+    def update(self, version: int, deadline: float, broadcast_from: Path | None) -> None:
+        """Has it load a version until `deadline`. One of FAILURES if it does not."""
+        if broadcast_from is None:
+            self.ask("/update_weights", deadline - time.monotonic(), version=version)
+            return
+        address, receivers = self._way()
+        left = max(0.1, deadline - time.monotonic())
+        with sending(broadcast_from, version, self.fence, address=address, seconds=left, **receivers) as offer:
+            self.ask("/update_weights", left, version=version, broadcast=offer)
+
+    def _way(self) -> tuple[str, dict[str, Any]]:
+        """(the address of this process as the server sees it, what the server says of those who receive)."""
+        answer = self.client.get("/version")
+        try:
+            facts = answer.json()["receivers"]
+            receivers = {"workers": int(facts["workers"]), "backend": str(facts["backend"])}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError("/version: it takes no broadcast; use --weight_transfer directory") from None
+        return answer.extensions["network_stream"].get_extra_info("client_addr")[0], receivers
+
+
+def _push_one(
+    url: str, version: int, fence: int, token: str, mode: str, lease_s: float, deadline_s: float,
+    broadcast_from: Path | None,
+) -> ReplicaPush:  # fmt: skip
+    start = time.monotonic()
+    headers, failure, answer, paused = {"Authorization": f"Bearer {token}"}, None, {}, None
+    with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS) as client:
+        server = _Server(client, fence)
+        try:
+            client.get("/version", timeout=ALIVE_SECONDS)  # who hangs is found out before a pause is waited for
+            server.ask("/pause", min(deadline_s, PAUSE_SECONDS), lease_s=lease_s, mode=mode)
+            paused = time.monotonic()
+            fault_point("push.paused")
+            with _renewed(server, lease_s):
+                server.update(version, start + deadline_s, broadcast_from)
+        except FAILURES as error:
+            failure = error
+        finally:
+            try:
+                answer = server.ask("/resume", RESUME_SECONDS if paused else CONNECT_SECONDS)
+            except FAILURES as error:
+                failure = failure or error
+    if failure is None and (answer.get("version"), answer.get("state")) != (version, "ready"):
+        failure = ValueError(f"/resume: it says {answer}")
+    error = " ".join(f"{type(failure).__name__}: {failure}".split()) if failure else ""
+    now = time.monotonic()
+    return ReplicaPush(url, not error, now - start, now - paused if paused else 0.0, error)
+
+
+def _error_of(answer: httpx.Response) -> str:
+    with suppress(ValueError, AttributeError):
+        return str(answer.json().get("error"))[:500]
+    return answer.text[:200]
+
+
+@contextmanager
+def _renewed(server: _Server, lease_s: float):
+    """Renews the lease inside: to read large weights takes longer than a server should wait for a dead trainer."""
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(lease_s / RENEWALS):
+            with suppress(*FAILURES):  # the next one comes in time, or the lease runs out
+                server.ask("/lease", min(CONNECT_SECONDS, lease_s), lease_s=lease_s)
+
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=2 * CONNECT_SECONDS)
