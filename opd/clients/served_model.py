@@ -149,7 +149,9 @@ def inspect_replicas(
         chosen = {url: _choose(flag, url, content, model) for url, content in listed.items()}
         name = _one_answer(flag, "model", {url: entry["id"] for url, entry in chosen.items()})
         content = _content_here(urls, [entry.get("root") for entry in chosen.values()])
-        context = _one_answer(flag, "context length", {url: entry.get("max_model_len") for url, entry in chosen.items()})
+        context = _one_answer(
+            flag, "context length", {url: entry.get("max_model_len") for url, entry in chosen.items()}
+        )
         if not isinstance(context, int):
             raise ValueError(f"{flag}: {urls[0]} does not say its context length (max_model_len)")
         tokens = _tokens(pool, name, timeout_s)
@@ -168,7 +170,12 @@ def inspect_replicas(
                 f"{_gap(canary, first):.3f} nats; replicas of one teacher must serve the same weights"
             )
     return ServedModel(
-        protocol=protocol, name=name, context=context, tokens=_one_answer(flag, "tokenizer", tokens), canary=first, **facts
+        protocol=protocol,
+        name=name,
+        context=context,
+        tokens=_one_answer(flag, "tokenizer", tokens),
+        canary=first,
+        **facts,
     )
 
 

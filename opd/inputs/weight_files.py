@@ -35,18 +35,6 @@ HARMLESS = re.compile(
 )
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 def check_not_quantised(flag: str, path: str, config_dict: dict, remedy: str) -> None:
     """ValueError for a checkpoint of quantised weights: nothing here trains one, and none was ever tried as a teacher.
 

@@ -102,5 +102,3 @@ def _read_header(path: Path) -> dict[str, Stored]:
             return {name: Stored(path, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} is not a whole safetensors file ({one_line(error)}); fetch it again") from None
-
-

@@ -182,7 +182,9 @@ def _logprob_urls(run: Run, root: Path, stack: ExitStack) -> list[str]:
     extra = ["--max_model_len", str(options["max_model_len"])]
     extra += ["--attn_implementation", run.cfg.model.attn_implementation]
     extra += ["--trust_remote_code"] if options["trust_remote_code"] else []
-    return _start_servers(run, root, stack, "logprob", replicas=ahead.logprob_replicas, gpus=ahead.logprob_gpus, extra=extra)
+    return _start_servers(
+        run, root, stack, "logprob", replicas=ahead.logprob_replicas, gpus=ahead.logprob_gpus, extra=extra
+    )
 
 
 def _start_servers(run: Run, root: Path, stack: ExitStack, role: str, *, gpus: str, **options) -> list[str]:

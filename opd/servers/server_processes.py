@@ -218,7 +218,9 @@ class ServerProcess:
         if protocol in PUSHED:  # it has computed before it listened, and serves nothing before the first push
             path, body, decode = "/version", None, functools.partial(_check_protocol, PUSHED[protocol])
         elif protocol == "binary":
-            query = urllib.parse.urlencode({"prompt_length": len(SCORE_PROBE.prompt_ids), "payload": SCORE_PROBE.payload})
+            query = urllib.parse.urlencode(
+                {"prompt_length": len(SCORE_PROBE.prompt_ids), "payload": SCORE_PROBE.payload}
+            )
             body = wire.encode_ids([*SCORE_PROBE.prompt_ids, *SCORE_PROBE.response_ids])
             path, decode = f"/score?{query}", wire.decode_scores
         else:

@@ -1,0 +1,288 @@
+"""The house rules that a machine can check: who imports whom, the frozen flags, files that parse, pages that are true.
+
+The layer table is the one in docs/design.md: page and test cannot drift apart.
+"""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import yaml
+
+import train_gkd
+import train_mopd
+from opd import config, distillation, losses
+from opd.inputs import validation
+from opd.inputs.arguments import parse
+from tests.support.processes import ROOT
+
+SCRIPTS = {"train_mopd.py": train_mopd.Config, "train_gkd.py": train_gkd.Config}
+PACKAGE = sorted(path for path in (ROOT / "opd").glob("*.py") if path.name != "__init__.py")
+SOURCES = [*PACKAGE, *(ROOT / name for name in SCRIPTS)]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MAIN_LINES = 400, 80, 110
+ONLY_IMPORTERS = {"deepspeed": {"deepspeed_engine"}, "vllm": {"vllm_engine", "vllm_process"}}
+
+# The flags are a contract: a name that changes breaks somebody's command line. Add here, never rename.
+MOPD_FLAGS = re.findall(r"\w+", """
+student_model dtype gradient_checkpointing attn_implementation trust_remote_code
+teacher teacher_backend teacher_residency allow_template_mismatch
+teacher_mode teacher_wait_s teacher_timeout_s teacher_max_inflight
+data eval_data domain_key prompt_key answer_key response_key domain_weights max_prompt_tokens overlong_prompts
+prompts_per_step num_generations max_response_tokens temperature top_p top_k rollout_kv_cache_gib enforce_eager
+rollout_tensor_parallel_size
+teacher_kv_cache_gib teacher_cache_bytes
+loss support support_k tail estimator jsd_beta skew_alpha loss_temperature advantage_clip clip_low clip_high dual_clip
+old_logprobs is_mode is_level is_low is_high reject_level reject_low reject_high
+reward_weight reward_fn overlap_k loss_chunk_bytes
+micro_batch_size max_tokens_per_micro_batch packing inner_updates offload_student
+learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm
+output_dir num_steps seed ds_config eval_every eval_max_prompts save_every keep_checkpoints parity_every rollout_samples
+rollout_every resume plan dry_run local_rank
+""")  # fmt: skip
+AHEAD_FLAGS = re.findall(
+    r"\w+",
+    """
+mode max_staleness sync_every partial_rollout rollout_servers rollout_replicas max_inflight rollout_timeout_s rollout_wait_s
+weights_dir weight_transfer rollout_gpus logprob_servers logprob_replicas logprob_gpus
+""",
+)
+GKD_FLAGS = [*MOPD_FLAGS, "lmbda", "seq_kd", "seq_kd_temperature", "sft_alpha"]
+
+
+def flags_of(config_class) -> set[str]:
+    return {name for group in config.groups_of(config_class).values() for name in get_type_hints(group)}
+
+
+# ---- The layer table -------------------------------------------------------------------------------------------------
+
+
+def layer_table(text: str) -> dict[str, tuple[int, set[str]]]:
+    """`| layer | file | lives there | may import |` rows of a page: file -> (layer, what it may import of opd)."""
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|[^|\n]*\|([^|\n]*)\|$", text, re.M)
+    assert len({name for _, name, _ in rows}) == len(rows), "a file has two rows"
+    return {name: (int(layer), set(re.findall(r"`(\w+)`", allowed))) for layer, name, allowed in rows}
+
+
+TABLE = layer_table((ROOT / "docs" / "design.md").read_text())
+
+
+def imports_of(source: str) -> tuple[set[str], set[str]]:
+    """(files of opd, top-level names of everything else) that a source imports, inside functions too."""
+    own, other = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, *rest = name.split(".")
+            (own if top == "opd" else other).add(rest[0] if top == "opd" and rest else top)
+    return own, other
+
+
+def violations(name: str, source: str, table: dict[str, tuple[int, set[str]]]) -> list[str]:
+    """What a file of the package imports although the table does not allow it."""
+    own, other = imports_of(source)
+    problems = [f"{name} imports {used}: its row does not allow it" for used in sorted(own - table[name][1])]
+    for library, importers in ONLY_IMPORTERS.items():
+        if library in other and name not in importers:
+            problems.append(f"{name} imports {library}: only {' and '.join(sorted(importers))} may")
+    return problems + [f"{name} imports {script}: a script" for script in other & {Path(s).stem for s in SCRIPTS}]
+
+
+def test_the_table_has_a_row_for_every_file_and_a_file_for_every_row():
+    assert set(TABLE) == {path.stem for path in PACKAGE}
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_a_file_imports_only_what_its_row_allows(path):
+    assert not violations(path.stem, path.read_text(), TABLE)
+
+
+def test_a_forbidden_import_is_seen_wherever_it_hides():
+    table = {"losses": (1, {"topk"}), "topk": (1, set())}
+    assert not violations("losses", "from opd.topk import upcast\nfrom opd import topk", table)
+    for line in (
+        *("import opd.run", "from opd import run", "from opd.run import prepare", "def f():\n    import opd.run as r"),
+        *("import vllm", "from vllm.config import PoolerConfig", "from deepspeed import zero", "import train_mopd"),
+    ):
+        assert len(violations("losses", line, table)) == 1, line
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_rows_point_down_or_sideways_and_never_in_circles(name):
+    layer, allowed = TABLE[name]
+    assert allowed <= set(TABLE)
+    assert all(TABLE[other][0] <= layer for other in allowed)
+    reached, frontier = set(), set(allowed)
+    while frontier:
+        reached |= frontier
+        frontier = {far for near in frontier for far in TABLE[near][1]} - reached
+    assert name not in reached
+
+
+def test_whoever_joins_the_ranks_ends_in_one_place():
+    """Elsewhere the interpreter would take the groups down, and now and then abort a program that has done its work."""
+    helpers = {  # called by programs that end there, or by pytest
+        "opd/distributed.py", "opd/run/prepare.py", "opd/servers/scoring_engine.py", "scripts/gpu_check_engines.py", "scripts/gpu_check_training.py",
+        "tests/conftest.py",
+    }  # fmt: skip
+    joins = re.compile(r"(distributed\.init|init_process_group|join_alone)\(")
+    files = [path for folder in ("opd", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in [*files, *(ROOT / name for name in SCRIPTS)]}
+    joining = {name for name, text in texts.items() if joins.search(text)}
+    assert joining >= helpers
+    assert not [name for name in joining - helpers if "exit_together(" not in texts[name]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_import_the_package_but_neither_engine_library_nor_each_other(script):
+    own, other = imports_of((ROOT / script).read_text())
+    assert own <= set(TABLE)
+    assert not other & {*ONLY_IMPORTERS, *(Path(name).stem for name in SCRIPTS)}
+
+
+def test_a_loss_needs_no_engine():
+    assert (ROOT / "opd" / "__init__.py").read_text() == ""
+    code = "import sys, opd.losses; print([name for name in ('vllm', 'deepspeed') if name in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert run.stdout.strip() == "[]"
+
+
+# ---- Size and words --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_main = node.name == "main" and path.name in SCRIPTS
+            length = node.end_lineno - node.lineno + 1
+            assert length <= (MAX_MAIN_LINES if is_main else MAX_FUNCTION_LINES), f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_public_functions_and_classes_say_what_they_do(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the module"
+    definitions = [
+        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
+    assert not [d.name for d in definitions if not d.name.startswith("_") and not ast.get_docstring(d)]
+
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("train_mopd.py", [*MOPD_FLAGS, *AHEAD_FLAGS]), ("train_gkd.py", GKD_FLAGS)]
+)
+def test_flags_are_frozen(script, flags):
+    assert flags_of(SCRIPTS[script]) == set(flags)
+
+
+def test_choices_of_the_flags_are_those_of_the_losses():
+    hints = get_type_hints(config.LossConfig)
+    choices = {
+        name: set(get_args(hints[name]))
+        for name in ("loss", "support", "tail", "estimator", "is_mode", "is_level", "reject_level")
+    }
+    assert choices["loss"] == {*losses.DIVERGENCES, "reverse_kl_pg"}
+    assert choices["tail"] == set(losses.TAILS)
+    assert choices["estimator"] == {"auto", *losses.ESTIMATORS}
+    assert choices["is_mode"] == set(losses.IMPORTANCE_MODES)
+    assert choices["is_level"] == set(losses.IMPORTANCE_LEVELS)
+    assert choices["reject_level"] == set(losses.REJECTION_LEVELS)
+    for support in choices["support"]:
+        distillation.payload_of(config.LossConfig(support=support))
+
+
+# ---- Files that a reader copies --------------------------------------------------------------------------------------
+
+
+def parsed(script: str, argv: list[str]):
+    """A configuration that passed `validate`; raises ValueError as the script would print it."""
+    cfg = parse(SCRIPTS[script], argv)
+    cfg.validate()
+    return cfg
+
+
+def script_of_yaml(content: dict) -> str:
+    only_gkd = set(GKD_FLAGS) - set(MOPD_FLAGS)
+    return "train_gkd.py" if set(content) & only_gkd else "train_mopd.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.yaml")), ids=lambda path: path.name)
+def test_yaml_files_of_scripts_are_valid_configurations(path):
+    content = yaml.safe_load(path.read_text())
+    assert parsed(script_of_yaml(content), ["--config", str(path)]).model.student_model == content["student_model"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_ds_configs_hold_sharding_only(path):
+    assert "zero_optimization" in validation.load_ds_config(str(path))
+
+
+def code_blocks(text: str, language: str = r"\w*") -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.M | re.S)
+
+
+def launches(text: str) -> list[tuple[str, list[str]]]:
+    """(script, arguments) of every command line of a shell text that runs a trainer."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        words = [] if line.lstrip().startswith("#") else shlex.split(line, comments=True)
+        for script in SCRIPTS:
+            if script in words:
+                found.append((script, words[words.index(script) + 1 :]))
+    return found
+
+
+def shell_texts() -> dict[str, str]:
+    texts = {path.name: path.read_text() for path in sorted((ROOT / "scripts").rglob("*.sh"))}
+    return texts | {path.name: "\n".join(code_blocks(path.read_text(), "(?:bash|sh)")) for path in PAGES}
+
+
+def test_launch_lines_are_found():
+    text = 'deepspeed --num_gpus 8 train_mopd.py \\\n  --loss jsd "$@"  # why\n# torchrun train_gkd.py --old\nls'
+    assert launches(text) == [("train_mopd.py", ["--loss", "jsd", "$@"])]
+    assert launches(shell_texts()["README.md"]) and launches(shell_texts()["quickstart.sh"])
+
+
+@pytest.mark.parametrize(("source", "text"), shell_texts().items(), ids=shell_texts())
+def test_every_flag_behind_a_trainer_exists(source, text):
+    for script, arguments in launches(text):
+        flags = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+        assert flags <= {"config", *flags_of(SCRIPTS[script])}, f"{source}: {script}"
+        if "config" not in flags and "$@" not in arguments:
+            parsed(script, arguments)  # a whole command: its values are right too
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_yaml_on_a_page_is_a_valid_configuration(path, tmp_path):
+    required = {"student_model": "s", "data": ["d.jsonl"], "output_dir": "o"}
+    for block in code_blocks(path.read_text(), "yaml"):
+        content = required | yaml.safe_load(block)
+        file = tmp_path / "page.yaml"
+        file.write_text(yaml.safe_dump(content))
+        assert parsed(script_of_yaml(content), ["--config", str(file)]).run.output_dir == content["output_dir"]
+
+
+def test_the_page_of_flags_is_up_to_date():
+    command = [sys.executable, str(ROOT / "scripts" / "make_config_docs.py"), "--check"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr

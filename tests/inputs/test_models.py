@@ -1,0 +1,701 @@
+"""What is refused before a weight is loaded, with tiny real models and tokenizers."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import shutil
+import string
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    Cohere2Config,
+    CohereConfig,
+    DogeConfig,
+    Gemma2Config,
+    GenerationConfig,
+    GptOssConfig,
+    GraniteConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
+    XGLMConfig,
+)
+
+from opd.config import (
+    GIB,
+    BatchConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    RunConfig,
+    TeacherConfig,
+    TeacherSpec,
+    to_dict,
+)
+from opd.inputs import vllm_models
+from opd.inputs.arguments import parse
+from opd.inputs.models import (
+    _divided,
+    check_downloads,
+    check_models,
+    check_output_dir,
+    check_tensor_parallel,
+    dry_run_report,
+    load_tokenizer,
+    read_fact,
+)
+from opd.inputs.prompts import load_prompts
+from opd.inputs.shapes import layer_values, read_model
+from opd.inputs.vllm_models import check_agrees
+from opd.ops.attention import attention_for
+from opd.plan.apply import read_job
+from opd.plan.job import Machine
+from opd.plan.planner import make_plan
+from opd.plan.view import table
+from tests.support.processes import ROOT
+
+TEMPLATE = (
+    "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
+VOCABULARY = (*SPECIAL, *string.ascii_lowercase, "?")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    teacher: TeacherConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    loss: LossConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    run: RunConfig
+    teachers: tuple[TeacherSpec, ...] = ()
+
+
+def save_tokenizer(path: Path, tokens=VOCABULARY, eos="<eos>", chat_template=TEMPLATE) -> None:
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token=eos,
+        unk_token="?",
+        extra_special_tokens=["<user>", "<assistant>"],
+        chat_template=chat_template,
+    ).save_pretrained(path)
+
+
+def tiny(**changes) -> Qwen3Config:
+    values = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return Qwen3Config(**{**values, **changes})
+
+
+def save_model(path: Path, eos: int | list[int] | None = 1, tokenizer=None, **changes) -> str:
+    """A model directory. `eos` goes into the generation config; None writes no such file."""
+    model = Qwen3ForCausalLM(tiny(**changes))
+    model.generation_config = GenerationConfig(eos_token_id=eos)
+    model.save_pretrained(path)
+    if eos is None:
+        (path / "generation_config.json").unlink()
+    save_tokenizer(path, **(tokenizer or {}))
+    return str(path)
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("models") / "student")
+
+
+def make_config(student: str, teacher: str, *argv: str) -> Config:
+    ds_config = ROOT / "ds_configs" / "zero3.json"
+    required = f"--data d --output_dir o --ds_config {ds_config} --max_prompt_tokens 24 --max_response_tokens 40"
+    return parse(Config, ["--student_model", student, "--teacher", f"math={teacher}", *required.split(), *argv])
+
+
+def error(call, *args) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert message and "\n" not in message, message
+    return message
+
+
+def refusal(student: str, teacher: str, *argv: str) -> str:
+    return error(check_models, make_config(student, teacher, *argv))
+
+
+# ------------------------------------------------------------------------------------------- facts of good pairs
+
+
+def test_facts(student, tmp_path):
+    """The teacher is wider, deeper and has a padded vocabulary."""
+    teacher = save_model(
+        tmp_path / "t", hidden_size=32, num_hidden_layers=2, vocab_size=64, max_position_embeddings=128
+    )
+    facts = check_models(make_config(student, teacher))
+    assert facts.student.eos_ids == facts.teachers["math"].eos_ids == (1,)
+    assert facts.pad_id == 0 and facts.num_tokens == facts.shared_vocab == facts.student.vocab_size == len(VOCABULARY)
+    math = facts.teachers["math"]
+    assert (math.vocab_size, math.hidden_size, math.context) == (64, 32, 128)
+    assert (facts.student.hidden_size, facts.student.context) == (16, 64)
+    for fact in (facts.student, math):
+        model = AutoModelForCausalLM.from_pretrained(fact.path)
+        assert fact.num_parameters == model.num_parameters()
+        assert fact.head_parameters == model.lm_head.weight.numel()
+
+
+def test_tied_embeddings_count_once(tmp_path):
+    path = save_model(tmp_path / "t", tie_word_embeddings=True)
+    fact = check_models(make_config(path, path)).student
+    assert fact.num_parameters == AutoModelForCausalLM.from_pretrained(path).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("generation", "model", "eos_ids"),
+    [([1, 5], 1, (1, 5)), (None, [1, 6], (1, 6)), (None, 7, (7,)), (None, None, (1,))],
+)
+def test_eos_from_generation_config_then_config_then_tokenizer(tmp_path, generation, model, eos_ids):
+    path = save_model(tmp_path / "m", eos=generation, eos_token_id=model)
+    assert check_models(make_config(path, path)).student.eos_ids == eos_ids
+
+
+# ------------------------------------------------------------------------------------------------ bad pairs
+
+
+def test_another_tokenizer_of_the_same_size(student, tmp_path):
+    swapped = [*VOCABULARY]
+    swapped[10], swapped[11] = swapped[11], swapped[10]
+    teacher = save_model(tmp_path / "t", tokenizer={"tokens": swapped})
+    message = refusal(student, teacher, "--allow_template_mismatch")
+    assert "--teacher math" in message and "2 tokens differ, first 'g' (id 11, the student's 10)" in message
+
+
+def test_an_added_token(student, tmp_path):
+    teacher = save_model(tmp_path / "t", vocab_size=64)
+    tokenizer = load_tokenizer(teacher)
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(teacher)
+    assert "1 tokens differ, first '<think>'" in refusal(student, teacher)
+
+
+def test_another_eos(student, tmp_path):
+    teacher = save_model(tmp_path / "t", eos=[3])
+    assert "its EOS is ['<assistant>'], the student's is ['<eos>']" in refusal(student, teacher)
+    assert "--allow_template_mismatch" in refusal(student, teacher)
+    facts = check_models(make_config(student, teacher, "--allow_template_mismatch"))
+    assert facts.student.eos_ids == (1,) and facts.teachers["math"].eos_ids == (3,)
+
+
+def test_another_chat_template(student, tmp_path):
+    teacher = save_model(tmp_path / "t", tokenizer={"chat_template": TEMPLATE + " "})
+    assert "its chat template is not the student's" in refusal(student, teacher)
+    check_models(make_config(student, teacher, "--allow_template_mismatch"))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_context(student, tmp_path, who):
+    short = save_model(tmp_path / "short", max_position_embeddings=63)
+    message = refusal(*((short, student) if who == "student" else (student, short)))
+    assert "--max_prompt_tokens 24 + --max_response_tokens 40" in message and "63 tokens" in message
+    assert ("--student_model" if who == "student" else "--teacher math") in message
+
+
+def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
+    path = save_model(tmp_path / "m", vocab_size=20)
+    assert f"ids up to {len(VOCABULARY) - 1}" in refusal(path, path)
+
+
+@pytest.mark.parametrize(
+    ("eos", "message"),
+    [
+        (99, f"EOS token [99] is not one of its {len(VOCABULARY)} tokens"),
+        ([], "has no EOS token; name one in its generation"),
+    ],
+)
+def test_an_eos_that_is_no_token(tmp_path, eos, message):
+    path = save_model(tmp_path / "m", eos=eos, eos_token_id=None, tokenizer={"eos": None} if eos == [] else None)
+    assert message in refusal(path, path)
+
+
+# ------------------------------------------------------------------------------------- models that cannot be used
+
+SMALL = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+ENCODER = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(**SMALL, head_dim=8),
+        CohereConfig(**SMALL),
+        GraniteConfig(**SMALL, logits_scaling=8.0),
+        PhiConfig(**SMALL),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_heads_with_a_bias_a_scale_or_a_soft_cap_are_fine(student, tmp_path, config):
+    """What the head and its form express, in student and teacher; tests/test_heads.py shows that they do."""
+    shutil.copytree(student, tmp_path / "m")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    facts = check_models(make_config(str(tmp_path / "m"), str(tmp_path / "m")))
+    assert facts.student.vocab_size == facts.teachers["math"].vocab_size == len(VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RecurrentGemmaConfig(**SMALL), "logits_soft_cap = 30.0"),
+        (Qwen3Config(**SMALL, logit_scale=0.5), "logit_scale = 0.5"),
+        (BertConfig(**ENCODER), "cls.predictions.transform.dense.weight"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_logits_that_hidden_states_and_head_do_not_give(student, tmp_path, config, message, who):
+    shutil.copytree(student, tmp_path / "m")
+    config.save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    found = refusal(*((odd, student) if who == "student" else (student, odd)))
+    assert message in found and config.model_type in found and odd in found and "choose a" in found
+    assert found.startswith("--student_model" if who == "student" else "--teacher math")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=len(VOCABULARY), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1),
+        GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_families_without_the_attention_that_is_asked_for(student, tmp_path, config):
+    """The student's is the user's choice; a teacher of backend hf takes what its class has."""
+    shutil.copytree(student, tmp_path / "m")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    message = refusal(odd, odd, "--attn_implementation", "sdpa", "--allow_template_mismatch")
+    assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager")
+    for attention in ("auto", "eager"):
+        read_fact("--student_model", odd, load_tokenizer(odd), False, attn_implementation=attention)
+    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+
+
+def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
+    """PyTorch's own does not know the soft-cap of Gemma 2, and says nothing."""
+    shutil.copytree(student, tmp_path / "m")
+    config = Gemma2Config(**SMALL, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    message = refusal(odd, odd, "--attn_implementation", "sdpa")
+    assert "leaves out the soft-cap of gemma2 (attn_logit_softcapping = 50.0)" in message and "choose auto" in message
+    assert attention_for(config) == "eager" and attention_for(config, "eager") == "eager"
+    assert attention_for(Gemma2Config(attn_logit_softcapping=None)) is None
+    check_models(make_config(odd, odd))
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        (BloomConfig(vocab_size=len(VOCABULARY), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1), [], "bfloat16"),
+        (GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1), [], "it can be a teacher"),
+        (Cohere2Config(**SMALL, head_dim=8, sliding_window=16), ["--max_prompt_tokens", "16"], "window of 16 tokens"),
+    ],
+    ids=["bloom", "gpt_oss", "cohere2"],
+)
+def test_students_whose_sampler_is_known_to_differ(student, tmp_path, config, flags, message):
+    shutil.copytree(student, tmp_path / "m")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    found = refusal(odd, odd, *flags)
+    assert message in found and odd in found and "\n" not in found
+
+
+def test_teachers_that_vllm_computes_otherwise(student, tmp_path):
+    """Nobody judges a teacher; transformers runs it right."""
+    shutil.copytree(student, tmp_path / "m")
+    config = DogeConfig(**SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    odd = str(tmp_path / "m")
+    found = refusal(student, odd)
+    assert found.startswith("--teacher math") and "without its dynamic mask" in found and "`backend: hf`" in found
+    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+    options = {"is_student": False, "exact": True, "tokens": 8}
+    config = AutoConfig.for_model("gemma3n_text")
+    with pytest.raises(ValueError, match="on a CPU"):
+        check_agrees("--teacher", "t", config, on_gpu=False, **options)
+    check_agrees("--teacher", "t", config, on_gpu=True, **options)
+    config = AutoConfig.for_model("zamba2")
+    with pytest.raises(ValueError, match="bfloat16, or set `backend: hf`"):
+        check_agrees("--teacher", "t", config, on_gpu=True, **options)
+    check_agrees("--teacher", "t", config, on_gpu=True, **options | {"exact": False})
+
+
+def test_a_path_that_vllm_takes_for_a_pattern(student, tmp_path):
+    odd = str(shutil.copytree(student, tmp_path / "m[1]"))
+    assert (
+        refusal(odd, student)
+        == f"--student_model {odd}: vLLM takes [, * and ? in a path for a pattern; rename the directory"
+    )
+    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+
+
+def test_an_attention_that_nobody_has(student):
+    message = refusal(student, student, "--attn_implementation", "quick")
+    assert message.startswith("--attn_implementation quick: not for --student_model") and "choose" in message
+
+
+# -------------------------------------------------------------------------------------- models that vLLM cannot run
+
+
+def test_architectures_of_the_configuration(student, tmp_path):
+    """vLLM takes its class from there, transformers from the model type."""
+    shutil.copytree(student, tmp_path / "m")
+    path = str(tmp_path / "m")
+    for names in (["Qwen3Model"], ["Qwen3ForSequenceClassification"], ["QwenForCausalLM"]):
+        edit_json(tmp_path / "m" / "config.json", architectures=names)
+        for message in (refusal(path, student), refusal(student, path)):
+            assert f"architectures {names}" in message and 'set it to ["Qwen3ForCausalLM"]' in message
+        check_models(make_config(student, path, "--teacher_backend", "hf"))
+    for names in (["Qwen3ForCausalLM"], ["Qwen3Model", "Qwen3ForCausalLM"], None, []):
+        edit_json(tmp_path / "m" / "config.json", architectures=names)
+        check_models(make_config(path, path))
+
+
+def test_a_family_that_vllm_does_not_know(student, tmp_path):
+    config = XGLMConfig(
+        vocab_size=len(VOCABULARY), d_model=16, ffn_dim=32, num_layers=1, attention_heads=2, eos_token_id=1, pad_token_id=0,
+        bos_token_id=0, max_position_embeddings=64,
+    )  # fmt: skip
+    shutil.copytree(student, tmp_path / "m")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    path, eager = str(tmp_path / "m"), ("--attn_implementation", "eager")
+    assert "vLLM does not run XGLMForCausalLM; choose another model" in refusal(path, student, *eager)
+    assert "or `backend: hf` in its entry" in refusal(student, path)
+    check_models(make_config(student, path, "--teacher_backend", "hf"))
+
+
+def test_reasons_why_vllm_cannot_run_a_class_here():
+    """A module is imported, in another process, only if it reads images and what they need is not installed."""
+    needs = importlib.util.find_spec("torchvision") is None
+    started = time.monotonic()
+    assert vllm_models._why_not_importable("qwen3", "Qwen3ForCausalLM") is None
+    assert vllm_models._why_not_importable("transformers", "TransformersForCausalLM") is None
+    assert time.monotonic() - started < 2, "no import"
+    if needs:
+        assert "No module named 'torchvision'" in vllm_models._why_not_importable("qwen3_5", "Qwen3_5ForCausalLM")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="what it needs is installed")
+def test_a_class_whose_imports_fail_is_refused_with_the_reason(student, tmp_path):
+    shutil.copytree(student, tmp_path / "m")
+    config = Qwen3_5TextConfig(**SMALL, head_dim=8, layer_types=["full_attention"], max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    message = refusal(str(tmp_path / "m"), student)
+    assert message.startswith(
+        f"--student_model {tmp_path / 'm'}: vLLM cannot run Qwen3_5ForCausalLM here (ModuleNotFoundError: "
+    )
+    assert "'torchvision'" in message and "choose another model" in message
+    check_models(make_config(student, str(tmp_path / "m"), "--teacher_backend", "hf"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_checkpoint_is_refused(student, tmp_path, file):
+    shutil.copytree(student, tmp_path / "t")
+    edit_json(tmp_path / "t" / file, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    (tmp_path / "t" / "evil.py").write_text("raise SystemExit('ran')\n")
+    for call in (lambda: refusal(student, str(tmp_path / "t")), lambda: error(load_tokenizer, str(tmp_path / "t"))):
+        assert "auto_map" in (message := call()) and "--trust_remote_code" in message
+
+
+def break_missing_directory(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def break_config(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+def break_no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def break_model_type(path: Path) -> None:
+    edit_json(path / "config.json", model_type="no-such-model")
+
+
+def break_encoder(path: Path) -> None:
+    edit_json(path / "config.json", model_type="vit")
+
+
+def break_no_tokenizer(path: Path) -> None:
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+
+
+def break_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").write_text("{")
+
+
+def break_no_weights(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def break_shard(path: Path) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}}))
+
+
+def break_weights(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, path / "model.safetensors")
+
+
+def break_generation_config(path: Path) -> None:
+    (path / "generation_config.json").write_text("{")
+
+
+def wrong(file: str, content: str):
+    return lambda path: (path / file).write_text(content)
+
+
+def wrong_key(file: str, **changes):
+    return lambda path: edit_json(path / file, **changes)
+
+
+def break_vocabulary(path: Path) -> None:
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+
+
+def break_link(path: Path) -> None:
+    (path / "generation_config.json").unlink(missing_ok=True)
+    (path / "generation_config.json").symlink_to("generation_config.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_missing_directory, "no such model directory"),
+        (break_config, "config.json"),
+        (break_no_config, "config.json"),
+        (break_model_type, "no-such-model"),
+        (break_encoder, "cannot load its architecture"),
+        (break_no_tokenizer, "no tokenizer"),
+        (break_tokenizer, "tokenizer"),
+        (break_no_weights, "no .safetensors weights in the directory; convert the .bin files"),
+        (break_shard, "1 of 1 weight files are missing, first model-2-of-2.safetensors"),
+        (break_generation_config, "generation_config.json"),
+        (break_link, "generation_config.json"),
+        (wrong("generation_config.json", "[1]"), "generation_config.json"),
+        (wrong("generation_config.json", "null"), "generation_config.json"),
+        (wrong("generation_config.json", '{"eos_token_id": ["1"]}'), "its eos_token_id is ['1']"),
+        (wrong("generation_config.json", '{"eos_token_id": 1.0}'), "its eos_token_id is 1.0"),
+        (wrong("generation_config.json", '{"eos_token_id": [1, null]}'), "its eos_token_id is [1, None]"),
+        (wrong("tokenizer_config.json", "null"), "tokenizer"),
+        (wrong_key("tokenizer_config.json", model_max_length="x"), "tokenizer"),
+        (break_vocabulary, "tokenizer"),
+        (break_weights, "1 of 14 weights are not in its files, first model.norm.weight"),
+    ],
+)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_damaged_directories_name_the_flag(student, tmp_path, damage, message, who):
+    shutil.copytree(student, tmp_path / "m")
+    damage(tmp_path / "m")
+    damaged = str(tmp_path / "m")
+    found = refusal(*((damaged, student) if who == "student" else (student, damaged)))
+    assert message in found and damaged in found
+    assert found.startswith("--student_model" if who == "student" else "--teacher math")
+
+
+def test_teachers_that_sleep_on_the_disk(student, tmp_path, monkeypatch):
+    disk, hf = ("--teacher_residency", "disk"), ("--teacher_backend", "hf")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = refusal(student, student, *disk)
+    assert "--teacher_residency disk" in found and "teacher math" in found and "--teacher_backend hf" in found
+    check_models(make_config(student, student, *disk, *hf))
+    check_models(make_config(student, student, "--teacher_residency", "gpu"))
+    shutil.copytree(student, tmp_path / "t")
+    break_no_weights(tmp_path / "t")
+    assert "convert the .bin files" in refusal(student, str(tmp_path / "t"), *disk, *hf)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_models(make_config(student, student, *disk))
+
+
+def test_hub_ids_are_checked_when_their_files_are_there(student, tmp_path, monkeypatch):
+    """As the cache of the hub lays them out; nothing is fetched."""
+    snapshot = tmp_path / "hub" / "models--group--model" / "snapshots" / "0"
+    shutil.copytree(student, snapshot)
+    (tmp_path / "hub" / "models--group--model" / "refs").mkdir()
+    (tmp_path / "hub" / "models--group--model" / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    by_flag = {
+        "--student_model": make_config("group/model", student),
+        "--teacher math": make_config(student, "group/model"),
+    }
+    for config in by_flag.values():
+        check_models(config)
+        check_downloads(config)
+    break_weights(snapshot)
+    for flag, config in by_flag.items():
+        check_models(config)
+        assert error(check_downloads, config).startswith(f"{flag} group/model: 1 of 14 weights are not in its files")
+
+
+def test_tensor_parallel_divides_every_layer(student, tmp_path):
+    """Layers of 4 and of 6 key-value heads go to 2 GPUs, not to 4."""
+    config = tiny(num_hidden_layers=2, num_attention_heads=12, num_key_value_heads=4)
+    config.per_layer_config = {1: {"num_key_value_heads": 6, "intermediate_size": 48}}
+    fact = dataclasses.replace(
+        check_models(make_config(student, student)).student,
+        kv_heads=math.gcd(*layer_values(config, "num_key_value_heads")), divided=_divided(config),
+    )  # fmt: skip
+    assert fact.kv_heads == 2 and fact.divided == {"attention heads": 12, "intermediate channels": 16}
+
+
+def test_a_file_is_not_a_model(student, tmp_path):
+    (tmp_path / "f").write_text("")
+    assert "no such model directory" in error(load_tokenizer, str(tmp_path / "f"))
+    assert "--teacher x" in error(lambda: load_tokenizer(str(tmp_path / "f"), flag="--teacher x"))
+
+
+# ---------------------------------------------------------------------------------------------------- dry run
+
+
+def write_header(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Weights of which the disk holds the header alone: the rest of the file is a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_dry_run_report_loads_no_weights(student, tmp_path):
+    """Of a model of 800 GB, which is more than this machine can load."""
+    model = tmp_path / "m"
+    shutil.copytree(student, model)
+    large = tiny(hidden_size=65536, intermediate_size=262144, num_hidden_layers=8, num_attention_heads=8, head_dim=2048)
+    large.architectures = ["Qwen3ForCausalLM"]
+    large.save_pretrained(model)
+    shapes = {name: tuple(p.shape) for name, p in read_model("--student_model", str(model)).named_parameters()}
+    write_header(model / "model.safetensors", shapes)
+    assert (model / "model.safetensors").stat().st_size > 800e9
+    rows = [{"data_source": d, "prompt": p} for d, p in (("math", "abc"), ("math", "def"), ("code", "xyz"))]
+    rows[1]["chat_template_kwargs"] = {"thinking": False}
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(str(model), str(model), "--teacher", f"code={model}")
+    tokenizer = load_tokenizer(str(model))
+    facts = check_models(config)
+    prompts = load_prompts([str(tmp_path / "d.jsonl")], tokenizer, config.data, flag="--data")
+    machine = Machine(gpus=2, device_bytes=GIB, host_bytes=GIB, pcie=1e9, is_gpu=True)
+    memory = table(make_plan(read_job(config, machine)))
+    report = dry_run_report(config, prompts, tokenizer, facts, memory=memory)
+    assert "[<user>]abc[<assistant>]<< the response starts here and ends with EOS: <eos> (1) >>" in report
+    assert "[<user>]xyz[<assistant>]" in report and "def" not in report.split("Prompts:")[1]
+    assert yaml.safe_load(report.split("\n\n")[0].removeprefix("Configuration\n")) == to_dict(config)
+    assert "1 rows set 'thinking' in `chat_template_kwargs`, which the chat template does not mention" in report
+    assert "math 2 (0 over-long)" in report and "2 ranks" in report and "total" in report
+
+
+# -------------------------------------------------------------------------------------------- output directory
+
+
+def test_output_dir(student, tmp_path):
+    config = make_config(student, student)
+    run = tmp_path / "a" / "run"
+    check_output_dir(run, "never", config)
+    assert not run.exists()  # a check leaves nothing behind
+    run.mkdir(parents=True)
+    check_output_dir(run, "never", config)
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert "--resume auto" in error(check_output_dir, run, "never", config)
+    check_output_dir(run, "auto", config)
+    check_output_dir(run, "auto")
+    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=999))
+    check_output_dir(run, "auto", longer)
+    for flags in (("--teacher_backend", "hf"), ("--teacher_residency", "disk")):  # what runs it, not what it says
+        check_output_dir(run, "auto", make_config(student, student, *flags))
+    old = to_dict(config)
+    del old["teachers"][0]["backend"]  # of a run that knew one backend only
+    (run / "config.yaml").write_text(yaml.safe_dump(old))
+    check_output_dir(run, "auto", config)
+    moved = dataclasses.replace(config.teachers[0], backend="server", urls=("http://h:1",), api_key_env="KEY")
+    check_output_dir(run, "auto", dataclasses.replace(config, teachers=(moved,)))
+    heavier = dataclasses.replace(config, teachers=(dataclasses.replace(config.teachers[0], weight=2.0),))
+    assert "holds another run (teachers differ)" in error(check_output_dir, run, "auto", heavier)
+    other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+    assert "holds another run (seed differ)" in error(check_output_dir, run, "auto", other)
+    (run / "config.yaml").write_text("- a")
+    assert "its config.yaml is not a run's" in error(check_output_dir, run, "auto", config)
+
+
+def test_a_served_teacher_is_not_read_here(student):
+    config = make_config(student, "http://127.0.0.1:9", "--teacher_residency", "disk")
+    facts = check_models(config)
+    assert facts.teachers == {} and facts.shared_vocab == facts.student.vocab_size
+    check_tensor_parallel(config, facts, 1)
+
+
+def test_output_dir_that_is_a_file(tmp_path):
+    (tmp_path / "f").write_text("")
+    for path in (tmp_path / "f", tmp_path / "f" / "run"):
+        assert "is a file" in error(check_output_dir, path, "auto")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_dir_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "no permission" in error(check_output_dir, tmp_path / "run", "auto")

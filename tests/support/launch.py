@@ -1,0 +1,92 @@
+"""Trainers as their users start them, with tiny models, and what their runs leave."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from opd import distributed
+from opd.records import sample_ledger
+from tests.support.processes import LAUNCH_VARIABLES, ROOT
+
+BIN = Path(sys.executable).parent
+DEADLINE = 420  # seconds; a run takes 20 to 60 when the machine is idle
+LAUNCHERS = {
+    "python": [sys.executable],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "{ranks}", "--master_port", "{port}"],
+    "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "{ranks}", "--master-port", "{port}"],
+    "accelerate": [
+        *(str(BIN / "accelerate"), "launch", "--config_file", "ds_configs/accelerate.yaml"),
+        *("--num_processes", "{ranks}", "--main_process_port", "{port}"),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    student: Path
+    teachers: dict[str, Path]
+    train: tuple[str, ...]
+    eval: Path
+
+
+def command(models: Models, output_dir, *flags, script="train_mopd.py", launcher="python", ranks=1) -> list[str]:
+    teachers = [f"--teacher={name}={path}" for name, path in models.teachers.items()]
+    if script == "train_gkd.py":  # one teacher for every domain; the answers are the dataset's responses
+        teachers = [f"--teacher={next(iter(models.teachers.values()))}", "--response_key=answer"]
+    start = [part.format(ranks=ranks, port=distributed.free_port()) for part in LAUNCHERS[launcher]]
+    return [
+        *(*start, script, "--student_model", str(models.student), *teachers, "--data", *models.train),
+        *("--output_dir", str(output_dir), "--num_steps", "2", "--prompts_per_step", "8", "--micro_batch_size", "3"),
+        *("--max_prompt_tokens", "16", "--max_response_tokens", "8", "--learning_rate", "1e-3"),
+        *("--rollout_kv_cache_gib", "0.05", "--teacher_kv_cache_gib", "0.05", "--parity_every", "1"),
+        *("--enforce_eager", *flags),
+    ]
+
+
+def start(arguments: list[str], **env) -> subprocess.CompletedProcess:
+    """Runs to the end; the output is in the error message if a test fails on it."""
+    mine = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}  # this process may be a rank of its own
+    environment = {**mine, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+
+
+def succeed(arguments: list[str], **env) -> str:
+    done = start(arguments, **env)
+    assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+def at_most_two(jobs):
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda job: job(), jobs))
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [row["loss/total"] for row in metrics_of(run_dir) if row["step"] > 0]
+
+
+def parameter_hash(run_dir: Path) -> str:
+    """Every parameter of the exported model, bit for bit."""
+    digest = hashlib.sha256()
+    for path in sorted((run_dir / "model").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                digest.update(name.encode() + file.get_tensor(name).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def ledger_of(run_dir):
+    return sample_ledger.read(run_dir / sample_ledger.FILE)

@@ -1,0 +1,195 @@
+"""Trains a tiny model under real DeepSpeed (ZeRO-3, gloo, CPU) and saves through `opd.records.checkpoint`.
+
+`checkpoint_worker.py JOB` is one rank of a launcher, or the only one. `checkpoint_worker.py serve` reads a JOB per
+line, forks the job's ranks, waits for them and answers with one line: exit statuses, standard error, the ranks'
+results. That saves the import of torch in each of dozens of trials; the ranks are real processes all the same.
+
+A JOB is a JSON object: `run_dir`, `num_steps`, and optionally `resume` (default auto), `keep` (2), `world_size` (1; for
+`serve`), `fault` ("point:kill") with `fault_rank` and `strike_at` (the step whose save is struck), `full_disk_rank`.
+With `export_from` (a model directory) the job is one export of that model from under ZeRO-3.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.support.processes import ROOT
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from opd import distributed  # noqa: E402
+from opd.config import OptimConfig  # noqa: E402
+from opd.engines.deepspeed_engine import ShardedEngine  # noqa: E402
+from opd.faults import fault_point  # noqa: E402
+from opd.records import checkpoint, export
+from opd.types import LoopState  # noqa: E402
+
+RANK_DEADLINE = 300  # seconds; a rank that hangs is ended by SIGALRM and its trial fails
+
+
+class StruckWriter:
+    """DeepSpeed's file writer with a place to strike after each shard."""
+
+    def __init__(self, writer):
+        self.writer = writer
+
+    def __getattr__(self, name):
+        return getattr(self.writer, name)
+
+    def save(self, state_dict, path):
+        self.writer.save(state_dict, path)
+        fault_point("worker.first_shard")
+
+
+def zero_3() -> ShardedEngine:
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    return ShardedEngine(ds_config, OptimConfig(), dtype=torch.float32)
+
+
+def build() -> ShardedEngine:
+    torch.manual_seed(0)
+    sharded = zero_3()
+    sharded.attach(nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8)), ())
+    held_errors = sharded.engine.checkpoint_engine
+    held_errors.writer = StruckWriter(held_errors.writer)
+    return sharded
+
+
+def train_step(sharded: ShardedEngine, step: int) -> None:
+    """The data is a function of (step, rank), the learning rate of the step."""
+    generator = torch.Generator().manual_seed(distributed.fold_seed("data", step, distributed.rank()))
+    x_BH = torch.randn(4, 8, generator=generator)
+    sharded.backward((sharded.engine(x_BH) - x_BH.roll(1)).square().mean(), last=True)
+    sharded.step(learning_rate=0.01 / (1 + step))
+
+
+def state_hash(sharded: ShardedEngine) -> str:
+    """SHA-256 over the parameters, the fp32 masters and all of Adam's state, of all ranks."""
+    digest = hashlib.sha256()
+    for name, tensor in sharded.named_full_parameters(sharded.engine.module):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    optimizer = sharded.engine.optimizer
+    for master in optimizer.fp32_partitioned_groups_flat:
+        digest.update(master.detach().numpy().tobytes())
+        states = optimizer.optimizer.state[master]
+        assert {"exp_avg", "exp_avg_sq", "step"} <= states.keys(), states.keys()
+        for key in sorted(states):
+            digest.update(torch.as_tensor(states[key]).numpy().tobytes())
+    return hashlib.sha256("".join(distributed.gather_objects(digest.hexdigest())).encode()).hexdigest()
+
+
+def save(job: dict, sharded: ShardedEngine, state: LoopState) -> None:
+    checkpoint.save(Path(job["run_dir"]), state, sharded.save, {"seed": 0}, keep=job.get("keep", 2))
+
+
+def save_on_full_disk(job: dict, sharded: ShardedEngine, state: LoopState) -> str:
+    """On one rank no file can grow beyond a few bytes. Returns what `save` raised."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if distributed.rank() == job["full_disk_rank"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, unlimited[1]))
+    try:
+        save(job, sharded, state)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    return ""
+
+
+def run(job: dict) -> dict:
+    distributed.init()
+    sharded = build()
+    run_dir = Path(job["run_dir"])
+    found = checkpoint.find(run_dir, job.get("resume", "auto"))
+    state = LoopState()
+    if found is not None:
+        checkpoint.check_fingerprint(found, {"seed": 0})
+        sharded.load(found)
+        state = checkpoint.load_state(found)
+    checkpoint.set_aside_newer(run_dir, found)
+    result = {"resumed": state.step}
+    while state.step < job["num_steps"]:
+        train_step(sharded, state.step)
+        state.step += 1
+        state.policy_version = state.step
+        state.tokens_seen += 4
+        strikes = job.get("strike_at") == state.step
+        os.environ["OPD_FAULT"] = job.get("fault", "") if strikes else ""
+        os.environ["OPD_FAULT_RANK"] = str(job.get("fault_rank", 0))
+        if strikes and "full_disk_rank" in job:
+            result["full_disk_error"] = save_on_full_disk(job, sharded, state)
+            result["after_full_disk"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+        save(job, sharded, state)
+    return {**result, "step": state.step, "tokens_seen": state.tokens_seen, "hash": state_hash(sharded)}
+
+
+def export_job(job: dict) -> dict:
+    distributed.init()
+    sharded = zero_3()
+    model = AutoModelForCausalLM.from_pretrained(job["export_from"], dtype=torch.float32)
+    sharded.attach(model, ())
+    tokenizer = AutoTokenizer.from_pretrained(job["export_from"])
+    partitioned = all(parameter.numel() == 0 for parameter in model.parameters())
+    tensors = sharded.named_full_parameters(model)
+    export.export_huggingface(Path(job["run_dir"]) / "model", model, tokenizer, tensors, model.generation_config)
+    return {"partitioned": partitioned}
+
+
+def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Path) -> None:
+    """A forked rank. It never returns."""
+    status = 1
+    try:
+        signal.alarm(RANK_DEADLINE)
+        distributed.die_with_parent()
+        descriptor = os.open(stderr_path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.get("world_size", 1)))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        result_path.write_text(json.dumps(export_job(job) if "export_from" in job else run(job)))
+        status = 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)  # no orderly shutdown: it would wait for a killed rank
+
+
+def serve() -> None:
+    # What the ranks would otherwise import one by one, after the fork. None of it starts a thread.
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    torch.optim.AdamW([torch.zeros(1)])
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
+    for line in sys.stdin:
+        job = json.loads(line)
+        with tempfile.TemporaryDirectory() as folder:
+            port, ranks = distributed.free_port(), range(job.get("world_size", 1))
+            files = [(Path(folder) / f"result{r}", Path(folder) / f"stderr{r}") for r in ranks]
+            children = []
+            for rank in ranks:
+                pid = os.fork()
+                if pid == 0:
+                    run_rank(job, rank, port, *files[rank])
+                children.append(pid)
+            statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+            results = [json.loads(out.read_text()) if out.exists() else None for out, _ in files]
+            answer = {"statuses": statuses, "stderr": [err.read_text() for _, err in files], "results": results}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "serve":
+        serve()
+    else:
+        with distributed.exit_together():
+            print("RESULT " + json.dumps(run(json.loads(sys.argv[1]))))

@@ -1,0 +1,206 @@
+"""Whole runs with served teachers: the same losses wherever a teacher runs, and what is left when its servers die."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from opd import faults
+from opd.records import sample_ledger
+from opd.servers.server_processes import ServerProcess, serving
+from tests.conftest import KEY_VARIABLE
+from tests.support.launch import (
+    BIN,
+    DEADLINE,
+    Models,
+    at_most_two,
+    command,
+    losses_of,
+    metrics_of,
+    parameter_hash,
+    start,
+    succeed,
+)
+from tests.support.metrics_page import documented_keys, undocumented
+from tests.support.processes import LAUNCH_VARIABLES, ROOT
+
+pytestmark = pytest.mark.e2e
+STEPS, STRUCK = 8, 4  # of a run; the step in which its servers are killed
+WAIT_S = 8  # --teacher_wait_s
+# One request in a batch: its bits do not depend on what else the server is asked at the moment.
+JSON_SERVER = {"protocol": "json", "dtype": "float32", "kv_cache_gib": 0.03, "start_seconds": 300.0,
+               "extra": ["--enforce-eager", "--max-num-seqs", "1"]}  # fmt: skip
+
+
+def with_urls(models: Models, run_dir: Path, urls: list[str], *flags: str, **entry) -> list[str]:
+    """A launch with the addition teacher at `urls` and the reversal teacher on the trainer's own device."""
+    teachers = [
+        {"name": "addition", "backend": "server", "urls": urls, "domains": ["addition"], **entry},
+        {"name": "reversal", "model": str(models.teachers["reversal"]), "domains": ["reversal"]},
+    ]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = run_dir.parent / f"{run_dir.name}.yaml"
+    config.write_text(yaml.safe_dump({"teachers": teachers}))
+    own = [part for part in command(models, run_dir, *flags) if not part.startswith("--teacher=")]
+    return [*own, "--config", str(config)]
+
+
+def two_ranks(arguments: list[str]) -> list[str]:
+    return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", *arguments[1:]]
+
+
+def start_in_background(arguments: list[str], **env) -> subprocess.Popen:
+    mine = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
+    environment = {**mine, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@contextmanager
+def struck(arguments: list[str], run_dir: Path, *victims: ServerProcess):
+    """A run whose servers are killed while it writes the responses of step STRUCK + 1; yields (output, status, seconds)."""
+    process = start_in_background(arguments, OPD_FAULT=f"rollout:delay=2@{STRUCK + 1}", OPD_FAULT_RANK="all")
+    try:
+        deadline = time.monotonic() + DEADLINE
+        path = run_dir / "metrics.jsonl"
+        while not (path.exists() and f'{{"step": {STRUCK},' in path.read_text()):
+            assert process.poll() is None, process.communicate(timeout=10)[0][-3000:]
+            assert time.monotonic() < deadline, "the run does not get to the step"
+            time.sleep(0.05)
+        for victim in victims:
+            victim.kill()
+        killed = time.monotonic()
+        output, _ = process.communicate(timeout=DEADLINE)
+        yield output, process.returncode, time.monotonic() - killed
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
+def total(run_dir: Path, key: str) -> float:
+    return sum(row.get(f"teacher/{key}/addition", 0) for row in metrics_of(run_dir))
+
+
+def same_samples(run_dir: Path, other: Path) -> None:
+    differences = sample_ledger.differences(
+        sample_ledger.read(run_dir / sample_ledger.FILE), sample_ledger.read(other / sample_ledger.FILE)
+    )
+    assert not differences, differences
+
+
+# ---- Servers die -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_survives_its_servers(models, tmp_path, key):
+    """Undisturbed; one of two servers killed; the only one killed and started again. Same samples, same bits at the end."""
+    flags = ("--num_steps", str(STEPS), "--support_k", "16", "--save_every", "100", "--teacher_wait_s", str(WAIT_S))
+    entry = {"api_key_env": KEY_VARIABLE}
+    addition = str(models.teachers["addition"])
+    calm, one, every = (tmp_path / name for name in ("calm", "one", "every"))
+    with serving(addition, replicas=2, **JSON_SERVER) as (first, second):
+        succeed(two_ranks(with_urls(models, calm, [first.url, second.url], *flags, **entry)))
+        assert not undocumented(
+            {key for row in metrics_of(calm) for key in row if key != "step"},
+            documented_keys(ROOT / "docs" / "metrics.md"),
+        )
+        assert total(calm, "failovers") == 0 and total(calm, "requests") == sum(
+            row["domain"] == "addition" for row in sample_ledger.read(calm / sample_ledger.FILE)
+        )
+
+        arguments = two_ranks(with_urls(models, one, [first.url, second.url], *flags, **entry))
+        with struck(arguments, one, first) as (output, status, _):
+            assert status == 0, output[-3000:]
+        assert total(one, "ejections") >= 1 and total(one, "requests") == total(calm, "requests")
+        assert losses_of(one) == losses_of(calm)
+        same_samples(calm, one)
+        assert parameter_hash(one) == parameter_hash(calm)
+
+        arguments = two_ranks(with_urls(models, every, [second.url], *flags, **entry))
+        with struck(arguments, every, second) as (output, status, seconds):
+            assert status == 1, output[-3000:]
+            assert seconds < WAIT_S + 40, f"{seconds:.0f} s"
+        assert output.count("RankError: scoring failed on rank") >= 2, output[-5000:]  # on each of them
+        assert f"saving step {STRUCK}, from where the same command goes on" in output
+        assert "\nerror: scoring failed on rank" in output
+        assert "teacher addition: no answer for" in output and second.url in output and "cannot connect" in output
+        assert [path.name for path in (every / "checkpoints").iterdir()] == [f"step_{STRUCK}"]
+
+    with serving(addition, replicas=1, **JSON_SERVER) as (third,):
+        output = succeed(two_ranks(with_urls(models, every, [third.url], *flags, **entry)))
+    assert f"resumes from {every / 'checkpoints' / f'step_{STRUCK}'}" in output
+    same_samples(calm, every)
+    assert losses_of(every) == losses_of(calm)
+    assert parameter_hash(every) == parameter_hash(calm)
+
+    written = [path for run in (calm, one, every) for path in run.rglob("*") if path.is_file()]
+    leaks = [path for path in written if key.encode() in path.read_bytes()]
+    assert not leaks and len(written) > 30
+
+
+# ---- Faults at every point of a step ---------------------------------------------------------------------------------
+
+# The points that a step passes, and how often before the fault strikes: at least one step of each start is done by then.
+# Those of a checkpoint are struck in test_checkpoint.py, those of the asynchronous mode elsewhere too.
+ELSEWHERE = ("save.", "ahead.", "push.")
+PASSES = {"teachers.submit": 6, "pool.request": 6, "pool.answer": 6, "backward": 4, "sync.before": 3}
+
+
+@pytest.mark.nightly
+def test_a_run_killed_at_every_point_of_a_step_is_the_undisturbed_one(models, tmp_path):
+    """Two runs, each killed at half of the points one after the other and resumed each time, with a served teacher."""
+    points = [point for point in faults.POINTS if not point.startswith(ELSEWHERE)]
+    assert set(PASSES) < set(points)
+    flags = ("--save_every", "1", "--parity_every", "0", "--num_steps", str(2 * len(points)))
+    server = {"protocol": "binary", "dtype": "float32", "extra": ["--backend", "hf", "--max_sequences_per_batch", "1"]}
+
+    def run(name: str, struck: list[str]) -> None:
+        arguments = with_urls(models, tmp_path / name, [teacher.url], *flags)
+        for point in struck:
+            done = start(arguments, OPD_FAULT=f"{point}:kill@{PASSES.get(point, 2)}")
+            assert done.returncode == -signal.SIGKILL, f"{point}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        succeed(arguments)
+
+    with serving(str(models.teachers["addition"]), **server) as (teacher,):
+        runs = {"calm": [], "first": points[::2], "second": points[1::2]}
+        at_most_two([lambda name=name: run(name, runs[name]) for name in ("first", "second", "calm")])
+    for name in ("first", "second"):
+        same_samples(tmp_path / "calm", tmp_path / name)
+        assert losses_of(tmp_path / name) == losses_of(tmp_path / "calm")
+        assert parameter_hash(tmp_path / name) == parameter_hash(tmp_path / "calm")
+
+
+# ---- Wherever a teacher runs -----------------------------------------------------------------------------------------
+
+
+def test_a_served_teacher_teaches_what_a_colocated_one_does(models, tmp_path):
+    """The exact loss over the full vocabulary: hidden states travel, in both modes, with and without a local head."""
+    flags = ("--num_steps", "3", "--eval_data", str(models.eval))
+    here = tmp_path / "here"
+    succeed(command(models, here, *flags))
+    runs = {
+        "standalone": ({}, "standalone"),
+        "colocate": ({"model": str(models.teachers["addition"])}, "colocate"),
+    }
+    with serving(str(models.teachers["addition"]), protocol="binary", dtype="float32", kv_cache_gib=0.03) as (server,):
+        outputs = at_most_two(
+            [
+                lambda name=name, entry=entry, mode=mode: succeed(
+                    with_urls(models, tmp_path / name, [server.url], *flags, "--teacher_mode", mode, **entry)
+                )
+                for name, (entry, mode) in runs.items()
+            ]
+        )
+    for name in runs:
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(here), rel=1e-4)
+        assert all(row.get("distill/spilled") == 0 for row in metrics_of(tmp_path / name) if row["step"])
+        same_samples(here, tmp_path / name)
+    reports = {name: json.loads((tmp_path / name / "report.json").read_text())["domains"] for name in runs}
+    assert reports["standalone"]["addition"]["teacher"] is None and "a scoring server does not write" in outputs[0]
+    assert reports["colocate"]["addition"]["teacher"] is not None
