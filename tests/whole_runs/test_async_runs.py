@@ -10,7 +10,7 @@ from opd.servers.server_processes import serving
 from tests.support.launch import command, ledger_of, losses_of, metrics_of, parameter_hash, start, succeed
 from tests.support.metrics_page import documented_keys, undocumented
 from tests.whole_runs.test_standalone import models  # noqa: F401
-from tests.whole_runs.test_trainers import ROOT
+from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.e2e
 STEPS = 5
