@@ -1,19 +1,24 @@
 """Generalized Knowledge Distillation (GKD).
 
-One teacher q, one student p. At each step a coin that all ranks share decides who wrote the responses: with probability
-`lmbda` the student itself (on-policy), else the data set, or the teacher when `--seq_kd` is given. On those responses
+One teacher q, one student p. At each step a coin that all ranks share decides who wrote the
+responses: with probability `lmbda` the student itself (on-policy), else the data set, or the
+teacher when `--seq_kd` is given. On those responses
 
-    L = 1/N  sum_y sum_t  [ D(p(.|x, y_<t), q(.|x, y_<t))  -  sft_alpha * 1[y not the student's] * log p(y_t) ]
+    L = 1/N  sum_y sum_t  [ D(p(.|x, y_<t), q(.|x, y_<t))
+                            -  sft_alpha * 1[y not the student's] * log p(y_t) ]
 
-N counts the response tokens of all ranks. D is any divergence of `opd/losses.py`: forward KL, reverse KL, JSD or their
-skewed forms, exact over the full vocabulary from cached teacher hidden states, or on a support.
+N counts the response tokens of all ranks. D is any divergence of `opd/losses.py`: forward KL,
+reverse KL, JSD or their skewed forms, exact over the full vocabulary from cached teacher hidden
+states, or on a support.
 
 Papers: GKD (arXiv 2306.13649, Algorithm 1); sequence-level distillation (arXiv 1606.07947).
 
-    accelerate launch --config_file ds_configs/accelerate.yaml train_gkd.py --student_model S --teacher T \\
+    accelerate launch --config_file ds_configs/accelerate.yaml train_gkd.py --student_model S
+    --teacher T \\
         --data train.jsonl --loss jsd --lmbda 0.5 --output_dir runs/gkd
 
-B sequences, S padded length, N loss tokens of a micro-batch, C tokens of a chunk of them, V vocabulary.
+B sequences, S padded length, N loss tokens of a micro-batch, C tokens of a chunk of them, V
+vocabulary.
 """
 
 import functools
@@ -54,17 +59,25 @@ from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch
 
-# ---- Config ----------------------------------------------------------------------------------------------------------
+# ---- Config --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GkdConfig:
-    lmbda: float = config.option(0.5, "Probability that a step trains on the student's own responses.")
-    seq_kd: bool = config.option(
-        False, "The off-policy responses are written by the teacher, once, and kept in output_dir/seq_kd.json."
+    lmbda: float = config.option(
+        0.5, "Probability that a step trains on the student's own responses."
     )
-    seq_kd_temperature: float = config.option(1.0, "Sampling temperature of the teacher's responses; 0 is greedy.")
-    sft_alpha: float = config.option(0.0, "Weight of the cross-entropy on responses that the student did not write.")
+    seq_kd: bool = config.option(
+        False,
+        "The off-policy responses are written by the teacher, once, and kept in "
+        "output_dir/seq_kd.json.",
+    )
+    seq_kd_temperature: float = config.option(
+        1.0, "Sampling temperature of the teacher's responses; 0 is greedy."
+    )
+    sft_alpha: float = config.option(
+        0.0, "Weight of the cross-entropy on responses that the student did not write."
+    )
 
 
 @dataclass(frozen=True)
@@ -85,38 +98,69 @@ class Config:
         validate_common(self)
         gkd, loss = self.gkd, self.loss
         for ok, message in (
-            (len(self.teachers) == 1, f"--teacher: train_gkd.py takes one teacher, got {len(self.teachers)}; use train_mopd.py"),
+            (
+                len(self.teachers) == 1,
+                f"--teacher: train_gkd.py takes one teacher, got {len(self.teachers)}; use "
+                f"train_mopd.py",
+            ),
             (0 <= gkd.lmbda <= 1, f"--lmbda {gkd.lmbda}: must lie in [0, 1]"),
             (gkd.sft_alpha >= 0, f"--sft_alpha {gkd.sft_alpha}: must be at least 0"),
-            (gkd.seq_kd_temperature >= 0, f"--seq_kd_temperature {gkd.seq_kd_temperature}: must be at least 0"),
-            (loss.loss != "reverse_kl_pg", "--loss reverse_kl_pg: train_gkd.py minimises a divergence; use train_mopd.py"),
-            (loss.reward_weight == 0, f"--reward_weight {loss.reward_weight}: no task reward here; use train_mopd.py"),
-            (loss.is_mode == "none", f"--is_mode {loss.is_mode}: off-policy responses have no sampler; use train_mopd.py"),
-            (loss.reject_level == "none",
-             f"--reject_level {loss.reject_level}: off-policy responses have no sampler; use train_mopd.py"),
-            (loss.support != "sampled" or gkd.lmbda == 1,
-             "--support sampled: an estimate needs tokens that the student sampled; set --lmbda 1 or --support full"),
-        ):  # fmt: skip
+            (
+                gkd.seq_kd_temperature >= 0,
+                f"--seq_kd_temperature {gkd.seq_kd_temperature}: must be at least 0",
+            ),
+            (
+                loss.loss != "reverse_kl_pg",
+                "--loss reverse_kl_pg: train_gkd.py minimises a divergence; use train_mopd.py",
+            ),
+            (
+                loss.reward_weight == 0,
+                f"--reward_weight {loss.reward_weight}: no task reward here; use train_mopd.py",
+            ),
+            (
+                loss.is_mode == "none",
+                f"--is_mode {loss.is_mode}: off-policy responses have no sampler; use "
+                f"train_mopd.py",
+            ),
+            (
+                loss.reject_level == "none",
+                f"--reject_level {loss.reject_level}: off-policy responses have no sampler; use "
+                f"train_mopd.py",
+            ),
+            (
+                loss.support != "sampled" or gkd.lmbda == 1,
+                "--support sampled: an estimate needs tokens that the student sampled; set "
+                "--lmbda 1 or --support full",
+            ),
+        ):
             if not ok:
                 raise ValueError(message)
 
 
-# ---- The algorithm ---------------------------------------------------------------------------------------------------
+# ---- The algorithm -------------------------------------------------------------------------------
 
 
 def token_loss(
-    logits: LogitsChunk, rows: slice, mb: MicroBatch, logprobs_N: None, *, teachers: TeacherPool, cfg: Config
+    logits: LogitsChunk,
+    rows: slice,
+    mb: MicroBatch,
+    logprobs_N: None,
+    *,
+    teachers: TeacherPool,
+    cfg: Config,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each token of a chunk, [C], and what to log about it. `rows` are the chunk's tokens among the N."""
+    """The loss of each token of a chunk, [C], and what to log about it.
+
+    `rows` are the chunk's tokens among the N.
+    """
     seen = compare(logits, rows, mb, head_of=teachers.head, cfg=cfg.loss)
     stats = seen.stats
     loss_C = seen.divergence_C
     if cfg.gkd.sft_alpha > 0:
         off_policy_C = ~mb.at_loss_tokens(mb.on_policy_B)[rows]
         cross_entropy_C = -seen.student_logprobs_C * off_policy_C
-        stats["loss/sft"] = cross_entropy_C.detach().masked_fill(
-            ~off_policy_C, float("nan")
-        )  # the mean is over off-policy tokens
+        # the mean is over off-policy tokens
+        stats["loss/sft"] = cross_entropy_C.detach().masked_fill(~off_policy_C, float("nan"))
         loss_C = loss_C + cfg.gkd.sft_alpha * cross_entropy_C
     stats["loss/total"] = loss_C.detach()
     return loss_C, stats
@@ -128,13 +172,18 @@ def is_on_policy(step: int, cfg: Config) -> bool:
 
 
 def with_teacher_responses(run: Run) -> Run:
-    """The run with every prompt's response written by the teacher: once, each rank its share, kept under content hashes."""
+    """The run with every prompt's response written by the teacher: once, each rank its share, kept
+    under content hashes.
+    """
     cfg, spec = run.cfg, run.cfg.teachers[0]
     path = run.run_dir / "seq_kd.json"
     made_from = {
-        "teacher": run.hashes[spec.name], "data": run.train_set.content_hash, "seed": cfg.run.seed,
-        "temperature": cfg.gkd.seq_kd_temperature, "max_response_tokens": cfg.rollout.max_response_tokens,
-    }  # fmt: skip
+        "teacher": run.hashes[spec.name],
+        "data": run.train_set.content_hash,
+        "seed": cfg.run.seed,
+        "temperature": cfg.gkd.seq_kd_temperature,
+        "max_response_tokens": cfg.rollout.max_response_tokens,
+    }
     kept = distributed.broadcast_object(json.loads(path.read_text()) if path.exists() else None)
     if kept is None or kept["made_from"] != made_from:
         say(f"teacher {spec.name} writes {len(run.train_set.prompts)} responses")
@@ -142,41 +191,57 @@ def with_teacher_responses(run: Run) -> Run:
             share = run.train_set.prompts[distributed.rank() :: distributed.world_size()]
             log = run.run_dir / "logs" / f"seq_kd_{distributed.rank()}.log"
             samples = run.write(spec, share, log, temperature=cfg.gkd.seq_kd_temperature)
-            mine = {str(p.prompt_id): sample.token_ids for p, sample in zip(share, samples, strict=True)}
+            mine = {
+                str(p.prompt_id): sample.token_ids for p, sample in zip(share, samples, strict=True)
+            }
         kept = {
             "made_from": made_from,
-            "responses": {k: v for part in distributed.gather_objects(mine) for k, v in part.items()},
+            "responses": {
+                k: v for part in distributed.gather_objects(mine) for k, v in part.items()
+            },
         }
         if distributed.rank() == 0:
             replace_text(path, json.dumps(kept))
-    prompts = tuple(replace(p, target_ids=kept["responses"][str(p.prompt_id)]) for p in run.train_set.prompts)
+    prompts = tuple(
+        replace(p, target_ids=kept["responses"][str(p.prompt_id)]) for p in run.train_set.prompts
+    )
     return replace(run, train_set=replace(run.train_set, prompts=prompts))
 
 
-# ---- Main ------------------------------------------------------------------------------------------------------------
+# ---- Main ----------------------------------------------------------------------------------------
 
 
 def main(run: Run) -> None:
-    # Setup and Data: `prepare` did both; the configuration, model, prompts and responses of `run` fit together.
+    # Setup and Data: `prepare` did both; the configuration, model, prompts and responses of `run`
+    # fit together.
     cfg = run.cfg
     metrics = Metrics(run.run_dir, num_steps=cfg.run.num_steps, domains=run.domains)
-    ledger, samples = Ledger(run.run_dir / "ledger.jsonl", distributed.rank()), SampleLedger(run.run_dir)
-    teacher_scores = evaluate_teachers(run)  # in a child process that is gone before the engines below exist
+    ledger, samples = (
+        Ledger(run.run_dir / "ledger.jsonl", distributed.rank()),
+        SampleLedger(run.run_dir),
+    )
+    # in a child process that is gone before the engines below exist
+    teacher_scores = evaluate_teachers(run)
     if cfg.gkd.seq_kd and cfg.gkd.lmbda < 1:
         run = with_teacher_responses(run)
 
-    # Student and Resume, Rollout engine, Teacher: all on this rank's GPU, each asleep until its phase
+    # Student and Resume, Rollout engine, Teacher: all on this rank's GPU, each asleep until its
+    # phase
     student = build_student(run)
     state = restore(run, student, metrics, samples)
     student.place(states=False, parameters=True)  # its optimizer states make room for the engines
     student.settle()
     rollout_engine = build_rollout_engine(run)
     engines = build_teachers(run)
-    colocation = Colocation(rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of)
+    colocation = Colocation(
+        rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of
+    )
     teachers = build_teacher_pool(run, engines, colocation.turns)
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg)
     inner_updates = cfg.batch.inner_updates
-    parity = Parity(run.micro_batches, cfg.rollout, every=cfg.run.parity_every, dtype=student.model.dtype)
+    parity = Parity(
+        run.micro_batches, cfg.rollout, every=cfg.run.parity_every, dtype=student.model.dtype
+    )
 
     # Before the first step: the engine gets the student's weights, and the student its first marks
     with colocation.phase("sync"):
@@ -195,38 +260,58 @@ def main(run: Run) -> None:
             checked = on_policy and parity.is_due(step)
 
             with saves_on_failure(run, student.save_shards, state):  # no weight has changed yet
-                with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
+                with (
+                    colocation.phase("rollout"),
+                    metrics.timed("rollout"),
+                    distributed.agree_on_error("rollout"),
+                ):
                     if on_policy:
                         rollouts = rollout_engine.generate(
                             prompts, step, with_logprobs=checked, on_finished=teachers.hear
                         )
                     else:
                         rollouts = dataset_rollouts(
-                            prompts, step, eos_ids=run.facts.student.eos_ids, policy_version=state.policy_version
+                            prompts,
+                            step,
+                            eos_ids=run.facts.student.eos_ids,
+                            policy_version=state.policy_version,
                         )
 
-                with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
+                with (
+                    colocation.phase("score"),
+                    metrics.timed("score"),
+                    distributed.agree_on_error("scoring"),
+                ):
                     scores = teachers.score(rollouts)
 
             micro_batches = run.micro_batches(rollouts, scores)
-            trained_on = sample_rows(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
+            # for the sample ledger, once the step is done
+            trained_on = sample_rows(rollouts, scores, step=step + 1)
             del scores  # the micro-batches have copied the hidden states
-            num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
+            # over all ranks, before any backward
+            num_loss_tokens = count_loss_tokens(micro_batches)
 
             with colocation.phase("train"), metrics.timed("train"):
                 if checked:
-                    parity.check(student, rollouts, step)  # is the sampler the student? If not, the run stops here
+                    # is the sampler the student? If not, the run stops here
+                    parity.check(student, rollouts, step)
                     scored = [
-                        mb.with_old_logprobs(student.logprobs(mb, cfg.rollout.temperature)) for mb in micro_batches
+                        mb.with_old_logprobs(student.logprobs(mb, cfg.rollout.temperature))
+                        for mb in micro_batches
                     ]
                     log_mismatch(metrics, scored, cfg.loss, domains=run.domains)
-                for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
+                # each under the student of its moment; the teachers' scores stay
+                for update in range(inner_updates):
                     for mb in micro_batches:
-                        out = student.loss(mb, loss_of_token, domains=run.domains)  # a sum over loss tokens
-                        scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
+                        # a sum over loss tokens
+                        out = student.loss(mb, loss_of_token, domains=run.domains)
+                        # DeepSpeed will average over ranks
+                        scale = distributed.world_size() / num_loss_tokens
                         student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
                         metrics.merge(out.metrics)
-                    learning_rate = learning_rate_at(step + update / inner_updates, cfg.run.num_steps, cfg.optim)
+                    learning_rate = learning_rate_at(
+                        step + update / inner_updates, cfg.run.num_steps, cfg.optim
+                    )
                     grad_norm = student.step(learning_rate)
                 teachers.release_head()
 
@@ -235,18 +320,29 @@ def main(run: Run) -> None:
 
         samples.record(trained_on)
         state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
-        metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
+        metrics.merge(
+            {"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)}
+        )
         metrics.add("distill/on_policy_share", float(on_policy))
         seconds = time.perf_counter() - started
-        log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
+        log_step(
+            run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds
+        )
         log_servers(metrics, teachers, rollout_engine, rollouts, step=state.step, seconds=seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)
-        metrics.flush(state.step)  # before the checkpoint: a step that can be resumed from has its line
+        # before the checkpoint: a step that can be resumed from has its line
+        metrics.flush(state.step)
         if is_due(state.step, cfg.run.save_every, cfg.run.num_steps):
             with metrics.timed("checkpoint"):
-                checkpoint.save(run.run_dir, state, student.save_shards, run.fingerprint, keep=cfg.run.keep_checkpoints)
+                checkpoint.save(
+                    run.run_dir,
+                    state,
+                    student.save_shards,
+                    run.fingerprint,
+                    keep=cfg.run.keep_checkpoints,
+                )
 
     # Finish
     teachers.close()

@@ -1,21 +1,27 @@
 """Multi-teacher On-Policy Distillation (MOPD).
 
-The student p writes its own answers y ~ p(.|x). The domain of the prompt x names its teacher q (or several, with weights
-w_i that sum to 1), the teacher says what it would have written at each of those very tokens, and the student moves toward it:
+The student p writes its own answers y ~ p(.|x). The domain of the prompt x names its teacher q (or
+several, with weights w_i that sum to 1), the teacher says what it would have written at each of
+those very tokens, and the student moves toward it:
 
-    L = 1/N  sum_{y ~ p}  sum_t  w_is(t) * [ sum_i w_i D(p(.|x, y_<t), q_i(.|x, y_<t))  -  alpha * A_task(y) * log p(y_t) ]
+    L = 1/N  sum_{y ~ p}  sum_t  w_is(t) * [ sum_i w_i D(p(.|x, y_<t), q_i(.|x, y_<t))
+                                             -  alpha * A_task(y) * log p(y_t) ]
 
-N counts the response tokens of all ranks. D is by default the reverse KL over the full vocabulary, computed from cached
-teacher hidden states; `--loss reverse_kl_pg` replaces the bracket by the policy gradient of the same reverse KL,
+N counts the response tokens of all ranks. D is by default the reverse KL over the full vocabulary,
+computed from cached teacher hidden states; `--loss reverse_kl_pg` replaces the bracket by the
+policy gradient of the same reverse KL,
 
     -( sg[log q(y_t) - log p(y_t)] + alpha * A_task(y) ) * log p(y_t)
 
-Papers: on-policy distillation, GKD (arXiv 2306.13649); routed teachers with a policy gradient, MiMo-V2-Flash
-(arXiv 2601.02780 Eq. 5-9). Student, its sampler and all teachers share the same GPUs and are awake in turn.
+Papers: on-policy distillation, GKD (arXiv 2306.13649); routed teachers with a policy gradient,
+MiMo-V2-Flash (arXiv 2601.02780 Eq. 5-9). Student, its sampler and all teachers share the same GPUs
+and are awake in turn.
 
-    deepspeed train_mopd.py --student_model S --teacher math=T1 --teacher code=T2 --data train.jsonl --output_dir runs/first
+    deepspeed train_mopd.py --student_model S --teacher math=T1 --teacher code=T2 --data train.jsonl
+    --output_dir runs/first
 
-B sequences, S padded length, N loss tokens of a micro-batch, C tokens of a chunk of them, V vocabulary.
+B sequences, S padded length, N loss tokens of a micro-batch, C tokens of a chunk of them, V
+vocabulary.
 """
 
 import functools
@@ -62,7 +68,7 @@ from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch, Rollout
 
-# ---- Config ----------------------------------------------------------------------------------------------------------
+# ---- Config --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Config:
         validate_ahead(self)
 
 
-# ---- The algorithm ---------------------------------------------------------------------------------------------------
+# ---- The algorithm -------------------------------------------------------------------------------
 
 
 def token_loss(
@@ -96,16 +102,25 @@ def token_loss(
     teachers: TeacherPool,
     cfg: config.LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each token of a chunk, [C], and what to log about it. `rows` are the chunk's tokens among the N."""
+    """The loss of each token of a chunk, [C], and what to log about it.
+
+    `rows` are the chunk's tokens among the N.
+    """
     seen = compare(logits, rows, mb, head_of=teachers.head, cfg=cfg)
     stats = seen.stats
     sampler_C = mb.at_loss_tokens(mb.rollout_logprobs_BS)[rows]
-    old_logprobs_C = sampler_C if cfg.old_logprobs == "rollout" else mb.at_loss_tokens(mb.old_logprobs_BS)[rows]
+    old_logprobs_C = (
+        sampler_C if cfg.old_logprobs == "rollout" else mb.at_loss_tokens(mb.old_logprobs_BS)[rows]
+    )
     task_advantages_C = cfg.reward_weight * mb.at_loss_tokens(mb.task_advantages_B)[rows]
     policy_gradient = functools.partial(
-        policy_gradient_loss, seen.student_logprobs_C, old_logprobs_C,
-        clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip,
-    )  # fmt: skip
+        policy_gradient_loss,
+        seen.student_logprobs_C,
+        old_logprobs_C,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip,
+    )
 
     if cfg.old_logprobs == "server":
         stats["mismatch/old_policy_gap"] = (seen.student_logprobs_C.detach() - old_logprobs_C).abs()
@@ -115,7 +130,9 @@ def token_loss(
         stats["distill/ratio_clip_fraction"] = ((ratio_C < low) | (ratio_C > high)).float()
 
     if cfg.loss == "reverse_kl_pg":
-        advantages_C = distillation_advantage(seen.student_logprobs_C, seen.teacher_logprobs_C, clip=cfg.advantage_clip)
+        advantages_C = distillation_advantage(
+            seen.student_logprobs_C, seen.teacher_logprobs_C, clip=cfg.advantage_clip
+        )
         stats["distill/advantage_abs"] = advantages_C.abs()
         limit = float("inf") if cfg.advantage_clip is None else cfg.advantage_clip
         stats["distill/clip_fraction"] = (stats["distill/k1"].abs() > limit).float()
@@ -128,23 +145,37 @@ def token_loss(
             loss_C = loss_C + task_loss_C
 
     if corrects(cfg):
-        # With an old policy of its own, the PPO ratio covers current / old, and the weights old / sampler.
-        trainer_N = logprobs_N if cfg.old_logprobs == "rollout" else mb.at_loss_tokens(mb.old_logprobs_BS)
+        # With an old policy of its own, the PPO ratio covers current / old, and the weights old /
+        # sampler.
+        trainer_N = (
+            logprobs_N if cfg.old_logprobs == "rollout" else mb.at_loss_tokens(mb.old_logprobs_BS)
+        )
         weights_C = correction_weights(mb, trainer_N, cfg)[rows]
-        stats["mismatch/weight_mean"], stats["mismatch/weight_zero_fraction"] = weights_C, (weights_C == 0).float()
+        stats["mismatch/weight_mean"], stats["mismatch/weight_zero_fraction"] = (
+            weights_C,
+            (weights_C == 0).float(),
+        )
         if cfg.is_mode != "none":
             stats["mismatch/weight_cut_fraction"] = (weights_C >= cfg.is_high).float()
-        stats["mismatch/clamp_fraction"] = ((trainer_N[rows] - sampler_C).abs() > MAX_LOG_RATIO).float()
+        stats["mismatch/clamp_fraction"] = (
+            (trainer_N[rows] - sampler_C).abs() > MAX_LOG_RATIO
+        ).float()
         loss_C = weights_C * loss_C
     stats["loss/total"] = loss_C.detach()
     return loss_C, stats
 
 
 def correction_weights(mb: MicroBatch, trainer_N: Tensor, cfg: config.LossConfig) -> Tensor:
-    """w_is, [N], from trainer over sampler: what sampled is not quite, or no longer, the model that trains."""
+    """w_is, [N], from trainer over sampler: what sampled is not quite, or no longer, the model that
+    trains.
+    """
     trio = (mb.from_loss_tokens(trainer_N), mb.rollout_logprobs_BS, mb.loss_mask_BS)
-    weights_BS = importance_weights(*trio, mode=cfg.is_mode, level=cfg.is_level, low=cfg.is_low, high=cfg.is_high)
-    accepted_B = accepted_sequences(*trio, level=cfg.reject_level, low=cfg.reject_low, high=cfg.reject_high)
+    weights_BS = importance_weights(
+        *trio, mode=cfg.is_mode, level=cfg.is_level, low=cfg.is_low, high=cfg.is_high
+    )
+    accepted_B = accepted_sequences(
+        *trio, level=cfg.reject_level, low=cfg.reject_low, high=cfg.reject_high
+    )
     return mb.at_loss_tokens(weights_BS * accepted_B[:, None])
 
 
@@ -154,34 +185,47 @@ def add_task_rewards(rollouts: list[Rollout], judge: Judge, group_size: int) -> 
     return with_rewards(rollouts, scores, rewards.group_relative_advantages(scores, group_size))
 
 
-# ---- Main ------------------------------------------------------------------------------------------------------------
+# ---- Main ----------------------------------------------------------------------------------------
 
 
 def main(run: Run) -> None:
-    # Setup and Data: `prepare` did both; the configuration, models, prompts and routes of `run` fit together.
+    # Setup and Data: `prepare` did both; the configuration, models, prompts and routes of `run` fit
+    # together.
     cfg = run.cfg
     metrics = Metrics(run.run_dir, num_steps=cfg.run.num_steps, domains=run.domains)
-    ledger, samples = Ledger(run.run_dir / "ledger.jsonl", distributed.rank()), SampleLedger(run.run_dir)
-    teacher_scores = evaluate_teachers(run)  # in a child process that is gone before the engines below exist
+    ledger, samples = (
+        Ledger(run.run_dir / "ledger.jsonl", distributed.rank()),
+        SampleLedger(run.run_dir),
+    )
+    # in a child process that is gone before the engines below exist
+    teacher_scores = evaluate_teachers(run)
 
-    # Student and Resume, Rollout engine, Teachers: all on this rank's GPU, each asleep until its phase
+    # Student and Resume, Rollout engine, Teachers: all on this rank's GPU, each asleep until its
+    # phase
     student = build_student(run)
     state = restore(run, student, metrics, samples)
     student.place(states=False, parameters=True)  # its optimizer states make room for the engines
     student.settle()
     rollout_engine = build_rollout_engine(run)
     engines = build_teachers(run)
-    colocation = Colocation(rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of)
+    colocation = Colocation(
+        rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of
+    )
     teachers = build_teacher_pool(run, engines, colocation.turns)
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg.loss)
-    # The correction compares the sampler with an old policy of its own, or else with the student of the moment.
+    # The correction compares the sampler with an old policy of its own, or else with the student of
+    # the moment.
     old_policy, temperature = cfg.loss.old_logprobs, cfg.rollout.temperature
     logprob_temperature = temperature if corrects(cfg.loss) and old_policy == "rollout" else None
     inner_updates = cfg.batch.inner_updates
-    parity = Parity(run.micro_batches, cfg.rollout, every=cfg.run.parity_every, dtype=student.model.dtype)
+    parity = Parity(
+        run.micro_batches, cfg.rollout, every=cfg.run.parity_every, dtype=student.model.dtype
+    )
 
     def save_parts(directory: Path) -> None:
-        """This rank's part of a checkpoint: its shards, and responses of coming steps if some are written already."""
+        """This rank's part of a checkpoint: its shards, and responses of coming steps if some are
+        written already.
+        """
         student.save_shards(directory)
         rollout_engine.save(directory)
 
@@ -201,61 +245,104 @@ def main(run: Run) -> None:
             checked = parity.is_due(step)
 
             with saves_on_failure(run, save_parts, state):  # no weight has changed yet
-                with colocation.phase("rollout"), metrics.timed("rollout"), distributed.agree_on_error("rollout"):
+                with (
+                    colocation.phase("rollout"),
+                    metrics.timed("rollout"),
+                    distributed.agree_on_error("rollout"),
+                ):
                     rollouts = rollout_engine.generate(  # P * G responses
-                        prompts, step, with_logprobs=run.reads_logprobs or checked, on_finished=teachers.hear
+                        prompts,
+                        step,
+                        with_logprobs=run.reads_logprobs or checked,
+                        on_finished=teachers.hear,
                     )
                     fresh = rollout_engine.fresh(rollouts, step) if checked else []
                     if cfg.loss.reward_weight > 0:
-                        rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
+                        rollouts = add_task_rewards(
+                            rollouts, run.judge, cfg.rollout.num_generations
+                        )
 
-                with colocation.phase("score"), metrics.timed("score"), distributed.agree_on_error("scoring"):
+                with (
+                    colocation.phase("score"),
+                    metrics.timed("score"),
+                    distributed.agree_on_error("scoring"),
+                ):
                     scores = teachers.score(rollouts)  # by each rollout's own domain
 
             micro_batches = run.micro_batches(rollouts, scores)
-            trained_on = sample_rows(rollouts, scores, step=step + 1)  # for the sample ledger, once the step is done
+            # for the sample ledger, once the step is done
+            trained_on = sample_rows(rollouts, scores, step=step + 1)
             del scores  # the micro-batches have copied the hidden states
-            num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before any backward
+            # over all ranks, before any backward
+            num_loss_tokens = count_loss_tokens(micro_batches)
 
             with colocation.phase("train"), metrics.timed("train"):
                 if checked:
-                    parity.check(student, fresh, step)  # is the sampler the student? If not, the run stops here
+                    # is the sampler the student? If not, the run stops here
+                    parity.check(student, fresh, step)
                 if old_policy == "server":  # the rollouts brought it
                     log_mismatch(metrics, micro_batches, cfg.loss, domains=run.domains)
                 elif old_policy == "recompute" or (checked and logprob_temperature is None):
-                    micro_batches = [mb.with_old_logprobs(student.logprobs(mb, temperature)) for mb in micro_batches]
+                    micro_batches = [
+                        mb.with_old_logprobs(student.logprobs(mb, temperature))
+                        for mb in micro_batches
+                    ]
                     log_mismatch(metrics, micro_batches, cfg.loss, domains=run.domains)
-                for update in range(inner_updates):  # each under the student of its moment; the teachers' scores stay
+                # each under the student of its moment; the teachers' scores stay
+                for update in range(inner_updates):
                     for mb in micro_batches:
                         out = student.loss(
-                            mb, loss_of_token, domains=run.domains, logprob_temperature=logprob_temperature
+                            mb,
+                            loss_of_token,
+                            domains=run.domains,
+                            logprob_temperature=logprob_temperature,
                         )
-                        scale = distributed.world_size() / num_loss_tokens  # DeepSpeed will average over ranks
+                        # DeepSpeed will average over ranks
+                        scale = distributed.world_size() / num_loss_tokens
                         student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
                         metrics.merge(out.metrics)
-                        if update == 0 and out.logprobs_N is not None:  # the loss has computed them, before any update
-                            log_mismatch(metrics, [mb.with_old_logprobs(out.logprobs_N)], cfg.loss, domains=run.domains)
-                    learning_rate = learning_rate_at(step + update / inner_updates, cfg.run.num_steps, cfg.optim)
+                        # the loss has computed them, before any update
+                        if update == 0 and out.logprobs_N is not None:
+                            log_mismatch(
+                                metrics,
+                                [mb.with_old_logprobs(out.logprobs_N)],
+                                cfg.loss,
+                                domains=run.domains,
+                            )
+                    learning_rate = learning_rate_at(
+                        step + update / inner_updates, cfg.run.num_steps, cfg.optim
+                    )
                     grad_norm = student.step(learning_rate)
                 teachers.release_head()
 
             samples.record(trained_on)
             state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
 
-            with saves_on_failure(run, save_parts, state, metrics), colocation.phase("sync"), metrics.timed("sync"):
+            with (
+                saves_on_failure(run, save_parts, state, metrics),
+                colocation.phase("sync"),
+                metrics.timed("sync"),
+            ):
                 state.policy_version = push(student, rollout_engine, version=state.step)
 
-        metrics.merge({"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)})
+        metrics.merge(
+            {"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)}
+        )
         seconds = time.perf_counter() - started
-        log_step(run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds)
+        log_step(
+            run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds
+        )
         log_servers(metrics, teachers, rollout_engine, rollouts, step=state.step, seconds=seconds)
         if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
             with colocation.phase("rollout"):
                 evaluate(run, rollout_engine, metrics, state.step)
-        metrics.flush(state.step)  # before the checkpoint: a step that can be resumed from has its line
+        # before the checkpoint: a step that can be resumed from has its line
+        metrics.flush(state.step)
         if is_due(state.step, cfg.run.save_every, cfg.run.num_steps):
             with metrics.timed("checkpoint"):
-                checkpoint.save(run.run_dir, state, save_parts, run.fingerprint, keep=cfg.run.keep_checkpoints)
+                checkpoint.save(
+                    run.run_dir, state, save_parts, run.fingerprint, keep=cfg.run.keep_checkpoints
+                )
 
     # Finish
     rollout_engine.close()

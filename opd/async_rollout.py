@@ -1,13 +1,18 @@
-"""Rollouts from servers, begun before they are asked for. It stands where the colocated rollout engine stands in the loop.
+"""Rollouts from servers, begun before they are asked for.
 
-A finished response goes to its teachers at once, and to the log-prob servers if there are any: what they say of it, the old
-policy of `--old_logprobs server`, is part of the sample.
+It stands where the colocated rollout engine stands in the loop.
 
-Order, not luck: step s trains on the same prompts, places and seeds as in the synchronous trainer, and its samples are issued as
-soon as the version v of the pushed weights reaches s - max_staleness. Hence
+A finished response goes to its teachers at once, and to the log-prob servers if there are any: what
+they say of it, the old policy of `--old_logprobs server`, is part of the sample.
 
-* a sample is never staler than the bound, because it was issued within it, and no finished sample is ever dropped;
-* long responses are not discriminated against: a step waits for all of its own, while later steps are being written;
+Order, not luck: step s trains on the same prompts, places and seeds as in the synchronous trainer,
+and its samples are issued as soon as the version v of the pushed weights reaches s - max_staleness.
+Hence
+
+* a sample is never staler than the bound, because it was issued within it, and no finished sample
+  is ever dropped;
+* long responses are not discriminated against: a step waits for all of its own, while later steps
+  are being written;
 * with `max_staleness` 0 nothing runs ahead, and the run is the synchronous one.
 
 Each rank issues its own share of the samples, to the same servers. Rank 0 pushes the weights.
@@ -34,9 +39,13 @@ from opd.faults import fault_point
 from opd.rollout import places_of, sample_id_of, sample_seed
 from opd.types import OldPolicy, Prompt, Rollout
 
-FRESH_PROMPTS, FRESH_TOKENS = 8, 32  # of what is asked for to see whether the servers have the weights of now
+FRESH_PROMPTS, FRESH_TOKENS = (
+    8,
+    32,
+)  # of what is asked for to see whether the servers have the weights of now
 
-Push = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]  # (parameters, version) -> metrics; collective
+# (parameters, version) -> metrics; collective
+Push = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +68,28 @@ class AsyncRolloutEngine:
     name, awake = "rollout", False  # nothing of it is on this machine's devices
 
     def __init__(
-        self, servers: RolloutServers, cfg: RolloutConfig, ahead: AsyncConfig, *, seed: int, num_steps: int,
-        prompts_of: Callable[[int], list[Prompt]], push: Push,
+        self,
+        servers: RolloutServers,
+        cfg: RolloutConfig,
+        ahead: AsyncConfig,
+        *,
+        seed: int,
+        num_steps: int,
+        prompts_of: Callable[[int], list[Prompt]],
+        push: Push,
         logprob_servers: LogprobServers | None = None,
-    ):  # fmt: skip
-        self.servers, self.logprob_servers, self.cfg, self.ahead, self.seed = servers, logprob_servers, cfg, ahead, seed
+    ):
+        self.servers, self.logprob_servers, self.cfg, self.ahead, self.seed = (
+            servers,
+            logprob_servers,
+            cfg,
+            ahead,
+            seed,
+        )
         self.num_steps, self.prompts_of, self._push = num_steps, prompts_of, push
-        self.pools = [servers.pool] if logprob_servers is None else [servers.pool, logprob_servers.pool]
+        self.pools = (
+            [servers.pool] if logprob_servers is None else [servers.pool, logprob_servers.pool]
+        )
         self.policy_version = -1
         self.push_metrics: dict[str, float] = {}  # of this step's push, if there was one
         self.push_s = 0.0  # that this step spent on it
@@ -81,16 +105,23 @@ class AsyncRolloutEngine:
     # ---- What the loop asks for ----
 
     def generate(
-        self, prompts: Sequence[Prompt], step: int, *, with_logprobs: bool = True,
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        *,
+        with_logprobs: bool = True,
         on_finished: Callable[[Rollout], None] | None = None,
-    ) -> list[Rollout]:  # fmt: skip
-        """The rollouts of a step, in the order of the synchronous engine; waits for those that are still being written.
+    ) -> list[Rollout]:
+        """The rollouts of a step, in the order of the synchronous engine; waits for those that are
+        still being written.
 
         They were asked for before, and have log-probabilities whatever `with_logprobs` says.
         """
         self._listen(on_finished)
         samples = self._issued[step]
-        assert [p.prompt_id for p in prompts] == [at.prompt.prompt_id for at, _ in samples[:: self.cfg.num_generations]]
+        assert [p.prompt_id for p in prompts] == [
+            at.prompt.prompt_id for at, _ in samples[:: self.cfg.num_generations]
+        ]
         started = time.perf_counter()
         rollouts = self.servers.pool.collect([landing for _, landing in samples])
         self.waited_s = time.perf_counter() - started
@@ -106,7 +137,11 @@ class AsyncRolloutEngine:
         places = [_Place(-1, prompt, prompt.prompt_id, 0) for prompt in prompts]
         futures = [
             self.servers.submit(
-                f"{name}-{prompt.prompt_id}", prompt.token_ids, seed=0, oldest=self.policy_version, **options
+                f"{name}-{prompt.prompt_id}",
+                prompt.token_ids,
+                seed=0,
+                oldest=self.policy_version,
+                **options,
             )
             for prompt in prompts
         ]
@@ -114,7 +149,8 @@ class AsyncRolloutEngine:
         return [self._rollout(place, answer) for place, answer in zip(places, answers, strict=True)]
 
     def fresh(self, rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
-        """Responses that the weights of `step` have written, of its rollouts or, if all of them are stale, a few short new ones.
+        """Responses that the weights of `step` have written, of its rollouts or, if all of them are
+        stale, a few short new ones.
 
         None if the weights of `step` were not pushed.
         """
@@ -123,12 +159,16 @@ class AsyncRolloutEngine:
         if found := [rollout for rollout in rollouts if rollout.policy_version == step]:
             return found
         return self._answers(
-            [rollout.prompt for rollout in rollouts[:FRESH_PROMPTS]], "fresh", temperature=self.cfg.temperature,
-            with_logprobs=True, most_tokens=FRESH_TOKENS,
-        )  # fmt: skip
+            [rollout.prompt for rollout in rollouts[:FRESH_PROMPTS]],
+            "fresh",
+            temperature=self.cfg.temperature,
+            with_logprobs=True,
+            most_tokens=FRESH_TOKENS,
+        )
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Pushes the student's weights to the servers, if this step is one to push after, and issues what that allows.
+        """Pushes the student's weights to the servers, if this step is one to push after, and
+        issues what that allows.
 
         Collective. Nothing is gathered where nothing is pushed.
         """
@@ -160,7 +200,9 @@ class AsyncRolloutEngine:
         """Nothing."""
 
     def close(self) -> None:
-        """Ends the pools, and servers that were started for this run: whatever is being written is given up."""
+        """Ends the pools, and servers that were started for this run: whatever is being written is
+        given up.
+        """
         for pool in self.pools:
             pool.close()
         self.on_close.close()
@@ -190,10 +232,13 @@ class AsyncRolloutEngine:
     def _send(self, at: _Place, landing: Future) -> None:
         fault_point("ahead.issue")
         future = self.servers.submit(
-            at.sample_id.replace("/", "-"), at.prompt.token_ids,
-            seed=sample_seed(self.seed, at.step, at.prompt, at.place, at.generation), temperature=self.cfg.temperature,
-            with_logprobs=True, oldest=self._oldest(at),
-        )  # fmt: skip
+            at.sample_id.replace("/", "-"),
+            at.prompt.token_ids,
+            seed=sample_seed(self.seed, at.step, at.prompt, at.place, at.generation),
+            temperature=self.cfg.temperature,
+            with_logprobs=True,
+            oldest=self._oldest(at),
+        )
         future.add_done_callback(functools.partial(self._arrived, at, landing))
 
     def _oldest(self, at: _Place) -> int:
@@ -215,7 +260,8 @@ class AsyncRolloutEngine:
                 self._land(landing, rollout)
                 return
             self._tell(rollout)  # teachers and log-prob servers work at the same time
-            newest = max(version for version, _, _ in answer.spans)  # the old policy is not older than the sampler
+            # the old policy is not older than the sampler
+            newest = max(version for version, _, _ in answer.spans)
             asked = self.logprob_servers.submit(rollout, oldest=newest)
             asked.add_done_callback(functools.partial(self._judged, landing, rollout))
         except BaseException as error:  # nobody hears an exception in a callback
@@ -259,7 +305,9 @@ class AsyncRolloutEngine:
     def ready(self) -> int:
         """Finished samples of coming steps."""
         with self._lock:
-            return sum(landing.done() for samples in self._issued.values() for _, landing in samples)
+            return sum(
+                landing.done() for samples in self._issued.values() for _, landing in samples
+            )
 
     @property
     def in_flight(self) -> int:
@@ -280,24 +328,36 @@ class AsyncRolloutEngine:
             self.restore(json.loads(path.read_text()))
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs of the buffer: finished samples whole, and which others are being written."""
+        """What a resume needs of the buffer: finished samples whole, and which others are being
+        written.
+        """
         with self._lock:
             samples = [sample for step in sorted(self._issued) for sample in self._issued[step]]
-            finished = [f.result(timeout=0) for _, f in samples if f.done() and f.exception(timeout=0) is None]
+            finished = [
+                f.result(timeout=0)
+                for _, f in samples
+                if f.done() and f.exception(timeout=0) is None
+            ]
         rows = [
             {
-                "id": r.sample_id, "prompt_id": r.prompt.prompt_id, "response_ids": r.response_ids,
-                "logprobs": r.rollout_logprobs, "finish_reason": r.finish_reason, "spans": r.policy_spans,
+                "id": r.sample_id,
+                "prompt_id": r.prompt.prompt_id,
+                "response_ids": r.response_ids,
+                "logprobs": r.rollout_logprobs,
+                "finish_reason": r.finish_reason,
+                "spans": r.policy_spans,
                 "old_policy": r.old_policy and asdict(r.old_policy),
             }
             for r in finished
-        ]  # fmt: skip
+        ]
         known = {r.sample_id for r in finished}
         flying = [at.sample_id for at, _ in samples if at.sample_id not in known]
         return {"finished": rows, "in_flight": flying, "policy_version": self.policy_version}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes the finished samples of a checkpoint; the others are written again, from the same prompts and seeds."""
+        """Takes the finished samples of a checkpoint; the others are written again, from the same
+        prompts and seeds.
+        """
         prompts = {}
         for step in {int(row["id"].split("/")[0]) for row in state["finished"]}:
             for prompt, place in zip(own := self.prompts_of(step), places_of(own), strict=True):
@@ -305,7 +365,9 @@ class AsyncRolloutEngine:
         for row in state["finished"]:
             step, place, generation = map(int, row["id"].split("/"))
             at = _Place(step, prompts[step, place], place, generation)
-            assert at.prompt.prompt_id == row["prompt_id"], f"sample {row['id']}: another prompt than in the checkpoint"
+            assert at.prompt.prompt_id == row["prompt_id"], (
+                f"sample {row['id']}: another prompt than in the checkpoint"
+            )
             spans = [tuple(span) for span in row["spans"]]
             answer = Answer(row["response_ids"], row["finish_reason"], spans, row["logprobs"])
             old = row["old_policy"] and OldPolicy(**row["old_policy"])
@@ -328,7 +390,9 @@ def _buffer_file() -> str:
     return f"buffer_rank_{distributed.rank()}.json"
 
 
-def push_from_rank_0(publish_and_push: Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]) -> Push:
+def push_from_rank_0(
+    publish_and_push: Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]],
+) -> Push:
     """Rank 0 writes and pushes; the others take part in the gathering, and hear if it failed."""
 
     def push(named_parameters: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
@@ -339,7 +403,8 @@ def push_from_rank_0(publish_and_push: Callable[[Iterable[tuple[str, Tensor]], i
                 if distributed.rank() == 0:
                     found = publish_and_push(parameters, version)
             finally:
-                for _ in parameters:  # gathering is collective: it ends on all ranks together, whatever happened on one
+                # gathering is collective: it ends on all ranks together, whatever happened on one
+                for _ in parameters:
                     pass
         return found
 

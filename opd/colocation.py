@@ -7,17 +7,19 @@
 | train   | asleep          | discarded        | GPU              | GPU            | asleep                      |
 | sync    | awake           | discarded        | host             | GPU            | asleep                      |
 
-The rollout engine sleeps at level 2, which drops its weights: they are due to be replaced. So after `train` the next phase
-that wakes it is `sync`, never `rollout`, and the table refuses anything else. "Optimizer states" are the AdamW moments,
-float32 masters and gradients; parameters leave with them only where `--offload_student all` says so.
+The rollout engine sleeps at level 2, which drops its weights: they are due to be replaced. So after
+`train` the next phase that wakes it is `sync`, never `rollout`, and the table refuses anything
+else. "Optimizer states" are the AdamW moments, float32 masters and gradients; parameters leave with
+them only where `--offload_student all` says so.
 
-Three things bend the table where memory is to spare, and only there. The teacher that had the last turn keeps its weights
-(never its KV cache) until the next step, if it will have the first turn. The next teacher's weights arrive while one is
-scoring. The optimizer states leave during the weight sync instead of before it.
+Three things bend the table where memory is to spare, and only there. The teacher that had the last
+turn keeps its weights (never its KV cache) until the next step, if it will have the first turn. The
+next teacher's weights arrive while one is scoring. The optimizer states leave during the weight
+sync instead of before it.
 
-On a CPU the same calls are made. vLLM's engines keep their memory there and say so once; `backend: hf` teachers give theirs
-back.
-"""
+On a CPU the same calls are made. vLLM's engines keep their memory there and say so once; `backend:
+hf` teachers give theirs back.
+"""  # noqa: E501
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -39,31 +41,47 @@ class PhaseRow:
 
 
 TABLE = {
-    "rollout": PhaseRow(("sync", "rollout"), frozenset({"weights", "kv_cache"}), states=False, parameters=False),
+    "rollout": PhaseRow(
+        ("sync", "rollout"), frozenset({"weights", "kv_cache"}), states=False, parameters=False
+    ),
     "score": PhaseRow(("rollout", "score", "sync"), frozenset(), states=False, parameters=False),
     "train": PhaseRow(("score",), frozenset(), states=True, parameters=True),
-    "sync": PhaseRow(("start", "train", "score", "rollout"), frozenset({"weights"}), states=False, parameters=True),
+    "sync": PhaseRow(
+        ("start", "train", "score", "rollout"),
+        frozenset({"weights"}),
+        states=False,
+        parameters=True,
+    ),
 }
 
 
 class Colocation:
     """Enters and leaves phases, gives the teachers their turns, and writes the ledger.
 
-    `spare` are the bytes of a GPU that the plan leaves free in each phase; without it nothing overlaps. `needs(step)` names
-    the teachers that a step needs, on all ranks together and in the same order everywhere, for this step and the next ones;
-    without it a teacher never stays awake.
+    `spare` are the bytes of a GPU that the plan leaves free in each phase; without it nothing
+    overlaps. `needs(step)` names the teachers that a step needs, on all ranks together and in the
+    same order everywhere, for this step and the next ones; without it a teacher never stays awake.
     """
 
     def __init__(
-        self, rollout_engine: Sleeper, student: Offloadable, teachers: Sequence[TeacherSleeper], ledger: Ledger, *,
-        spare: Mapping[str, int] | None = None, needs: Callable[[int], Collection[str]] | None = None, lookahead: int = 3,
-    ):  # fmt: skip
+        self,
+        rollout_engine: Sleeper,
+        student: Offloadable,
+        teachers: Sequence[TeacherSleeper],
+        ledger: Ledger,
+        *,
+        spare: Mapping[str, int] | None = None,
+        needs: Callable[[int], Collection[str]] | None = None,
+        lookahead: int = 3,
+    ):
         self.rollout_engine, self.student, self.ledger = rollout_engine, student, ledger
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.spare, self.needs, self.lookahead = dict(spare or {}), needs, lookahead
         self.last, self.current = "start", None
         self._kept: str | None = None  # the teacher whose weights wait here for the next step
-        self._planned: str | None = None  # the one that waits on the ranks that had work for it: the same everywhere
+        self._planned: str | None = (
+            None  # the one that waits on the ranks that had work for it: the same everywhere
+        )
 
     @contextmanager
     def step(self, step: int):
@@ -73,7 +91,9 @@ class Colocation:
 
     @contextmanager
     def phase(self, name: str):
-        """`with colocation.phase("rollout"): ...`. Any exception, also one while entering, leaves everything asleep.
+        """`with colocation.phase("rollout"): ...`.
+
+        Any exception, also one while entering, leaves everything asleep.
 
         Raises RuntimeError where the table does not allow `name` now; nothing has moved then.
         """
@@ -82,7 +102,9 @@ class Colocation:
         if name not in TABLE:
             raise RuntimeError(f"phase {name}: there are only {', '.join(TABLE)}")
         if self.last not in TABLE[name].after:
-            raise RuntimeError(f"phase {name} after {self.last}: allowed after {', '.join(TABLE[name].after)}")
+            raise RuntimeError(
+                f"phase {name} after {self.last}: allowed after {', '.join(TABLE[name].after)}"
+            )
         self.current = name
         try:
             self.ledger.begin()
@@ -100,11 +122,15 @@ class Colocation:
         self.last = name
 
     def turns(self, names: Collection[str]) -> Iterator[str]:
-        """The teachers of the step one by one, each awake until the next is asked for; inside the score phase.
+        """The teachers of the step one by one, each awake until the next is asked for; inside the
+        score phase.
 
-        `names` are those with work on this rank. Ranks that name the same teachers get them in the same order.
+        `names` are those with work on this rank. Ranks that name the same teachers get them in the
+        same order.
         """
-        assert self.current == "score", f"teachers have their turns in the score phase, not in {self.current}"
+        assert self.current == "score", (
+            f"teachers have their turns in the score phase, not in {self.current}"
+        )
         order, stays = self._order(names)
         if self._kept is not None and order[:1] != [self._kept]:
             self._put_to_sleep(self._kept)
@@ -127,7 +153,9 @@ class Colocation:
     @property
     def awake(self) -> list[str]:
         """The names of all engines that hold their weights on the device."""
-        return [engine.name for engine in (self.rollout_engine, *self.teachers.values()) if engine.awake]
+        return [
+            engine.name for engine in (self.rollout_engine, *self.teachers.values()) if engine.awake
+        ]
 
     def close(self) -> None:
         """Everything to sleep: the run is over."""
@@ -141,9 +169,17 @@ class Colocation:
             return [name for name in self.teachers if name in names], None
         needs = [list(self.needs(step + ahead)) for ahead in range(self.lookahead)]
         room = min((self.spare.get(phase, 0) for phase in TABLE), default=0)
-        may_stay = {n: t.bytes_awake for n, t in self.teachers.items() if t.can_sleep and t.bytes_awake <= room}
+        may_stay = {
+            n: t.bytes_awake
+            for n, t in self.teachers.items()
+            if t.can_sleep and t.bytes_awake <= room
+        }
         now, following = wake_orders(needs, may_stay, awake=self._planned)[:2]
-        stays = now[-1] if now and following and now[-1] == following[0] and now[-1] in may_stay else None
+        stays = (
+            now[-1]
+            if now and following and now[-1] == following[0] and now[-1] in may_stay
+            else None
+        )
         self._planned = stays
         return [name for name in now if name in names], stays
 
@@ -178,7 +214,9 @@ class Colocation:
         self._kept = None
 
     def _sleep_all(self, cause: BaseException | None) -> None:
-        """Each engine has its own chance: one that fails to sleep does not keep the others awake."""
+        """Each engine has its own chance: one that fails to sleep does not keep the
+        others awake.
+        """
         self._kept = self._planned = None
         failures = []
         for engine in (self.rollout_engine, *self.teachers.values()):
@@ -197,15 +235,17 @@ def wake_orders(
 ) -> list[list[str]]:
     """The cheapest orders: for each step, the teachers that it needs in the order of their turns.
 
-    `needs` are the teachers of this step and of those that follow, as far as one looks ahead; `cost` is what waking a
-    teacher costs (bytes or seconds) and names the only ones that may stay awake between steps; `awake` is the one that is
-    awake now. Exact over the steps given, by dynamic programming over who stays awake after each step. Of equal orders
-    the one that keeps the given order of `needs` most is taken, so all ranks agree.
+    `needs` are the teachers of this step and of those that follow, as far as one looks ahead;
+    `cost` is what waking a teacher costs (bytes or seconds) and names the only ones that may stay
+    awake between steps; `awake` is the one that is awake now. Exact over the steps given, by
+    dynamic programming over who stays awake after each step. Of equal orders the one that keeps the
+    given order of `needs` most is taken, so all ranks agree.
 
         >>> wake_orders([["a", "b"], ["b", "c"]], {"a": 1, "b": 5, "c": 2}, awake="a")
         [['a', 'b'], ['b', 'c']]
     """
-    # stays[i]: who may be awake between step i - 1 and step i -> (what is saved from there back, the choice before it)
+    # stays[i]: who may be awake between step i - 1 and step i -> (what is saved from there back,
+    # the choice before it)
     stays: list[dict[str | None, tuple[float, str | None]]] = [{awake: (0.0, None)}]
     for index, needed in enumerate(needs):
         following = needs[index + 1] if index + 1 < len(needs) else ()

@@ -1,7 +1,9 @@
-"""Configuration: each dataclass field is a flag and a YAML key, and its help text is its documentation.
+"""Configuration: each dataclass field is a flag and a YAML key, and its help text is its
+documentation.
 
-A script composes its Config from the groups below. `parse` reads `--config FILE` first and lets the command line win.
-Nothing here imports torch, and nothing checks a value: that is `opd/inputs/validation.py`.
+A script composes its Config from the groups below. `parse` reads `--config FILE` first and lets the
+command line win. Nothing here imports torch, and nothing checks a value: that is
+`opd/inputs/validation.py`.
 """
 
 import dataclasses
@@ -26,16 +28,22 @@ class ModelConfig:
 
     student_model: str = option("", "Student: a Hugging Face model directory or hub id. Required.")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Computation type of student and engines; auto is bfloat16 on a GPU and float32 on a CPU."
+        "auto",
+        "Computation type of student and engines; auto is bfloat16 on a GPU and float32 on a CPU.",
     )
     offload_student: Literal["none", "states", "all"] = option(
         "states",
-        "What of the student leaves the GPU while others work: nothing; optimizer states, masters and gradients; or its "
+        "What of the student leaves the GPU while others work: nothing; optimizer states, masters "
+        "and gradients; or its "
         "parameters too.",
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: slower, less memory.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: slower, less memory."
+    )
     attn_implementation: str = option(
-        "auto", "Attention of the Hugging Face student; `auto` takes the fastest that leaves out nothing of the model."
+        "auto",
+        "Attention of the Hugging Face student; `auto` takes the fastest that leaves out nothing "
+        "of the model.",
     )
     trust_remote_code: bool = option(
         False, "Run model code that ships with a checkpoint. Off: such models are refused."
@@ -54,32 +62,43 @@ class TeacherConfig:
 
     teacher: list[str] = option(
         [],
-        "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every domain. Instead of a path, the "
-        "URLs of servers of one model: NAME=http://HOST:PORT,http://HOST:PORT. The YAML key `teachers` is the long form: a "
-        "list of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size, urls, api_key_env}.",
+        "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every "
+        "domain. Instead of a path, the "
+        "URLs of servers of one model: NAME=http://HOST:PORT,http://HOST:PORT. The YAML key "
+        "`teachers` is the long form: a "
+        "list of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size, urls, "
+        "api_key_env}.",
     )
     teacher_backend: LocalBackend = option(
         "vllm",
-        "What runs a teacher whose entry names no backend: vllm, or hf for transformers: models vLLM does not know.",
+        "What runs a teacher whose entry names no backend: vllm, or hf for transformers: models "
+        "vLLM does not know.",
     )
     teacher_residency: Residency = option(
         "host",
-        "Where a teacher's weights are while it sleeps: gpu (it never sleeps), host (pinned memory), or disk (its files only).",
+        "Where a teacher's weights are while it sleeps: gpu (it never sleeps), host (pinned "
+        "memory), or disk (its files only).",
     )
     allow_template_mismatch: bool = option(
         False, "Accept a teacher whose EOS token or chat template differs from the student's."
     )
     teacher_mode: Literal["auto", "colocate", "standalone"] = option(
         "auto",
-        "When teachers score. standalone: served ones score each response as soon as it is finished; colocate: all score "
+        "When teachers score. standalone: served ones score each response as soon as it is "
+        "finished; colocate: all score "
         "when all responses are; auto is standalone where a teacher is served.",
     )
     teacher_wait_s: float = option(
         30.0,
-        "How long a step waits for a served teacher none of whose replicas answers, before the run saves and stops, s.",
+        "How long a step waits for a served teacher none of whose replicas answers, before the "
+        "run saves and stops, s.",
     )
-    teacher_timeout_s: float = option(120.0, "How long one request to a served teacher may take, s.")
-    teacher_max_inflight: int = option(32, "Requests in flight to one replica of a served teacher, per rank.")
+    teacher_timeout_s: float = option(
+        120.0, "How long one request to a served teacher may take, s."
+    )
+    teacher_max_inflight: int = option(
+        32, "Requests in flight to one replica of a served teacher, per rank."
+    )
 
 
 @dataclass(frozen=True)
@@ -87,13 +106,17 @@ class TeacherSpec:
     """One entry of `teachers`. `domains` is "*" for every domain that no other teacher claims."""
 
     name: str
-    model: str  # of a served teacher: its name at the server or a local directory of the same model, or ""
+    # of a served teacher: its name at the server or a local directory of the same model, or ""
+    model: str
     domains: tuple[str, ...] | Literal["*"]
-    weight: float | None = None  # relative to the other teachers of the same domain, where several claim it
+    weight: float | None = (
+        None  # relative to the other teachers of the same domain, where several claim it
+    )
     backend: Backend = "vllm"
     tensor_parallel_size: int = 1  # GPUs that share one copy of its weights
     urls: tuple[str, ...] = ()  # of a served teacher: its replicas
-    api_key_env: str = ""  # of a served teacher: the environment variable that holds its API key; never the key itself
+    # of a served teacher: the environment variable that holds its API key; never the key itself
+    api_key_env: str = ""
 
     @property
     def share(self) -> float:
@@ -102,7 +125,10 @@ class TeacherSpec:
 
     @property
     def has_local_model(self) -> bool:
-        """Whether `model` is a directory here. A served teacher may have none, and "" is not the working directory."""
+        """Whether `model` is a directory here.
+
+        A served teacher may have none, and "" is not the working directory.
+        """
         return bool(self.model) and Path(self.model).is_dir()
 
     @property
@@ -116,40 +142,54 @@ class AsyncConfig:
     """Rollouts from servers that write while the trainer trains."""
 
     mode: Literal["sync", "async"] = option(
-        "sync", "sync: rollouts and training take turns on the same devices. async: rollout servers write ahead."
+        "sync",
+        "sync: rollouts and training take turns on the same devices. async: rollout servers write "
+        "ahead.",
     )
     max_staleness: int = option(
-        1, "How many versions older than the weights in training a token may be. 0 is the synchronous run, on servers."
+        1,
+        "How many versions older than the weights in training a token may be. 0 is the "
+        "synchronous run, on servers.",
     )
     sync_every: int = option(1, "Steps between pushes of the weights to the rollout servers.")
     partial_rollout: bool = option(
         True,
-        "At a push, responses that are being written go on under the new weights; otherwise they start again.",
+        "At a push, responses that are being written go on under the new weights; otherwise they "
+        "start again.",
     )
     rollout_servers: list[str] = option(
-        ["auto"], "URLs of rollout servers; auto starts them on this machine and stops them at the end."
+        ["auto"],
+        "URLs of rollout servers; auto starts them on this machine and stops them at the end.",
     )
     rollout_replicas: int = option(1, "Rollout servers to start with --rollout_servers auto.")
     rollout_gpus: str = option(
         "",
-        "GPUs of the rollout servers that are started, such as 4,5,6,7: not the trainer's. Default: the visible ones.",
+        "GPUs of the rollout servers that are started, such as 4,5,6,7: not the trainer's. "
+        "Default: the visible ones.",
     )
     logprob_servers: list[str] = option(
         [], "URLs of log-prob servers for --old_logprobs server; auto starts them on this machine."
     )
     logprob_replicas: int = option(1, "Log-prob servers to start with --logprob_servers auto.")
-    logprob_gpus: str = option("", "GPUs of the log-prob servers that are started. Default: the visible ones.")
+    logprob_gpus: str = option(
+        "", "GPUs of the log-prob servers that are started. Default: the visible ones."
+    )
     max_inflight: int = option(256, "Responses in flight at one rollout server, per rank.")
     rollout_timeout_s: float = option(1800.0, "How long one response may take, s.")
     rollout_wait_s: float = option(
-        60.0, "How long a step waits for servers none of which answers, before the run saves and stops, s."
+        60.0,
+        "How long a step waits for servers none of which answers, before the run saves and stops, "
+        "s.",
     )
     weights_dir: str = option(
-        "", "Where weights pass to servers: a folder that all of them see. Default: one of its own in shared memory."
+        "",
+        "Where weights pass to servers: a folder that all of them see. Default: one of its own in "
+        "shared memory.",
     )
     weight_transfer: Literal["directory", "broadcast"] = option(
         "directory",
-        "directory: servers read weights in --weights_dir. broadcast: rank 0 reads them there and sends them, by NCCL "
+        "directory: servers read weights in --weights_dir. broadcast: rank 0 reads them there and "
+        "sends them, by NCCL "
         "between GPUs and by gloo between CPUs, so that servers need not see it.",
     )
 
@@ -158,20 +198,33 @@ class AsyncConfig:
 class DataConfig:
     """Prompt files and their columns."""
 
-    data: list[str] = option([], "Training prompts: JSONL or parquet files, directories or hub ids. Required.")
-    eval_data: list[str] = option([], "Held-out prompts with answers. Without it there is no evaluation.")
+    data: list[str] = option(
+        [], "Training prompts: JSONL or parquet files, directories or hub ids. Required."
+    )
+    eval_data: list[str] = option(
+        [], "Held-out prompts with answers. Without it there is no evaluation."
+    )
     domain_key: str = option("data_source", "Column that names a row's domain.")
     prompt_key: str = option(
         "prompt",
-        "Column with the prompt: text, or a list of chat messages. The columns `tools` and `chat_template_kwargs`, if there, "
+        "Column with the prompt: text, or a list of chat messages. The columns `tools` and "
+        "`chat_template_kwargs`, if there, "
         "reach the chat template too.",
     )
-    answer_key: str = option("answer", "Column with the reference answer for rewards and evaluation; may be absent.")
-    response_key: str = option("response", "Column with a dataset response, for the off-policy share of train_gkd.py.")
-    domain_weights: list[str] = option([], "NAME=WEIGHT pairs: share of each domain in a step. Default: rows decide.")
+    answer_key: str = option(
+        "answer", "Column with the reference answer for rewards and evaluation; may be absent."
+    )
+    response_key: str = option(
+        "response", "Column with a dataset response, for the off-policy share of train_gkd.py."
+    )
+    domain_weights: list[str] = option(
+        [], "NAME=WEIGHT pairs: share of each domain in a step. Default: rows decide."
+    )
     max_prompt_tokens: int = option(1024, "Longest prompt, in tokens, after the chat template.")
     overlong_prompts: Literal["drop", "truncate"] = option(
-        "drop", "What happens to longer prompts: drop them, or cut their beginning. Both are counted at start."
+        "drop",
+        "What happens to longer prompts: drop them, or cut their beginning. Both are counted at "
+        "start.",
     )
 
 
@@ -181,27 +234,36 @@ class RolloutConfig:
 
     prompts_per_step: int = option(64, "Prompts in one optimizer step, over all ranks.")
     num_generations: int = option(1, "Responses per prompt.")
-    max_response_tokens: int = option(1024, "Longest response, in tokens; a longer one is truncated and counted.")
+    max_response_tokens: int = option(
+        1024, "Longest response, in tokens; a longer one is truncated and counted."
+    )
     temperature: float = option(1.0, "Sampling temperature.")
     top_p: float = option(1.0, "Nucleus sampling; below 1 the sampler is no longer the student.")
     top_k: int = option(0, "Sample from the k likeliest tokens only; 0 is off.")
     rollout_kv_cache_gib: float = option(1.0, "KV cache of the rollout engine per GPU, GiB.")
     rollout_tensor_parallel_size: int = option(
-        1, "GPUs that share one rollout engine: rank r is in group r // size. For a student larger than one GPU."
+        1,
+        "GPUs that share one rollout engine: rank r is in group r // size. For a student larger "
+        "than one GPU.",
     )
     enforce_eager: bool = option(
-        False, "Sample without compiling and without CUDA graphs: slower, but starts sooner and takes less memory."
+        False,
+        "Sample without compiling and without CUDA graphs: slower, but starts sooner and takes "
+        "less memory.",
     )
     teacher_kv_cache_gib: float = option(
         0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates."
     )
     teacher_cache_bytes: int = option(
         16 << 30,
-        "Host memory of a rank for the teachers' hidden states of a step, bytes; beyond it tokens are scored on support_k.",
+        "Host memory of a rank for the teachers' hidden states of a step, bytes; beyond it tokens "
+        "are scored on support_k.",
     )
 
 
-LossName = Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "reverse_kl_pg"]
+LossName = Literal[
+    "reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "reverse_kl_pg"
+]
 
 
 @dataclass(frozen=True)
@@ -209,53 +271,83 @@ class LossConfig:
     """The loss of a token."""
 
     loss: LossName = option(
-        "reverse_kl", "Divergence from the teacher, or reverse_kl_pg: the policy gradient of the reverse KL."
+        "reverse_kl",
+        "Divergence from the teacher, or reverse_kl_pg: the policy gradient of the reverse KL.",
     )
     support: Literal["auto", "full", "union_topk", "teacher_topk", "sampled"] = option(
-        "auto", "Tokens the loss sums over at each position; auto is full, and sampled for reverse_kl_pg."
+        "auto",
+        "Tokens the loss sums over at each position; auto is full, and sampled for reverse_kl_pg.",
     )
-    support_k: int = option(64, "Tokens that each side brings to the supports teacher_topk and union_topk.")
+    support_k: int = option(
+        64, "Tokens that each side brings to the supports teacher_topk and union_topk."
+    )
     tail: Literal["bucket", "generalized", "renormalize", "truncate"] = option(
         "bucket", "What happens to the mass outside a top-k support."
     )
     estimator: Literal["auto", "k1", "k2", "k3"] = option(
-        "auto", "Estimate of the reverse KL at the sampled token; auto is k3, and k1 for reverse_kl_pg."
+        "auto",
+        "Estimate of the reverse KL at the sampled token; auto is k3, and k1 for reverse_kl_pg.",
     )
     jsd_beta: float = option(0.5, "Weight of the teacher in the mixture of jsd, in (0, 1).")
-    skew_alpha: float = option(0.1, "Share of the other distribution in the skew divergences, in (0, 1).")
+    skew_alpha: float = option(
+        0.1, "Share of the other distribution in the skew divergences, in (0, 1)."
+    )
     loss_temperature: float = option(1.0, "Divides the logits of student and teacher in the loss.")
-    advantage_clip: float | None = option(None, "Clip the distillation advantage of reverse_kl_pg to +- this, in nats.")
-    clip_low: float | None = option(None, "PPO clip below 1; without it reverse_kl_pg is REINFORCE.")
+    advantage_clip: float | None = option(
+        None, "Clip the distillation advantage of reverse_kl_pg to +- this, in nats."
+    )
+    clip_low: float | None = option(
+        None, "PPO clip below 1; without it reverse_kl_pg is REINFORCE."
+    )
     clip_high: float | None = option(None, "PPO clip above 1; default: clip_low.")
-    dual_clip: float | None = option(None, "Bound, above 1, on the PPO ratio where the advantage is negative.")
+    dual_clip: float | None = option(
+        None, "Bound, above 1, on the PPO ratio where the advantage is negative."
+    )
     old_logprobs: Literal["rollout", "server", "recompute"] = option(
         "rollout",
-        "The old policy, which the PPO ratio is against. rollout: the sampler, by its own log-probabilities; recompute: the "
-        "student before the step's first update, at the price of one more forward; server: the weights of the last push "
-        "when a response was finished, asked of --logprob_servers while others are still being written. With the latter "
+        "The old policy, which the PPO ratio is against. rollout: the sampler, by its own "
+        "log-probabilities; recompute: the "
+        "student before the step's first update, at the price of one more forward; server: the "
+        "weights of the last push "
+        "when a response was finished, asked of --logprob_servers while others are still being "
+        "written. With the latter "
         "two, is_mode and reject_level weigh the old policy against the sampler.",
     )
     is_mode: Literal["none", "truncate", "mask"] = option(
-        "none", "Importance weights against the gap between trainer and sampler: cut at is_high, or zero outside."
+        "none",
+        "Importance weights against the gap between trainer and sampler: cut at is_high, or zero "
+        "outside.",
     )
-    is_level: Literal["token", "sequence", "geometric"] = option("token", "Ratio per token, sequence, or their mean.")
+    is_level: Literal["token", "sequence", "geometric"] = option(
+        "token", "Ratio per token, sequence, or their mean."
+    )
     is_low: float = option(0.5, "Lower bound of the mask mode.")
     is_high: float = option(5.0, "Upper bound of both modes.")
     reject_level: Literal["none", "sequence", "geometric"] = option(
         "none",
-        "Give no weight to a whole response whose ratio of trainer to sampler, the product over its tokens or their "
+        "Give no weight to a whole response whose ratio of trainer to sampler, the product over "
+        "its tokens or their "
         "geometric mean, lies outside reject_low and reject_high.",
     )
     reject_low: float = option(0.5, "Lower bound of reject_level, at most 1.")
-    reject_high: float = option(2.0, "Upper bound of reject_level, at least 1; for geometric take one near 1.")
-    reward_weight: float = option(0.0, "Weight of the group-relative task advantage; 0 is pure distillation.")
+    reject_high: float = option(
+        2.0, "Upper bound of reject_level, at least 1; for geometric take one near 1."
+    )
+    reward_weight: float = option(
+        0.0, "Weight of the group-relative task advantage; 0 is pure distillation."
+    )
     reward_fn: list[str] = option(
         ["exact_match"],
-        "Task reward, for training and evaluation: exact_match, last_number, or module:function(prompt, text) -> float. "
+        "Task reward, for training and evaluation: exact_match, last_number, or "
+        "module:function(prompt, text) -> float. "
         "DOMAIN=REWARD sets one domain's.",
     )
-    overlap_k: int = option(16, "Top tokens of both sides that the overlap diagnostics compare; 0 is off.")
-    loss_chunk_bytes: int = option(320 << 20, "Memory for the logits of one chunk of loss tokens, bytes.")
+    overlap_k: int = option(
+        16, "Top tokens of both sides that the overlap diagnostics compare; 0 is off."
+    )
+    loss_chunk_bytes: int = option(
+        320 << 20, "Memory for the logits of one chunk of loss tokens, bytes."
+    )
 
 
 @dataclass(frozen=True)
@@ -266,8 +358,12 @@ class BatchConfig:
     max_tokens_per_micro_batch: int = option(
         0, "Cut micro-batches by tokens, padding included, instead of sequences; 0 is off."
     )
-    packing: bool = option(False, "Put a micro-batch's sequences end to end instead of padding them.")
-    inner_updates: int = option(1, "Optimizer steps on each batch of rollouts; the teachers score it once.")
+    packing: bool = option(
+        False, "Put a micro-batch's sequences end to end instead of padding them."
+    )
+    inner_updates: int = option(
+        1, "Optimizer steps on each batch of rollouts; the teachers score it once."
+    )
 
 
 @dataclass(frozen=True)
@@ -275,7 +371,9 @@ class OptimConfig:
     """AdamW and its learning rate."""
 
     learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = option("cosine", "Decay after the warm-up.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option(
+        "cosine", "Decay after the warm-up."
+    )
     warmup_steps: int = option(0, "Steps of linear warm-up.")
     min_lr_ratio: float = option(0.1, "Learning rate at the last step, as a share of the peak.")
     weight_decay: float = option(0.0, "AdamW weight decay; not on biases and norms.")
@@ -292,40 +390,60 @@ class RunConfig:
     output_dir: str = option("", "Run directory. Required.")
     num_steps: int = option(100, "Steps: batches of rollouts, each trained on inner_updates times.")
     seed: int = option(0, "Seed of data order and sampling.")
-    ds_config: str = option("ds_configs/zero3.json", "DeepSpeed: sharding, offload and communication only.")
+    ds_config: str = option(
+        "ds_configs/zero3.json", "DeepSpeed: sharding, offload and communication only."
+    )
     eval_every: int = option(0, "Evaluate every n steps; 0 is before and after only.")
     eval_max_prompts: int = option(0, "Held-out prompts per domain; 0 is all.")
     save_every: int = option(0, "Checkpoint every n steps; 0 is at the end only.")
     keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
     parity_every: int = option(
-        10, "Compare rollout engine and student in the first two steps and every n steps, and stop where they are not the "
-        "same model; 0 is never."
-    )  # fmt: skip
-    rollout_samples: int = option(4, "Responses written to rollouts/ and TensorBoard at each logged step.")
+        10,
+        "Compare rollout engine and student in the first two steps and every n steps, and stop "
+        "where they are not the "
+        "same model; 0 is never.",
+    )
+    rollout_samples: int = option(
+        4, "Responses written to rollouts/ and TensorBoard at each logged step."
+    )
     rollout_every: int = option(10, "Write sample responses every n steps; 0 is never.")
     resume: str = option(
-        "auto", "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path."
+        "auto",
+        "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path.",
     )
     plan: Literal["auto", "off"] = option(
         "off",
-        "auto: what no flag says (KV cache, micro-batches, support) is chosen so that the run fits; see opd.plan.",
+        "auto: what no flag says (KV cache, micro-batches, support) is chosen so that the run "
+        "fits; see opd.plan.",
     )
-    dry_run: bool = option(False, "Print the resolved configuration, memory and two prompts; load no weights.")
+    dry_run: bool = option(
+        False, "Print the resolved configuration, memory and two prompts; load no weights."
+    )
     local_rank: int = option(-1, "Set by launchers.")
 
 
 def groups_of(config_class) -> dict[str, type]:
     """The configuration groups of a script's Config: field name -> dataclass."""
     hints = get_type_hints(config_class)
-    return {f.name: hints[f.name] for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(hints[f.name])}
+    return {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(config_class)
+        if dataclasses.is_dataclass(hints[f.name])
+    }
 
 
 def to_dict(config) -> dict[str, Any]:
     """The flat mapping that `--config` reads back; `teachers` in its long form."""
-    flat = {k: v for name in groups_of(type(config)) for k, v in dataclasses.asdict(getattr(config, name)).items()}
+    flat = {
+        k: v
+        for name in groups_of(type(config))
+        for k, v in dataclasses.asdict(getattr(config, name)).items()
+    }
     flat.pop("teacher", None)
     entries = [dataclasses.asdict(spec) for spec in config.teachers]
-    flat["teachers"] = [{k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()} for entry in entries]
+    flat["teachers"] = [
+        {k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()} for entry in entries
+    ]
     return flat
 
 

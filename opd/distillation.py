@@ -1,10 +1,13 @@
-"""Student and teachers at the same tokens: the divergence on the chosen support, and what is worth watching.
+"""Student and teachers at the same tokens: the divergence on the chosen support, and what is worth
+watching.
 
-This is where a chunk of student logits meets its teachers. Several teachers of one token form a mixture of losses,
-sum_i w_i D(student, teacher_i) with weights that sum to 1, so one teacher is the mixture with the weight 1.
+This is where a chunk of student logits meets its teachers. Several teachers of one token form a
+mixture of losses, sum_i w_i D(student, teacher_i) with weights that sum to 1, so one teacher is the
+mixture with the weight 1.
 
-B sequences, N loss tokens of a micro-batch, C tokens of one chunk, M tokens of a chunk that one teacher speaks about,
-K support size, V vocabulary (cut to the range that all models share), H teacher hidden size.
+B sequences, N loss tokens of a micro-batch, C tokens of one chunk, M tokens of a chunk that one
+teacher speaks about, K support size, V vocabulary (cut to the range that all models share), H
+teacher hidden size.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +24,16 @@ from opd.ops.logits import LogitsChunk
 from opd.topk import overlap, union_support
 from opd.types import MicroBatch, TeacherPayload, TeacherSlice
 
-HeadOf = Callable[[str], OutputHead]  # teacher name -> its head on the device, cut to the shared vocabulary
+# teacher name -> its head on the device, cut to the shared vocabulary
+HeadOf = Callable[[str], OutputHead]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Student against teachers at the C tokens of a chunk. Log-probabilities in nats, at the loss temperature."""
+    """Student against teachers at the C tokens of a chunk.
+
+    Log-probabilities in nats, at the loss temperature.
+    """
 
     divergence_C: Tensor | None  # None for the policy gradient, which has none
     student_logprobs_C: Tensor  # of the sampled token, differentiable
@@ -36,7 +43,9 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class _Against:
-    """One teacher's part of the comparison, for M tokens; the teacher's top tokens are at hand unless only one was sent."""
+    """One teacher's part of the comparison, for M tokens; the teacher's top tokens are at hand
+    unless only one was sent.
+    """
 
     divergence_M: Tensor
     teacher_logprobs_M: Tensor
@@ -47,7 +56,9 @@ class _Against:
 
 
 def support_of(cfg: LossConfig) -> str:
-    """What `auto` means: the policy gradient looks at the sampled token, every divergence at the full vocabulary."""
+    """What `auto` means: the policy gradient looks at the sampled token, every divergence at the
+    full vocabulary.
+    """
     if cfg.support == "auto":
         return "sampled" if cfg.loss == "reverse_kl_pg" else "full"
     return cfg.support
@@ -56,13 +67,20 @@ def support_of(cfg: LossConfig) -> str:
 def payload_of(cfg: LossConfig) -> TeacherPayload:
     """What the loss needs from a teacher: the smallest thing that keeps it exact."""
     payloads: dict[str, TeacherPayload] = {
-        "full": "hidden", "union_topk": "topk+hidden", "teacher_topk": "topk", "sampled": "sampled",
-    }  # fmt: skip
+        "full": "hidden",
+        "union_topk": "topk+hidden",
+        "teacher_topk": "topk",
+        "sampled": "sampled",
+    }
     return payloads[support_of(cfg)]
 
 
-def compare(logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf, cfg: LossConfig) -> Comparison:
-    """Compares a chunk of student logits (tokens `rows` of N) with every teacher that speaks about them."""
+def compare(
+    logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf, cfg: LossConfig
+) -> Comparison:
+    """Compares a chunk of student logits (tokens `rows` of N) with every teacher that speaks about
+    them.
+    """
     labels_C = mb.at_loss_tokens(mb.labels_BS)[rows]
     student_logprobs_C = logits.logprobs(labels_C)
     divergence_C = teacher_logprobs_C = torch.zeros_like(student_logprobs_C)
@@ -75,23 +93,41 @@ def compare(logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf
         index = None if len(index_M) == len(labels_C) else index_M
         against = _against(part, logits, labels_C[index_M], index, head_of, cfg)
         divergence_C = divergence_C.index_add(0, index_M, part.weights_M * against.divergence_M)
-        teacher_logprobs_C = teacher_logprobs_C.index_add(0, index_M, part.weights_M * against.teacher_logprobs_M)
+        teacher_logprobs_C = teacher_logprobs_C.index_add(
+            0, index_M, part.weights_M * against.teacher_logprobs_M
+        )
         with torch.no_grad():
             values = {
-                "distill/spilled": torch.full_like(against.teacher_entropy_M, float(part.hidden_MH is None)),
+                "distill/spilled": torch.full_like(
+                    against.teacher_entropy_M, float(part.hidden_MH is None)
+                ),
                 "distill/teacher_entropy": against.teacher_entropy_M,
-                "distill/entropy_gap": (against.teacher_entropy_M - logits.entropy_C[index_M]).abs(),
-                "distill/k3": kl_estimate(student_logprobs_C[index_M], against.teacher_logprobs_M, estimator="k3"),
+                "distill/entropy_gap": (
+                    against.teacher_entropy_M - logits.entropy_C[index_M]
+                ).abs(),
+                "distill/k3": kl_estimate(
+                    student_logprobs_C[index_M], against.teacher_logprobs_M, estimator="k3"
+                ),
             }
             if against.support_mass_M is not None:
-                values["distill/student_mass"], values["distill/teacher_mass"] = against.support_mass_M
+                values["distill/student_mass"], values["distill/teacher_mass"] = (
+                    against.support_mass_M
+                )
             if student_topk_CK is not None and against.topk_ids_MK is not None:
-                K = min(student_topk_CK.shape[1], against.topk_ids_MK.shape[1])  # a teacher may have sent fewer
+                # a teacher may have sent fewer
+                K = min(student_topk_CK.shape[1], against.topk_ids_MK.shape[1])
                 ids_MK = against.topk_ids_MK[:, :K]
                 values |= overlap_of(
-                    student_topk_CK[index_M, :K], ids_MK, logits.gather(ids_MK, index), against.topk_logprobs_MK[:, :K]
+                    student_topk_CK[index_M, :K],
+                    ids_MK,
+                    logits.gather(ids_MK, index),
+                    against.topk_logprobs_MK[:, :K],
                 )
-            stats.add(index_M, part.weights_M, {key: values[key] for key in values.keys() & stats.sums.keys()})
+            stats.add(
+                index_M,
+                part.weights_M,
+                {key: values[key] for key in values.keys() & stats.sums.keys()},
+            )
     with torch.no_grad():
         found = stats.values()
         found["distill/k1"] = student_logprobs_C - teacher_logprobs_C
@@ -99,11 +135,15 @@ def compare(logits: LogitsChunk, rows: slice, mb: MicroBatch, *, head_of: HeadOf
         found["distill/student_entropy"] = logits.entropy_C
         found |= by_position("distill/k1", found["distill/k1"], mb.response_thirds_N[rows])
     is_pg = cfg.loss == "reverse_kl_pg"
-    return Comparison(None if is_pg else divergence_C, student_logprobs_C, teacher_logprobs_C, found)
+    return Comparison(
+        None if is_pg else divergence_C, student_logprobs_C, teacher_logprobs_C, found
+    )
 
 
 def _parts(mb: MicroBatch, rows: slice) -> Iterator[tuple[TeacherSlice, Tensor]]:
-    """Each teacher's share of the chunk, with the positions [M] inside the chunk that it speaks about."""
+    """Each teacher's share of the chunk, with the positions [M] inside the chunk that it speaks
+    about.
+    """
     for whole in mb.teacher_slices:
         bounds = torch.tensor([rows.start, rows.stop], device=whole.token_index_M.device)
         start, stop = torch.searchsorted(whole.token_index_M, bounds).tolist()
@@ -113,18 +153,35 @@ def _parts(mb: MicroBatch, rows: slice) -> Iterator[tuple[TeacherSlice, Tensor]]
 
 
 def _against(
-    part: TeacherSlice, logits: LogitsChunk, labels_M: Tensor, index_M: Tensor | None, head_of: HeadOf, cfg: LossConfig
+    part: TeacherSlice,
+    logits: LogitsChunk,
+    labels_M: Tensor,
+    index_M: Tensor | None,
+    head_of: HeadOf,
+    cfg: LossConfig,
 ) -> _Against:
-    """One teacher on the support that the loss asks for, or on its top-k where the cache had no room for hidden states."""
+    """One teacher on the support that the loss asks for, or on its top-k where the cache had no
+    room for hidden states.
+    """
     support = support_of(cfg)
     if support == "full" and part.hidden_MH is not None:
         head = head_of(part.teacher)
         seen = logits.divergence(
-            part.hidden_MH.to(head.weight_VH.dtype), head, labels_M, index_M,
-            kind=cfg.loss, jsd_beta=cfg.jsd_beta, skew_alpha=cfg.skew_alpha, topk=min(cfg.overlap_k, logits.vocab),
-        )  # fmt: skip
+            part.hidden_MH.to(head.weight_VH.dtype),
+            head,
+            labels_M,
+            index_M,
+            kind=cfg.loss,
+            jsd_beta=cfg.jsd_beta,
+            skew_alpha=cfg.skew_alpha,
+            topk=min(cfg.overlap_k, logits.vocab),
+        )
         return _Against(
-            seen.divergence_M, seen.sampled_logprobs_M, seen.entropy_M, seen.topk_ids_MK, seen.topk_logprobs_MK
+            seen.divergence_M,
+            seen.sampled_logprobs_M,
+            seen.entropy_M,
+            seen.topk_ids_MK,
+            seen.topk_logprobs_MK,
         )
     if support == "sampled":
         student_M = logits.logprobs(labels_M, index_M)
@@ -142,26 +199,46 @@ def _against(
         student_MK = student_MK.masked_fill(repeated_MK, -torch.inf)
         teacher_MK = teacher_MK.masked_fill(repeated_MK, -torch.inf)
     divergence_M = support_divergence(
-        student_MK, teacher_MK, kind=cfg.loss, tail=cfg.tail, jsd_beta=cfg.jsd_beta, skew_alpha=cfg.skew_alpha
+        student_MK,
+        teacher_MK,
+        kind=cfg.loss,
+        tail=cfg.tail,
+        jsd_beta=cfg.jsd_beta,
+        skew_alpha=cfg.skew_alpha,
     )
     mass = (student_MK.detach().exp().sum(-1), teacher_MK.exp().sum(-1))
     return _Against(
-        divergence_M, part.sampled_logprobs_M, _entropy(part), part.topk_ids_MK, part.topk_logprobs_MK, mass
+        divergence_M,
+        part.sampled_logprobs_M,
+        _entropy(part),
+        part.topk_ids_MK,
+        part.topk_logprobs_MK,
+        mass,
     )
 
 
 def _entropy(part: TeacherSlice) -> Tensor:
     """The teacher's, [M]; NaN where it does not say, as a vLLM server does not."""
-    return torch.full_like(part.sampled_logprobs_M, torch.nan) if part.entropy_M is None else part.entropy_M
+    return (
+        torch.full_like(part.sampled_logprobs_M, torch.nan)
+        if part.entropy_M is None
+        else part.entropy_M
+    )
 
 
 @torch.no_grad()
 def _union(
-    part: TeacherSlice, logits: LogitsChunk, index_M: Tensor | None, head: OutputHead, cfg: LossConfig
+    part: TeacherSlice,
+    logits: LogitsChunk,
+    index_M: Tensor | None,
+    head: OutputHead,
+    cfg: LossConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, teacher's log-probabilities, is a repetition), each [M, 2K]: the teacher's top-k and the student's, of now.
+    """(ids, teacher's log-probabilities, is a repetition), each [M, 2K]: the teacher's top-k and
+    the student's, of now.
 
-    The teacher's logits at the student's tokens are K products of a hidden state with rows of the head, not V of them.
+    The teacher's logits at the student's tokens are K products of a hidden state with rows of the
+    head, not V of them.
     """
     student_ids_MK = logits.top_k(part.topk_ids_MK.shape[1], index_M)
     z_MK = _logits_at(part.hidden_MH, head, student_ids_MK, cfg.loss_chunk_bytes)
@@ -171,7 +248,9 @@ def _union(
 
 
 def _logits_at(hidden_MH: Tensor, head: OutputHead, ids_MK: Tensor, piece_bytes: int) -> Tensor:
-    """hidden @ weight.T + bias at single ids, [M, K], in float32 at least; rows of the head are gathered piece by piece."""
+    """hidden @ weight.T + bias at single ids, [M, K], in float32 at least; rows of the head are
+    gathered piece by piece.
+    """
     wide = torch.promote_types(head.weight_VH.dtype, torch.float32)
     rows = max(1, piece_bytes // (2 * ids_MK.shape[1] * head.weight_VH.shape[1] * wide.itemsize))
     z_MK = hidden_MH.new_empty(ids_MK.shape, dtype=wide)
@@ -197,7 +276,9 @@ def keys_of(cfg: LossConfig, support: str) -> tuple[str, ...]:
 
 
 class Average:
-    """Values of several teachers at the tokens of a chunk, averaged with the teachers' weights; NaN where nobody spoke."""
+    """Values of several teachers at the tokens of a chunk, averaged with the teachers' weights; NaN
+    where nobody spoke.
+    """
 
     def __init__(self, keys: tuple[str, ...], like_C: Tensor):
         zero_C = torch.zeros_like(like_C)
@@ -206,22 +287,29 @@ class Average:
     def add(self, index_M: Tensor, weights_M: Tensor, values: dict[str, Tensor]) -> None:
         for key, value_M in values.items():
             known_M = (weights_M * ~value_M.isnan()).to(self.weights[key].dtype)
-            self.sums[key] = self.sums[key].index_add(0, index_M, known_M * value_M.masked_fill(value_M.isnan(), 0))
+            self.sums[key] = self.sums[key].index_add(
+                0, index_M, known_M * value_M.masked_fill(value_M.isnan(), 0)
+            )
             self.weights[key] = self.weights[key].index_add(0, index_M, known_M)
 
     def values(self) -> dict[str, Tensor]:
-        return {key: self.sums[key] / self.weights[key] for key in self.sums}  # 0 / 0 is the NaN of no one
+        # 0 / 0 is the NaN of no one
+        return {key: self.sums[key] / self.weights[key] for key in self.sums}
 
 
 def overlap_of(
-    student_ids_MK: Tensor, teacher_ids_MK: Tensor, student_logprobs_MK: Tensor, teacher_logprobs_MK: Tensor
+    student_ids_MK: Tensor,
+    teacher_ids_MK: Tensor,
+    student_logprobs_MK: Tensor,
+    teacher_logprobs_MK: Tensor,
 ) -> dict[str, Tensor]:
     """How far the top-K sets agree; the log-probabilities are those of the teacher's ids.
 
-    The advantage is the mean over the common tokens v of p'(v) (log q'(v) - log p'(v)), p' and q' renormalised on them
-    (arXiv 2604.13016): at most 0, NaN where no token is common.
+    The advantage is the mean over the common tokens v of p'(v) (log q'(v) - log p'(v)), p' and q'
+    renormalised on them (arXiv 2604.13016): at most 0, NaN where no token is common.
 
-    Example: student (1, 2), teacher (2, 5): ratio 1/2; one common token, so p' = q' = 1 and the advantage is 0.
+    Example: student (1, 2), teacher (2, 5): ratio 1/2; one common token, so p' = q' = 1 and the
+    advantage is 0.
     """
     common_MK = (teacher_ids_MK.unsqueeze(-1) == student_ids_MK.unsqueeze(-2)).any(dim=-1)
     p_MK = student_logprobs_MK.masked_fill(~common_MK, -torch.inf).log_softmax(-1)
@@ -236,5 +324,10 @@ def overlap_of(
 
 
 def by_position(key: str, value_C: Tensor, third_C: Tensor) -> dict[str, Tensor]:
-    """`key`_front, _middle and _tail: the value where the token stands in that third of its response, else NaN."""
-    return {f"{key}_{name}": value_C.masked_fill(third_C != i, torch.nan) for i, name in enumerate(POSITIONS)}
+    """`key`_front, _middle and _tail: the value where the token stands in that third of its
+    response, else NaN.
+    """
+    return {
+        f"{key}_{name}": value_C.masked_fill(third_C != i, torch.nan)
+        for i, name in enumerate(POSITIONS)
+    }

@@ -1,4 +1,7 @@
-"""Ranks, reductions, agreement on errors, seeds. One process per GPU; plain `python` is one rank."""
+"""Ranks, reductions, agreement on errors, seeds.
+
+One process per GPU; plain `python` is one rank.
+"""
 
 import atexit
 import datetime
@@ -22,7 +25,8 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 # Rank 0 waits that long for the others to end before it, once all have met.
 LAST_SECONDS = 30.0
 
-# `agree_on_error` blocks that this rank has left, and its meetings since, by size of the group: equal on the ranks that meet.
+# `agree_on_error` blocks that this rank has left, and its meetings since, by size of the group:
+# equal on the ranks that meet.
 _agreements = 0
 _meetings: Counter[int] = Counter()
 _process_groups: dict[int, dist.ProcessGroup] = {}
@@ -31,36 +35,50 @@ _store: dist.Store | None = None  # where the ranks meet when no group is left
 
 
 def init(local_rank: int = -1) -> torch.device:
-    """Joins the ranks that `deepspeed`, `accelerate launch` or `torchrun` started; plain `python` becomes one rank.
+    """Joins the ranks that `deepspeed`, `accelerate launch` or `torchrun` started; plain `python`
+    becomes one rank.
 
-    `local_rank` is what older launchers pass as a flag; the environment wins. Returns this rank's device.
+    `local_rank` is what older launchers pass as a flag; the environment wins. Returns this rank's
+    device.
     """
-    from accelerate import PartialState  # not at the top: `exit_together` also ends programs that need torch alone
+    # not at the top: `exit_together` also ends programs that need torch alone
+    from accelerate import PartialState
 
     global _store
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     store = None
-    if "RANK" not in os.environ:  # the store takes a port itself: one chosen beforehand may be another run's by then
+    # the store takes a port itself: one chosen beforehand may be another run's by then
+    if "RANK" not in os.environ:
         store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port)
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(store.port),
         )
     use_cuda = torch.cuda.is_available()
-    if (
-        not use_cuda and "OMP_NUM_THREADS" not in os.environ
-    ):  # ranks that share the cores must not each take all of them
-        threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+    # ranks that share the cores must not each take all of them
+    if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(
+            1,
+            (os.cpu_count() or 1)
+            // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+        )
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     if use_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         own = {"store": store, "rank": 0, "world_size": 1} if store is not None else {}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **own)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, **own
+        )
     _store = dist.distributed_c10d._get_default_store()
     device = PartialState(cpu=not use_cuda).device
-    return device if use_cuda else torch.device("cpu")  # to accelerate's cpu:0, `Tensor.to` copies what lies on the cpu
+    # to accelerate's cpu:0, `Tensor.to` copies what lies on the cpu
+    return device if use_cuda else torch.device("cpu")
 
 
 def rank() -> int:
@@ -111,11 +129,15 @@ class RankError(RuntimeError):
 
 
 class PeerError(RankError):
-    """Raised where a rank would have waited for one that has failed; `agree_on_error` turns it into the cause."""
+    """Raised where a rank would have waited for one that has failed; `agree_on_error` turns it into
+    the cause.
+    """
 
 
 class Stop(RuntimeError):
-    """Raised on every rank: the run must not go on, and one line says all about it. `exit_together` prints no traceback.
+    """Raised on every rank: the run must not go on, and one line says all about it.
+
+    `exit_together` prints no traceback.
 
     `status` is the program's: 2 for what is refused before anything was trained.
     """
@@ -131,10 +153,13 @@ def was_agreed(error: BaseException) -> bool:
 
 
 def gather_in_group(value, size: int, what: str) -> list:
-    """The values of this rank's group in rank order; rank r belongs to group r // `size`. `what` names the work.
+    """The values of this rank's group in rank order; rank r belongs to group r // `size`.
 
-    Inside `agree_on_error` nobody waits for a rank that has failed on its way here: that raises PeerError. Raises
-    TimeoutError if a rank does not come, RuntimeError on all if they came for different work.
+    `what` names the work.
+
+    Inside `agree_on_error` nobody waits for a rank that has failed on its way here: that raises
+    PeerError. Raises TimeoutError if a rank does not come, RuntimeError on all if they came for
+    different work.
     """
     if size == 1:
         return [value]
@@ -148,14 +173,19 @@ def gather_in_group(value, size: int, what: str) -> list:
     gathered = [None] * size
     dist.all_gather_object(gathered, (what, value), group=_process_groups[size])
     if len({name for name, _ in gathered}) > 1:
-        raise RuntimeError(f"ranks {ranks} of one group came for different work: {[name for name, _ in gathered]}")
+        raise RuntimeError(
+            f"ranks {ranks} of one group came for different work: {[name for name, _ in gathered]}"
+        )
     return [value for _, value in gathered]
 
 
 def _meet(ranks: list[int], what: str) -> None:
-    """Returns when all `ranks` are here, or raises on all that are. They meet at the store, where the failed can leave word.
+    """Returns when all `ranks` are here, or raises on all that are.
 
-    A failure may be announced while the last one arrives: the first to write a verdict decides for all.
+    They meet at the store, where the failed can leave word.
+
+    A failure may be announced while the last one arrives: the first to write a verdict decides for
+    all.
     """
     store = dist.distributed_c10d._get_default_store()
     _meetings[len(ranks)] += 1
@@ -183,10 +213,12 @@ def _failure_key() -> str:
 
 @contextmanager
 def agree_on_error(what: str):
-    """Wraps work that holds no collective; on exit all ranks raise if any did, so that nobody waits for the dead.
+    """Wraps work that holds no collective; on exit all ranks raise if any did, so that nobody waits
+    for the dead.
 
-    A rank that raises alone leaves the others in their next collective until its timeout. Here every rank reports, and
-    all raise together with the first cause. Those who wait in `gather_in_group` meanwhile are called off.
+    A rank that raises alone leaves the others in their next collective until its timeout. Here
+    every rank reports, and all raise together with the first cause. Those who wait in
+    `gather_in_group` meanwhile are called off.
     """
     global _agreements, _agreed
     error, report = None, None
@@ -197,7 +229,9 @@ def agree_on_error(what: str):
     except Exception as caught:
         error, report = caught, f"{type(caught).__name__}: {caught}"
         if world_size() > 1:
-            dist.distributed_c10d._get_default_store().set(_failure_key(), f"rank {rank()} failed: {report}")
+            dist.distributed_c10d._get_default_store().set(
+                _failure_key(), f"rank {rank()} failed: {report}"
+            )
     reports = gather_objects(report)
     _agreements += 1
     _meetings.clear()
@@ -212,13 +246,15 @@ def agree_on_error(what: str):
     raise _agreed from error
 
 
-# ---- The end of a program ---------------------------------------------------------------------------------------------
+# ---- The end of a program ------------------------------------------------------------------------
 
 _cleanups: list[Callable[[], None]] = []
 
 
 def at_end(cleanup: Callable[[], None]) -> None:
-    """Calls `cleanup` once when this process ends, in whatever way short of a signal; the last one first. It must not raise."""
+    """Calls `cleanup` once when this process ends, in whatever way short of a signal; the last one
+    first. It must not raise.
+    """
     if not _cleanups:
         atexit.register(_clean_up)
     _cleanups.append(cleanup)
@@ -231,7 +267,9 @@ def _clean_up() -> None:
 
 @contextmanager
 def exit_together():
-    """Around all that a program does which joins the ranks: here it ends, and with it the process. Nothing behind it runs.
+    """Around all that a program does which joins the ranks: here it ends, and with it the process.
+
+    Nothing behind it runs.
 
     | the block | the status | who waits |
     |---|---|---|
@@ -251,14 +289,16 @@ def exit_together():
         except KeyboardInterrupt:
             traceback.print_exc()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            _end_now(-signal.SIGINT)  # a shell that runs a script of commands wants to know that it was Ctrl-C
+            # a shell that runs a script of commands wants to know that it was Ctrl-C
+            _end_now(-signal.SIGINT)
         _end_orderly(status)
 
 
 def _meet_at_end() -> None:
     """Nobody leaves while another is in a collective operation.
 
-    An engine of vllm 0.32 that is freed, as when `main` returns, takes all groups of its process with it. The store stays.
+    An engine of vllm 0.32 that is freed, as when `main` returns, takes all groups of its process
+    with it. The store stays.
     """
     if dist.is_initialized():
         barrier()
@@ -276,10 +316,12 @@ def _status_of(stop: SystemExit) -> int:
 
 
 def _end_orderly(status: int) -> NoReturn:
-    """Ends this process as multiprocessing ends its children: by what runs at an exit, and without the interpreter's teardown.
+    """Ends this process as multiprocessing ends its children: by what runs at an exit, and without
+    the interpreter's teardown.
 
-    That would destroy the groups' C++ objects while their threads run (torch 2.13), and now and then abort a finished run:
-    "terminate called without an active exception". The hooks come first: vllm 0.32's raise if the groups are gone.
+    That would destroy the groups' C++ objects while their threads run (torch 2.13), and now and
+    then abort a finished run: "terminate called without an active exception". The hooks come first:
+    vllm 0.32's raise if the groups are gone.
     """
     threading._shutdown()
     atexit._run_exitfuncs()
@@ -291,8 +333,11 @@ def _end_orderly(status: int) -> NoReturn:
 
 
 def _end_last(store: dist.Store) -> None:
-    """Rank 0 returns when the others are here: it may hold the store, of whose loss their libraries would complain."""
-    with suppress(RuntimeError):  # one that does not come, or a store that is gone: this rank is done
+    """Rank 0 returns when the others are here: it may hold the store, of whose loss their libraries
+    would complain.
+    """
+    # one that does not come, or a store that is gone: this rank is done
+    with suppress(RuntimeError):
         if rank() > 0:
             store.set(f"opd/ended/{rank()}", "")
         else:
@@ -315,9 +360,9 @@ def _end_now(status: int) -> NoReturn:
 def collective_region():
     """Ends this process at once on an exception that the ranks could not agree on.
 
-    Inside a collective region (forward, backward, weight gathering, a tensor-parallel engine at work) the others cannot be
-    asked. A rank that leaves with a non-zero status makes every launcher end the rest within seconds; an orderly shutdown
-    would wait for them instead.
+    Inside a collective region (forward, backward, weight gathering, a tensor-parallel engine at
+    work) the others cannot be asked. A rank that leaves with a non-zero status makes every launcher
+    end the rest within seconds; an orderly shutdown would wait for them instead.
     """
     try:
         yield
@@ -326,9 +371,8 @@ def collective_region():
     except BaseException as error:
         if not isinstance(error, Stop):
             traceback.print_exc()
-        if (
-            was_agreed(error) or isinstance(error, Stop)
-        ) and rank() == 0:  # what the user needs, below all that he does not
+        # what the user needs, below all that he does not
+        if was_agreed(error) or (isinstance(error, Stop) and rank() == 0):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _end_now(error.status if isinstance(error, Stop) else 1)
 

@@ -1,6 +1,7 @@
-"""Named places in the real path where a test may strike, so that what a failure costs is measured and not believed.
+"""Named places in the real path where a test may strike, so that what a failure costs is measured
+and not believed.
 
-    OPD_FAULT="ledger.written:kill@3"    when the point is reached for the third time; @1 is the default
+    OPD_FAULT="ledger.written:kill@3"    at the third passing; @1 is the default
     OPD_FAULT_RANK=1                     on that rank; 0 is the default, `all` is every rank
 
 | action | what it does to this process |
@@ -34,11 +35,13 @@ POINTS = {
     "backward": "before the backward pass of a micro-batch, inside a collective region",
     "train.before_step": "all gradients of an optimizer step are there, no weight has changed",
     "train.after_step": "the weights have changed, and no file says so",
-    "sync.before": "before the rollout engine gets new weights; the first time is before the first step",
+    "sync.before": "before the rollout engine gets new weights; the first time is before the "
+    "first step",
     "push.paused": "a server is paused for new weights and has not read them",
     "push.sending": "a piece of the weights is about to be broadcast to a server that waits for it",
     "ledger.before_write": "a trained step is not in the sample ledger yet",
-    "ledger.written": "a trained step is in the sample ledger, but in neither metrics nor checkpoint",
+    "ledger.written": "a trained step is in the sample ledger, but in neither metrics nor "
+    "checkpoint",
     "metrics.flushed": "the line of a step is written, its checkpoint is not",
     "save.begin": "before the temporary directory of a checkpoint is made",
     "save.tmp_made": "the temporary directory is made and empty",
@@ -66,13 +69,17 @@ class _Fault:
 
 
 def check() -> None:
-    """Raises ValueError if OPD_FAULT or OPD_FAULT_RANK cannot strike: a typo must not pass for a run that survived."""
+    """Raises ValueError if OPD_FAULT or OPD_FAULT_RANK cannot strike: a typo must not pass for a
+    run that survived.
+    """
     text, rank = os.environ.get("OPD_FAULT", ""), os.environ.get("OPD_FAULT_RANK", "0")
     if not text:
         return
     fault = _parse(text)
     if fault.point not in POINTS:
-        raise ValueError(f"OPD_FAULT {text}: no point is called {fault.point!r}; there are {', '.join(POINTS)}")
+        raise ValueError(
+            f"OPD_FAULT {text}: no point is called {fault.point!r}; there are {', '.join(POINTS)}"
+        )
     if rank != "all" and not rank.isdecimal():
         raise ValueError(f"OPD_FAULT_RANK {rank}: must be a rank or `all`")
 
@@ -109,9 +116,12 @@ def _parse(text: str) -> _Fault:
     point, _, rest = text.partition(":")
     what, at_sign, at = rest.partition("@")
     action, equals, seconds = what.partition("=")
-    if action not in {name.partition("=")[0] for name in ACTIONS} or bool(equals) != (action == "delay"):
+    if action not in {name.partition("=")[0] for name in ACTIONS} or bool(equals) != (
+        action == "delay"
+    ):
         raise ValueError(
-            f"OPD_FAULT {text}: no action is called {what!r}; write POINT:ACTION[@N], {', '.join(ACTIONS)}"
+            f"OPD_FAULT {text}: no action is called {what!r}; write POINT:ACTION[@N], "
+            f"{', '.join(ACTIONS)}"
         )
     if at_sign and not (at.isdecimal() and int(at) > 0):
         raise ValueError(f"OPD_FAULT {text}: @{at}: must be a whole number of at least 1")

@@ -1,4 +1,6 @@
-"""What a program tells its user: console and log, messages of one line, and no secret in any of them."""
+"""What a program tells its user: console and log, messages of one line, and no secret in any of
+them.
+"""
 
 import logging
 import os
@@ -33,7 +35,8 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     """Tells the user what concerns this rank, whichever it is: console and log."""
-    # In one piece: launchers start `python -u`, and `print` would write the end of the line after another rank's warning.
+    # In one piece: launchers start `python -u`, and `print` would write the end of the line after
+    # another rank's warning.
     print(f"warning: rank {rank()}: {message}\n", end="", file=sys.stderr, flush=True)
     logger.warning(message)
 
@@ -47,8 +50,9 @@ def warn_once(message: str) -> None:
 class _QuietLogger(logging.Logger):
     """A logger that never writes to the console and always reaches the root's log file.
 
-    vLLM, DeepSpeed and transformers each install a stream handler of their own and stop propagation, whenever they are
-    first imported; the warning of a library without a handler would go to stderr.
+    vLLM, DeepSpeed and transformers each install a stream handler of their own and stop
+    propagation, whenever they are first imported; the warning of a library without a handler would
+    go to stderr.
     """
 
     propagate = property(lambda self: True, lambda self, value: None)
@@ -65,20 +69,29 @@ class _RedactedFormatter(logging.Formatter):
 
 def _writes_to_console(handler: logging.Handler) -> bool:
     console = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    return isinstance(handler, logging.StreamHandler) and any(handler.stream is stream for stream in console)
+    return isinstance(handler, logging.StreamHandler) and any(
+        handler.stream is stream for stream in console
+    )
 
 
 def setup_logging(run_dir: Path) -> Path:
-    """Sends every logger and warning of this rank to `logs/rank_N.log`; returns it. Exceptions still reach stderr.
+    """Sends every logger and warning of this rank to `logs/rank_N.log`; returns it.
 
-    Call it early on every rank: loggers made before it are cleaned once, those made after it never reach the console.
+    Exceptions still reach stderr.
+
+    Call it early on every rank: loggers made before it are cleaned once, those made after it never
+    reach the console.
     """
     path = Path(run_dir) / "logs" / f"rank_{rank()}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    known = [log for log in logging.Logger.manager.loggerDict.values() if isinstance(log, logging.Logger)]
+    known = [
+        log for log in logging.Logger.manager.loggerDict.values() if isinstance(log, logging.Logger)
+    ]
     for other in (root, *known):
-        for handler in [h for h in other.handlers if _writes_to_console(h) or getattr(h, "of_run", False)]:
+        for handler in [
+            h for h in other.handlers if _writes_to_console(h) or getattr(h, "of_run", False)
+        ]:
             other.removeHandler(handler)
         other.propagate = True
     file = logging.FileHandler(path, mode="a", encoding="utf-8")
@@ -103,7 +116,9 @@ def _hide_progress_bars() -> None:
 
 
 # Narrower than for the environment: max_response_tokens and domain_key are no secrets.
-_SECRET_FLAG = re.compile(r"(^|[_-])((api|access|private|auth)[_-]?key|token|secret|password)$", re.I)
+_SECRET_FLAG = re.compile(
+    r"(^|[_-])((api|access|private|auth)[_-]?key|token|secret|password)$", re.I
+)
 
 
 _SECRET_QUERY = re.compile(r"([?&][\w-]*(?:token|key|secret|password)=)[^&\s]+", re.I)
@@ -119,15 +134,21 @@ _SHORTEST_SECRET = 8  # a shorter value is a word that other text may hold by ch
 
 
 def redact(text: str) -> str:
-    """Hides user-info and secrets in URLs, and the values of this process's secret environment variables."""
+    """Hides user-info and secrets in URLs, and the values of this process's secret environment
+    variables.
+    """
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST_SECRET and re.search(r"(TOKEN|KEY|SECRET|PASSWORD)$", name, re.I):
+        if len(value) >= _SHORTEST_SECRET and re.search(
+            r"(TOKEN|KEY|SECRET|PASSWORD)$", name, re.I
+        ):
             text = text.replace(value, _HIDDEN)
     return _SECRET_QUERY.sub(rf"\1{_HIDDEN}", _URL_USER.sub(rf"\1{_HIDDEN}@", text))
 
 
 def redact_argv(argv: Sequence[str]) -> list[str]:
-    """`redact`, and the values of flags whose name says that they are secret (`--hf_token X`, `API_KEY=X`)."""
+    """`redact`, and the values of flags whose name says that they are secret (`--hf_token X`,
+    `API_KEY=X`).
+    """
     shown, hide = [], False
     for argument in argv:
         name, equals, _ = argument.partition("=")

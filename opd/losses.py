@@ -1,9 +1,10 @@
-"""Distillation losses, one value per token: divergences, estimators, policy gradient, importance weights.
+"""Distillation losses, one value per token: divergences, estimators, policy gradient, importance
+weights.
 
-Every function is pure: it keeps no state and never writes to its arguments. float16 and bfloat16 are computed and
-returned in float32, float32 and float64 stay what they are. Nothing here averages: the script sums over loss tokens and
-divides by their count over all ranks. s, t are the log-probabilities (in nats) of student and teacher, p, q their
-probabilities.
+Every function is pure: it keeps no state and never writes to its arguments. float16 and bfloat16
+are computed and returned in float32, float32 and float64 stay what they are. Nothing here averages:
+the script sums over loss tokens and divides by their count over all ranks. s, t are the
+log-probabilities (in nats) of student and teacher, p, q their probabilities.
 
 Shape legend: N tokens, V vocabulary, K support size, B sequences, S padded length.
 """
@@ -22,9 +23,11 @@ IMPORTANCE_MODES = ("none", "truncate", "mask")
 IMPORTANCE_LEVELS = ("token", "sequence", "geometric")
 REJECTION_LEVELS = ("none", "sequence", "geometric")
 
-# Beyond e^20 a ratio says only that the two policies disagree; without the bound, exp overflows on one bad token.
+# Beyond e^20 a ratio says only that the two policies disagree; without the bound, exp overflows on
+# one bad token.
 MAX_LOG_RATIO = 20.0
-# Stands in for -inf in an empty support slot: exp gives 0, and differences stay finite, gradients too.
+# Stands in for -inf in an empty support slot: exp gives 0, and differences stay finite, gradients
+# too.
 EMPTY_LOGPROB = -1e4
 
 
@@ -40,13 +43,14 @@ def divergence(
     """Full-vocabulary divergence of each token, [N], in nats.
 
     * `forward_kl` = sum q (t - s); `reverse_kl` = sum p (s - t)
-    * `jsd` = beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p   (GKD, arXiv 2306.13649)
-    * `skew_forward_kl` = KL(q || alpha q + (1 - alpha) p); `skew_reverse_kl` = KL(p || alpha p + (1 - alpha) q)
+    * `jsd` = beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (arXiv 2306.13649)
+    * `skew_forward_kl` = KL(q || alpha q + (1 - alpha) p); `skew_reverse_kl` = KL(p || alpha p + (1
+      - alpha) q)
       (DistiLLM, arXiv 2402.03898)
 
-    `temperature` divides the logits of both sides; no T^2 factor is added. Logits must be finite: cut a padded
-    vocabulary, do not mask it with -inf. Raises ValueError for an unknown kind, beta or alpha outside (0, 1), or a
-    temperature that is not positive.
+    `temperature` divides the logits of both sides; no T^2 factor is added. Logits must be finite:
+    cut a padded vocabulary, do not mask it with -inf. Raises ValueError for an unknown kind, beta
+    or alpha outside (0, 1), or a temperature that is not positive.
 
     Example: p = (.9, .1), q = (.1, .9): reverse_kl = .8 ln 9 = 1.7578.
     """
@@ -58,7 +62,9 @@ def divergence(
     s_NV = _log_softmax(student_logits_NV, temperature)
     t_NV = _log_softmax(teacher_logits_NV, temperature)
     parts = _kl_parts(s_NV, t_NV, kind=kind, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
-    return sum(weight * (log_a.exp() * (log_a - log_b)).sum(dim=-1) for weight, log_a, log_b in parts)
+    return sum(
+        weight * (log_a.exp() * (log_a - log_b)).sum(dim=-1) for weight, log_a, log_b in parts
+    )
 
 
 def support_divergence(
@@ -70,22 +76,27 @@ def support_divergence(
     jsd_beta: float = 0.5,
     skew_alpha: float = 0.1,
 ) -> Tensor:
-    """Divergence of each token on a support of K tokens, [N], from full-vocabulary log-probabilities of both sides.
+    """Divergence of each token on a support of K tokens, [N], from full-vocabulary
+    log-probabilities of both sides.
 
     `tail` says what becomes of the rest of the vocabulary:
 
     * `bucket`: one more outcome holds the exact rest. Zero only where the support agrees.
-    * `generalized`: KL(a || b) gets `+ b - a` at each token, so that every term is >= 0 (MOPD, arXiv 2606.30406 Eq. 5).
+    * `generalized`: KL(a || b) gets `+ b - a` at each token, so that every term is >= 0 (MOPD,
+      arXiv 2606.30406 Eq. 5).
       Zero only where the support agrees.
-    * `renormalize`: both sides divided by their mass on the support. Biased: blind to how much mass the support has.
-    * `truncate`: the raw sum. Biased (except jsd, where it is `generalized`): at student = teacher the value is 0 but
+    * `renormalize`: both sides divided by their mass on the support. Biased: blind to how much mass
+      the support has.
+    * `truncate`: the raw sum. Biased (except jsd, where it is `generalized`): at student = teacher
+      the value is 0 but
       the gradient is not, it moves mass out of the support (reverse) or into it (forward).
 
-    A slot with -inf on both sides is empty and adds nothing (see `topk.union_support`). Raises ValueError for an
-    unknown kind or tail, and for beta or alpha outside (0, 1).
+    A slot with -inf on both sides is empty and adds nothing (see `topk.union_support`). Raises
+    ValueError for an unknown kind or tail, and for beta or alpha outside (0, 1).
     """
     assert student_logprobs_NK.shape == teacher_logprobs_NK.shape, (
-        f"student logprobs {student_logprobs_NK.shape}, teacher logprobs {teacher_logprobs_NK.shape}"
+        f"student logprobs {student_logprobs_NK.shape}, teacher logprobs "
+        f"{teacher_logprobs_NK.shape}"
     )
     _require_choice("tail", tail, TAILS)
     empty_NK = student_logprobs_NK.isneginf() & teacher_logprobs_NK.isneginf()
@@ -109,11 +120,13 @@ def support_divergence(
 
 
 def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, *, estimator: str) -> Tensor:
-    """Estimate of KL(student || teacher) at tokens sampled from the student; same shape as the arguments.
+    """Estimate of KL(student || teacher) at tokens sampled from the student; same shape as the
+    arguments.
 
-    `k1` = s - t; `k2` = (s - t)^2 / 2; `k3` = e^(t - s) - (t - s) - 1 (Schulman 2020, "Approximating KL divergence").
-    As a value, k1 and k3 are unbiased. As a differentiable loss, k1's gradient does not contain the teacher at all: use
-    it through `policy_gradient_loss`. Raises ValueError for an unknown estimator.
+    `k1` = s - t; `k2` = (s - t)^2 / 2; `k3` = e^(t - s) - (t - s) - 1 (Schulman 2020,
+    "Approximating KL divergence"). As a value, k1 and k3 are unbiased. As a differentiable loss,
+    k1's gradient does not contain the teacher at all: use it through `policy_gradient_loss`. Raises
+    ValueError for an unknown estimator.
     """
     _require_choice("estimator", estimator, ESTIMATORS)
     log_ratio = upcast(teacher_logprobs) - upcast(student_logprobs)
@@ -124,8 +137,13 @@ def kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, *, estimator
     return torch.expm1(log_ratio) - log_ratio
 
 
-def distillation_advantage(student_logprobs: Tensor, teacher_logprobs: Tensor, *, clip: float | None) -> Tensor:
-    """sg[t - s], bounded to [-clip, clip] (`None`: no bound). Raises ValueError for a clip that is not positive."""
+def distillation_advantage(
+    student_logprobs: Tensor, teacher_logprobs: Tensor, *, clip: float | None
+) -> Tensor:
+    """sg[t - s], bounded to [-clip, clip] (`None`: no bound).
+
+    Raises ValueError for a clip that is not positive.
+    """
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: must be greater than 0, or None for no clipping")
     advantages = (upcast(teacher_logprobs) - upcast(student_logprobs)).detach()
@@ -141,12 +159,16 @@ def policy_gradient_loss(
     clip_high: float | None = None,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """Policy-gradient loss of each sampled token; the gradient flows into `logprobs` only. All shapes equal.
+    """Policy-gradient loss of each sampled token; the gradient flows into `logprobs` only.
 
-    * `clip_low=None`: REINFORCE, `-A logprobs`; old_logprobs, clip_high and dual_clip have no part in it.
-    * else PPO with r = e^(logprobs - old_logprobs): `max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))` (arXiv
-      1707.06347 Eq. 7); `clip_high=None` means clip_low. With `dual_clip` = c > 1, the loss of a negative advantage is
-      at most `-A c` (arXiv 1912.09729).
+    All shapes equal.
+
+    * `clip_low=None`: REINFORCE, `-A logprobs`; old_logprobs, clip_high and dual_clip have no part
+      in it.
+    * else PPO with r = e^(logprobs - old_logprobs): `max(-A r, -A clip(r, 1 - clip_low, 1 +
+      clip_high))` (arXiv
+      1707.06347 Eq. 7); `clip_high=None` means clip_low. With `dual_clip` = c > 1, the loss of a
+      negative advantage is at most `-A c` (arXiv 1912.09729).
 
     Raises ValueError for a dual_clip that is not above 1.
     """
@@ -158,7 +180,9 @@ def policy_gradient_loss(
     clip_high = clip_low if clip_high is None else clip_high
     log_ratio = logprobs - upcast(old_logprobs).detach()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    loss = torch.maximum(
+        -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    )
     if dual_clip is None:
         return loss
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
@@ -175,15 +199,18 @@ def importance_weights(
     low: float,
     high: float,
 ) -> Tensor:
-    """Weights [B, S] that correct for a sampler that is not the current student; detached, zero off the mask.
+    """Weights [B, S] that correct for a sampler that is not the current student; detached, zero off
+    the mask.
 
-    The ratio r is trainer over sampler: of the token (`token`), of the whole sequence, the product of its tokens
-    (`sequence`), or the geometric mean of its tokens (`geometric`). Its logarithm is bounded to +-20.
+    The ratio r is trainer over sampler: of the token (`token`), of the whole sequence, the product
+    of its tokens (`sequence`), or the geometric mean of its tokens (`geometric`). Its logarithm is
+    bounded to +-20.
 
-    * `none`: ones. `truncate`: min(r, high); low has no part in it. `mask`: r where low <= r <= high, else 0 (IcePop).
+    * `none`: ones. `truncate`: min(r, high); low has no part in it. `mask`: r where low <= r <=
+      high, else 0 (IcePop).
 
-    A token of weight 0 still counts in the denominator. What stands off the mask is never read, not even a NaN.
-    Raises ValueError for an unknown mode or level.
+    A token of weight 0 still counts in the denominator. What stands off the mask is never read, not
+    even a NaN. Raises ValueError for an unknown mode or level.
     """
     _require_choice("mode", mode, IMPORTANCE_MODES)
     _require_choice("level", level, IMPORTANCE_LEVELS)
@@ -192,7 +219,9 @@ def importance_weights(
     if mode == "none":
         return mask_BS.to(log_ratio_BS.dtype)
     if level != "token":
-        log_ratio_BS = _of_sequence(log_ratio_BS, mask_BS, level).unsqueeze(-1).expand_as(log_ratio_BS)
+        log_ratio_BS = (
+            _of_sequence(log_ratio_BS, mask_BS, level).unsqueeze(-1).expand_as(log_ratio_BS)
+        )
     ratio_BS = log_ratio_BS.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if mode == "truncate":
         weights_BS = ratio_BS.clamp(max=high)
@@ -203,16 +232,24 @@ def importance_weights(
 
 @torch.no_grad()
 def accepted_sequences(
-    logprobs_BS: Tensor, rollout_logprobs_BS: Tensor, mask_BS: Tensor, *, level: str, low: float, high: float
+    logprobs_BS: Tensor,
+    rollout_logprobs_BS: Tensor,
+    mask_BS: Tensor,
+    *,
+    level: str,
+    low: float,
+    high: float,
 ) -> Tensor:
-    """Which sequences may be learned from, [B] bool: those whose ratio r of trainer to sampler has low <= r <= high.
+    """Which sequences may be learned from, [B] bool: those whose ratio r of trainer to sampler has
+    low <= r <= high.
 
-    r is the product of the tokens' ratios (`sequence`) or their geometric mean (`geometric`; verl calls it
-    seq_mean_k1); `none` accepts all. Compared as logarithms, so that no length overflows. A sequence without tokens is
-    accepted, and one whose ratio is NaN is not. What stands off the mask is never read.
+    r is the product of the tokens' ratios (`sequence`) or their geometric mean (`geometric`; verl
+    calls it seq_mean_k1); `none` accepts all. Compared as logarithms, so that no length overflows.
+    A sequence without tokens is accepted, and one whose ratio is NaN is not. What stands off the
+    mask is never read.
 
-    The tokens of a rejected sequence get the weight 0 and still count in the denominator. Raises ValueError for an
-    unknown level.
+    The tokens of a rejected sequence get the weight 0 and still count in the denominator. Raises
+    ValueError for an unknown level.
 
     Example: two tokens of ratio 2: 4 for `sequence`, 2 for `geometric`.
     """
@@ -229,7 +266,8 @@ def accepted_sequences(
 def _log_ratio(logprobs_BS: Tensor, rollout_logprobs_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """Logarithm of trainer over sampler, [B, S], 0 off the mask."""
     assert logprobs_BS.shape == rollout_logprobs_BS.shape == mask_BS.shape, (
-        f"logprobs {logprobs_BS.shape}, rollout logprobs {rollout_logprobs_BS.shape}, mask {mask_BS.shape}"
+        f"logprobs {logprobs_BS.shape}, rollout logprobs {rollout_logprobs_BS.shape}, mask "
+        f"{mask_BS.shape}"
     )
     return (upcast(logprobs_BS) - upcast(rollout_logprobs_BS)).masked_fill(~mask_BS, 0.0)
 
@@ -265,9 +303,15 @@ def _kl_parts(
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, name: str, weight: float) -> Tensor:
-    """log(weight a + (1 - weight) b). The ends are refused: there the mixture is one side, a loss of another name."""
+    """log(weight a + (1 - weight) b).
+
+    The ends are refused: there the mixture is one side, a loss of another name.
+    """
     if not 0.0 < weight < 1.0:
-        raise ValueError(f"{name}={weight}: must lie between 0 and 1; for an end, choose forward_kl or reverse_kl")
+        raise ValueError(
+            f"{name}={weight}: must lie between 0 and 1; for an end, choose forward_kl or "
+            f"reverse_kl"
+        )
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
 
 

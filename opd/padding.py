@@ -1,7 +1,7 @@
 """Rollouts and scores to micro-batches. The one place where response-aligned becomes label-aligned.
 
-B sequences, S padded length after the shift, L response length, N loss tokens, M loss tokens of one teacher, K support,
-H teacher hidden size.
+B sequences, S padded length after the shift, L response length, N loss tokens, M loss tokens of one
+teacher, K support, H teacher hidden size.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,13 @@ from opd.types import MicroBatch, Rollout, TeacherScores, TeacherSlice
 
 Scored = tuple[Rollout, tuple[TeacherScores, ...]]
 
-# What a micro-batch costs beside its tokens (weights are gathered and read, kernels started), in full micro-batches. A
-# guess, but not a delicate one: it says how much padding is worth a micro-batch more.
+# What a micro-batch costs beside its tokens (weights are gathered and read, kernels started), in
+# full micro-batches. A guess, but not a delicate one: it says how much padding is worth a
+# micro-batch more.
 FIXED_COST = 0.25
 
-# Fields of TeacherScores with one row per response token, and what they are called in a TeacherSlice.
+# Fields of TeacherScores with one row per response token, and what they are called in a
+# TeacherSlice.
 PAYLOAD = {
     "sampled_logprobs": "sampled_logprobs_M",
     "entropy": "entropy_M",
@@ -39,17 +41,23 @@ def make_micro_batches(
     pad_id: int,
     domains: Sequence[str],
 ) -> list[MicroBatch]:
-    """Right-padded micro-batches on the host, the same number on every rank; ranks with fewer get fully masked ones.
+    """Right-padded micro-batches on the host, the same number on every rank; ranks with fewer get
+    fully masked ones.
 
-    Rollouts are ordered by teacher and then by length: little padding, and one teacher's head is needed at a time. A
-    micro-batch is `micro_batch_size` of them; or, with `max_tokens` > 0, as many as fit that many tokens: rows times the
-    longest, both after the shift, or, for a student that runs its rows `packed` into one, the sum of lengths. Losses
-    are sums over tokens divided by one global count, so neither the order nor the split changes a gradient.
-    Collective. Raises ValueError if a rollout has no scores, or is longer than `max_tokens`.
+    Rollouts are ordered by teacher and then by length: little padding, and one teacher's head is
+    needed at a time. A micro-batch is `micro_batch_size` of them; or, with `max_tokens` > 0, as
+    many as fit that many tokens: rows times the longest, both after the shift, or, for a student
+    that runs its rows `packed` into one, the sum of lengths. Losses are sums over tokens divided by
+    one global count, so neither the order nor the split changes a gradient. Collective. Raises
+    ValueError if a rollout has no scores, or is longer than `max_tokens`.
     """
     scored = sorted(
         zip(rollouts, scores, strict=True),
-        key=lambda item: ([score.teacher for score in item[1]], _length(item[0]), item[0].prompt.prompt_id),
+        key=lambda item: (
+            [score.teacher for score in item[1]],
+            _length(item[0]),
+            item[0].prompt.prompt_id,
+        ),
     )
     if max_tokens:
         groups = _cut_by_tokens(scored, max_tokens, packed)
@@ -61,15 +69,20 @@ def make_micro_batches(
 
 
 def count_loss_tokens(micro_batches: Sequence[MicroBatch]) -> int:
-    """Loss tokens of one optimizer step over all ranks and micro-batches: the only denominator. Collective."""
+    """Loss tokens of one optimizer step over all ranks and micro-batches: the only denominator.
+
+    Collective.
+    """
     (total,) = distributed.all_reduce([sum(mb.num_loss_tokens for mb in micro_batches)])
     return int(total)
 
 
 def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) -> MicroBatch:
-    """One micro-batch; an empty `scored` gives a single fully masked row, so that its loss is a connected zero.
+    """One micro-batch; an empty `scored` gives a single fully masked row, so that its loss is a
+    connected zero.
 
-    Example: prompt [5, 6], response [7, 8] -> input [5, 6, 7], labels [6, 7, 8], loss mask [0, 1, 1].
+    Example: prompt [5, 6], response [7, 8] -> input [5, 6, 7], labels [6, 7, 8], loss mask [0, 1,
+    1].
     """
     B = max(1, len(scored))
     S = max([_length(rollout) - 1 for rollout, _ in scored], default=1)
@@ -100,7 +113,9 @@ def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) ->
         loss_mask_BS=loss_mask_BS,
         rollout_logprobs_BS=rollout_logprobs_BS,
         # a filler row has those of its no tokens
-        old_logprobs_BS=old_logprobs_BS if all(r.old_policy is not None for r, _ in scored) else None,
+        old_logprobs_BS=old_logprobs_BS
+        if all(r.old_policy is not None for r, _ in scored)
+        else None,
         task_advantages_B=_per_row([r.task_advantage for r, _ in scored], 0.0, torch.float32),
         domain_ids_B=_per_row([domains.index(r.prompt.domain) for r, _ in scored], -1, torch.long),
         policy_versions_B=_per_row([r.policy_version for r, _ in scored], 0, torch.long),
@@ -120,16 +135,20 @@ def _per_row(values: list, filler, dtype: torch.dtype) -> Tensor:
 def _cut_by_tokens(scored: list[Scored], max_tokens: int, packed: bool) -> list[list[Scored]]:
     """Runs of neighbours of at most `max_tokens` each: of all such cuts, the one that costs least.
 
-    A greedy cut has the fewest runs, since a part of a run that fits fits too, but it fills short rows up with long ones.
-    8 rows of 10 tokens and 2 of 100 fit 1,000 tokens in one piece; cut in two, they are 280.
+    A greedy cut has the fewest runs, since a part of a run that fits fits too, but it fills short
+    rows up with long ones. 8 rows of 10 tokens and 2 of 100 fit 1,000 tokens in one piece; cut in
+    two, they are 280.
     """
     lengths = [_length(rollout) - 1 for rollout, _ in scored]
-    best = [(0.0, 0)]  # of the first 0, 1, 2, ... rows: (tokens to compute and fixed costs, where the last run starts)
+    # of the first 0, 1, 2, ... rows: (tokens to compute and fixed costs, where the last run starts)
+    best = [(0.0, 0)]
     for end, length in enumerate(lengths, 1):
         if length > max_tokens:
             raise ValueError(
-                f"--max_tokens_per_micro_batch {max_tokens}: prompt {scored[end - 1][0].prompt.prompt_id} and its response "
-                f"need {length}; give at least that, or lower --max_prompt_tokens or --max_response_tokens"
+                f"--max_tokens_per_micro_batch {max_tokens}: prompt "
+                f"{scored[end - 1][0].prompt.prompt_id} and its response "
+                f"need {length}; give at least that, or lower --max_prompt_tokens or "
+                f"--max_response_tokens"
             )
         options, widest, total = [], 0, 0
         for start in range(end - 1, -1, -1):
@@ -148,7 +167,8 @@ def _cut_by_tokens(scored: list[Scored], max_tokens: int, packed: bool) -> list[
 
 
 def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
-    """Groups the rows' scores by teacher and by what the teacher gave: a cache that is full gives less for some rows.
+    """Groups the rows' scores by teacher and by what the teacher gave: a cache that is full gives
+    less for some rows.
 
     Row by row, the loss tokens are the responses, one after the other.
     """
@@ -157,19 +177,27 @@ def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
     for rollout, row_scores in scored:
         L = len(rollout.response_ids)
         if not row_scores:
-            raise ValueError(f"prompt {rollout.prompt.prompt_id} ({rollout.prompt.domain}): no teacher scored it")
+            raise ValueError(
+                f"prompt {rollout.prompt.prompt_id} ({rollout.prompt.domain}): no teacher scored it"
+            )
         for score in row_scores:
             _check_aligned(score, L, rollout)
             given = tuple(name for name in PAYLOAD if getattr(score, name) is not None)
-            parts.setdefault((score.teacher, *given), []).append((torch.arange(offset, offset + L), score))
+            parts.setdefault((score.teacher, *given), []).append(
+                (torch.arange(offset, offset + L), score)
+            )
         offset += L
     return tuple(
         TeacherSlice(
             teacher=teacher,
             token_index_M=_host_cat([index for index, _ in entries]),
-            weights_M=_host_cat([torch.full((len(index),), score.weight) for index, score in entries]),
+            weights_M=_host_cat(
+                [torch.full((len(index),), score.weight) for index, score in entries]
+            ),
             **{
-                PAYLOAD[name]: _host_cat([getattr(score, name) for _, score in entries]) if name in given else None
+                PAYLOAD[name]: _host_cat([getattr(score, name) for _, score in entries])
+                if name in given
+                else None
                 for name in PAYLOAD
             },
         )
@@ -178,7 +206,9 @@ def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
 
 
 def _host_cat(values: list[Tensor]) -> Tensor:
-    """Joined along the first axis, in page-locked memory where there is a GPU: its copy from there blocks nobody."""
+    """Joined along the first axis, in page-locked memory where there is a GPU: its copy from there
+    blocks nobody.
+    """
     if not torch.cuda.is_available():
         return torch.cat(values)
     shape = (sum(len(value) for value in values), *values[0].shape[1:])
@@ -189,5 +219,6 @@ def _check_aligned(score: TeacherScores, L: int, rollout: Rollout) -> None:
     for name in PAYLOAD:
         value = getattr(score, name)
         assert value is None or len(value) == L, (
-            f"prompt {rollout.prompt.prompt_id}: {score.teacher}.{name} has {len(value)} rows for {L} response tokens"
+            f"prompt {rollout.prompt.prompt_id}: {score.teacher}.{name} has {len(value)} rows for "
+            f"{L} response tokens"
         )

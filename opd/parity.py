@@ -1,8 +1,10 @@
-"""Whether the sampler is the student: judged on tokens that it has sampled, where the run can still be stopped.
+"""Whether the sampler is the student: judged on tokens that it has sampled, where the run can still
+be stopped.
 
-A sampler with other weights, or that computes its model in another way, writes plausible text, and everything that is learned
-from it is learned about another model. The first check is before any update, and its difference is that of two libraries'
-arithmetic; the next is after the first weights were pushed. From then on every `--parity_every`-th step is checked.
+A sampler with other weights, or that computes its model in another way, writes plausible text, and
+everything that is learned from it is learned about another model. The first check is before any
+update, and its difference is that of two libraries' arithmetic; the next is after the first weights
+were pushed. From then on every `--parity_every`-th step is checked.
 
 N tokens of responses that the student's weights of now have sampled.
 """
@@ -25,15 +27,19 @@ MOST_ROLLOUTS = 16  # of a rank and check: a forward of so many is soon done
 UNSCORED = (TeacherScores(teacher="", weight=1.0),)  # what is judged needs no teacher
 FIRST_CHECKS = 2  # before any update, and after the first push
 
-# Mean difference of log-probabilities, in nats. float32 adds up in another order: 1e-6 to 1e-5 (docs/models.md). bfloat16
-# depends on the model, so the first check measures its floor, and bounds it: about .01 for dense models, more for experts.
+# Mean difference of log-probabilities, in nats. float32 adds up in another order: 1e-6 to 1e-5
+# (docs/models.md). bfloat16 depends on the model, so the first check measures its floor, and bounds
+# it: about .01 for dense models, more for experts.
 FLOAT32_LIMIT = 1e-4
 FIRST_LIMIT = 0.1
 TIMES_FLOOR, LEAST_LIMIT = 4.0, 0.03
 
 
 class Parity:
-    """The judge of a run. `cut` makes micro-batches as the loop does; `every` is `--parity_every`, and 0 judges nothing."""
+    """The judge of a run.
+
+    `cut` makes micro-batches as the loop does; `every` is `--parity_every`, and 0 judges nothing.
+    """
 
     def __init__(self, cut: Cut, rollout: RolloutConfig, *, every: int, dtype: torch.dtype):
         self.cut, self.rollout, self.every = cut, rollout, every
@@ -42,11 +48,14 @@ class Parity:
         self.checks = 0
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` is to be checked: the first two in which the student writes, and every so many."""
+        """Whether `step` is to be checked: the first two in which the student writes, and every so
+        many.
+        """
         return self.every > 0 and (self.checks < FIRST_CHECKS or step % self.every == 0)
 
     def check(self, student: Student, rollouts: Sequence[Rollout], step: int) -> None:
-        """Stops all ranks if the sampler of these rollouts is not the student of now; without any nothing is decided.
+        """Stops all ranks if the sampler of these rollouts is not the student of now; without any
+        nothing is decided.
 
         Before an update of `step`. Collective. Raises distributed.Stop.
         """
@@ -65,14 +74,20 @@ class Parity:
     def excess(self, trainer_N: Tensor, sampler_N: Tensor) -> Tensor:
         """How much of each difference cannot be, [N].
 
-        What is sampled from the likeliest tokens alone is likelier by their share, which is at least `top_p`.
+        What is sampled from the likeliest tokens alone is likelier by their share, which is at
+        least `top_p`.
         """
         gain = math.inf if self.rollout.top_k > 0 else -math.log(self.rollout.top_p)
         gap_N = sampler_N - trainer_N
-        return torch.where(gap_N.isfinite(), (-gap_N).clamp(min=0) + (gap_N - gain).clamp(min=0), math.inf)
+        return torch.where(
+            gap_N.isfinite(), (-gap_N).clamp(min=0) + (gap_N - gain).clamp(min=0), math.inf
+        )
 
     def decide(self, mean: float, largest: float, count: int, step: int) -> None:
-        """Raises distributed.Stop if `mean` is over the limit. The first check of a bfloat16 run sets the limit of the others."""
+        """Raises distributed.Stop if `mean` is over the limit.
+
+        The first check of a bfloat16 run sets the limit of the others.
+        """
         if not mean <= self.limit:
             when = "before any update" if self.checks == 0 else "after weights were pushed"
             nothing_trained = self.checks == 0 and step == 0
@@ -82,9 +97,12 @@ class Parity:
                 else " (one of them computes no number: look for NaN and infinity in the weights)"
             )
             raise distributed.Stop(
-                f"step {step + 1}: the sampler is not the student: {when}, their log-probabilities of the same {count} tokens "
-                f"differ by {mean:.2g} on average (at most {largest:.2g}){broken}, and {self.limit:.2g} can be rounding; "
-                "nothing was trained on these tokens; see docs/metrics.md (parity) and docs/models.md; --parity_every 0 goes "
+                f"step {step + 1}: the sampler is not the student: {when}, their "
+                f"log-probabilities of the same {count} tokens "
+                f"differ by {mean:.2g} on average (at most {largest:.2g}){broken}, and "
+                f"{self.limit:.2g} can be rounding; "
+                "nothing was trained on these tokens; see docs/metrics.md (parity) and "
+                "docs/models.md; --parity_every 0 goes "
                 "on unjudged",
                 status=2 if nothing_trained else 1,
             )

@@ -1,12 +1,17 @@
-"""Child processes that leave nothing behind, however they or their parent end. Standard library only.
+"""Child processes that leave nothing behind, however they or their parent end.
 
-Linux kills a child when its parent dies, if the child has asked for it; it does not kill what the child has started, and
-vllm 0.32's engine outlives a killed API server for ever. So a command is started through this very file, run as a script:
+Standard library only.
+
+Linux kills a child when its parent dies, if the child has asked for it; it does not kill what the
+child has started, and vllm 0.32's engine outlives a killed API server for ever. So a command is
+started through this very file, run as a script:
 
     parent ──> leader of a new process group, bound to its parent's life; it becomes the command
-                   └──> guard, outside the group: when the leader is gone, it ends what the group still holds
+                   └──> guard, outside the group: when the leader is gone, it ends what the group
+                   still holds
 
-The guard is there before the command is, so there is no instant at which a SIGKILL leaves something for good.
+The guard is there before the command is, so there is no instant at which a SIGKILL leaves something
+for good.
 """
 
 import contextlib
@@ -26,14 +31,22 @@ POLL_SECONDS = 0.1
 
 
 def start(command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> subprocess.Popen:
-    """Starts `command` as the leader of a process group of its own: the group's id is its pid. Its output goes to `log`.
+    """Starts `command` as the leader of a process group of its own: the group's id is its pid.
 
-    It is killed when the *thread* that calls this ends, as Linux has it, so call it in one that lives as long as it is needed.
+    Its output goes to `log`.
+
+    It is killed when the *thread* that calls this ends, as Linux has it, so call it in one that
+    lives as long as it is needed.
     """
     shim = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
     with log.open("ab") as output:
         return subprocess.Popen(
-            [*shim, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, process_group=0
+            [*shim, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=env,
+            process_group=0,
         )
 
 
@@ -50,7 +63,10 @@ def members(group: int) -> list[int]:
 
 
 def end(group: int, grace_seconds: float = GRACE_SECONDS) -> None:
-    """Ends a process group: SIGTERM to all of it, and SIGKILL to what is left after the grace. Returns when none lives."""
+    """Ends a process group: SIGTERM to all of it, and SIGKILL to what is left after the grace.
+
+    Returns when none lives.
+    """
     deadline = time.monotonic() + grace_seconds
     with contextlib.suppress(ProcessLookupError):
         if grace_seconds > 0:
@@ -83,7 +99,10 @@ def free_port() -> int:
 
 
 def die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies. To be called in a child, before `exec`."""
+    """Asks Linux to kill this process when its parent dies.
+
+    To be called in a child, before `exec`.
+    """
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -96,7 +115,9 @@ def _parent_of(pid: int) -> int:
 
 
 def _launcher_chain() -> list[int]:
-    """This rank's ancestors that belong to a launcher: `deepspeed` puts two between the shell and the rank."""
+    """This rank's ancestors that belong to a launcher: `deepspeed` puts two between the shell and
+    the rank.
+    """
     chain, pid = [], os.getppid()
     while pid > 1:
         try:
@@ -105,7 +126,13 @@ def _launcher_chain() -> list[int]:
             break
         if not any(
             name in command
-            for name in ("deepspeed", "torchrun", "torch/distributed", "torch.distributed", "accelerate")
+            for name in (
+                "deepspeed",
+                "torchrun",
+                "torch/distributed",
+                "torch.distributed",
+                "accelerate",
+            )
         ):
             break
         chain.append(pid)
@@ -114,14 +141,20 @@ def _launcher_chain() -> list[int]:
 
 
 def die_with_launcher(poll_seconds: float = 1.0) -> None:
-    """Ends this rank when its launcher is gone, however it died. A SIGKILL of a launcher cannot be forwarded to its ranks."""
+    """Ends this rank when its launcher is gone, however it died.
+
+    A SIGKILL of a launcher cannot be forwarded to its ranks.
+    """
     chain = _launcher_chain()
     if not chain:
         return
 
     def watch():
         me = os.getpid()
-        while all(_parent_of(child) == parent for child, parent in zip([me, *chain[:-1]], chain, strict=True)):
+        while all(
+            _parent_of(child) == parent
+            for child, parent in zip([me, *chain[:-1]], chain, strict=True)
+        ):
             time.sleep(poll_seconds)
         os._exit(1)
 

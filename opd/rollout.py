@@ -28,22 +28,36 @@ OWN_CANARY_TOLERANCE = 0.05  # nats; kernels may add up in another order
 
 
 class RolloutEngine:
-    """The student's sampler on this rank: stamps each rollout with the version of the weights that wrote it."""
+    """The student's sampler on this rank: stamps each rollout with the version of the weights that
+    wrote it.
+    """
 
     name = "rollout"
 
     def __init__(
-        self, model: str, cfg: RolloutConfig, *, eos_ids: tuple[int, ...], seed: int, dtype: str, max_model_len: int,
+        self,
+        model: str,
+        cfg: RolloutConfig,
+        *,
+        eos_ids: tuple[int, ...],
+        seed: int,
+        dtype: str,
+        max_model_len: int,
         trust_remote_code: bool,
-    ):  # fmt: skip
+    ):
         self.cfg, self.eos_ids, self.seed = cfg, eos_ids, seed
         self.policy_version = 0
         self._canary, self._canary_version = None, -1
         self.engine = GeneratorEngine(
-            model, dtype=dtype, max_model_len=max_model_len, kv_cache_gib=cfg.rollout_kv_cache_gib, seed=seed,
-            trust_remote_code=trust_remote_code, enforce_eager=cfg.enforce_eager,
+            model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            kv_cache_gib=cfg.rollout_kv_cache_gib,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            enforce_eager=cfg.enforce_eager,
             tensor_parallel_size=cfg.rollout_tensor_parallel_size,
-        )  # fmt: skip
+        )
 
     @property
     def awake(self) -> bool:
@@ -59,41 +73,60 @@ class RolloutEngine:
             self._check_canary()
 
     def try_out(self) -> None:
-        """Writes two tokens. Kernels that vLLM does not have for a model are missed when it first computes."""
+        """Writes two tokens.
+
+        Kernels that vLLM does not have for a model are missed when it first computes.
+        """
         self.engine.generate([CANARY_IDS], [0], (), max_tokens=2, temperature=self.cfg.temperature)
 
     def _check_canary(self) -> None:
-        """One greedy token of the engine that woke: known if its weights are, and never what a model without weights says.
+        """One greedy token of the engine that woke: known if its weights are, and never what a
+        model without weights says.
 
-        Level 2 drops the weights, so a wake that no load followed would sample from noise; and a cache that outlived a load
-        would answer for old weights.
+        Level 2 drops the weights, so a wake that no load followed would sample from noise; and a
+        cache that outlived a load would answer for old weights.
         """
         (sample,) = self.engine.generate([CANARY_IDS], [0], (), max_tokens=1, temperature=0.0)
         found = (sample.token_ids[0], sample.logprobs[0])
         known = self._canary if self._canary_version == self.policy_version else None
-        if known is not None and (known[0] != found[0] or not abs(known[1] - found[1]) <= OWN_CANARY_TOLERANCE):
+        if known is not None and (
+            known[0] != found[0] or not abs(known[1] - found[1]) <= OWN_CANARY_TOLERANCE
+        ):
             raise RuntimeError(
-                f"rollout engine woke up with other weights: its canary is {found} (token, log-probability), and was {known} "
+                f"rollout engine woke up with other weights: its canary is {found} (token, "
+                f"log-probability), and was {known} "
                 f"under the same version {self.policy_version}"
             )
         if not math.isfinite(found[1]) or abs(found[1] + math.log(self.engine.vocab_size)) < 1e-6:
-            raise RuntimeError(f"rollout engine woke up without weights: its canary has the log-probability {found[1]}")
+            raise RuntimeError(
+                f"rollout engine woke up without weights: its canary has the log-probability "
+                f"{found[1]}"
+            )
         self._canary, self._canary_version = found, self.policy_version
 
     def generate(
-        self, prompts: Sequence[Prompt], step: int, *, with_logprobs: bool = True,
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        *,
+        with_logprobs: bool = True,
         on_finished: Callable[[Rollout], None] | None = None,
-    ) -> list[Rollout]:  # fmt: skip
+    ) -> list[Rollout]:
         """`num_generations` rollouts per prompt, prompt by prompt.
 
-        The seed of a sample is a function of (seed, step, prompt, place in the global batch, sample): the same whatever
-        the number of ranks and whatever else is in the batch. Log-probabilities cost the sampler time: without importance
-        weights, a PPO ratio or a parity check nothing reads them. `on_finished` hears of each rollout as soon as it is
-        complete, while others are still being written.
+        The seed of a sample is a function of (seed, step, prompt, place in the global batch,
+        sample): the same whatever the number of ranks and whatever else is in the batch.
+        Log-probabilities cost the sampler time: without importance weights, a PPO ratio or a parity
+        check nothing reads them. `on_finished` hears of each rollout as soon as it is complete,
+        while others are still being written.
         """
         fault_point("rollout")
         places = places_of(prompts)
-        repeated = [(p, i, g) for p, i in zip(prompts, places, strict=True) for g in range(self.cfg.num_generations)]
+        repeated = [
+            (p, i, g)
+            for p, i in zip(prompts, places, strict=True)
+            for g in range(self.cfg.num_generations)
+        ]
         seeds = [sample_seed(self.seed, step, p, i, g) for p, i, g in repeated]
 
         def rollout(index: int, sample: Sample) -> Rollout:
@@ -101,10 +134,18 @@ class RolloutEngine:
             return self._rollout(sample_id_of(step, place, g), prompt, sample)
 
         samples = self.engine.generate(
-            [p.token_ids for p, _, _ in repeated], seeds, self.eos_ids, max_tokens=self.cfg.max_response_tokens,
-            temperature=self.cfg.temperature, top_p=self.cfg.top_p, top_k=self.cfg.top_k, with_logprobs=with_logprobs,
-            on_finished=None if on_finished is None else lambda index, sample: on_finished(rollout(index, sample)),
-        )  # fmt: skip
+            [p.token_ids for p, _, _ in repeated],
+            seeds,
+            self.eos_ids,
+            max_tokens=self.cfg.max_response_tokens,
+            temperature=self.cfg.temperature,
+            top_p=self.cfg.top_p,
+            top_k=self.cfg.top_k,
+            with_logprobs=with_logprobs,
+            on_finished=None
+            if on_finished is None
+            else lambda index, sample: on_finished(rollout(index, sample)),
+        )
         fault_point("rollout.sampled")
         return [rollout(index, sample) for index, sample in enumerate(samples)]
 
@@ -115,10 +156,17 @@ class RolloutEngine:
     def generate_greedily(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """One response per prompt at temperature 0, for evaluation."""
         samples = self.engine.generate(
-            [p.token_ids for p in prompts], [0] * len(prompts), self.eos_ids,
-            max_tokens=self.cfg.max_response_tokens, temperature=0.0, with_logprobs=False,
-        )  # fmt: skip
-        return [self._rollout(f"greedy/{p.prompt_id}/0", p, s) for p, s in zip(prompts, samples, strict=True)]
+            [p.token_ids for p in prompts],
+            [0] * len(prompts),
+            self.eos_ids,
+            max_tokens=self.cfg.max_response_tokens,
+            temperature=0.0,
+            with_logprobs=False,
+        )
+        return [
+            self._rollout(f"greedy/{p.prompt_id}/0", p, s)
+            for p, s in zip(prompts, samples, strict=True)
+        ]
 
     def _rollout(self, sample_id: str, prompt: Prompt, sample: Sample) -> Rollout:
         return Rollout(
@@ -143,8 +191,12 @@ class RolloutEngine:
 
 
 def places_of(prompts: Sequence[Prompt]) -> range:
-    """Where this rank's prompts stand in the global batch, which was dealt one by one to the ranks."""
-    return range(distributed.rank(), distributed.world_size() * len(prompts), distributed.world_size())
+    """Where this rank's prompts stand in the global batch, which was dealt one by one
+    to the ranks.
+    """
+    return range(
+        distributed.rank(), distributed.world_size() * len(prompts), distributed.world_size()
+    )
 
 
 def sample_id_of(step: int, place: int, generation: int) -> str:
@@ -175,7 +227,9 @@ def dataset_rollouts(
     ]
 
 
-def with_rewards(rollouts: Sequence[Rollout], rewards: Sequence[float], advantages: Sequence[float]) -> list[Rollout]:
+def with_rewards(
+    rollouts: Sequence[Rollout], rewards: Sequence[float], advantages: Sequence[float]
+) -> list[Rollout]:
     """Copies of `rollouts` that carry their task rewards and advantages."""
     return [
         replace(rollout, reward=reward, task_advantage=advantage)
@@ -186,30 +240,54 @@ def with_rewards(rollouts: Sequence[Rollout], rewards: Sequence[float], advantag
 def write_with_model(
     model: str, prompts: Sequence[Prompt], *, log: Path, backend: LocalBackend = "vllm", **sampling
 ) -> list[Sample]:
-    """Responses of `model` to `prompts`, from a child process of this rank that is gone afterwards, and its memory with it.
+    """Responses of `model` to `prompts`, from a child process of this rank that is gone afterwards,
+    and its memory with it.
 
-    Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine that generates would cost
-    the trainer a KV cache and an `lm_head` for the whole run. `sampling` is what `GeneratorEngine.generate` takes, plus
-    dtype, max_model_len, kv_cache_gib, eos_ids, seed, trust_remote_code and enforce_eager. Raises RuntimeError with the
-    end of the child's log if it fails.
+    Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine
+    that generates would cost the trainer a KV cache and an `lm_head` for the whole run. `sampling`
+    is what `GeneratorEngine.generate` takes, plus dtype, max_model_len, kv_cache_gib, eos_ids,
+    seed, trust_remote_code and enforce_eager. Raises RuntimeError with the end of the child's log
+    if it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
         items = [{"prompt_id": p.prompt_id, "token_ids": p.token_ids} for p in prompts]
-        request.write_text(json.dumps({"model": model, "backend": backend, "prompts": items, **sampling}))
-        launch_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OPD_FAULT")
-        env = {k: v for k, v in os.environ.items() if k not in launch_variables and not k.startswith("TORCHELASTIC_")}
-        env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
+        request.write_text(
+            json.dumps({"model": model, "backend": backend, "prompts": items, **sampling})
+        )
+        launch_variables = (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "OPD_FAULT",
+        )
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in launch_variables and not k.startswith("TORCHELASTIC_")
+        }
+        env["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")]
+        )
         if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" in env:
-            env["CUDA_VISIBLE_DEVICES"] = env["CUDA_VISIBLE_DEVICES"].split(",")[int(os.environ["LOCAL_RANK"])]
+            env["CUDA_VISIBLE_DEVICES"] = env["CUDA_VISIBLE_DEVICES"].split(",")[
+                int(os.environ["LOCAL_RANK"])
+            ]
         elif "LOCAL_RANK" in os.environ:
             env["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
         command = [sys.executable, "-m", "opd.rollout", str(request), str(answer), str(os.getpid())]
         with log.open("ab") as output:
-            status = subprocess.run(command, stdout=output, stderr=output, env=env, check=False).returncode
+            status = subprocess.run(
+                command, stdout=output, stderr=output, env=env, check=False
+            ).returncode
         if status != 0:
             tail = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(f"{model}: writing responses failed with status {status}: {' '.join(tail)}; see {log}")
+            raise RuntimeError(
+                f"{model}: writing responses failed with status {status}: {' '.join(tail)}; see "
+                f"{log}"
+            )
         return [Sample(**sample) for sample in json.loads(answer.read_text())]
 
 
@@ -229,24 +307,37 @@ def _child_main() -> None:
         generate = HFGenerator(job["model"], device=device, **options).generate
     else:
         engine = GeneratorEngine(
-            job["model"], max_model_len=job["max_model_len"], kv_cache_gib=job["kv_cache_gib"], seed=job["seed"],
-            enforce_eager=job["enforce_eager"], **options,
-        )  # fmt: skip
+            job["model"],
+            max_model_len=job["max_model_len"],
+            kv_cache_gib=job["kv_cache_gib"],
+            seed=job["seed"],
+            enforce_eager=job["enforce_eager"],
+            **options,
+        )
         generate = functools.partial(engine.generate, with_logprobs=False)
     samples = generate(
         [item["token_ids"] for item in job["prompts"]],
-        [distributed.fold_seed(job["seed"], item["prompt_id"], "teacher") for item in job["prompts"]],
-        tuple(job["eos_ids"]), max_tokens=job["max_tokens"], temperature=job["temperature"],
-    )  # fmt: skip
-    rows = [{"token_ids": s.token_ids, "logprobs": s.logprobs, "stopped": s.stopped} for s in samples]
+        [
+            distributed.fold_seed(job["seed"], item["prompt_id"], "teacher")
+            for item in job["prompts"]
+        ],
+        tuple(job["eos_ids"]),
+        max_tokens=job["max_tokens"],
+        temperature=job["temperature"],
+    )
+    rows = [
+        {"token_ids": s.token_ids, "logprobs": s.logprobs, "stopped": s.stopped} for s in samples
+    ]
     Path(args.answer).write_text(json.dumps(rows))
 
 
 def push(student: WeightSource, rollout_engine: WeightTarget, version: int) -> int:
-    """Replaces the rollout engine's weights by the student's and returns the version that it samples with from now on.
+    """Replaces the rollout engine's weights by the student's and returns the version that it
+    samples with from now on.
 
-    Collective: under ZeRO-3 every rank gathers the same buckets and feeds its own engine. The engine resets its caches and
-    stamps what it samples from now on with `version`; if the load fails halfway the version is not stamped.
+    Collective: under ZeRO-3 every rank gathers the same buckets and feeds its own engine. The
+    engine resets its caches and stamps what it samples from now on with `version`; if the load
+    fails halfway the version is not stamped.
     """
     fault_point("sync.before")
     rollout_engine.load_weights(student.checkpoint_tensors(), version)

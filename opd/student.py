@@ -1,6 +1,9 @@
-"""The student: a Hugging Face causal LM under DeepSpeed. Forward at the loss positions, backward, step, export.
+"""The student: a Hugging Face causal LM under DeepSpeed.
 
-B sequences, S padded length, N loss tokens of a micro-batch, C tokens of one chunk, V vocabulary, H hidden size.
+Forward at the loss positions, backward, step, export.
+
+B sequences, S padded length, N loss tokens of a micro-batch, C tokens of one chunk, V vocabulary, H
+hidden size.
 """
 
 import math
@@ -26,10 +29,15 @@ from opd.ops.logits import LogitsChunk
 from opd.types import LossOutput, MicroBatch
 
 # (logits, rows, micro_batch, logprobs_N or None) -> (loss_C, {metric key: value_C})
-TokenLoss = Callable[[LogitsChunk, slice, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+TokenLoss = Callable[
+    [LogitsChunk, slice, MicroBatch, Tensor | None], tuple[Tensor, dict[str, Tensor]]
+]
 
 # Statistics whose sums per domain are shares of the whole batch: statistic -> metric.
-SHARES = {"distill/advantage_abs": "distill/advantage_share", "distill/has_gradient": "distill/gradient_token_share"}
+SHARES = {
+    "distill/advantage_abs": "distill/advantage_share",
+    "distill/has_gradient": "distill/gradient_token_share",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,9 @@ class LossSettings:
 
 
 def learning_rate_at(step: float, num_steps: int, optim: OptimConfig) -> float:
-    """The learning rate at `step` (0-based, inner updates are fractions): pure, so that a resume has nothing to restore."""
+    """The learning rate at `step` (0-based, inner updates are fractions): pure, so that a resume
+    has nothing to restore.
+    """
     if step < optim.warmup_steps:
         return optim.learning_rate * min(1.0, (step + 1) / optim.warmup_steps)
     if optim.lr_schedule == "constant":
@@ -56,8 +66,9 @@ def learning_rate_at(step: float, num_steps: int, optim: OptimConfig) -> float:
 class _ModelWithLoss(nn.Module):
     """The model and its loss in one forward.
 
-    Under ZeRO-3 parameters are whole only inside the forward of a module that DeepSpeed hooks, and the loss needs
-    `lm_head.weight` itself, not its output; so the loss lives here and the weight is registered as external.
+    Under ZeRO-3 parameters are whole only inside the forward of a module that DeepSpeed hooks, and
+    the loss needs `lm_head.weight` itself, not its output; so the loss lives here and the weight is
+    registered as external.
     """
 
     def __init__(self, model: nn.Module, settings: LossSettings):
@@ -65,24 +76,38 @@ class _ModelWithLoss(nn.Module):
         self.model, self.settings = model, settings
         self.form = logit_form(model.config)
 
-    def forward(self, mb: MicroBatch, token_loss: TokenLoss | None, logprob_temperature: float | None):
-        """With `token_loss`: (loss_sum [], stats key -> [N], logprobs_N or None). Without: the labels' logprobs_N alone."""
+    def forward(
+        self, mb: MicroBatch, token_loss: TokenLoss | None, logprob_temperature: float | None
+    ):
+        """With `token_loss`: (loss_sum [], stats key -> [N], logprobs_N or None).
+
+        Without: the labels' logprobs_N alone.
+        """
         hidden_NH = self._hidden_states(mb)
         linear, settings = self.model.get_output_embeddings(), self.settings
         head = OutputHead(linear.weight, getattr(linear, "bias", None), self.form)
         logprobs_N = None
         if logprob_temperature is not None:
             logprobs_N = score_hidden(
-                hidden_NH.detach(), head.weight_VH, mb.at_loss_tokens(mb.labels_BS), bias_V=head.bias_V, form=head.form,
-                temperature=logprob_temperature, chunk_bytes=settings.chunk_bytes,
-            ).sampled_logprobs_N  # fmt: skip
+                hidden_NH.detach(),
+                head.weight_VH,
+                mb.at_loss_tokens(mb.labels_BS),
+                bias_V=head.bias_V,
+                form=head.form,
+                temperature=logprob_temperature,
+                chunk_bytes=settings.chunk_bytes,
+            ).sampled_logprobs_N
         if token_loss is None:
             return logprobs_N
         loss_sum, stats = fused_linear_loss(
-            hidden_NH, head, lambda logits, rows: token_loss(logits, rows, mb, logprobs_N),
-            temperature=settings.temperature, vocab=settings.shared_vocab, teachers=mb.teachers_per_token,
+            hidden_NH,
+            head,
+            lambda logits, rows: token_loss(logits, rows, mb, logprobs_N),
+            temperature=settings.temperature,
+            vocab=settings.shared_vocab,
+            teachers=mb.teachers_per_token,
             chunk_bytes=settings.chunk_bytes,
-        )  # fmt: skip
+        )
         stats["distill/has_gradient"] = stats.pop("has_gradient")
         return loss_sum, stats, logprobs_N
 
@@ -90,40 +115,66 @@ class _ModelWithLoss(nn.Module):
         """[N, H] at the loss tokens, in row-major order, padded or packed."""
         if not self.settings.packing:
             inputs = {"input_ids": mb.input_ids_BS, "attention_mask": mb.attention_mask_BS}
-            return self.model.base_model(**inputs, use_cache=False).last_hidden_state[mb.loss_mask_BS]
-        # Without a mask, positions that start again at 0 tell transformers where the next sequence begins.
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state[
+                mb.loss_mask_BS
+            ]
+        # Without a mask, positions that start again at 0 tell transformers where the next sequence
+        # begins.
         real_BS = mb.attention_mask_BS
-        inputs = {"input_ids": mb.input_ids_BS[real_BS], "position_ids": (real_BS.cumsum(-1) - 1)[real_BS]}
+        inputs = {
+            "input_ids": mb.input_ids_BS[real_BS],
+            "position_ids": (real_BS.cumsum(-1) - 1)[real_BS],
+        }
         inputs = {name: row_T.unsqueeze(0) for name, row_T in inputs.items()}
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state[0, mb.loss_mask_BS[real_BS]]
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state[
+            0, mb.loss_mask_BS[real_BS]
+        ]
 
 
 class Student:
-    """Owns the model and its optimizer. Every method but `learning_rate_at` is collective under ZeRO-3."""
+    """Owns the model and its optimizer.
+
+    Every method but `learning_rate_at` is collective under ZeRO-3.
+    """
 
     def __init__(
-        self, model: ModelConfig, optim: OptimConfig, ds_config: dict, *, settings: LossSettings, device: torch.device
+        self,
+        model: ModelConfig,
+        optim: OptimConfig,
+        ds_config: dict,
+        *,
+        settings: LossSettings,
+        device: torch.device,
     ):
         dtype = resolve_dtype(model.dtype)
         self.sharded = ShardedEngine(ds_config, optim, dtype=dtype)
         path, trust = model.student_model, model.trust_remote_code
         self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust,
-            attn_implementation=attention_of(path, model.attn_implementation, trust_remote_code=trust),
-        )  # fmt: skip
+            path,
+            dtype=dtype,
+            trust_remote_code=trust,
+            attn_implementation=attention_of(
+                path, model.attn_implementation, trust_remote_code=trust
+            ),
+        )
         forget_prefixes(self.model)
         if self.sharded.stage != 3:
             self.model.to(device)
         if model.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         self.device = device
         _without_noise(self.model)
         wrapped = _ModelWithLoss(self.model, settings)
-        self.engine = self.sharded.attach(wrapped, tuple(self.model.get_output_embeddings().parameters()))
+        self.engine = self.sharded.attach(
+            wrapped, tuple(self.model.get_output_embeddings().parameters())
+        )
         self._wrapped = wrapped
 
     def check_packing(self) -> None:
-        """Packed rows must not see each other: state-space layers carry their state over, some attentions know no positions.
+        """Packed rows must not see each other: state-space layers carry their state over, some
+        attentions know no positions.
 
         ValueError if they do. Collective under ZeRO-3.
         """
@@ -133,10 +184,16 @@ class Student:
         blank_BS, mask_BS = torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
         zero_B = torch.zeros(2, dtype=torch.long)
         mb = MicroBatch(
-            input_ids_BS=ids_BS, labels_BS=ids_BS, attention_mask_BS=mask_BS, loss_mask_BS=mask_BS,
-            rollout_logprobs_BS=blank_BS, task_advantages_B=zero_B.float(), domain_ids_B=zero_B, policy_versions_B=zero_B,
+            input_ids_BS=ids_BS,
+            labels_BS=ids_BS,
+            attention_mask_BS=mask_BS,
+            loss_mask_BS=mask_BS,
+            rollout_logprobs_BS=blank_BS,
+            task_advantages_B=zero_B.float(),
+            domain_ids_B=zero_B,
+            policy_versions_B=zero_B,
             on_policy_B=zero_B.bool(),
-        )  # fmt: skip
+        )
         packed_N = self.logprobs(mb, 1.0)
         wrapped.settings = replace(wrapped.settings, packing=False)
         padded_N = self.logprobs(mb, 1.0)
@@ -144,21 +201,31 @@ class Student:
         difference = float((packed_N - padded_N).abs().max())
         if not difference < (1e-3 if self.model.dtype == torch.float32 else 0.3):
             raise ValueError(
-                f"--packing: {self.model.config.model_type} mixes sequences that lie in one row (log-probabilities are off "
+                f"--packing: {self.model.config.model_type} mixes sequences that lie in one row "
+                f"(log-probabilities are off "
                 f"by {difference:.2g}); leave it off, or try another --attn_implementation"
             )
 
     def loss(
-        self, mb: MicroBatch, token_loss: TokenLoss, *, domains: list[str], logprob_temperature: float | None = None
+        self,
+        mb: MicroBatch,
+        token_loss: TokenLoss,
+        *,
+        domains: list[str],
+        logprob_temperature: float | None = None,
     ) -> LossOutput:
-        """Sum of `token_loss` over the loss tokens, with its statistics summed overall and per domain.
+        """Sum of `token_loss` over the loss tokens, with its statistics summed overall and per
+        domain.
 
-        `logprob_temperature` asks for a first pass that hands `token_loss` the labels' log-probabilities [N] at that
-        temperature: sequence-level importance weights need all of them before the first token's loss.
+        `logprob_temperature` asks for a first pass that hands `token_loss` the labels'
+        log-probabilities [N] at that temperature: sequence-level importance weights need all of
+        them before the first token's loss.
         """
         mb = mb.to(self.device)
         loss_sum, stats, logprobs_N = self.engine(mb, token_loss, logprob_temperature)
-        return LossOutput(loss_sum, summarise(stats, mb.at_loss_tokens(mb.domain_ids_B), domains), logprobs_N)
+        return LossOutput(
+            loss_sum, summarise(stats, mb.at_loss_tokens(mb.domain_ids_B), domains), logprobs_N
+        )
 
     @torch.no_grad()
     def logprobs(self, mb: MicroBatch, temperature: float) -> Tensor:
@@ -166,11 +233,16 @@ class Student:
         return self.engine(mb.to(self.device), None, temperature)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds a micro-batch's gradient. A loss that is not finite stops all ranks before the weights are touched."""
+        """Adds a micro-batch's gradient.
+
+        A loss that is not finite stops all ranks before the weights are touched.
+        """
         fault_point("backward")
         (bad,) = distributed.all_reduce([float(not torch.isfinite(loss.detach()))], "max")
         if bad:
-            raise distributed.Stop("the loss is not finite; the weights are as they were before this step")
+            raise distributed.Stop(
+                "the loss is not finite; the weights are as they were before this step"
+            )
         self.sharded.backward(loss, last=last)
 
     def step(self, learning_rate: float) -> float:
@@ -179,7 +251,9 @@ class Student:
         grad_norm = self.sharded.step(learning_rate)
         fault_point("train.after_step")
         if not math.isfinite(grad_norm):
-            raise distributed.Stop(f"the gradient norm is {grad_norm}; the last checkpoint, if there is one, is whole")
+            raise distributed.Stop(
+                f"the gradient norm is {grad_norm}; the last checkpoint, if there is one, is whole"
+            )
         return grad_norm
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -203,10 +277,11 @@ class Student:
 
 
 def _without_noise(model: nn.Module) -> None:
-    """The student that trains is the student that samples: no dropout, no skipped layers, no jitter in routers.
+    """The student that trains is the student that samples: no dropout, no skipped layers, no jitter
+    in routers.
 
-    Families ask for theirs by many names, and all of them in training mode only. So does gradient checkpointing, for which
-    its layers stay in that mode, with their own rates at zero.
+    Families ask for theirs by many names, and all of them in training mode only. So does gradient
+    checkpointing, for which its layers stay in that mode, with their own rates at zero.
     """
     model.eval()
     for module in model.modules():
@@ -217,8 +292,12 @@ def _without_noise(model: nn.Module) -> None:
                     setattr(module, name, 0.0)
 
 
-def summarise(stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """[N] statistics to (sum, count) under `key` and `key/domain`. NaN marks a token that a statistic does not cover.
+def summarise(
+    stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """[N] statistics to (sum, count) under `key` and `key/domain`.
+
+    NaN marks a token that a statistic does not cover.
 
     Those of SHARES give, beside their means, each domain's share of the sum.
     """

@@ -1,7 +1,8 @@
-"""Teachers: colocated engines that return hidden states, their `lm_head`, and the pool that routes by domain.
+"""Teachers: colocated engines that return hidden states, their `lm_head`, and the pool that routes
+by domain.
 
-Served teachers are beside them in the pool, and differ in one thing: they may start on a response before the others are
-written.
+Served teachers are beside them in the pool, and differ in one thing: they may start on a response
+before the others are written.
 
 L response length, K support size, V vocabulary, H teacher hidden size.
 """
@@ -30,10 +31,13 @@ CANARY_ROWS = 256  # of the head: a slice is enough to tell one hidden state fro
 
 
 class ColocatedTeacher:
-    """One teacher on this rank's GPU: asleep but while it scores. Its head stays on the host, or in its file, and visits.
+    """One teacher on this rank's GPU: asleep but while it scores.
 
-    A teacher whose weights did not come back would go on scoring, wrongly and without an error. So one log-probability,
-    known from before its first sleep, is scored again after each wake; RuntimeError with its name if it is another.
+    Its head stays on the host, or in its file, and visits.
+
+    A teacher whose weights did not come back would go on scoring, wrongly and without an error. So
+    one log-probability, known from before its first sleep, is scored again after each wake;
+    RuntimeError with its name if it is another.
     """
 
     def __init__(self, spec: TeacherSpec, engine: TeacherEngine, head: OutputHead | MappedHead):
@@ -76,7 +80,8 @@ class ColocatedTeacher:
         tolerance = 1e-3 if self.head.weight_VH.dtype == torch.float32 else 0.05
         if not abs(logprob - self._canary) <= tolerance:  # NaN included
             raise RuntimeError(
-                f"teacher {self.name} woke up with other weights: the log-probability of its canary is {logprob:.4f}, and was "
+                f"teacher {self.name} woke up with other weights: the log-probability of its "
+                f"canary is {logprob:.4f}, and was "
                 f"{self._canary:.4f} before it slept"
             )
 
@@ -87,18 +92,32 @@ class ColocatedTeacher:
         return float(logits_V.log_softmax(-1)[CANARY_IDS[0]])
 
     def most_calls(self, mine: int) -> int:
-        """Calls of `hidden_states` due, `mine` on this rank: ranks that share the teacher make equally many."""
-        return max(distributed.gather_in_group(mine, self.spec.tensor_parallel_size, f"teacher {self.name}"))
+        """Calls of `hidden_states` due, `mine` on this rank: ranks that share the teacher make
+        equally many.
+        """
+        return max(
+            distributed.gather_in_group(
+                mine, self.spec.tensor_parallel_size, f"teacher {self.name}"
+            )
+        )
 
     def hidden_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """[L, H] per rollout: the state that predicts response token t is the one at its predecessor."""
-        states = self.engine.hidden_states([(r.prompt.token_ids + r.response_ids)[:-1] for r in rollouts])
-        return [state[len(r.prompt.token_ids) - 1 :] for r, state in zip(rollouts, states, strict=True)]
+        """[L, H] per rollout: the state that predicts response token t is the one at its
+        predecessor.
+        """
+        states = self.engine.hidden_states(
+            [(r.prompt.token_ids + r.response_ids)[:-1] for r in rollouts]
+        )
+        return [
+            state[len(r.prompt.token_ids) - 1 :] for r, state in zip(rollouts, states, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class _ScoringJob:
-    """Rollouts that one teacher reads in one go, by their place among all, and what is kept of its hidden states."""
+    """Rollouts that one teacher reads in one go, by their place among all, and what is kept of its
+    hidden states.
+    """
 
     indices: list[int]
     weights: list[float]
@@ -113,43 +132,64 @@ class _Asked:
     num_bytes: int  # of the hidden states to come
 
 
-# Hidden states that are scored and dropped lie on the host that long: enough for a prefill to be a good batch.
+# Hidden states that are scored and dropped lie on the host that long: enough for a prefill to be a
+# good batch.
 PIECE_BYTES = 64 << 20
 
 
 class TeacherPool:
-    """Scores each rollout with the teachers of its own domain. One teacher, many and mixtures are the same path.
+    """Scores each rollout with the teachers of its own domain.
 
-    Hidden states wait on the host until the loss needs them. Where a step's would pass `cache_bytes`, the rest is scored
-    at once and only its top-k is kept: the loss of those tokens is then the divergence on `support_k` tokens with its tail.
+    One teacher, many and mixtures are the same path.
 
-    With `streams` a served teacher scores a response from the moment that `hear` is told of it (`--teacher_mode standalone`);
-    without, from the moment that all are there. `score` waits for whatever is not answered by then.
+    Hidden states wait on the host until the loss needs them. Where a step's would pass
+    `cache_bytes`, the rest is scored at once and only its top-k is kept: the loss of those tokens
+    is then the divergence on `support_k` tokens with its tail.
+
+    With `streams` a served teacher scores a response from the moment that `hear` is told of it
+    (`--teacher_mode standalone`); without, from the moment that all are there. `score` waits for
+    whatever is not answered by then.
     """
 
     def __init__(
-        self, teachers: Sequence[ColocatedTeacher], routes: dict[str, tuple[tuple[str, float], ...]],
-        cfg: LossConfig, *, payload: TeacherPayload, cache_bytes: int, shared_vocab: int, device: torch.device,
-        turns: Callable[[Collection[str]], Iterator[str]] | None = None, served: Sequence[ServedTeacher] = (),
+        self,
+        teachers: Sequence[ColocatedTeacher],
+        routes: dict[str, tuple[tuple[str, float], ...]],
+        cfg: LossConfig,
+        *,
+        payload: TeacherPayload,
+        cache_bytes: int,
+        shared_vocab: int,
+        device: torch.device,
+        turns: Callable[[Collection[str]], Iterator[str]] | None = None,
+        served: Sequence[ServedTeacher] = (),
         streams: bool = False,
-    ):  # fmt: skip
+    ):
         self._turns = turns or self._one_after_another
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.served, self.streams = {teacher.name: teacher for teacher in served}, streams
-        self._under_way: dict[tuple[str, str], _Asked] = {}  # (sample, served teacher) -> what was asked
-        self._sending = threading.Lock()  # a rollout engine may tell of responses from a thread of its own
-        self.waited_s = dict.fromkeys(self.served, 0.0)  # in the last `score`, beyond all other work
+        # (sample, served teacher) -> what was asked
+        self._under_way: dict[tuple[str, str], _Asked] = {}
+        # a rollout engine may tell of responses from a thread of its own
+        self._sending = threading.Lock()
+        # in the last `score`, beyond all other work
+        self.waited_s = dict.fromkeys(self.served, 0.0)
         self.routes, self.cfg, self.payload, self.device = routes, cfg, payload, device
         names = [*self.teachers, *self.served]
-        self._place = {name: place for place, name in enumerate(names)}  # turns change, a token's scores do not
+        # turns change, a token's scores do not
+        self._place = {name: place for place, name in enumerate(names)}
         self.cache_bytes = cache_bytes
-        self.shared_vocab = shared_vocab  # padded vocabularies differ; what they share is what the tokenizer can say
+        # padded vocabularies differ; what they share is what the tokenizer can say
+        self.shared_vocab = shared_vocab
         self.spilled_tokens = 0  # of the last `score`
         self._warned = False
         self._resident: tuple[str, OutputHead] | None = None
 
     def head(self, name: str) -> OutputHead:
-        """The teacher's head on the device, cut to the shared vocabulary. One is resident at a time."""
+        """The teacher's head on the device, cut to the shared vocabulary.
+
+        One is resident at a time.
+        """
         if self._resident is None or self._resident[0] != name:
             self._resident = None  # free the last one before the next arrives
             head = (self.served if name in self.served else self.teachers)[name].head
@@ -161,13 +201,17 @@ class TeacherPool:
 
     @property
     def hear(self) -> Callable[[Rollout], None] | None:
-        """What a rollout engine should tell of each finished response; None where nobody is waiting for it."""
+        """What a rollout engine should tell of each finished response; None where nobody is waiting
+        for it.
+        """
         return self._submit if self.streams and self.served else None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[tuple[TeacherScores, ...]]:
-        """One tuple of scores per rollout, in the order of the rollouts; every teacher wakes at most once.
+        """One tuple of scores per rollout, in the order of the rollouts; every teacher wakes at
+        most once.
 
-        No rollout is left without scores: whatever keeps a teacher from answering is raised, with its name.
+        No rollout is left without scores: whatever keeps a teacher from answering is raised, with
+        its name.
         """
         try:
             for rollout in rollouts:
@@ -193,7 +237,8 @@ class TeacherPool:
         """Sends a response to its served teachers, each once."""
         if max(rollout.response_ids) >= self.shared_vocab:
             raise RuntimeError(
-                f"prompt {rollout.prompt.prompt_id}: the student wrote token {max(rollout.response_ids)}, which lies in "
+                f"prompt {rollout.prompt.prompt_id}: the student wrote token "
+                f"{max(rollout.response_ids)}, which lies in "
                 f"the padding beyond the {self.shared_vocab} tokens that all models share"
             )
         with self._sending:
@@ -205,10 +250,20 @@ class TeacherPool:
                     self._under_way[rollout.sample_id, name] = _Asked(future, size)
 
     def _payload_of_served(self, name: str, rollout: Rollout) -> tuple[TeacherPayload, int]:
-        """Hidden states, and their bytes, as long as the cache has room: they are asked for before all responses are known."""
+        """Hidden states, and their bytes, as long as the cache has room: they are asked for before
+        all responses are known.
+        """
         payload = self.served[name].payload(self.payload)
-        size = len(rollout.response_ids) * self.served[name].bytes_per_token if "hidden" in payload else 0
-        return ("topk", 0) if size and self._served_bytes + size > self.cache_bytes else (payload, size)
+        size = (
+            len(rollout.response_ids) * self.served[name].bytes_per_token
+            if "hidden" in payload
+            else 0
+        )
+        return (
+            ("topk", 0)
+            if size and self._served_bytes + size > self.cache_bytes
+            else (payload, size)
+        )
 
     @property
     def _served_bytes(self) -> int:
@@ -220,9 +275,11 @@ class TeacherPool:
         for name, teacher in self.served.items():
             started = time.perf_counter()
             mine = [
-                (index, weight) for index, rollout in enumerate(rollouts)
-                for known, weight in self.routes[rollout.prompt.domain] if known == name
-            ]  # fmt: skip
+                (index, weight)
+                for index, rollout in enumerate(rollouts)
+                for known, weight in self.routes[rollout.prompt.domain]
+                if known == name
+            ]
             keys = [(rollouts[index].sample_id, name) for index, _ in mine]
             answers = teacher.collect([self._under_way[key].future for key in keys])
             with self._sending:
@@ -245,14 +302,22 @@ class TeacherPool:
         scores: list[list[TeacherScores]] = [[] for _ in rollouts]
         self.spilled_tokens = 0
         # Ranks that share a teacher answer each other's requests, so each of them takes its turns.
-        names = [name for name, teacher in self.teachers.items() if work[name] or teacher.spec.tensor_parallel_size > 1]
+        names = [
+            name
+            for name, teacher in self.teachers.items()
+            if work[name] or teacher.spec.tensor_parallel_size > 1
+        ]
         with closing(self._turns(names)) as turns:
             for name in turns:  # one awake at a time
                 jobs = list(self._jobs(name, rollouts, work[name], share))
-                idle = [_ScoringJob([], [], "sampled")] * (self.teachers[name].most_calls(len(jobs)) - len(jobs))
+                idle = [_ScoringJob([], [], "sampled")] * (
+                    self.teachers[name].most_calls(len(jobs)) - len(jobs)
+                )
                 for job in jobs + idle:
                     mine = [rollouts[index] for index in job.indices]
-                    found = self._score(name, mine, self.teachers[name].hidden_states(mine), job.payload)
+                    found = self._score(
+                        name, mine, self.teachers[name].hidden_states(mine), job.payload
+                    )
                     for index, weight, score in zip(job.indices, job.weights, found, strict=True):
                         scores[index].append(replace(score, weight=weight))
         return scores
@@ -269,18 +334,29 @@ class TeacherPool:
     def _bytes_of(self, name: str, rollout: Rollout) -> int:
         return len(rollout.response_ids) * self.teachers[name].bytes_per_token
 
-    def _share_that_fits(self, rollouts: Sequence[Rollout], work: dict[str, list[tuple[int, float]]]) -> float:
-        """Part of each teacher's hidden states that the cache holds: the same for all, so that none is spilled alone."""
+    def _share_that_fits(
+        self, rollouts: Sequence[Rollout], work: dict[str, list[tuple[int, float]]]
+    ) -> float:
+        """Part of each teacher's hidden states that the cache holds: the same for all, so that none
+        is spilled alone.
+        """
         if "hidden" not in self.payload:
             return 1.0
-        needed = sum(self._bytes_of(name, rollouts[index]) for name, mine in work.items() for index, _ in mine)
+        needed = sum(
+            self._bytes_of(name, rollouts[index])
+            for name, mine in work.items()
+            for index, _ in mine
+        )
         share = min(1.0, max(0, self.cache_bytes - self._served_bytes) / max(1, needed))
         if share < 1.0 and not self._warned:
             self._warned = True
             warn(
-                f"--teacher_cache_bytes {self.cache_bytes} holds {share:.0%} of a step's teacher hidden states ({needed} "
-                f"bytes on this rank); the other tokens are trained on the teacher's top {self._k} tokens "
-                f"(--tail {self.cfg.tail}) instead of --support {'full' if self.payload == 'hidden' else 'union_topk'}"
+                f"--teacher_cache_bytes {self.cache_bytes} holds {share:.0%} of a step's teacher "
+                f"hidden states ({needed} "
+                f"bytes on this rank); the other tokens are trained on the teacher's top "
+                f"{self._k} tokens "
+                f"(--tail {self.cfg.tail}) instead of --support "
+                f"{'full' if self.payload == 'hidden' else 'union_topk'}"
             )
         return share
 
@@ -291,11 +367,17 @@ class TeacherPool:
         sizes = [self._bytes_of(name, rollouts[index]) for index, _ in mine]
         keeps = "hidden" in self.payload
         kept, filled = 0, 0
-        while keeps and kept < len(mine) and (share == 1.0 or filled + sizes[kept] <= share * sum(sizes)):
+        while (
+            keeps
+            and kept < len(mine)
+            and (share == 1.0 or filled + sizes[kept] <= share * sum(sizes))
+        ):
             filled += sizes[kept]
             kept += 1
         if kept:
-            yield _ScoringJob([i for i, _ in mine[:kept]], [w for _, w in mine[:kept]], self.payload)
+            yield _ScoringJob(
+                [i for i, _ in mine[:kept]], [w for _, w in mine[:kept]], self.payload
+            )
         piece_bytes, start = max(PIECE_BYTES, 0 if keeps else self.cache_bytes), kept
         while start < len(mine):
             end, filled = start + 1, sizes[start]
@@ -303,9 +385,13 @@ class TeacherPool:
                 filled += sizes[end]
                 end += 1
             if keeps:
-                self.spilled_tokens += sum(len(rollouts[index].response_ids) for index, _ in mine[start:end])
+                self.spilled_tokens += sum(
+                    len(rollouts[index].response_ids) for index, _ in mine[start:end]
+                )
             payload = "topk" if keeps else self.payload
-            yield _ScoringJob([i for i, _ in mine[start:end]], [w for _, w in mine[start:end]], payload)
+            yield _ScoringJob(
+                [i for i, _ in mine[start:end]], [w for _, w in mine[start:end]], payload
+            )
             start = end
 
     @property
@@ -313,7 +399,11 @@ class TeacherPool:
         return min(self.cfg.support_k, self.shared_vocab)
 
     def _score(
-        self, name: str, rollouts: Sequence[Rollout], states: Sequence[Tensor], payload: TeacherPayload
+        self,
+        name: str,
+        rollouts: Sequence[Rollout],
+        states: Sequence[Tensor],
+        payload: TeacherPayload,
     ) -> list[TeacherScores]:
         """One teacher's scores, all responses in one pass over its head."""
         if not rollouts:
@@ -321,17 +411,27 @@ class TeacherPool:
         for rollout, hidden_LH in zip(rollouts, states, strict=True):
             if not torch.isfinite(hidden_LH).all():
                 raise FloatingPointError(
-                    f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not finite"
+                    f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not "
+                    f"finite"
                 )
         if payload == "hidden":
-            return [TeacherScores(teacher=name, weight=1.0, hidden=hidden_LH) for hidden_LH in states]
+            return [
+                TeacherScores(teacher=name, weight=1.0, hidden=hidden_LH) for hidden_LH in states
+            ]
         head = self.head(name)
-        labels_N = torch.tensor([token for r in rollouts for token in r.response_ids], device=self.device)
+        labels_N = torch.tensor(
+            [token for r in rollouts for token in r.response_ids], device=self.device
+        )
         result = score_hidden(
-            torch.cat(list(states)), head.weight_VH, labels_N,
-            support_k=0 if payload == "sampled" else self._k, bias_V=head.bias_V, form=head.form,
-            temperature=self.cfg.loss_temperature, chunk_bytes=self.cfg.loss_chunk_bytes,
-        )  # fmt: skip
+            torch.cat(list(states)),
+            head.weight_VH,
+            labels_N,
+            support_k=0 if payload == "sampled" else self._k,
+            bias_V=head.bias_V,
+            form=head.form,
+            temperature=self.cfg.loss_temperature,
+            chunk_bytes=self.cfg.loss_chunk_bytes,
+        )
         lengths = [len(r.response_ids) for r in rollouts]
         fields = {
             "sampled_logprobs": result.sampled_logprobs_N,
@@ -340,7 +440,9 @@ class TeacherPool:
             "topk_ids": result.topk_ids_NK,
             "topk_logprobs": result.topk_logprobs_NK,
         }
-        parts = {key: value.cpu().split(lengths) for key, value in fields.items() if value is not None}
+        parts = {
+            key: value.cpu().split(lengths) for key, value in fields.items() if value is not None
+        }
         if payload == "topk+hidden":
             parts["hidden"] = states
         return [

@@ -1,7 +1,7 @@
 """Log-probabilities on a support set: top-k, gather, exact tail mass, overlap.
 
-A log-probability here is always over the full vocabulary and never renormalised, so what a support leaves out is
-known exactly: `1 - sum(exp(logprobs_NK))`.
+A log-probability here is always over the full vocabulary and never renormalised, so what a support
+leaves out is known exactly: `1 - sum(exp(logprobs_NK))`.
 
 Shape legend: N tokens, V vocabulary, K and J support sizes, M = K + J.
 """
@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """float16 and bfloat16 become float32; float32 and float64 come back as they are (the same tensor)."""
+    """float16 and bfloat16 become float32; float32 and float64 come back as they are (the same
+    tensor).
+    """
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -32,20 +34,25 @@ def topk_logprobs(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def gather_logprobs(logits_NV: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities at `ids`, int64 [N] or [N, K]; the result has the shape of `ids`.
 
-    Written as gather minus logsumexp, so the forward never holds a second tensor of logits_NV's size.
+    Written as gather minus logsumexp, so the forward never holds a second tensor of logits_NV's
+    size.
     """
     logits_NV = upcast(logits_NV)
-    assert ids.shape[: logits_NV.ndim - 1] == logits_NV.shape[:-1], f"ids {ids.shape}, logits {logits_NV.shape}"
+    assert ids.shape[: logits_NV.ndim - 1] == logits_NV.shape[:-1], (
+        f"ids {ids.shape}, logits {logits_NV.shape}"
+    )
     ids_NK = ids if ids.ndim == logits_NV.ndim else ids.unsqueeze(-1)
     logprobs_NK = logits_NV.gather(-1, ids_NK) - logits_NV.logsumexp(dim=-1, keepdim=True)
     return logprobs_NK.view_as(ids)
 
 
 def log_tail(logprobs_NK: Tensor) -> Tensor:
-    """`log(1 - sum_K exp(logprobs))` -> [N]: the exact log-probability of everything outside the support.
+    """`log(1 - sum_K exp(logprobs))` -> [N]: the exact log-probability of everything outside the
+    support.
 
-    The tail is floored at the dtype's epsilon (about e^-16 in float32, e^-36 in float64), because below it lies only
-    the rounding of the support's mass. At the floor the gradient is zero, so mass 1 is finite both ways.
+    The tail is floored at the dtype's epsilon (about e^-16 in float32, e^-36 in float64), because
+    below it lies only the rounding of the support's mass. At the floor the gradient is zero, so
+    mass 1 is finite both ways.
 
     Example: a support with probabilities (.5, .25) has `log_tail = log(.25)`.
     """
@@ -55,7 +62,8 @@ def log_tail(logprobs_NK: Tensor) -> Tensor:
 
 
 def overlap(ids_NK: Tensor, other_ids_NJ: Tensor) -> Tensor:
-    """How many of a row's ids also stand in the other row, int64 [N]; ids are distinct within a row.
+    """How many of a row's ids also stand in the other row, int64 [N]; ids are distinct within a
+    row.
 
     Example: (1, 2, 3) and (3, 1, 9) overlap in 2.
     """
@@ -63,10 +71,11 @@ def overlap(ids_NK: Tensor, other_ids_NJ: Tensor) -> Tensor:
 
 
 def union_support(ids_NK: Tensor, other_ids_NJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Both supports side by side: `(ids_NM, is_duplicate_NM bool)`; an id of `other` already in `ids` is a duplicate.
+    """Both supports side by side: `(ids_NM, is_duplicate_NM bool)`; an id of `other` already in
+    `ids` is a duplicate.
 
-    A union has a different size in each row, a tensor has not: set the log-probabilities of duplicates to -inf on both
-    sides and `losses.support_divergence` takes the slot as empty.
+    A union has a different size in each row, a tensor has not: set the log-probabilities of
+    duplicates to -inf on both sides and `losses.support_divergence` takes the slot as empty.
 
     Example: (1, 2) and (2, 5) give ids (1, 2, 2, 5) and duplicates (no, no, yes, no).
     """

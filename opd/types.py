@@ -1,15 +1,16 @@
 """The carriers: what flows from prompts to rollouts to scores to micro-batches to a loss.
 
 Shape legend
-    P prompts per rank, G samples per prompt, B sequences in a micro-batch, S padded length after the shift,
-    L response length of one rollout, N loss tokens in a micro-batch, M loss tokens of one teacher in a micro-batch,
-    K support size, V vocabulary, H hidden size.
+    P prompts per rank, G samples per prompt, B sequences in a micro-batch, S padded length after
+    the shift, L response length of one rollout, N loss tokens in a micro-batch, M loss tokens of
+    one teacher in a micro-batch, K support size, V vocabulary, H hidden size.
 
 Alignment
     Lists and tensors on rollouts and scores are response-aligned: index t is response token t.
-    Tensors in a MicroBatch are label-aligned: index t speaks about `labels_BS[:, t]`, the token that
-    `input_ids_BS[:, : t + 1]` predicts. The change from one to the other happens once, in `opd/padding.py`.
-    "Loss tokens" are the True entries of `loss_mask_BS` in row-major order; everything with a suffix N follows that order.
+    Tensors in a MicroBatch are label-aligned: index t speaks about `labels_BS[:, t]`, the token
+    that `input_ids_BS[:, : t + 1]` predicts. The change from one to the other happens once, in
+    `opd/padding.py`. "Loss tokens" are the True entries of `loss_mask_BS` in row-major order;
+    everything with a suffix N follows that order.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,10 @@ CANARY_IDS = list(range(2, 10))  # tokens that every vocabulary has; what they m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One question. The domain, the answer and the dataset's response ride on the item, never in a parallel list."""
+    """One question.
+
+    The domain, the answer and the dataset's response ride on the item, never in a parallel list.
+    """
 
     prompt_id: int  # index in the loaded prompt set: stable across epochs and resumes
     domain: str  # names the teacher
@@ -48,20 +52,23 @@ class OldPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One response. `response_ids` includes the stop token if one was sampled, and is never re-tokenised."""
+    """One response.
+
+    `response_ids` includes the stop token if one was sampled, and is never re-tokenised.
+    """
 
     sample_id: str  # STEP/PLACE/GENERATION, unique in a run and the same on any number of ranks
     prompt: Prompt
     source: RolloutSource
     response_ids: list[int]  # [L]
-    rollout_logprobs: (
-        list[float] | None
-    )  # [L] the sampler's, at the sampling temperature; None where nothing reads them
+    # [L] the sampler's, at the sampling temperature; None where nothing reads them
+    rollout_logprobs: list[float] | None
     finish_reason: FinishReason
-    policy_version: int  # the student weights that sampled it; the oldest of them, if they changed on the way
-    policy_spans: tuple[
-        tuple[int, int, int], ...
-    ] = ()  # (version, start, end) of its tokens; () is one version for all
+    policy_version: (
+        int  # the student weights that sampled it; the oldest of them, if they changed on the way
+    )
+    # (version, start, end) of its tokens; () is one version for all
+    policy_spans: tuple[tuple[int, int, int], ...] = ()
     old_policy: OldPolicy | None = None  # with --old_logprobs server
     reward: float | None = None  # the task reward, None when the run uses none
     task_advantage: float = 0.0  # group-relative, 0 when the run uses no task reward
@@ -79,16 +86,21 @@ class Rollout:
 class TeacherScores:
     """What one teacher says about one response.
 
-    Log-probabilities are over the teacher's full vocabulary at the loss temperature and never renormalised, so the mass
-    outside the support is exact: 1 - sum(exp(topk_logprobs)).
+    Log-probabilities are over the teacher's full vocabulary at the loss temperature and never
+    renormalised, so the mass outside the support is exact: 1 - sum(exp(topk_logprobs)).
     """
 
     teacher: str
-    weight: float  # share of this teacher in the prompt's mixture; the weights of a rollout sum to 1
-    sampled_logprobs: Tensor | None = None  # [L] float32, log q(response_ids[t]); None where `hidden` says it all
+    weight: (
+        float  # share of this teacher in the prompt's mixture; the weights of a rollout sum to 1
+    )
+    sampled_logprobs: Tensor | None = (
+        None  # [L] float32, log q(response_ids[t]); None where `hidden` says it all
+    )
     entropy: Tensor | None = None  # [L] float32, nats; likewise
     logsumexp: Tensor | None = (
-        None  # [L] float32, of the teacher's logits: from it, hidden states give any log-probability
+        # [L] float32, of the teacher's logits: from it, hidden states give any log-probability
+        None
     )
     topk_ids: Tensor | None = None  # [L, K] int64, descending
     topk_logprobs: Tensor | None = None  # [L, K] float32
@@ -97,7 +109,10 @@ class TeacherScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSlice:
-    """The loss tokens of a micro-batch that one teacher speaks about. `token_index_M` points into the N loss tokens."""
+    """The loss tokens of a micro-batch that one teacher speaks about.
+
+    `token_index_M` points into the N loss tokens.
+    """
 
     teacher: str
     token_index_M: Tensor  # int64, ascending
@@ -112,7 +127,9 @@ class TeacherSlice:
     def cut(self, start: int, stop: int) -> "TeacherSlice":
         """Entries `start` to `stop` of the M, as views."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "teacher"}
-        return replace(self, **{name: None if t is None else t[start:stop] for name, t in tensors.items()})
+        return replace(
+            self, **{name: None if t is None else t[start:stop] for name, t in tensors.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +145,8 @@ class MicroBatch:
     domain_ids_B: Tensor  # int64, index into the run's domains; -1 for filler rows
     policy_versions_B: Tensor  # int64
     on_policy_B: Tensor  # bool, the student wrote the response
-    # float32, 0 off-mask: of the log-prob servers, or the student's before the step's first update; None where nothing
-    # reads them
+    # float32, 0 off-mask: of the log-prob servers, or the student's before the step's first update;
+    # None where nothing reads them
     old_logprobs_BS: Tensor | None = None
     teacher_slices: tuple[TeacherSlice, ...] = ()
 
@@ -145,13 +162,18 @@ class MicroBatch:
 
     @property
     def response_thirds_N(self) -> Tensor:
-        """0, 1 or 2: whether a loss token stands in the front, the middle or the tail of its own response."""
+        """0, 1 or 2: whether a loss token stands in the front, the middle or the tail of its own
+        response.
+        """
         position_BS = self.loss_mask_BS.cumsum(-1) - 1
         length_B1 = self.loss_mask_BS.sum(-1, keepdim=True).clamp(min=1)
         return self.at_loss_tokens(3 * position_BS // length_B1)
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on another device. A step's teacher states wait on the host for their turn."""
+        """The same micro-batch on another device.
+
+        A step's teacher states wait on the host for their turn.
+        """
         return _moved(self, device)
 
     def at_loss_tokens(self, values: Tensor) -> Tensor:
@@ -162,11 +184,17 @@ class MicroBatch:
 
     def from_loss_tokens(self, values_N: Tensor) -> Tensor:
         """[N] values in their places, [B, S], 0 elsewhere: the inverse of `at_loss_tokens`."""
-        return values_N.new_zeros(self.loss_mask_BS.shape).masked_scatter(self.loss_mask_BS, values_N)
+        return values_N.new_zeros(self.loss_mask_BS.shape).masked_scatter(
+            self.loss_mask_BS, values_N
+        )
 
     def with_old_logprobs(self, logprobs_N: Tensor) -> "MicroBatch":
-        """The same micro-batch with the old policy's log-probabilities, on whatever device they are."""
-        return replace(self, old_logprobs_BS=self.from_loss_tokens(logprobs_N.to(self.loss_mask_BS.device)))
+        """The same micro-batch with the old policy's log-probabilities, on whatever device they
+        are.
+        """
+        return replace(
+            self, old_logprobs_BS=self.from_loss_tokens(logprobs_N.to(self.loss_mask_BS.device))
+        )
 
 
 def _moved(item, device: torch.device):
@@ -186,13 +214,18 @@ class LossOutput:
     """`loss_sum` is a sum over loss tokens, differentiable even when there are none."""
 
     loss_sum: Tensor  # []
-    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # key -> (sum [], count []), detached
-    logprobs_N: Tensor | None = None  # the labels', under the weights of this forward; None unless they were asked for
+    # key -> (sum [], count []), detached
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    logprobs_N: Tensor | None = (
+        None  # the labels', under the weights of this forward; None unless they were asked for
+    )
 
 
 @dataclass(slots=True)
 class LoopState:
-    """All that a synchronous resume needs beside the weights: prompts and seeds are functions of the step."""
+    """All that a synchronous resume needs beside the weights: prompts and seeds are functions of
+    the step.
+    """
 
     step: int = 0  # optimizer steps done
     policy_version: int = 0  # version of the weights in the rollout engine
@@ -235,7 +268,10 @@ class Offloadable(Protocol):
     """The student, parts of which leave the GPU while others work."""
 
     def place(self, *, states: bool, parameters: bool) -> int:
-        """Says what has to be on the GPU: optimizer states, parameters. What may leave starts to; returns its bytes."""
+        """Says what has to be on the GPU: optimizer states, parameters.
+
+        What may leave starts to; returns its bytes.
+        """
 
     def settle(self) -> None:
         """Waits until what leaves has left and its GPU memory is free."""
@@ -252,7 +288,9 @@ class WeightTarget(Protocol):
 
     policy_version: int
 
-    def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+    def load_weights(
+        self, named_parameters: Iterable[tuple[str, Tensor]], version: int
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
-"""What a simulated run is made of: rates, GPUs, response lengths, rules, results; and the synchronous runs.
+"""What a simulated run is made of: rates, GPUs, response lengths, rules, results; and the
+synchronous runs.
 
-A replica decodes its n running sequences together, one token each in a + b n seconds: a reads the weights, b is what a
-sequence adds (its KV cache, its arithmetic). Each token of a running sequence costs the same, wherever it stands, so a
-replica is a clock that counts tokens per sequence, and a sequence ends when the clock reaches its mark.
+A replica decodes its n running sequences together, one token each in a + b n seconds: a reads the
+weights, b is what a sequence adds (its KV cache, its arithmetic). Each token of a running sequence
+costs the same, wherever it stands, so a replica is a clock that counts tokens per sequence, and a
+sequence ends when the clock reaches its mark.
 
 Pure: everything follows from the arguments. All times are seconds, all lengths tokens.
 """
@@ -16,7 +18,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rates:
-    """What the hardware does. Rates per token are GPU-seconds: n GPUs of a role take an n-th of them."""
+    """What the hardware does.
+
+    Rates per token are GPU-seconds: n GPUs of a role take an n-th of them.
+    """
 
     decode_a: float  # s for a token of one replica, whatever its batch
     decode_b: float  # s more for each running sequence
@@ -24,7 +29,9 @@ class Rates:
     score: float  # GPU-s for each token of a sequence that a teacher reads
     train: float  # GPU-s for each token: forward, backward, step
     logprob: float = 0.0  # GPU-s for each token that a log-prob server reads
-    publish: float = 0.0  # s in which the trainer gathers and writes the weights, and does nothing else
+    publish: float = (
+        0.0  # s in which the trainer gathers and writes the weights, and does nothing else
+    )
     load: float = 0.0  # s in which a replica is paused to take them
 
     def token_seconds(self, batch: int) -> float:
@@ -49,7 +56,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Workload:
-    """Response lengths in the order of the sample index; `steps` steps of `batch` samples are trained."""
+    """Response lengths in the order of the sample index; `steps` steps of `batch` samples are
+    trained.
+    """
 
     lengths: np.ndarray
     batch: int
@@ -67,16 +76,30 @@ class Rule:
 
     max_staleness: int
     sync_every: int = 1
-    at_push: str = "keep"  # partial rollout; drain: they finish first; restart: they begin again under the new weights
-    order: str = "strict"  # finished: the first B that are ready. Issues up to (max_staleness + 1) B ahead of training
-    drop_stale: bool = False  # with finished: what is older than max_staleness when it is taken is thrown away
-    waves: int = 2  # replicas take new weights in this many groups, one after the other, so that the rest keeps serving
-    trainer_waits: bool = True  # until the last replica has loaded, and not only until the weights are written
+    # partial rollout; drain: they finish first; restart: they begin again under the new weights
+    at_push: str = "keep"
+    # finished: the first B that are ready. Issues up to (max_staleness + 1) B ahead of training
+    order: str = "strict"
+    drop_stale: bool = (
+        False  # with finished: what is older than max_staleness when it is taken is thrown away
+    )
+    # replicas take new weights in this many groups, one after the other, so that the rest keeps
+    # serving
+    waves: int = 2
+    trainer_waits: bool = (
+        True  # until the last replica has loaded, and not only until the weights are written
+    )
 
     def __post_init__(self):
         if self.order == "strict" and self.max_staleness < self.sync_every - 1:
-            raise ValueError(f"max_staleness {self.max_staleness}: below sync_every - 1, so nothing could be issued")
-        if self.at_push not in ("keep", "drain", "restart") or self.order not in ("strict", "finished"):
+            raise ValueError(
+                f"max_staleness {self.max_staleness}: below sync_every - 1, so nothing could be "
+                f"issued"
+            )
+        if self.at_push not in ("keep", "drain", "restart") or self.order not in (
+            "strict",
+            "finished",
+        ):
             raise ValueError(f"at_push {self.at_push}, order {self.order}: no such rule")
 
 
@@ -90,7 +113,8 @@ class Result:
     rollout_idle: float  # fraction of all replicas' time without a running sequence, or paused
     trained: list[list[int]] = field(default_factory=list)  # sample indices, step by step
     ended: list[float] = field(default_factory=list)  # when each step was trained
-    staleness: Counter = field(default_factory=Counter)  # step - version at the first token -> samples
+    # step - version at the first token -> samples
+    staleness: Counter = field(default_factory=Counter)
     dropped: int = 0
     restarts: int = 0
     queue_mean: float = 0.0  # samples that are ready and wait for the trainer, over time
@@ -98,18 +122,21 @@ class Result:
 
 
 def lognormal_lengths(count: int, mean: float, sigma: float, maximum: int, seed: int) -> np.ndarray:
-    """`count` response lengths: lognormal with this mean before it is cut at `maximum`; the 99th percentile over the
-    median is e^(2.33 sigma). sigma 0 is `mean` everywhere."""
+    """`count` response lengths: lognormal with this mean before it is cut at `maximum`; the 99th
+    percentile over the median is e^(2.33 sigma). sigma 0 is `mean` everywhere.
+    """
     normal = np.random.default_rng(seed).standard_normal(count)
     lengths = np.exp(np.log(mean) - sigma**2 / 2 + sigma * normal)
     return np.clip(np.rint(lengths), 1, maximum).astype(np.int64)
 
 
-# ---- Synchronous -----------------------------------------------------------------------------------------------------
+# ---- Synchronous ---------------------------------------------------------------------------------
 
 
 def decode_times(lengths: np.ndarray, rates: Rates) -> np.ndarray:
-    """When each response of one replica's share ends; those beyond `max_batch` wait for a place, in order."""
+    """When each response of one replica's share ends; those beyond `max_batch` wait for a place, in
+    order.
+    """
     ends, running = np.zeros(len(lengths)), []
     waiting, clock, now = deque(range(len(lengths))), 0, 0.0
     while waiting or running:
@@ -130,7 +157,9 @@ class Pool:
         self.free = [0.0] * gpus
 
     def end(self, arrival: float, cost: float) -> float:
-        """When a job is done that comes at `arrival` and takes `cost` seconds; arrivals must not go back in time."""
+        """When a job is done that comes at `arrival` and takes `cost` seconds; arrivals must not go
+        back in time.
+        """
         if not self.free:  # nobody has this role
             return arrival
         end = max(arrival, self.free[0]) + cost
@@ -139,9 +168,14 @@ class Pool:
 
 
 def synchronous(work: Workload, rates: Rates, split: Split | int) -> Result:
-    """Every step waits for the one before. With an int, that many GPUs do everything, one thing after the other; with a
-    Split, the servers read what has ended while the rest is being written, but no GPU helps with another's role."""
-    trained = [list(range(step * work.batch, (step + 1) * work.batch)) for step in range(work.steps)]
+    """Every step waits for the one before.
+
+    With an int, that many GPUs do everything, one thing after the other; with a Split, the servers
+    read what has ended while the rest is being written, but no GPU helps with another's role.
+    """
+    trained = [
+        list(range(step * work.batch, (step + 1) * work.batch)) for step in range(work.steps)
+    ]
     colocated = isinstance(split, int)
     replicas, trainers = (split, split) if colocated else (split.rollout, split.trainer)
     push, waited, training, decoding, ended = rates.publish + rates.load, 0.0, 0.0, 0.0, []
@@ -163,13 +197,22 @@ def synchronous(work: Workload, rates: Rates, split: Split | int) -> Result:
     seconds = float(waited + training + pushing)
     samples = Counter({0: work.steps * work.batch})
     return Result(
-        seconds, float(waited) / seconds, pushing / seconds, 1 - float(decoding) / seconds, trained, ended, samples
+        seconds,
+        float(waited) / seconds,
+        pushing / seconds,
+        1 - float(decoding) / seconds,
+        trained,
+        ended,
+        samples,
     )
 
 
 def _last_scored(ends: np.ndarray, tokens: np.ndarray, rates: Rates, split: Split) -> float:
     teacher, logprob = Pool(split.teacher), Pool(split.logprob)
     return max(
-        max(teacher.end(ends[i], tokens[i] * rates.score), logprob.end(ends[i], tokens[i] * rates.logprob))
+        max(
+            teacher.end(ends[i], tokens[i] * rates.score),
+            logprob.end(ends[i], tokens[i] * rates.logprob),
+        )
         for i in np.argsort(ends, kind="stable")
     )

@@ -1,16 +1,19 @@
-"""Real runs of train_mopd.py on responses with a long tail, synchronous and asynchronous, and what they leave behind.
+"""Real runs of train_mopd.py on responses with a long tail, synchronous and asynchronous, and what
+they leave behind.
 
-Same student, teacher, prompts, seeds and number of updates on every side; sides take turns (A B C A B C):
+Same student, teacher, prompts, seeds and number of updates on every side; sides take turns (A B C A
+B C):
 
 * ``sync``: one process writes, scores and trains in turns;
 * ``split``: a rollout server writes, and each step waits for it (`--max_staleness 0`);
 * ``async``: the same server writes ahead (`--max_staleness` steps).
 
-One server serves all runs of ``split`` and ``async``. The teacher is on the trainer's device everywhere. Each process has one
-thread, so ``sync`` uses one core and the others two, as two devices would be used.
+One server serves all runs of ``split`` and ``async``. The teacher is on the trainer's device
+everywhere. Each process has one thread, so ``sync`` uses one core and the others two, as two
+devices would be used.
 
-Lengths are long-tailed because the models' weights say so (`give_a_long_tail`): the chance of the EOS token is one of two,
-and which one is decided as the response is written.
+Lengths are long-tailed because the models' weights say so (`give_a_long_tail`): the chance of the
+EOS token is one of two, and which one is decided as the response is written.
 """
 
 import json
@@ -43,7 +46,8 @@ PHASES = ("rollout", "score", "train", "sync")
 WARMUP_STEPS = 4  # left out: first calls of everything, and servers that were not ahead yet
 MICRO_BATCH_SIZE = 8
 IMPOSSIBLE = -20.0  # a logit next to others of about 0
-LEARNING_RATE = "1e-8"  # updates of the usual cost that change no response, so that all sides train on the same ones
+# updates of the usual cost that change no response, so that all sides train on the same ones
+LEARNING_RATE = "1e-8"
 POLL_S = 0.2
 DEADLINE_S = 900  # of one run
 
@@ -56,7 +60,8 @@ class Setting:
     prompts: int = 16  # of a step, one response each
     prompt_tokens: int = 16
     max_response_tokens: int = 480
-    # Chances per token. A response begins in the short mode, where it ends or goes over to the long mode; there it only ends.
+    # Chances per token. A response begins in the short mode, where it ends or goes over to the long
+    # mode; there it only ends.
     ends_short: float = 1 / 32
     lengthens: float = 1 / 256
     ends_long: float = 1 / 160
@@ -68,7 +73,9 @@ class Setting:
 
     @property
     def window(self) -> slice:
-        """The steps that are measured: those before which, and in which, a server that may write ahead does so."""
+        """The steps that are measured: those before which, and in which, a server that may write
+        ahead does so.
+        """
         return slice(WARMUP_STEPS, self.steps - self.max_staleness)
 
 
@@ -76,7 +83,8 @@ class Setting:
 class Measured:
     """One run. Arrays are over its steps, all of them; I steps, B responses."""
 
-    seconds_I: np.ndarray  # from the end of the step before to the end of this one, logging included
+    # from the end of the step before to the end of this one, logging included
+    seconds_I: np.ndarray
     phases: dict[str, np.ndarray]  # name -> [I]
     pause_I: np.ndarray  # of the server in a push; 0 without one
     waited_I: np.ndarray  # in which nothing was trained because responses were being written
@@ -85,33 +93,41 @@ class Measured:
     rollout_idle: float | None  # share of the window in which the server had nothing to write
 
 
-# ---- The workload ----------------------------------------------------------------------------------------------------
+# ---- The workload --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def give_a_long_tail(model, tokenizer, setting: Setting) -> None:
-    """Makes a random model write lower-case letters, and then perhaps upper-case ones, for about as long as asked.
+    """Makes a random model write lower-case letters, and then perhaps upper-case ones, for about as
+    long as asked.
 
-    Two channels of the embeddings carry the mode: 1 everywhere, and 1 in upper-case letters. The head reads the logits of
-    the mode from them and next to nothing else, so that lengths stay what they are while the model trains.
+    Two channels of the embeddings carry the mode: 1 everywhere, and 1 in upper-case letters. The
+    head reads the logits of the mode from them and next to nothing else, so that lengths stay what
+    they are while the model trains.
     """
-    # In a vocabulary of one token a byte, letters are themselves, and decoded text shows how many tokens it had.
+    # In a vocabulary of one token a byte, letters are themselves, and decoded text shows how many
+    # tokens it had.
     lower, upper = (
-        tokenizer.convert_tokens_to_ids(list(letters)) for letters in (string.ascii_lowercase, string.ascii_uppercase)
+        tokenizer.convert_tokens_to_ids(list(letters))
+        for letters in (string.ascii_lowercase, string.ascii_uppercase)
     )
     embeddings_VH = model.model.embed_tokens.weight
     embeddings_VH[:, :2] = torch.tensor([1.0, 0.0])
     embeddings_VH[upper, 1] = 1.0
     ids_BS = torch.tensor([8 * lower, 8 * upper])  # a row in each mode
-    modes_MC = model.model(input_ids=ids_BS).last_hidden_state[:, :, :2].mean(dim=1)  # what the head sees of them
+    # what the head sees of them
+    modes_MC = model.model(input_ids=ids_BS).last_hidden_state[:, :, :2].mean(dim=1)
     logits_VM = torch.full((len(embeddings_VH), 2), IMPOSSIBLE)
     stays = 1 - setting.ends_short - setting.lengthens
     logits_VM[lower, 0], logits_VM[upper, 1] = 0.0, 0.0
     logits_VM[upper, 0] = float(np.log(setting.lengthens / stays))
     logits_VM[tokenizer.eos_token_id] = torch.tensor(
-        np.log([26 * setting.ends_short / stays, 26 * setting.ends_long / (1 - setting.ends_long)]), dtype=torch.float32
+        np.log([26 * setting.ends_short / stays, 26 * setting.ends_long / (1 - setting.ends_long)]),
+        dtype=torch.float32,
     )
-    model.lm_head.weight[tokenizer.eos_token_id] = 0.0  # one random row would shift all lengths; letters' rows even out
+    model.lm_head.weight[tokenizer.eos_token_id] = (
+        0.0  # one random row would shift all lengths; letters' rows even out
+    )
     model.lm_head.weight[:, :2] = torch.linalg.solve(modes_MC, logits_VM.T).T
 
 
@@ -126,36 +142,75 @@ def write_workload(root: Path, setting: Setting) -> None:
     rng = random.Random(setting.seed)
     rows = []
     for _ in range(setting.steps * setting.prompts):
-        text = "".join(rng.choices(string.ascii_lowercase, k=setting.prompt_tokens - 1))  # the template adds one
+        # the template adds one
+        text = "".join(rng.choices(string.ascii_lowercase, k=setting.prompt_tokens - 1))
         rows.append({"data_source": "teacher", "prompt": [{"role": "user", "content": text}]})
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ---- The runs --------------------------------------------------------------------------------------------------------
+# ---- The runs ------------------------------------------------------------------------------------
 
 
 def command(root: Path, run_dir: Path, side: str, setting: Setting, url: str) -> list[str]:
     """The run of a side."""
     staleness = {"split": 0, "async": setting.max_staleness}.get(side)
-    ahead = [] if staleness is None else [
-        *("--mode", "async", "--max_staleness", str(staleness)),
-        *("--rollout_servers", url, "--weights_dir", str(root / "weights")),
-    ]  # fmt: skip
+    ahead = (
+        []
+        if staleness is None
+        else [
+            *("--mode", "async", "--max_staleness", str(staleness)),
+            *("--rollout_servers", url, "--weights_dir", str(root / "weights")),
+        ]
+    )
     return [
         *(sys.executable, "train_mopd.py", "--student_model", str(root / "student")),
         *("--teacher", f"teacher={root / 'teacher'}", "--data", str(root / "prompts.jsonl")),
-        *("--output_dir", str(run_dir), "--num_steps", str(setting.steps), "--seed", str(setting.seed)),
-        *("--prompts_per_step", str(setting.prompts), "--micro_batch_size", str(min(MICRO_BATCH_SIZE, setting.prompts))),
-        *("--max_prompt_tokens", str(setting.prompt_tokens), "--max_response_tokens", str(setting.max_response_tokens)),
-        *("--dtype", "float32", "--ds_config", "ds_configs/zero0.json", "--learning_rate", LEARNING_RATE),
+        *(
+            "--output_dir",
+            str(run_dir),
+            "--num_steps",
+            str(setting.steps),
+            "--seed",
+            str(setting.seed),
+        ),
+        *(
+            "--prompts_per_step",
+            str(setting.prompts),
+            "--micro_batch_size",
+            str(min(MICRO_BATCH_SIZE, setting.prompts)),
+        ),
+        *(
+            "--max_prompt_tokens",
+            str(setting.prompt_tokens),
+            "--max_response_tokens",
+            str(setting.max_response_tokens),
+        ),
+        *(
+            "--dtype",
+            "float32",
+            "--ds_config",
+            "ds_configs/zero0.json",
+            "--learning_rate",
+            LEARNING_RATE,
+        ),
         *("--enforce_eager", "--rollout_kv_cache_gib", "0.25", "--teacher_kv_cache_gib", "0.05"),
-        *("--parity_every", "0", "--rollout_every", "1", "--rollout_samples", str(setting.prompts), *ahead),
-    ]  # fmt: skip
+        *(
+            "--parity_every",
+            "0",
+            "--rollout_every",
+            "1",
+            "--rollout_samples",
+            str(setting.prompts),
+            *ahead,
+        ),
+    ]
 
 
 @contextmanager
 def polled(url: str, name: str) -> Iterator[list[tuple[float, float]]]:
-    """(time, value) of a figure of a server's metrics page, again and again while the block runs."""
+    """(time, value) of a figure of a server's metrics page, again and again while the
+    block runs.
+    """
     points, over = [], threading.Event()
     headers = {"Authorization": f"Bearer {os.environ[TOKEN_VARIABLE]}"}
 
@@ -163,7 +218,9 @@ def polled(url: str, name: str) -> Iterator[list[tuple[float, float]]]:
         with httpx.Client(headers=headers, trust_env=False, timeout=5.0) as client:
             while not over.wait(POLL_S):
                 try:
-                    points.append((time.time(), metric(client.get(f"{url}/metrics").content, name=name)))
+                    points.append(
+                        (time.time(), metric(client.get(f"{url}/metrics").content, name=name))
+                    )
                 except httpx.HTTPError:  # it is busy; a poll that is missing says nothing
                     continue
 
@@ -188,10 +245,16 @@ def run_all(setting: Setting, rounds: int) -> dict[str, list[Measured]]:
         longest = str(setting.prompt_tokens + setting.max_response_tokens)
         (server,) = stack.enter_context(
             serving(
-                str(root / "student"), name="rollout", protocol="rollout", weights_dir=root / "weights", dtype="float32",
-                kv_cache_gib=0.25, extra=["--max_model_len", longest, "--enforce_eager"], start_seconds=300.0,
+                str(root / "student"),
+                name="rollout",
+                protocol="rollout",
+                weights_dir=root / "weights",
+                dtype="float32",
+                kv_cache_gib=0.25,
+                extra=["--max_model_len", longest, "--enforce_eager"],
+                start_seconds=300.0,
             )
-        )  # fmt: skip
+        )
         for turn in range(rounds):
             for side in SIDES:
                 run_dir = root / f"{side}_{turn}"
@@ -203,11 +266,13 @@ def run_all(setting: Setting, rounds: int) -> dict[str, list[Measured]]:
     return runs
 
 
-# ---- What they leave behind ------------------------------------------------------------------------------------------
+# ---- What they leave behind ----------------------------------------------------------------------
 
 
 def read_run(run_dir: Path, setting: Setting, running: list[tuple[float, float]]) -> Measured:
-    """The steps of a run that has ended; `running` are times and numbers of responses that its server was writing."""
+    """The steps of a run that has ended; `running` are times and numbers of responses that its
+    server was writing.
+    """
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["step"] > 0]
     files = [run_dir / "rollouts" / f"step_{row['step']}.jsonl" for row in rows]
@@ -224,9 +289,13 @@ def read_run(run_dir: Path, setting: Setting, running: list[tuple[float, float]]
         seconds_I=np.diff(ends, prepend=ends[0] - rows[0]["time/step"]),
         phases={phase: column(f"time/{phase}") for phase in PHASES},
         pause_I=column("rollout/push_pause_s"),
-        waited_I=column("perf/trainer_idle") * column("time/step") if running else column("time/rollout"),
+        waited_I=column("perf/trainer_idle") * column("time/step")
+        if running
+        else column("time/rollout"),
         lag_I=column("staleness/policy_lag"),
-        lengths_IB=np.array([[response_tokens(line) for line in path.read_text().splitlines()] for path in files]),
+        lengths_IB=np.array(
+            [[response_tokens(line) for line in path.read_text().splitlines()] for path in files]
+        ),
         rollout_idle=statistics.mean(count == 0 for count in polls) if polls else None,
     )
 
@@ -238,8 +307,11 @@ def response_tokens(line: str) -> int:
 
 
 def figures(runs: list[Measured], setting: Setting) -> dict[str, float | None]:
-    """Means over the measured steps, of which the median over runs. Means, because with strict order a long wait is
-    followed by short ones, which a median over steps would take for the rule."""
+    """Means over the measured steps, of which the median over runs.
+
+    Means, because with strict order a long wait is followed by short ones, which a median over
+    steps would take for the rule.
+    """
     window = setting.window
 
     def median(of) -> float:
@@ -249,8 +321,13 @@ def figures(runs: list[Measured], setting: Setting) -> dict[str, float | None]:
     return {
         "step_s": median(lambda run: run.seconds_I[window].mean()),
         "step_median_s": median(lambda run: np.median(run.seconds_I[window])),
-        **{f"{phase}_s": median(lambda run, phase=phase: run.phases[phase][window].mean()) for phase in PHASES},
-        "trainer_idle": median(lambda run: run.waited_I[window].sum() / run.seconds_I[window].sum()),
+        **{
+            f"{phase}_s": median(lambda run, phase=phase: run.phases[phase][window].mean())
+            for phase in PHASES
+        },
+        "trainer_idle": median(
+            lambda run: run.waited_I[window].sum() / run.seconds_I[window].sum()
+        ),
         "rollout_idle": round(statistics.median(idle), 4) if idle else None,
         "staleness": median(lambda run: run.lag_I[window].mean()),
     }
@@ -260,7 +337,13 @@ def length_figures(lengths_IB: np.ndarray, maximum: int) -> dict[str, float]:
     """What the tail is."""
     median, p95, p99 = np.percentile(lengths_IB, (50, 95, 99))
     return {
-        "median": float(median), "mean": round(float(lengths_IB.mean()), 1), "p95": float(p95), "p99": float(p99),
-        "max": int(lengths_IB.max()), "at_maximum": round(float((lengths_IB == maximum).mean()), 4),
-        "longest_of_step_over_mean": round(float((lengths_IB.max(axis=1) / lengths_IB.mean(axis=1)).mean()), 1),
-    }  # fmt: skip
+        "median": float(median),
+        "mean": round(float(lengths_IB.mean()), 1),
+        "p95": float(p95),
+        "p99": float(p99),
+        "max": int(lengths_IB.max()),
+        "at_maximum": round(float((lengths_IB == maximum).mean()), 4),
+        "longest_of_step_over_mean": round(
+            float((lengths_IB.max(axis=1) / lengths_IB.mean(axis=1)).mean()), 1
+        ),
+    }

@@ -1,8 +1,10 @@
-"""A discrete-event simulation of asynchronous distillation, and the choice of a split of GPUs by it.
+"""A discrete-event simulation of asynchronous distillation, and the choice of a split of GPUs by
+it.
 
-Sample i belongs to step s(i) = i div B. It may be issued to a rollout replica whose weights have version
-v >= s(i) - max_staleness, and step s trains on exactly its B samples; the version is the number of optimizer steps
-done. `Rule(order="finished")` is the rival rule, whatever is finished first, to be compared with.
+Sample i belongs to step s(i) = i div B. It may be issued to a rollout replica whose weights have
+version v >= s(i) - max_staleness, and step s trains on exactly its B samples; the version is the
+number of optimizer steps done. `Rule(order="finished")` is the rival rule, whatever is finished
+first, to be compared with.
 
 Pure: everything follows from the arguments. All times are seconds, all lengths tokens.
 """
@@ -20,7 +22,9 @@ FULL = 1 << 30  # the load of a replica that takes nothing new
 
 
 class Replica:
-    """A rollout server: a clock of tokens per sequence, and the marks at which its sequences end."""
+    """A rollout server: a clock of tokens per sequence, and the marks at which its
+    sequences end.
+    """
 
     def __init__(self, rates: Rates):
         self.rates, self.running, self.clock, self.now = rates, [], 0.0, 0.0
@@ -60,10 +64,16 @@ class Asynchronous:
         self.teacher, self.logprob = Pool(split.teacher), Pool(split.logprob)
         waves = min(rule.waves, split.rollout)
         self.waves = [range(wave, split.rollout, waves) for wave in range(waves)]
-        # What the dispatcher looks at, as arrays: thousands of replicas, and a look for every response.
-        self.load, self.version = np.zeros(split.rollout, np.int64), np.zeros(split.rollout, np.int64)
+        # What the dispatcher looks at, as arrays: thousands of replicas, and a look for every
+        # response.
+        self.load, self.version = (
+            np.zeros(split.rollout, np.int64),
+            np.zeros(split.rollout, np.int64),
+        )
         self.events, self.count, self.now = [], 0, 0.0
-        self.next_index = self.step = self.published = self.rolling = self.loading = self.started = 0
+        self.next_index = self.step = self.published = self.rolling = self.loading = (
+            self.started
+        ) = 0
         self.wave_queue: deque[range] = deque()
         self.trainer_free, self.issued_at, self.ready = True, {}, []
         self.again: deque[int] = deque()  # thrown away or stopped: issued before anything new
@@ -78,7 +88,10 @@ class Asynchronous:
         self._train()
         while self.step < self.work.steps:
             if not self.events:
-                raise ValueError("nothing is left to happen: a finished-first run needs more lengths than it trains on")
+                raise ValueError(
+                    "nothing is left to happen: a finished-first run needs more lengths than it "
+                    "trains on"
+                )
             self.now, _, happen, arguments = heapq.heappop(self.events)
             happen(*arguments)
         return self._summary()
@@ -117,11 +130,16 @@ class Asynchronous:
         if self.rule.order == "strict":
             limit = self.work.steps * self.work.batch
         else:
-            limit = min(limit, (self.step + 1 + self.rule.max_staleness) * self.work.batch + self.result.dropped)
+            limit = min(
+                limit,
+                (self.step + 1 + self.rule.max_staleness) * self.work.batch + self.result.dropped,
+            )
         return self.next_index if self.next_index < limit else None
 
     def _version_needed(self, index: int) -> int:
-        return index // self.work.batch - self.rule.max_staleness if self.rule.order == "strict" else 0
+        return (
+            index // self.work.batch - self.rule.max_staleness if self.rule.order == "strict" else 0
+        )
 
     def _plan(self, chosen: int) -> None:
         replica = self.replicas[chosen]
@@ -137,7 +155,11 @@ class Asynchronous:
         for index in replica.pop_ended():
             tokens = self.work.tokens(index)
             scored = self.teacher.end(self.now, tokens * self.rates.score)
-            self._at(max(scored, self.logprob.end(self.now, tokens * self.rates.logprob)), self._scored, index)
+            self._at(
+                max(scored, self.logprob.end(self.now, tokens * self.rates.logprob)),
+                self._scored,
+                index,
+            )
             self.load[chosen] -= 1
         if replica.draining and not replica.running:
             self._pause(chosen)
@@ -165,7 +187,9 @@ class Asynchronous:
             whole = self.arrived[self.step] == batch
             return list(range(self.step * batch, (self.step + 1) * batch)) if whole else None
         if self.rule.drop_stale:
-            fresh = [i for i in self.ready if self.step - self.issued_at[i] <= self.rule.max_staleness]
+            fresh = [
+                i for i in self.ready if self.step - self.issued_at[i] <= self.rule.max_staleness
+            ]
             self._count(len(fresh) - len(self.ready))
             self.result.dropped += len(self.ready) - len(fresh)
             self.ready = fresh
@@ -209,7 +233,8 @@ class Asynchronous:
             self._continue()
 
     def _roll(self) -> None:
-        self.rolling = self.published  # a version that came while an older one was rolled out waits, or is skipped
+        # a version that came while an older one was rolled out waits, or is skipped
+        self.rolling = self.published
         self.wave_queue = deque(self.waves)
         self._next_wave()
 
@@ -254,7 +279,8 @@ class Asynchronous:
         self.loading -= 1
         if not self.loading:
             self._next_wave()
-        self._at(self.now, self._issue)  # after all that come back at this moment: the first must not get everything
+        # after all that come back at this moment: the first must not get everything
+        self._at(self.now, self._issue)
 
     def _summary(self) -> Result:
         result, self.now = self.result, self.result.seconds
@@ -263,7 +289,9 @@ class Asynchronous:
             replica.advance(self.now)
         result.trainer_publishing = self.publishing / self.now
         result.trainer_idle = 1 - (self.training + self.publishing) / self.now
-        result.rollout_idle = 1 - sum(replica.busy for replica in self.replicas) / (self.now * len(self.replicas))
+        result.rollout_idle = 1 - sum(replica.busy for replica in self.replicas) / (
+            self.now * len(self.replicas)
+        )
         result.queue_mean = self.queue_area / self.now
         return result
 
@@ -273,7 +301,7 @@ def asynchronous(work: Workload, rates: Rates, split: Split, rule: Rule) -> Resu
     return Asynchronous(work, rates, split, rule).run()
 
 
-# ---- Which split? ----------------------------------------------------------------------------------------------------
+# ---- Which split? --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -287,7 +315,9 @@ class Choice:
 
 
 def splits(gpus: int, parts: int = 16, logprob: bool = False) -> list[Split]:
-    """All ways to deal `gpus` out to the roles in portions of gpus / parts, at least one portion each."""
+    """All ways to deal `gpus` out to the roles in portions of gpus / parts, at least one portion
+    each.
+    """
     unit = max(1, gpus // parts)
     units, found = gpus // unit, []
     for rollout in range(1, units - 1):
@@ -299,27 +329,53 @@ def splits(gpus: int, parts: int = 16, logprob: bool = False) -> list[Split]:
 
 
 def promising(candidates: Iterable[Split], work: Workload, rates: Rates, count: int) -> list[Split]:
-    """The `count` candidates that would be fastest if every role were busy all the time: the slowest role decides."""
+    """The `count` candidates that would be fastest if every role were busy all the time: the
+    slowest role decides.
+    """
     tokens = float(np.mean(work.lengths)) + work.prompt
 
     def bound(split: Split) -> float:
-        decoding = (tokens - work.prompt) * rates.token_seconds(rates.max_batch) / rates.max_batch / split.rollout
-        reading = [(rates.score, split.teacher), (rates.train, split.trainer), (rates.logprob, split.logprob)]
+        decoding = (
+            (tokens - work.prompt)
+            * rates.token_seconds(rates.max_batch)
+            / rates.max_batch
+            / split.rollout
+        )
+        reading = [
+            (rates.score, split.teacher),
+            (rates.train, split.trainer),
+            (rates.logprob, split.logprob),
+        ]
         return max(decoding, *(tokens * rate / gpus for rate, gpus in reading if gpus))
 
     return sorted(candidates, key=bound)[:count]
 
 
 def choose(
-    work: Workload, rates: Rates, candidates: Iterable[Split], *,
-    staleness: Iterable[int], batches: Iterable[int], max_trainer_idle: float = 1.0, slack: float = 0.02,
-) -> Choice:  # fmt: skip
-    """The candidate that trains `work` fastest with the trainer idle for less than `max_trainer_idle`, or without that
-    bound if none keeps it. Of those within `slack` of the fastest, the one with the least staleness."""
+    work: Workload,
+    rates: Rates,
+    candidates: Iterable[Split],
+    *,
+    staleness: Iterable[int],
+    batches: Iterable[int],
+    max_trainer_idle: float = 1.0,
+    slack: float = 0.02,
+) -> Choice:
+    """The candidate that trains `work` fastest with the trainer idle for less than
+    `max_trainer_idle`, or without that bound if none keeps it. Of those within `slack` of the
+    fastest, the one with the least staleness.
+    """
     tried = [
-        Choice(split, bound, batch, asynchronous(work, replace(rates, max_batch=batch), split, Rule(bound)))
-        for split in candidates for bound in staleness for batch in batches
-    ]  # fmt: skip
+        Choice(
+            split,
+            bound,
+            batch,
+            asynchronous(work, replace(rates, max_batch=batch), split, Rule(bound)),
+        )
+        for split in candidates
+        for bound in staleness
+        for batch in batches
+    ]
     kept = [choice for choice in tried if choice.result.trainer_idle < max_trainer_idle] or tried
     fastest = min(choice.result.seconds for choice in kept)
     close = [choice for choice in kept if choice.result.seconds <= (1 + slack) * fastest]

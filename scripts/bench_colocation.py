@@ -1,21 +1,28 @@
-"""Peak memory of a run with 1, 2, 4 and 8 teachers of different sizes: it should be that of the largest teacher alone.
+"""Peak memory of a run with 1, 2, 4 and 8 teachers of different sizes: it should be that of the
+largest teacher alone.
 
-Real runs of train_mopd.py on the CPU, with random models (Qwen3, float32): a tiny student, and teachers that run on
-transformers (`--teacher_backend hf`). The largest teacher is in every run, so N = 1 is the largest alone. Two residencies:
+Real runs of train_mopd.py on the CPU, with random models (Qwen3, float32): a tiny student, and
+teachers that run on transformers (`--teacher_backend hf`). The largest teacher is in every run, so
+N = 1 is the largest alone. Two residencies:
 
-* ``disk``: a sleeping teacher keeps nothing, so the peak should not grow with N: ``peak_1`` to ``peak_8``, and
+* ``disk``: a sleeping teacher keeps nothing, so the peak should not grow with N: ``peak_1`` to
+  ``peak_8``, and
   ``flatness`` = peak_4 / peak_1;
-* ``host``, for contrast: on a CPU the device is the host, nothing is given back, and the peak grows by every teacher:
+* ``host``, for contrast: on a CPU the device is the host, nothing is given back, and the peak grows
+  by every teacher:
   ``host_4``.
 
-Most of a peak is libraries and the sampler, which would make any growth look small. So ``growth_4`` and ``host_growth_4``
-are the rise from one teacher to four over the weights of the three that came: 0 is flat, 1 is all of them at once.
+Most of a peak is libraries and the sampler, which would make any growth look small. So ``growth_4``
+and ``host_growth_4`` are the rise from one teacher to four over the weights of the three that came:
+0 is flat, 1 is all of them at once.
 
-The peak is the highest sum of resident memory over the run's processes, read every 20 ms. Pages that two of them share
-count twice; those of the files that a teacher on the disk is mapped from count like any other.
+The peak is the highest sum of resident memory over the run's processes, read every 20 ms. Pages
+that two of them share count twice; those of the files that a teacher on the disk is mapped from
+count like any other.
 
-`planner_error` is (predicted - measured) / measured for four teachers on the disk: the prediction of `opd.plan` starts
-where `prepare` ends, before any engine and its libraries; a process that stands there is measured too (``before_engines``).
+`planner_error` is (predicted - measured) / measured for four teachers on the disk: the prediction
+of `opd.plan` starts where `prepare` ends, before any engine and its libraries; a process that
+stands there is measured too (``before_engines``).
 
     python scripts/bench_colocation.py --json   # five minutes on two cores
 """
@@ -53,7 +60,7 @@ SAMPLE_S = 0.02
 BEFORE_ENGINES = "import train_mopd, deepspeed"  # what a run has imported when `prepare` ends
 
 
-# ---- The meter -------------------------------------------------------------------------------------------------------
+# ---- The meter -----------------------------------------------------------------------------------
 
 
 def descendants(pid: int) -> set[int]:
@@ -113,7 +120,7 @@ def peak_of_children():
         thread.join(timeout=60)
 
 
-# ---- Models and prompts ----------------------------------------------------------------------------------------------
+# ---- Models and prompts --------------------------------------------------------------------------
 
 
 def save_model(path: Path, layers: int, hidden_size: int, tokenizer) -> int:
@@ -121,12 +128,20 @@ def save_model(path: Path, layers: int, hidden_size: int, tokenizer) -> int:
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers, num_attention_heads=hidden_size // HEAD_DIM,
-            num_key_value_heads=hidden_size // HEAD_DIM, head_dim=HEAD_DIM, max_position_embeddings=512,
-            tie_word_embeddings=False, dtype="float32", bos_token_id=None, **special,
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden_size // HEAD_DIM,
+            num_key_value_heads=hidden_size // HEAD_DIM,
+            head_dim=HEAD_DIM,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            dtype="float32",
+            bos_token_id=None,
+            **special,
         )
-    )  # fmt: skip
+    )
     model.generation_config = GenerationConfig(**special)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -134,22 +149,34 @@ def save_model(path: Path, layers: int, hidden_size: int, tokenizer) -> int:
 
 
 def write_workload(root: Path, hidden_sizes: list[int], layers: int) -> list[int]:
-    """`student`, `teacher_0` ..., `prompts_N.jsonl` for each N, `ds_config.json`; the teachers' bytes."""
+    """`student`, `teacher_0` ..., `prompts_N.jsonl` for each N, `ds_config.json`; the teachers'
+    bytes.
+    """
     (root / "ds_config.json").write_text(json.dumps(DS_CONFIG))
     tokenizer = make_tokenizer(VOCAB_SIZE)
     save_model(root / "student", *STUDENT, tokenizer)
-    sizes = [save_model(root / f"teacher_{i}", layers, size, tokenizer) for i, size in enumerate(hidden_sizes)]
+    sizes = [
+        save_model(root / f"teacher_{i}", layers, size, tokenizer)
+        for i, size in enumerate(hidden_sizes)
+    ]
     rng = random.Random(0)
     for count in range(1, len(hidden_sizes) + 1):
         rows = []
         for i in range(4 * PROMPTS_PER_STEP):
             text = "".join(rng.choices(string.ascii_lowercase, k=PROMPT_TOKENS - 1))
-            rows.append({"data_source": f"teacher_{i % count}", "prompt": [{"role": "user", "content": text}]})
-        (root / f"prompts_{count}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            rows.append(
+                {
+                    "data_source": f"teacher_{i % count}",
+                    "prompt": [{"role": "user", "content": text}],
+                }
+            )
+        (root / f"prompts_{count}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     return sizes
 
 
-# ---- The runs --------------------------------------------------------------------------------------------------------
+# ---- The runs ------------------------------------------------------------------------------------
 
 
 def flags_of(root: Path, count: int, residency: str, steps: int) -> list[str]:
@@ -158,7 +185,12 @@ def flags_of(root: Path, count: int, residency: str, steps: int) -> list[str]:
         *("--student_model", str(root / "student"), "--data", str(root / f"prompts_{count}.jsonl")),
         *(f"--teacher=teacher_{i}={root / f'teacher_{i}'}" for i in range(count)),
         *("--teacher_backend", "hf", "--teacher_residency", residency, "--dtype", "float32"),
-        *("--output_dir", str(root / f"{residency}_{count}"), "--ds_config", str(root / "ds_config.json")),
+        *(
+            "--output_dir",
+            str(root / f"{residency}_{count}"),
+            "--ds_config",
+            str(root / "ds_config.json"),
+        ),
         *("--num_steps", str(steps), "--enforce_eager"),
         *("--prompts_per_step", str(PROMPTS_PER_STEP), "--micro_batch_size", str(PROMPTS_PER_STEP)),
         *("--max_prompt_tokens", str(PROMPT_TOKENS), "--max_response_tokens", str(RESPONSE_TOKENS)),
@@ -177,15 +209,26 @@ def peak_of(command: list[str], log: Path, threads: int) -> int:
 def measure(root: Path, steps: int, threads: int, hidden_sizes: list[int], layers: int) -> dict:
     """All runs, one after the other."""
     sizes = write_workload(root, hidden_sizes, layers)
-    runs = [("disk", count) for count in COUNTS if count <= len(sizes)] + [("host", min(4, len(sizes)))]
+    runs = [("disk", count) for count in COUNTS if count <= len(sizes)] + [
+        ("host", min(4, len(sizes)))
+    ]
     peaks: dict[tuple[str, int], int] = {}
     for residency, count in runs:
         flags = flags_of(root, count, residency, steps)
         peaks[residency, count] = peak_of(["train_mopd.py", *flags], root / "log.txt", threads)
-        tools.say(f"{residency}, {count} of {sum(sizes[:count]) >> 20} MiB: peak {peaks[residency, count] >> 20} MiB")
+        tools.say(
+            f"{residency}, {count} of {sum(sizes[:count]) >> 20} MiB: peak "
+            f"{peaks[residency, count] >> 20} MiB"
+        )
     before = peak_of(["-c", BEFORE_ENGINES], root / "log.txt", threads)
-    predicted = before + predicted_growth(flags_of(root, 4, "disk", steps)) if len(sizes) >= 4 else None
-    return {**summary(peaks, sizes), **planned(predicted, peaks.get(("disk", 4))), "before_engines": before}
+    predicted = (
+        before + predicted_growth(flags_of(root, 4, "disk", steps)) if len(sizes) >= 4 else None
+    )
+    return {
+        **summary(peaks, sizes),
+        **planned(predicted, peaks.get(("disk", 4))),
+        "before_engines": before,
+    }
 
 
 def summary(peaks: dict[tuple[str, int], int], sizes: list[int]) -> dict:
@@ -207,7 +250,9 @@ def summary(peaks: dict[tuple[str, int], int], sizes: list[int]) -> dict:
 
 
 def predicted_growth(flags: list[str]) -> int:
-    """Bytes that the planner expects a run to add at its peak to what it holds when `prepare` ends."""
+    """Bytes that the planner expects a run to add at its peak to what it holds when
+    `prepare` ends.
+    """
     job = apply.read_job(parse(train_mopd.Config, flags), apply.machine_here(1))
     return planner.make_plan(job).peak
 
@@ -215,16 +260,25 @@ def predicted_growth(flags: list[str]) -> int:
 def planned(predicted: int | None, measured: int | None) -> dict:
     """The prediction and its relative error."""
     known = predicted is not None and measured is not None
-    return {"predicted_4": predicted, "planner_error": round(predicted / measured - 1, 4) if known else None}
+    return {
+        "predicted_4": predicted,
+        "planner_error": round(predicted / measured - 1, 4) if known else None,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print one JSON object last instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object last instead of a table"
+    )
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--hidden_sizes", type=int, nargs="+", default=list(HIDDEN_SIZES), help="teachers, largest first"
+        "--hidden_sizes",
+        type=int,
+        nargs="+",
+        default=list(HIDDEN_SIZES),
+        help="teachers, largest first",
     )
     parser.add_argument("--layers", type=int, default=LAYERS)
     args = parser.parse_args()
@@ -235,7 +289,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench_colocation_") as directory:
         result = measure(Path(directory), args.steps, args.threads, args.hidden_sizes, args.layers)
     if args.json:
-        tools.print_json({**result, "steps": args.steps, **tools.machine_facts("cpu"), "threads": args.threads})
+        tools.print_json(
+            {**result, "steps": args.steps, **tools.machine_facts("cpu"), "threads": args.threads}
+        )
     else:
         print(tools.table([{"": name, "value": value} for name, value in result.items()]))
     return 0

@@ -1,16 +1,17 @@
 """Quality per sample: what each form of the loss makes of the same responses' worth of training.
 
-The demo (`scripts/make_demo.py`) is trained once per form, from the same student, with the same prompts, seeds and
-learning rate; only what the loss sums over at each position differs:
+The demo (`scripts/make_demo.py`) is trained once per form, from the same student, with the same
+prompts, seeds and learning rate; only what the loss sums over at each position differs:
 
 * ``full``: the reverse KL over the whole vocabulary;
 * ``union_topk``: over the top tokens of student and teacher, the exact rest in a bucket;
 * ``teacher_topk_*``: over the teacher's top tokens, with each of the four tails;
 * ``sampled``: the policy gradient of the same reverse KL, which looks at the sampled token alone.
 
-Recovery is the closed share of the gap, (student - before) / (teacher - before), in accuracy on held-out prompts; a sample
-is one response. The supports are small next to the demo's vocabulary of 40, as 64 is next to 150,000, so that what they
-leave out can be seen. One run is one draw: read differences against the 95 % interval over prompts, or give more seeds.
+Recovery is the closed share of the gap, (student - before) / (teacher - before), in accuracy on
+held-out prompts; a sample is one response. The supports are small next to the demo's vocabulary of
+40, as 64 is next to 150,000, so that what they leave out can be seen. One run is one draw: read
+differences against the 95 % interval over prompts, or give more seeds.
 
     python scripts/make_demo.py --output_dir demo
     python scripts/bench_recovery.py --json
@@ -32,7 +33,14 @@ FORMS = {
     "full": ("--loss", "reverse_kl", "--support", "full"),
     "union_topk": ("--loss", "reverse_kl", "--support", "union_topk", "--tail", "bucket"),
     **{
-        f"teacher_topk_{tail}": ("--loss", "reverse_kl", "--support", "teacher_topk", "--tail", tail)
+        f"teacher_topk_{tail}": (
+            "--loss",
+            "reverse_kl",
+            "--support",
+            "teacher_topk",
+            "--tail",
+            tail,
+        )
         for tail in ("bucket", "generalized", "renormalize", "truncate")
     },
     "sampled": ("--loss", "reverse_kl_pg", "--support", "sampled"),
@@ -42,23 +50,47 @@ LAST_STEPS = 10  # entropy at the end is a mean over these
 DEADLINE_S = 3600  # of one run
 
 
-# ---- One run ---------------------------------------------------------------------------------------------------------
+# ---- One run -------------------------------------------------------------------------------------
 
 
 def train(form: str, seed: int, args: argparse.Namespace) -> dict:
-    """One run of train_mopd.py; its curve and its report. RunFailed with the trainer's own last word."""
+    """One run of train_mopd.py; its curve and its report.
+
+    RunFailed with the trainer's own last word.
+    """
     run_dir = args.output_dir / form / f"seed_{seed}"
     run_dir.mkdir(parents=True)
     domains = [path.name.removeprefix("teacher_") for path in sorted(args.demo.glob("teacher_*"))]
     every = max(1, args.steps // args.points)
     support = ("--support_k", str(args.support_k)) if "topk" in form else ()
     command = [
-        *(sys.executable, "train_mopd.py", "--config", "scripts/quickstart.yaml", *FORMS[form], *support),
+        *(
+            sys.executable,
+            "train_mopd.py",
+            "--config",
+            "scripts/quickstart.yaml",
+            *FORMS[form],
+            *support,
+        ),
         *("--student_model", str(args.demo / "student")),
         *(f"--teacher={domain}={args.demo / f'teacher_{domain}'}" for domain in domains),
         *("--data", str(args.demo / "train.jsonl"), "--eval_data", str(args.demo / "eval.jsonl")),
-        *("--output_dir", str(run_dir / "run"), "--seed", str(seed), "--num_steps", str(args.steps)),
-        *("--prompts_per_step", str(args.prompts_per_step), "--eval_every", str(every), "--save_every", "0"),
+        *(
+            "--output_dir",
+            str(run_dir / "run"),
+            "--seed",
+            str(seed),
+            "--num_steps",
+            str(args.steps),
+        ),
+        *(
+            "--prompts_per_step",
+            str(args.prompts_per_step),
+            "--eval_every",
+            str(every),
+            "--save_every",
+            "0",
+        ),
         *("--ds_config", "ds_configs/zero0.json", "--rollout_every", "0"),
     ]
     say(f"{form}, seed {seed}: {args.steps} steps")
@@ -67,7 +99,9 @@ def train(form: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def read_run(run_dir: Path, samples_per_step: int) -> dict:
-    """Recovery against samples per domain, the report's figures, entropy at the end and the milliseconds of a step."""
+    """Recovery against samples per domain, the report's figures, entropy at the end and the
+    milliseconds of a step.
+    """
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     report = json.loads((run_dir / "report.json").read_text())["domains"]
     marks = [row for row in rows if any(key.startswith("eval/accuracy/") for key in row)]
@@ -91,7 +125,7 @@ def recovery(before: float, now: float, teacher: float) -> float | None:
     return None if math.isclose(before, teacher) else (now - before) / (teacher - before)
 
 
-# ---- One form, all its seeds -----------------------------------------------------------------------------------------
+# ---- One form, all its seeds ---------------------------------------------------------------------
 
 
 def mean_or_none(values: list[float | None]) -> float | None:
@@ -119,21 +153,31 @@ def summary(runs: list[dict]) -> dict:
     """Means over seeds. The interval is over prompts, the mean of the seeds' own intervals."""
     domains = list(runs[0]["curves"])
     curves = {
-        d: [mean_or_none(list(marks)) for marks in zip(*(run["curves"][d] for run in runs), strict=True)]
+        d: [
+            mean_or_none(list(marks))
+            for marks in zip(*(run["curves"][d] for run in runs), strict=True)
+        ]
         for d in domains
     }
     samples = runs[0]["samples"]
     reports = {d: [run["report"][d] for run in runs] for d in domains}
     intervals = {d: [report["ci95"] or (None, None) for report in reports[d]] for d in domains}
     return {
-        "recovery": {d: mean_or_none([report["recovery"] for report in reports[d]]) for d in domains},
-        "ci95": {d: [mean_or_none(list(bounds)) for bounds in zip(*intervals[d], strict=True)] for d in domains},
+        "recovery": {
+            d: mean_or_none([report["recovery"] for report in reports[d]]) for d in domains
+        },
+        "ci95": {
+            d: [mean_or_none(list(bounds)) for bounds in zip(*intervals[d], strict=True)]
+            for d in domains
+        },
         "entropy": mean_or_none([run["entropy"] for run in runs]),
         "samples_to_90": {d: samples_to(TARGET, samples, curves[d]) for d in domains},
         "step_ms": round(statistics.median(run["step_ms"] for run in runs), 1),
         "samples": samples,
         "curves": curves,
-        "recovery_of_each_seed": {d: [report["recovery"] for report in reports[d]] for d in domains},
+        "recovery_of_each_seed": {
+            d: [report["recovery"] for report in reports[d]] for d in domains
+        },
     }
 
 
@@ -153,7 +197,10 @@ def table_row(form: str, result: dict) -> dict:
 
 
 def plot(results: dict[str, dict], path: Path) -> str | None:
-    """Recovery against samples: a panel per domain, a curve per form. Returns the file's name, None without matplotlib."""
+    """Recovery against samples: a panel per domain, a curve per form.
+
+    Returns the file's name, None without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -164,7 +211,12 @@ def plot(results: dict[str, dict], path: Path) -> str | None:
 
     domains = list(next(iter(results.values()))["curves"])
     figure, axes = pyplot.subplots(
-        1, len(domains), figsize=(5.5 * len(domains), 4), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(domains),
+        figsize=(5.5 * len(domains), 4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, domain in zip(axes[0], domains, strict=True):
         for form, result in results.items():
@@ -180,7 +232,7 @@ def plot(results: dict[str, dict], path: Path) -> str | None:
     return str(path)
 
 
-# ---- All forms -------------------------------------------------------------------------------------------------------
+# ---- All forms -----------------------------------------------------------------------------------
 
 
 def remove_old_runs(args: argparse.Namespace) -> None:
@@ -195,7 +247,10 @@ def remove_old_runs(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str, str]]:
     """(form -> summary, or None if it failed; form -> reason of the failure)."""
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {form: [pool.submit(train, form, seed, args) for seed in args.seeds] for form in args.forms}
+        jobs = {
+            form: [pool.submit(train, form, seed, args) for seed in args.seeds]
+            for form in args.forms
+        }
     results, reasons = {}, {}
     for form, futures in jobs.items():
         try:
@@ -209,20 +264,33 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str,
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="what scripts/make_demo.py wrote")
+    parser.add_argument(
+        "--demo", type=Path, default=ROOT / "demo", help="what scripts/make_demo.py wrote"
+    )
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--prompts_per_step", type=int, default=128, help="and responses: one each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--support_k", type=int, default=4, help="tokens of the top-k forms")
-    parser.add_argument("--points", type=int, default=6, help="evaluations after the one before training")
-    parser.add_argument("--jobs", type=int, choices=[1, 2], default=1, help="runs at a time, one thread each")
+    parser.add_argument(
+        "--points", type=int, default=6, help="evaluations after the one before training"
+    )
+    parser.add_argument(
+        "--jobs", type=int, choices=[1, 2], default=1, help="runs at a time, one thread each"
+    )
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "recovery.png")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "bench_recovery")
     args = parser.parse_args()
     if not (args.demo / "student").is_dir():
-        parser.error(f"--demo {args.demo}: no demo there; python scripts/make_demo.py --output_dir {args.demo}")
-    for name in ("demo", "plot", "output_dir"):  # the trainer runs in the repository, whoever starts this elsewhere
+        parser.error(
+            f"--demo {args.demo}: no demo there; python scripts/make_demo.py --output_dir "
+            f"{args.demo}"
+        )
+    for name in (
+        "demo",
+        "plot",
+        "output_dir",
+    ):  # the trainer runs in the repository, whoever starts this elsewhere
         setattr(args, name, getattr(args, name).resolve())
     return args
 

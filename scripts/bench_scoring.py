@@ -1,25 +1,31 @@
-"""Time to score a teacher's top-k at every token: vLLM's own prompt log-probabilities against hidden states.
+"""Time to score a teacher's top-k at every token: vLLM's own prompt log-probabilities against
+hidden states.
 
-The same sequences of random tokens go through one random model (Qwen3, made in a temporary directory) on two routes:
+The same sequences of random tokens go through one random model (Qwen3, made in a temporary
+directory) on two routes:
 
-* `prompt_logprobs`: vLLM's `prompt_logprobs=k`, as most trainers score. The engine keeps logits of the vocabulary's size
-  and builds a Python object per token and candidate. Only the engine's call is timed: that a trainer must still turn
-  those objects into tensors is not held against it.
-* `prefill` + `score`: the engine returns final hidden states, `opd.ops.fused_linear.score_hidden` makes log-probabilities,
+* `prompt_logprobs`: vLLM's `prompt_logprobs=k`, as most trainers score. The engine keeps logits of
+  the vocabulary's size
+  and builds a Python object per token and candidate. Only the engine's call is timed: that a
+  trainer must still turn those objects into tensors is not held against it.
+* `prefill` + `score`: the engine returns final hidden states, `opd.ops.fused_linear.score_hidden`
+  makes log-probabilities,
   top-k, log-sum-exp and entropy of them. Tensors from end to end.
-* The floor: the same `prefill` + `matmul`, the bare product of hidden states and output projection with nothing done to
+* The floor: the same `prefill` + `matmul`, the bare product of hidden states and output projection
+  with nothing done to
   the logits. No exact route can be faster.
 
-First both routes must name the same k log-probabilities at every token. Then the four parts take turns, and medians are
-summed: `speedup_vs_prompt_logprobs` is the first over the second (above 1 is better), `ratio_to_floor` the second over
-the third (1 is perfect).
+First both routes must name the same k log-probabilities at every token. Then the four parts take
+turns, and medians are summed: `speedup_vs_prompt_logprobs` is the first over the second (above 1 is
+better), `ratio_to_floor` the second over the third (1 is perfect).
 
-With `--served` the same model is also put behind one server of each protocol, and scored through the trainer's own pool:
-`served_json` (a vLLM server, `prompt_logprobs=k`), `served_binary` (our scoring server, top-k) and `served_hidden` (the same,
-hidden states). Milliseconds, tokens/s and bytes/token, client's decoding and checks included. The servers compute what the
-routes above compute, so the difference to them is what serving costs.
+With `--served` the same model is also put behind one server of each protocol, and scored through
+the trainer's own pool: `served_json` (a vLLM server, `prompt_logprobs=k`), `served_binary` (our
+scoring server, top-k) and `served_hidden` (the same, hidden states). Milliseconds, tokens/s and
+bytes/token, client's decoding and checks included. The servers compute what the routes above
+compute, so the difference to them is what serving costs.
 
-    python scripts/bench_scoring.py            # V = 151,936, 8 x 512 tokens: two minutes on two cores
+    python scripts/bench_scoring.py   # V = 151,936, 8 x 512 tokens: two minutes on two cores
     python scripts/bench_scoring.py --served   # and behind servers
     python scripts/bench_scoring.py --json     # the last line is one JSON object
 
@@ -65,7 +71,9 @@ MAX_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.25}  # bfloat16 logits of 15 ar
 
 
 def make_model(path: Path, args: argparse.Namespace, dtype: str) -> Tensor:
-    """A random model with its tokenizer at `path`; its output projection [V, H], which is the embedding too."""
+    """A random model with its tokenizer at `path`; its output projection [V, H], which is the
+    embedding too.
+    """
     config = Qwen3Config(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
@@ -89,7 +97,9 @@ def make_model(path: Path, args: argparse.Namespace, dtype: str) -> Tensor:
 
 
 class PromptLogprobs(vllm_engine._Engine):
-    """The usual route: an engine that generates, asked for one token and for what it thought of the prompt."""
+    """The usual route: an engine that generates, asked for one token and for what it thought of the
+    prompt.
+    """
 
     def __init__(self, model: Path, args: argparse.Namespace, dtype: str):
         super().__init__(
@@ -113,11 +123,15 @@ class PromptLogprobs(vllm_engine._Engine):
             max_tokens=1, prompt_logprobs=self.support_k, ignore_eos=True, detokenize=False
         )
         with self._active():
-            return self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
+            return self.llm.generate(
+                [{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False
+            )
 
 
 def topk_of(outputs: list, support_k: int) -> Tensor:
-    """The k largest log-probabilities [N, K], descending; the first position of a prompt has none."""
+    """The k largest log-probabilities [N, K], descending; the first position of a
+    prompt has none.
+    """
     rows = [
         sorted((entry.logprob for entry in position.values()), reverse=True)[:support_k]
         for output in outputs
@@ -126,7 +140,9 @@ def topk_of(outputs: list, support_k: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def hidden_of(engine: vllm_engine.HiddenStateEngine, sequences: list[list[int]], device: str) -> Tensor:
+def hidden_of(
+    engine: vllm_engine.HiddenStateEngine, sequences: list[list[int]], device: str
+) -> Tensor:
     """Hidden states [N, H] that predict the second to last token of each sequence."""
     return torch.cat([states[:-1] for states in engine.hidden_states(sequences)]).to(device)
 
@@ -139,10 +155,14 @@ def bare_matmul(hidden_NH: Tensor, weight_VH: Tensor, buffer_NV: Tensor) -> None
 
 
 def check_agreement(outputs: list, scores: HiddenScores, support_k: int, dtype: str) -> float:
-    """Largest difference of the top-k log-probabilities; ends the program if the routes score different things."""
+    """Largest difference of the top-k log-probabilities; ends the program if the routes score
+    different things.
+    """
     difference = float((topk_of(outputs, support_k) - scores.topk_logprobs_NK.cpu()).abs().max())
     if not difference <= MAX_DIFFERENCE[dtype]:
-        sys.exit(f"the top-{support_k} log-probabilities differ by {difference:.2g}: nothing was timed")
+        sys.exit(
+            f"the top-{support_k} log-probabilities differ by {difference:.2g}: nothing was timed"
+        )
     return difference
 
 
@@ -150,14 +170,21 @@ def measure(args: argparse.Namespace, model: Path, device: str, dtype: str) -> d
     """Build the engines, compare what they say, time them."""
     weight_VH = make_model(model, args, dtype).to(device)
     generator = torch.Generator().manual_seed(1)
-    sequences = torch.randint(args.vocab, (args.sequences, args.length), generator=generator).tolist()
+    sequences = torch.randint(
+        args.vocab, (args.sequences, args.length), generator=generator
+    ).tolist()
     labels_N = torch.tensor([token for ids in sequences for token in ids[1:]], device=device)
 
     usual = PromptLogprobs(model, args, dtype)
     ours = vllm_engine.HiddenStateEngine(
-        "hidden_states", str(model), tokenizer=str(model), dtype=dtype, max_model_len=args.length + 8,
-        kv_cache_gib=args.kv_cache_gib, trust_remote_code=False,
-    )  # fmt: skip
+        "hidden_states",
+        str(model),
+        tokenizer=str(model),
+        dtype=dtype,
+        max_model_len=args.length + 8,
+        kv_cache_gib=args.kv_cache_gib,
+        trust_remote_code=False,
+    )
     hidden_NH = hidden_of(ours, sequences, device)
 
     def score() -> HiddenScores:
@@ -184,28 +211,40 @@ def measure(args: argparse.Namespace, model: Path, device: str, dtype: str) -> d
     }
 
 
-def served_call(served: ServedModel, args: argparse.Namespace, ids: list[int], payload: str) -> Call:
+def served_call(
+    served: ServedModel, args: argparse.Namespace, ids: list[int], payload: str
+) -> Call:
     """The trainer's own request for all but the first token of `ids`."""
     question = Question(
-        prompt_ids=ids[:1], response_ids=ids[1:], payload=payload, support_k=args.support_k if "topk" in payload else 0,
-        vocab=args.vocab, hidden_size=args.hidden,
-    )  # fmt: skip
+        prompt_ids=ids[:1],
+        response_ids=ids[1:],
+        payload=payload,
+        support_k=args.support_k if "topk" in payload else 0,
+        vocab=args.vocab,
+        hidden_size=args.hidden,
+    )
     return score_call(served, served.protocol, question)
 
 
 def measure_served(args: argparse.Namespace, model: Path, dtype: str) -> dict:
     """The served paths, which take turns; nothing of the routes above is at work meanwhile."""
     generator = torch.Generator().manual_seed(1)
-    sequences = torch.randint(args.vocab, (args.sequences, args.length), generator=generator).tolist()
+    sequences = torch.randint(
+        args.vocab, (args.sequences, args.length), generator=generator
+    ).tolist()
     common = {"dtype": dtype, "kv_cache_gib": args.kv_cache_gib, "max_logprobs": args.support_k}
     with ExitStack() as stack:
         pools: dict[str, ReplicaPool] = {}
         models: dict[str, ServedModel] = {}
         for protocol, extra in (("json", ["--enforce-eager"]), ("binary", [])):
-            (server,) = stack.enter_context(serving(str(model), name="bench", protocol=protocol, extra=extra, **common))
+            (server,) = stack.enter_context(
+                serving(str(model), name="bench", protocol=protocol, extra=extra, **common)
+            )
             models[protocol] = inspect_replicas("bench", [server.url], "", None)
             limits = Limits(timeout_s=600.0, probe_every_s=600.0)  # a probe would compete
-            pools[protocol] = stack.enter_context(open_pool("bench", [server.url], models[protocol], limits, None))
+            pools[protocol] = stack.enter_context(
+                open_pool("bench", [server.url], models[protocol], limits, None)
+            )
         calls = {
             name: [served_call(models[protocol], args, ids, payload) for ids in sequences]
             for name, (protocol, payload) in SERVED.items()
@@ -219,7 +258,9 @@ def measure_served(args: argparse.Namespace, model: Path, dtype: str) -> dict:
             name: bytes_received(pools[protocol], lambda name=name: score(name))
             for name, (protocol, _) in SERVED.items()
         }
-        ms, _ = tools.take_turns({name: lambda name=name: score(name) for name in SERVED}, args.repeats)
+        ms, _ = tools.take_turns(
+            {name: lambda name=name: score(name) for name in SERVED}, args.repeats
+        )
     tokens = args.sequences * args.length
     result = {}
     for name in SERVED:
@@ -228,7 +269,9 @@ def measure_served(args: argparse.Namespace, model: Path, dtype: str) -> dict:
         result[f"{name}_bytes_per_token"] = round(received[name] / tokens, 1)
     return result | {
         "served_json_over_binary_time": tools.ratio(ms["served_json"], ms["served_binary"]),
-        "served_json_over_binary_bytes": tools.ratio(received["served_json"], received["served_binary"]),
+        "served_json_over_binary_bytes": tools.ratio(
+            received["served_json"], received["served_binary"]
+        ),
     }
 
 
@@ -241,16 +284,24 @@ def bytes_received(pool: ReplicaPool, run: Callable[[], object]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print one JSON object last instead of a table")
-    parser.add_argument("--served", action="store_true", help="measure servers of the same model too")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object last instead of a table"
+    )
+    parser.add_argument(
+        "--served", action="store_true", help="measure servers of the same model too"
+    )
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--support_k", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3, help="rounds in which each part runs once")
-    parser.add_argument("--kv_cache_gib", type=float, default=0.5, help="of each of the two engines")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rounds in which each part runs once"
+    )
+    parser.add_argument(
+        "--kv_cache_gib", type=float, default=0.5, help="of each of the two engines"
+    )
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings go to standard output
     device = distributed.init().type  # vLLM's launcher in one process wants a rank

@@ -1,17 +1,23 @@
-"""One timed run of TRL's DistillationTrainer: the other side of scripts/bench_step.py, which starts it as a child process.
+"""One timed run of TRL's DistillationTrainer: the other side of scripts/bench_step.py, which starts
+it as a child process.
 
-It trains on the models and prompts that bench_step.py wrote and leaves one JSON object in ``--out``: seconds of every step
-and of its parts, mean response lengths, losses, and the ZeRO stage that DeepSpeed really ran. Float32, no gradient
-checkpointing, a constant learning rate, prompts in the order of the file. TRL 1.16 needs two changes to run its in-process
-vLLM on a CPU and in the same precision as the other side:
+It trains on the models and prompts that bench_step.py wrote and leaves one JSON object in
+``--out``: seconds of every step and of its parts, mean response lengths, losses, and the ZeRO stage
+that DeepSpeed really ran. Float32, no gradient checkpointing, a constant learning rate, prompts in
+the order of the file. TRL 1.16 needs two changes to run its in-process vLLM on a CPU and in the
+same precision as the other side:
 
-* vLLM's CPU build packs its linear weights, and TRL's parameter-wise ``load_weights`` then fails on them. The weights go
-  through the engine's own ``reload_weights`` instead, in one call, from TRL's own iterator over gathered parameters.
+* vLLM's CPU build packs its linear weights, and TRL's parameter-wise ``load_weights`` then fails on
+  them. The weights go
+  through the engine's own ``reload_weights`` instead, in one call, from TRL's own iterator over
+  gathered parameters.
 * TRL leaves vLLM's dtype on ``auto``, which is not float32 for a float32 checkpoint.
 
-DeepSpeed reduces through gloo on both sides: the shared-memory reduction is compiled on first use, for a minute or more.
+DeepSpeed reduces through gloo on both sides: the shared-memory reduction is compiled on first use,
+for a minute or more.
 
-    PYTHONPATH=.trl python scripts/bench_step_trl.py --student S --teacher T --data prompts.jsonl --out result.json ...
+    PYTHONPATH=.trl python scripts/bench_step_trl.py --student S --teacher T --data prompts.jsonl
+    --out result.json ...
 """
 
 import argparse
@@ -61,7 +67,9 @@ def repair_vllm() -> None:
 
     def sync_weights(self):
         runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-        runner.reload_weights(weights_iterator=((name, p.detach()) for name, p in self._iter_named_params()))
+        runner.reload_weights(
+            weights_iterator=((name, p.detach()) for name, p in self._iter_named_params())
+        )
         self.llm.reset_prefix_cache()
 
     vllm_generation.VLLMGeneration.sync_weights = sync_weights
@@ -81,23 +89,45 @@ def make_trainer(args: argparse.Namespace, clock: Clock):
     use_vllm = args.generation == "vllm"
     if use_vllm:
         repair_vllm()
-    # Before the configuration: it makes transformers partition models while they load, before the ranks have met.
+    # Before the configuration: it makes transformers partition models while they load, before the
+    # ranks have met.
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (args.student, args.teacher)
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)
+        for p in (args.student, args.teacher)
     )
     config = DistillationConfig(
-        output_dir=str(args.out.parent / "trl"), max_steps=args.steps, per_device_train_batch_size=args.batch,
-        max_completion_length=args.response_tokens, beta=1.0, temperature=1.0, learning_rate=args.learning_rate,
-        lr_scheduler_type="constant", shuffle_dataset=False, seed=args.seed, bf16=False, gradient_checkpointing=False,
-        use_cpu=on_cpu, dataloader_pin_memory=False, deepspeed=args.ds_config, use_vllm=use_vllm,
-        vllm_gpu_memory_utilization=0.1, vllm_max_model_length=args.prompt_tokens + args.response_tokens,
-        logging_steps=1, disable_tqdm=True, report_to="none", save_strategy="no",
-    )  # fmt: skip
+        output_dir=str(args.out.parent / "trl"),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch,
+        max_completion_length=args.response_tokens,
+        beta=1.0,
+        temperature=1.0,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
+        shuffle_dataset=False,
+        seed=args.seed,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=False,
+        deepspeed=args.ds_config,
+        use_vllm=use_vllm,
+        vllm_gpu_memory_utilization=0.1,
+        vllm_max_model_length=args.prompt_tokens + args.response_tokens,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+    )
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]
     trainer = DistillationTrainer(
-        model=student, teacher_model=teacher, args=config, train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(args.student, padding_side="left"), callbacks=[clock],
-    )  # fmt: skip
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(args.student, padding_side="left"),
+        callbacks=[clock],
+    )
     trainer._generate = clock.timed(trainer._generate, "generate")
     trainer.compute_loss = clock.timed(trainer.compute_loss, "loss_forward")
     if use_vllm:  # a part of `generate`
@@ -110,12 +140,18 @@ def result_of(trainer, clock: Clock) -> dict:
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = {name: values for name, values in clock.seconds.items() if values}
     if "sync" in seconds:
-        seconds["generate"] = [g - s for g, s in zip(seconds["generate"], seconds["sync"], strict=True)]
+        seconds["generate"] = [
+            g - s for g, s in zip(seconds["generate"], seconds["sync"], strict=True)
+        ]
     parts = [values for name, values in seconds.items() if name != "step"]
-    seconds["backward_and_optimizer"] = [step - sum(rest) for step, *rest in zip(seconds["step"], *parts, strict=True)]
+    seconds["backward_and_optimizer"] = [
+        step - sum(rest) for step, *rest in zip(seconds["step"], *parts, strict=True)
+    ]
     engine = trainer.model_wrapped  # DeepSpeed's, if there is one
     return {
-        "zero_stage": engine.zero_optimization_stage() if hasattr(engine, "zero_optimization_stage") else 0,
+        "zero_stage": engine.zero_optimization_stage()
+        if hasattr(engine, "zero_optimization_stage")
+        else 0,
         "seconds": seconds,
         "response_tokens": [entry["completions/mean_length"] for entry in logged],
         "losses": [entry["loss"] for entry in logged],

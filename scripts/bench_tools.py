@@ -1,8 +1,9 @@
-"""What the benchmarks share: sides that take turns, a meter for peak memory, facts of the machine, plots.
+"""What the benchmarks share: sides that take turns, a meter for peak memory, facts of the machine,
+plots.
 
-A ratio of two times means something only if both were measured under the same conditions. So the sides of a benchmark
-run in one process, one call each per round (A B A B ...), and the median over rounds is reported: a clock that drifts or
-a neighbour who wakes up meets all sides alike.
+A ratio of two times means something only if both were measured under the same conditions. So the
+sides of a benchmark run in one process, one call each per round (A B A B ...), and the median over
+rounds is reported: a clock that drifts or a neighbour who wakes up meets all sides alike.
 """
 
 import gc
@@ -29,12 +30,15 @@ MIB = 2**20
 def take_turns(
     sides: dict[str, Callable[[], object]], repeats: int, device: str = "cpu"
 ) -> tuple[dict[str, float], dict[str, object]]:
-    """(median milliseconds, last result) of each side; every round calls each side once, in the order given."""
+    """(median milliseconds, last result) of each side; every round calls each side once, in the
+    order given.
+    """
     times_ms: dict[str, list[float]] = {name: [] for name in sides}
     results: dict[str, object] = {}
     for _ in range(repeats):
         for name, run in sides.items():
-            results.pop(name, None)  # two results of one side at once would be memory that no user holds
+            # two results of one side at once would be memory that no user holds
+            results.pop(name, None)
             gc.collect()
             _finish(device)
             start = time.perf_counter()
@@ -52,9 +56,9 @@ def _finish(device: str) -> None:
 def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     """How far memory rose above where it stood, at its highest, while `run` ran.
 
-    On CUDA this is what PyTorch's allocator handed out. On the CPU it is resident memory, whose high-water mark Linux
-    resets on request; freed memory that the C library keeps would hide a rise, so use it in a fresh process (`in_child`),
-    after a tiny warm-up that loads the libraries.
+    On CUDA this is what PyTorch's allocator handed out. On the CPU it is resident memory, whose
+    high-water mark Linux resets on request; freed memory that the C library keeps would hide a
+    rise, so use it in a fresh process (`in_child`), after a tiny warm-up that loads the libraries.
     """
     gc.collect()
     if device == "cuda":
@@ -79,7 +83,8 @@ def _status_bytes(key: str) -> int:
 
 def in_child(function: Callable, *args):
     """`function(*args)` in a fresh process; None if the machine has not the memory for it."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit caches, and threads that are not there
+    # a fork would inherit caches, and threads that are not there
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_limit_memory) as process:
         try:
             return process.submit(function, *args).result()
@@ -92,7 +97,9 @@ def in_child(function: Callable, *args):
 
 
 def _limit_memory() -> None:
-    """An allocation beyond nine tenths of what is free now fails, instead of waking the kernel's killer of processes."""
+    """An allocation beyond nine tenths of what is free now fails, instead of waking the kernel's
+    killer of processes.
+    """
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -100,7 +107,10 @@ def _limit_memory() -> None:
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Least-squares slope of log y over log x: 1 is linear, 0 flat. `slope([1, 2, 4], [3, 6, 12])` = 1."""
+    """Least-squares slope of log y over log x: 1 is linear, 0 flat.
+
+    `slope([1, 2, 4], [3, 6, 12])` = 1.
+    """
     log_x, log_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
     return statistics.linear_regression(log_x, log_y).slope
 
@@ -139,7 +149,9 @@ def say(text: str) -> None:
 
 
 def last_error(text: str) -> str:
-    """The line of a log that says what went wrong: `SomeError: ...` or `error: ...`, else the last one."""
+    """The line of a log that says what went wrong: `SomeError: ...` or `error: ...`, else the last
+    one.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"(^|\W)(\w+(Error|Exception)|error): ", line)]
     return (errors or lines or ["no output"])[-1][:300]
@@ -153,6 +165,11 @@ def print_json(result: dict) -> None:
 
 def table(rows: list[dict]) -> str:
     """Rows of equal keys as aligned text; None is a dash."""
-    cells = [list(rows[0])] + [["-" if value is None else f"{value}" for value in row.values()] for row in rows]
+    cells = [list(rows[0])] + [
+        ["-" if value is None else f"{value}" for value in row.values()] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    )

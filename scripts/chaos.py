@@ -1,10 +1,12 @@
-"""Kills processes of an asynchronous run at random moments, and looks whether each sample was trained on exactly once.
+"""Kills processes of an asynchronous run at random moments, and looks whether each sample was
+trained on exactly once.
 
-Rounds of `train_mopd.py --mode async` with two rollout servers, two log-prob servers and two servers of its teacher, on models
-of a few thousand parameters. While a round trains, one process after another, of each role in turn, gets SIGKILL and is started
-again, a quarter of them before the run has recovered from the one before. Rounds alternate between --max_staleness 2, where no
-sample may be lost, trained on twice or staler than that, and 0, where samples and final weights must be those of an undisturbed
-run, bit for bit. Exit status 1 if something is not as it must be.
+Rounds of `train_mopd.py --mode async` with two rollout servers, two log-prob servers and two
+servers of its teacher, on models of a few thousand parameters. While a round trains, one process
+after another, of each role in turn, gets SIGKILL and is started again, a quarter of them before the
+run has recovered from the one before. Rounds alternate between --max_staleness 2, where no sample
+may be lost, trained on twice or staler than that, and 0, where samples and final weights must be
+those of an undisturbed run, bit for bit. Exit status 1 if something is not as it must be.
 
     python scripts/chaos.py --kills 200 --json
 """
@@ -57,21 +59,67 @@ class Fleet:
 
     def command(self, run_dir: Path, max_staleness: int) -> list[str]:
         """A launch of the trainer; the same again resumes."""
-        urls = {role: [replica.url for replica in replicas] for role, replicas in self.servers.items()}
-        teacher = {"name": "teacher", "backend": "server", "urls": urls["teacher"], "api_key_env": TOKEN_VARIABLE}
+        urls = {
+            role: [replica.url for replica in replicas] for role, replicas in self.servers.items()
+        }
+        teacher = {
+            "name": "teacher",
+            "backend": "server",
+            "urls": urls["teacher"],
+            "api_key_env": TOKEN_VARIABLE,
+        }
         config = run_dir.with_suffix(".yaml")
         config.write_text(yaml.safe_dump({"teachers": [{**teacher, "domains": ["teacher"]}]}))
         return [
-            sys.executable, str(ROOT / "train_mopd.py"), "--config", str(config), "--student_model", str(self.root / "student"),
-            "--data", str(self.root / "prompts.jsonl"), "--output_dir", str(run_dir), "--num_steps", str(self.steps),
-            "--prompts_per_step", str(WORK.prompts), "--max_prompt_tokens", str(WORK.prompt_tokens),
-            "--max_response_tokens", str(WORK.response_tokens), "--learning_rate", "1e-3", "--dtype", "float32",
-            "--ds_config", str(ROOT / "ds_configs" / "zero0.json"), "--loss", "reverse_kl_pg", "--clip_low", "0.2",
-            "--is_mode", "truncate", "--old_logprobs", "server", "--save_every", "1", "--parity_every", "0",
-            "--rollout_every", "0", "--mode", "async", "--max_staleness", str(max_staleness),
-            "--weights_dir", str(self.weights), "--rollout_servers", *urls["rollout"],
-            "--logprob_servers", *urls["logprob"],
-        ]  # fmt: skip
+            sys.executable,
+            str(ROOT / "train_mopd.py"),
+            "--config",
+            str(config),
+            "--student_model",
+            str(self.root / "student"),
+            "--data",
+            str(self.root / "prompts.jsonl"),
+            "--output_dir",
+            str(run_dir),
+            "--num_steps",
+            str(self.steps),
+            "--prompts_per_step",
+            str(WORK.prompts),
+            "--max_prompt_tokens",
+            str(WORK.prompt_tokens),
+            "--max_response_tokens",
+            str(WORK.response_tokens),
+            "--learning_rate",
+            "1e-3",
+            "--dtype",
+            "float32",
+            "--ds_config",
+            str(ROOT / "ds_configs" / "zero0.json"),
+            "--loss",
+            "reverse_kl_pg",
+            "--clip_low",
+            "0.2",
+            "--is_mode",
+            "truncate",
+            "--old_logprobs",
+            "server",
+            "--save_every",
+            "1",
+            "--parity_every",
+            "0",
+            "--rollout_every",
+            "0",
+            "--mode",
+            "async",
+            "--max_staleness",
+            str(max_staleness),
+            "--weights_dir",
+            str(self.weights),
+            "--rollout_servers",
+            *urls["rollout"],
+            "--logprob_servers",
+            *urls["logprob"],
+        ]
 
 
 @contextmanager
@@ -85,18 +133,23 @@ def fleet_of(root: Path, steps: int) -> Iterator[Fleet]:
     pushed = {**common, "weights_dir": weights}
     flags = {
         "rollout": ["--max_model_len", str(length), "--enforce_eager"],
-        # One sequence at a time: what a server says does not depend on what else it is asked, to the last bit.
+        # One sequence at a time: what a server says does not depend on what else it is asked, to
+        # the last bit.
         "logprob": ["--max_tokens_per_batch", "1"],
         "teacher": [],
     }
     with ExitStack() as stack:
         start = lambda role, model, **options: stack.enter_context(  # noqa: E731
-            serving(model, name=role, log_dir=root / f"{role}_servers", extra=flags[role], **options)
+            serving(
+                model, name=role, log_dir=root / f"{role}_servers", extra=flags[role], **options
+            )
         )
         servers = {
             "rollout": start("rollout", student, protocol="rollout", kv_cache_gib=0.05, **pushed),
             "logprob": start("logprob", student, protocol="logprob", **pushed),
-            "teacher": start("teacher", str(root / "teacher"), protocol="binary", kv_cache_gib=0.05, **common),
+            "teacher": start(
+                "teacher", str(root / "teacher"), protocol="binary", kv_cache_gib=0.05, **common
+            ),
         }
         yield Fleet(servers, root, weights, steps)
 
@@ -110,7 +163,8 @@ class Killer:
     roles: tuple[str, ...]
     rng: random.Random
     done: collections.Counter = field(default_factory=collections.Counter)  # role -> kills
-    turns: list[str] = field(default_factory=list)  # roles that are still to be struck before one is struck again
+    # roles that are still to be struck before one is struck again
+    turns: list[str] = field(default_factory=list)
     after_step: int | None = None  # which has to be trained before the next kill; None: none has to
     next_at: float | None = None  # s, of a monotonic clock
 
@@ -121,8 +175,8 @@ class Killer:
     def victim(self, step: int) -> str | None:
         """The role of who is to be killed now, `step` being the last one that is trained.
 
-        A kill comes some time after a step that was trained since the last one, or else a run would never end on a slow
-        machine; now and then it comes without.
+        A kill comes some time after a step that was trained since the last one, or else a run would
+        never end on a slow machine; now and then it comes without.
         """
         if self.after_step is not None and step <= self.after_step:
             return None
@@ -138,7 +192,9 @@ class Killer:
 
 def launch(fleet: Fleet, run_dir: Path, max_staleness: int):
     env = environment(1, PYTHONPATH=str(ROOT))
-    return processes.start(fleet.command(run_dir, max_staleness), log=run_dir.with_suffix(".log"), env=env)
+    return processes.start(
+        fleet.command(run_dir, max_staleness), log=run_dir.with_suffix(".log"), env=env
+    )
 
 
 def last_step(run_dir: Path) -> int:
@@ -209,23 +265,39 @@ def chaos(fleet: Fleet, args: argparse.Namespace) -> dict:
         before = killer.done.total()
         result = play(fleet, run_dir, bound, killer)
         problems = problems_of(fleet, run_dir, bound, calm if bound == 0 else None)
-        rounds.append({"max_staleness": bound, "kills": killer.done.total() - before, "problems": problems, **result})
+        rounds.append(
+            {
+                "max_staleness": bound,
+                "kills": killer.done.total() - before,
+                "problems": problems,
+                **result,
+            }
+        )
         say(f"round {len(rounds)}: {json.dumps(rounds[-1])}")
     return {
-        "kills": dict(killer.done), "rounds": len(rounds), "samples": len(rounds) * fleet.steps * WORK.prompts,
-        "launches": sum(one["launches"] for one in rounds), "stops": [line for one in rounds for line in one["stops"]],
-        "problems": [f"round {n}: {line}" for n, one in enumerate(rounds) for line in one["problems"]],
-    }  # fmt: skip
+        "kills": dict(killer.done),
+        "rounds": len(rounds),
+        "samples": len(rounds) * fleet.steps * WORK.prompts,
+        "launches": sum(one["launches"] for one in rounds),
+        "stops": [line for one in rounds for line in one["stops"]],
+        "problems": [
+            f"round {n}: {line}" for n, one in enumerate(rounds) for line in one["problems"]
+        ],
+    }
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--gap_s", type=float, default=1.5, help="mean time between a step and the kill after it")
+    parser.add_argument(
+        "--gap_s", type=float, default=1.5, help="mean time between a step and the kill after it"
+    )
     parser.add_argument("--steps", type=int, default=30, help="of a round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
-    parser.add_argument("--work_dir", type=Path, help="kept (default: a temporary directory that is removed)")
+    parser.add_argument(
+        "--work_dir", type=Path, help="kept (default: a temporary directory that is removed)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args(argv)
     for flag in ("kills", "gap_s", "steps"):
@@ -235,20 +307,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, started, others = parse_arguments(argv), time.monotonic(), set(psutil.Process().children(recursive=True))
+    args, started, others = (
+        parse_arguments(argv),
+        time.monotonic(),
+        set(psutil.Process().children(recursive=True)),
+    )
     os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ExitStack() as stack:
-        root = args.work_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="opd_chaos_")))
+        root = args.work_dir or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="opd_chaos_"))
+        )
         root.mkdir(parents=True, exist_ok=True)
         with fleet_of(root, args.steps) as fleet:
             result = chaos(fleet, args)
-    left = set(psutil.Process().children(recursive=True)) - others  # who was here before is not ours
-    result["left_alive"] = [" ".join(child.cmdline())[:200] for child in left if child.status() != psutil.STATUS_ZOMBIE]
+    # who was here before is not ours
+    left = set(psutil.Process().children(recursive=True)) - others
+    result["left_alive"] = [
+        " ".join(child.cmdline())[:200] for child in left if child.status() != psutil.STATUS_ZOMBIE
+    ]
     result["seconds"] = round(time.monotonic() - started, 1)
     for line in result["problems"]:
         say(line)
-    print(f"{sum(result['kills'].values())} kills, {result['samples']} samples, {len(result['problems'])} problems")
+    print(
+        f"{sum(result['kills'].values())} kills, {result['samples']} samples, "
+        f"{len(result['problems'])} problems"
+    )
     if args.json:
         print_json(result)
     return int(bool(result["problems"] or result["left_alive"]))

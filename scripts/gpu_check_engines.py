@@ -1,7 +1,9 @@
-"""The sections of gpu_check.py that need vLLM, and the random models of all: each runs in a process of its own.
+"""The sections of gpu_check.py that need vLLM, and the random models of all: each runs in a process
+of its own.
 
-Engines are built as the trainers build them, through `opd`. A canary is what an engine said before it ever slept, asked
-again: the final hidden states of a teacher, the log-probabilities that the generator gives its own greedy tokens.
+Engines are built as the trainers build them, through `opd`. A canary is what an engine said before
+it ever slept, asked again: the final hidden states of a teacher, the log-probabilities that the
+generator gives its own greedy tokens.
 
 Shape suffixes: B sequences, L response length, V vocabulary.
 """
@@ -23,11 +25,14 @@ from scripts.bench_step import make_tokenizer
 from scripts.gpu_check import GB, GIB, Size, measure_copies
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-CANARY_TOLERANCE = {"cuda": 2e-2, "cpu": 1e-4}  # of log-probabilities and of hidden states relative to their largest
+CANARY_TOLERANCE = {
+    "cuda": 2e-2,
+    "cpu": 1e-4,
+}  # of log-probabilities and of hidden states relative to their largest
 PARITY_TOLERANCE = {"cuda": 0.05, "cpu": 1e-4}  # mean difference of log-probabilities, nats
 
 
-# ---- Models and engines ----------------------------------------------------------------------------------------------
+# ---- Models and engines --------------------------------------------------------------------------
 
 
 def model_config(shape: tuple[int, int], vocab: int, device: str) -> Qwen3Config:
@@ -36,11 +41,20 @@ def model_config(shape: tuple[int, int], vocab: int, device: str) -> Qwen3Config
     head_dim = 128 if hidden >= 1024 else 32
     heads = hidden // head_dim
     return Qwen3Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), head_dim=head_dim,
-        max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None, eos_token_id=vocab - 2,
-        pad_token_id=vocab - 1, dtype=DTYPES[device],
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        head_dim=head_dim,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=vocab - 2,
+        pad_token_id=vocab - 1,
+        dtype=DTYPES[device],
+    )
 
 
 def write_models(root: Path, size: Size, device: str, num_teachers: int) -> list[Path]:
@@ -52,7 +66,9 @@ def write_models(root: Path, size: Size, device: str, num_teachers: int) -> list
         config = model_config(shape, size.vocab, device)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-        model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+        model.generation_config = GenerationConfig(
+            eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
         paths.append(root / f"model_{seed}")
         model.save_pretrained(paths[-1])
         tokenizer.save_pretrained(paths[-1])
@@ -71,18 +87,27 @@ def options(size: Size, device: str) -> dict:
     }
 
 
-def build_teacher(name: str, path: Path, size: Size, device: str, residency: str = "host") -> HiddenStateEngine:
-    return HiddenStateEngine(name, str(path), tokenizer=str(path), residency=residency, **options(size, device))
+def build_teacher(
+    name: str, path: Path, size: Size, device: str, residency: str = "host"
+) -> HiddenStateEngine:
+    return HiddenStateEngine(
+        name, str(path), tokenizer=str(path), residency=residency, **options(size, device)
+    )
 
 
 def build_generator(path: Path, size: Size, device: str) -> GeneratorEngine:
-    return GeneratorEngine(str(path), seed=0, enforce_eager=device == "cpu", **options(size, device))
+    return GeneratorEngine(
+        str(path), seed=0, enforce_eager=device == "cpu", **options(size, device)
+    )
 
 
 def prompts(size: Size) -> list[list[int]]:
     """Random tokens, none of them special."""
     rng = random.Random(0)
-    return [[rng.randrange(size.vocab - 2) for _ in range(size.prompt_tokens)] for _ in range(size.prompts)]
+    return [
+        [rng.randrange(size.vocab - 2) for _ in range(size.prompt_tokens)]
+        for _ in range(size.prompts)
+    ]
 
 
 @contextmanager
@@ -93,7 +118,7 @@ def models(size: Size, device: str, num_teachers: int) -> Iterator[list[Path]]:
         yield write_models(Path(root), size, device, num_teachers)
 
 
-# ---- Measuring -------------------------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
 def used_bytes(device: str) -> int | None:
@@ -120,7 +145,9 @@ def gib(number: int | None) -> float | None:
 
 def logprobs_of_greedy(engine: GeneratorEngine, size: Size) -> Tensor:
     """What the generator gives the tokens that it likes best, [B * L]."""
-    samples = engine.generate(prompts(size)[:4], [0] * 4, (), max_tokens=size.response_tokens, temperature=0.0)
+    samples = engine.generate(
+        prompts(size)[:4], [0] * 4, (), max_tokens=size.response_tokens, temperature=0.0
+    )
     return torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
 
 
@@ -130,14 +157,20 @@ def last_states(engine: HiddenStateEngine, size: Size) -> Tensor:
     return states / states.abs().max()
 
 
-# ---- sleep -----------------------------------------------------------------------------------------------------------
+# ---- sleep ---------------------------------------------------------------------------------------
 
 
 def cycle(
-    name: str, engine, canary: Callable[[], Tensor], known: Tensor, wake: Callable[[], object], device: str
+    name: str,
+    engine,
+    canary: Callable[[], Tensor],
+    known: Tensor,
+    wake: Callable[[], object],
+    device: str,
 ) -> dict:
-    """One engine, awake at the start and at the end: its sleep, its wake, its canary against what it said before it ever
-    slept. The others are asleep."""
+    """One engine, awake at the start and at the end: its sleep, its wake, its canary against what
+    it said before it ever slept. The others are asleep.
+    """
     awake = used_bytes(device)
     sleep_s = timed(engine.sleep, device)
     asleep = used_bytes(device)
@@ -156,7 +189,9 @@ def cycle(
 
 
 def measure_sleep(size: Size, device: str) -> dict:
-    """Sleeps and wakes of three engines, twice each: the first sleep of a teacher pins and copies, the second does not."""
+    """Sleeps and wakes of three engines, twice each: the first sleep of a teacher pins and copies,
+    the second does not.
+    """
     with models(size, device, 2) as (student, first, second):
         weights = AutoModelForCausalLM.from_pretrained(student, dtype=DTYPES[device]).state_dict()
         generator = build_generator(student, size, device)
@@ -182,7 +217,10 @@ def measure_sleep(size: Size, device: str) -> dict:
         )
         for (engine, canary, wake), said in zip(sides, known, strict=True):
             wake()
-            rows += [{"round": i, **cycle(engine.name, engine, canary, said, wake, device)} for i in range(2)]
+            rows += [
+                {"round": i, **cycle(engine.name, engine, canary, said, wake, device)}
+                for i in range(2)
+            ]
             engine.sleep()
         result = {"rows": rows, "ok": all(row["ok"] for row in rows)}
         if device == "cuda":
@@ -192,7 +230,9 @@ def measure_sleep(size: Size, device: str) -> dict:
 
 
 def against_copies(rows: list[dict], size: Size, device: str) -> dict:
-    """Seconds of the teacher's wake from the host as bandwidth, and as a share of what one large copy reaches."""
+    """Seconds of the teacher's wake from the host as bandwidth, and as a share of what one large
+    copy reaches.
+    """
     copies = measure_copies(size, device)
     woken = next(row for row in rows if row["engine"] == "host" and row["round"] == 1)
     rate = woken["host_gib"] * GIB / GB / woken["wake_s"]
@@ -204,7 +244,9 @@ def against_copies(rows: list[dict], size: Size, device: str) -> dict:
 
 
 def measure_prefetch(engine: HiddenStateEngine, size: Size, device: str) -> dict:
-    """What is left of a wake whose copies ran while the GPU was busy with products for as long as a plain wake takes."""
+    """What is left of a wake whose copies ran while the GPU was busy with products for as long as a
+    plain wake takes.
+    """
     square = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     plain_s = timed(engine.wake, device)
     engine.sleep()
@@ -226,28 +268,34 @@ def measure_prefetch(engine: HiddenStateEngine, size: Size, device: str) -> dict
 def _sleep_headline(result: dict, worst: float) -> str:
     text = f"canary within {worst:.2g}"
     if "wake_gb_s" in result:
-        text += f"; wake {result['wake_gb_s']} GB/s, {result['share_of_copy_bandwidth']:.0%} of a copy"
+        text += (
+            f"; wake {result['wake_gb_s']} GB/s, {result['share_of_copy_bandwidth']:.0%} of a copy"
+        )
         text += f"; {result['prefetched_wake_s']} s left after a prefetch"
     return text
 
 
-# ---- parity ----------------------------------------------------------------------------------------------------------
+# ---- parity --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def measure_parity(size: Size, device: str) -> dict:
-    """Log-probabilities of sampler and student at every sampled token, after weights that differ from the files'."""
+    """Log-probabilities of sampler and student at every sampled token, after weights that differ
+    from the files'.
+    """
     with models(size, device, 0) as (path,):
         student = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[device]).to(device).eval()
         engine = build_generator(path, size, device)
         torch.manual_seed(1)
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        sync_s = [timed(lambda: engine.load_weights(student.named_parameters()), device) for _ in range(3)]
+        sync_s = [
+            timed(lambda: engine.load_weights(student.named_parameters()), device) for _ in range(3)
+        ]
         asked = prompts(size)
         samples = engine.generate(
             asked, list(range(len(asked))), (), max_tokens=size.response_tokens, temperature=1.0
-        )  # fmt: skip
+        )
         differences = []
         for prompt, sample in zip(asked, samples, strict=True):
             ids_BS = torch.tensor([prompt + sample.token_ids], device=device)
@@ -270,11 +318,13 @@ def measure_parity(size: Size, device: str) -> dict:
     }
 
 
-# ---- teachers --------------------------------------------------------------------------------------------------------
+# ---- teachers ------------------------------------------------------------------------------------
 
 
 def measure_teachers(size: Size, device: str) -> dict:
-    """The most memory in use, over what was before, while N teachers take turns; the largest comes first."""
+    """The most memory in use, over what was before, while N teachers take turns; the largest comes
+    first.
+    """
     with models(size, device, len(size.teachers)) as (_, *paths):
         torch.ones(1, device=device)  # the context of CUDA is nobody's
         nothing = used_bytes(device)
@@ -295,5 +345,8 @@ def measure_teachers(size: Size, device: str) -> dict:
     growth = peaks[f"peak_{len(paths)}_gib"] / peaks["peak_1_gib"]
     return {
         "headline": f"{len(paths)} teachers: {growth:.3f} of the memory of the largest",
-        "growth": round(growth, 4), **peaks, **asleep, "holds_gib": held,
-    }  # fmt: skip
+        "growth": round(growth, 4),
+        **peaks,
+        **asleep,
+        "holds_gib": held,
+    }

@@ -1,4 +1,5 @@
-"""The sections of gpu_check.py about training: DeepSpeed's states to the host and back, and a step of the trainer.
+"""The sections of gpu_check.py about training: DeepSpeed's states to the host and back, and a step
+of the trainer.
 
 Shape suffixes: B sequences, S tokens.
 """
@@ -18,20 +19,32 @@ from opd.config import OptimConfig
 from opd.engines.deepspeed_engine import ShardedEngine, what_leaves
 from scripts.bench_step import environment, run_child
 from scripts.gpu_check import ROOT, Size
-from scripts.gpu_check_engines import DTYPES, gib, model_config, options, timed, used_bytes, write_models
+from scripts.gpu_check_engines import (
+    DTYPES,
+    gib,
+    model_config,
+    options,
+    timed,
+    used_bytes,
+    write_models,
+)
 
 STEPS = 4  # of the trainer; the first two pay for compilation
 
 
-# ---- offload ---------------------------------------------------------------------------------------------------------
+# ---- offload -------------------------------------------------------------------------------------
 
 
 def measure_offload(size: Size, device: str) -> dict:
-    """Optimizer states, gradients and masters of the student under ZeRO-3, to the host and back, three times."""
+    """Optimizer states, gradients and masters of the student under ZeRO-3, to the host and back,
+    three times.
+    """
     torch_device = distributed.init()
     ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     sharded = ShardedEngine(ds_config, OptimConfig(), dtype=DTYPES[device])
-    model = AutoModelForCausalLM.from_config(model_config(size.student, size.vocab, device), dtype=DTYPES[device])
+    model = AutoModelForCausalLM.from_config(
+        model_config(size.student, size.vocab, device), dtype=DTYPES[device]
+    )
     engine = sharded.attach(model, ())
     ids_BS = torch.randint(size.vocab - 2, (2, size.prompt_tokens), device=torch_device)
 
@@ -46,7 +59,9 @@ def measure_offload(size: Size, device: str) -> dict:
     def come_back() -> None:
         sharded.place(states=True, parameters=True)
 
-    sharded.offloads, _ = what_leaves(ds_config, "states", dtype=DTYPES[device], use_cuda=device == "cuda")
+    sharded.offloads, _ = what_leaves(
+        ds_config, "states", dtype=DTYPES[device], use_cuda=device == "cuda"
+    )
     step()  # AdamW makes its states
     rows = []
     for _ in range(3):
@@ -59,12 +74,13 @@ def measure_offload(size: Size, device: str) -> dict:
         step()
     last = rows[-1]
     return {
-        "headline": f"{last['freed_gib']} GiB out in {last['offload_s']} s, in again in {last['reload_s']} s",
+        "headline": f"{last['freed_gib']} GiB out in {last['offload_s']} s, in again in "
+        f"{last['reload_s']} s",
         "rows": rows,
     }
 
 
-# ---- step ------------------------------------------------------------------------------------------------------------
+# ---- step ----------------------------------------------------------------------------------------
 
 
 def write_data(path: Path, size: Size) -> None:
@@ -73,34 +89,67 @@ def write_data(path: Path, size: Size) -> None:
     rows = []
     for index in range(STEPS * size.prompts):
         text = "".join(rng.choices(string.ascii_lowercase, k=size.prompt_tokens - 1))
-        rows.append({"data_source": ("math", "code")[index % 2], "prompt": [{"role": "user", "content": text}]})
+        rows.append(
+            {
+                "data_source": ("math", "code")[index % 2],
+                "prompt": [{"role": "user", "content": text}],
+            }
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def measure_step(size: Size, device: str) -> dict:
-    """The last step of a short run of train_mopd.py under ZeRO-3: seconds of its phases and memory, by its own books."""
+    """The last step of a short run of train_mopd.py under ZeRO-3: seconds of its phases and memory,
+    by its own books.
+    """
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         student, first, second = write_models(root, size, device, 2)
         write_data(root / "data.jsonl", size)
         flags = {
-            "student_model": student, "data": root / "data.jsonl", "output_dir": root / "run", "num_steps": STEPS,
-            "prompts_per_step": size.prompts, "max_prompt_tokens": size.prompt_tokens,
-            "max_response_tokens": size.response_tokens, "rollout_kv_cache_gib": size.kv_cache_gib,
-            "teacher_kv_cache_gib": size.kv_cache_gib, "parity_every": 1, "save_every": 0,
+            "student_model": student,
+            "data": root / "data.jsonl",
+            "output_dir": root / "run",
+            "num_steps": STEPS,
+            "prompts_per_step": size.prompts,
+            "max_prompt_tokens": size.prompt_tokens,
+            "max_response_tokens": size.response_tokens,
+            "rollout_kv_cache_gib": size.kv_cache_gib,
+            "teacher_kv_cache_gib": size.kv_cache_gib,
+            "parity_every": 1,
+            "save_every": 0,
             "dtype": options(size, device)["dtype"],
-        }  # fmt: skip
-        command = [sys.executable, "train_mopd.py", "--teacher", f"math={first}", "--teacher", f"code={second}"]
+        }
+        command = [
+            sys.executable,
+            "train_mopd.py",
+            "--teacher",
+            f"math={first}",
+            "--teacher",
+            f"code={second}",
+        ]
         command += ["--enforce_eager"] if device == "cpu" else []
         for name, value in flags.items():
             command += [f"--{name}", str(value)]
         run_child(command, root / "log.txt", environment(torch.get_num_threads()))
-        steps = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
-        ledger = [json.loads(line) for line in (root / "run" / "ledger.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()
+        ]
+        ledger = [
+            json.loads(line) for line in (root / "run" / "ledger.jsonl").read_text().splitlines()
+        ]
     last = steps[-1]
-    kept = {key: value for key, value in last.items() if key.split("/")[0] in ("time", "perf", "mem", "mismatch")}
-    phases = {key.removeprefix("time/"): value for key, value in kept.items() if key.startswith("time/")}
-    shares = ", ".join(f"{name} {phases[name]:.2f}" for name in ("rollout", "score", "train", "sync"))
+    kept = {
+        key: value
+        for key, value in last.items()
+        if key.split("/")[0] in ("time", "perf", "mem", "mismatch")
+    }
+    phases = {
+        key.removeprefix("time/"): value for key, value in kept.items() if key.startswith("time/")
+    }
+    shares = ", ".join(
+        f"{name} {phases[name]:.2f}" for name in ("rollout", "score", "train", "sync")
+    )
     return {
         "headline": f"{phases['step']:.2f} s: {shares}",
         "metrics": kept,

@@ -1,19 +1,24 @@
-"""Make a small multi-teacher distillation problem that trains from nothing in a few minutes on two CPU cores.
+"""Make a small multi-teacher distillation problem that trains from nothing in a few minutes on two
+CPU cores.
 
-Two expert teachers of different sizes learn one skill each, a smaller student learns a little of both:
+Two expert teachers of different sizes learn one skill each, a smaller student learns a little of
+both:
 
-* ``addition``: two numbers below 100, the digits of the sum written backwards (``47+85=`` -> ``231``);
+* ``addition``: two numbers below 100, the digits of the sum written backwards (``47+85=`` ->
+  ``231``);
 * ``reversal``: three to seven letters written backwards (``abcd=`` -> ``dcba``).
 
-Answers are exact, so every claim can be checked: a teacher knows its own skill and nothing of the other one, the
-student is poor at both, and on-policy distillation should lift it to both teachers. Written to ``--output_dir``:
-``student``, ``teacher_addition`` and ``teacher_reversal`` (Hugging Face checkpoints that share one tokenizer),
-``train.jsonl`` and ``eval.jsonl`` (disjoint prompts) and ``demo.json`` (arguments, accuracies, seconds).
+Answers are exact, so every claim can be checked: a teacher knows its own skill and nothing of the
+other one, the student is poor at both, and on-policy distillation should lift it to both teachers.
+Written to ``--output_dir``: ``student``, ``teacher_addition`` and ``teacher_reversal`` (Hugging
+Face checkpoints that share one tokenizer), ``train.jsonl`` and ``eval.jsonl`` (disjoint prompts)
+and ``demo.json`` (arguments, accuracies, seconds).
 
     python scripts/make_demo.py --output_dir demo
 
-Everything runs on the CPU in float32, two models at a time with one thread each, even where there is a GPU: models this
-small gain nothing from one, and the same seed gives the same files. The exit status is 1 if a promise is not kept.
+Everything runs on the CPU in float32, two models at a time with one thread each, even where there
+is a GPU: models this small gain nothing from one, and the same seed gives the same files. The exit
+status is 1 if a promise is not kept.
 
 Shape suffixes: B examples in a batch, M examples of a skill, S padded length.
 """
@@ -44,23 +49,39 @@ CHAT_TEMPLATE = (
     "{%- if message.role not in ['user', 'assistant'] -%}"
     "{{ raise_exception('the demo knows the roles user and assistant, not ' + message.role) }}"
     "{%- endif -%}"
-    "{{ '<' + message.role + '>' + message.content }}{{ '<eos>' if message.role == 'assistant' else '' }}"
+    "{{ '<' + message.role + '>' + message.content }}{{ '<eos>' if message.role == 'assistant' "
+    "else '' }}"
     "{%- endfor -%}"
     "{{ '<assistant>' if add_generation_prompt else '' }}"
 )
 
 HEAD_DIM = 32  # the smallest that vLLM's attention takes on the CPU
-SIZES = {"teacher_addition": (160, 3), "student": (128, 2), "teacher_reversal": (128, 3)}  # hidden size, layers
-NUM_PROCESSES = 2  # each with one thread: models this small lose more to thread barriers than they gain
+SIZES = {
+    "teacher_addition": (160, 3),
+    "student": (128, 2),
+    "teacher_reversal": (128, 3),
+}  # hidden size, layers
+NUM_PROCESSES = (
+    2  # each with one thread: models this small lose more to thread barriers than they gain
+)
 LEARNING_RATE = 2e-3
 TEACHER_BATCH, TEACHER_STEPS = 256, {"addition": 450, "reversal": 200}
 STUDENT_BATCH = {"addition": 96, "reversal": 32}  # addition is the one that takes long to learn
-STUDENT_TARGET, STUDENT_MAX_STEPS, STEPS_PER_PROBE = 0.25, 1000, 5  # warm-up ends at this accuracy on addition
-LONG_WORD, COPIED_SHARE = 5, 0.7  # this share of the words this long is copied, not reversed, in the student's warm-up
+STUDENT_TARGET, STUDENT_MAX_STEPS, STEPS_PER_PROBE = (
+    0.25,
+    1000,
+    5,
+)  # warm-up ends at this accuracy on addition
+LONG_WORD, COPIED_SHARE = (
+    5,
+    0.7,
+)  # this share of the words this long is copied, not reversed, in the student's warm-up
 
 EVAL_PROMPTS = 256  # per skill
 TRAIN_PROMPTS = 4096  # per skill
-POOL_SIZE = 9744  # examples per skill that models learn from: every addition that is not an eval prompt
+POOL_SIZE = (
+    9744  # examples per skill that models learn from: every addition that is not an eval prompt
+)
 MAX_TOKENS, MAX_NEW_TOKENS = 18, 9  # prompt and response; response
 
 TEACHER_MIN, OTHER_SKILL_MAX, STUDENT_MIN, STUDENT_MAX = 0.95, 0.02, 0.05, 0.60  # the promises
@@ -68,10 +89,14 @@ TEACHER_MIN, OTHER_SKILL_MAX, STUDENT_MIN, STUDENT_MAX = 0.95, 0.02, 0.05, 0.60 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character and no spaces between them on the way back."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -86,7 +111,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_rows(skill: str, rng: random.Random) -> list[dict]:
-    """Distinct examples of ``skill`` in random order: ``EVAL_PROMPTS`` and then ``POOL_SIZE`` to learn from."""
+    """Distinct examples of ``skill`` in random order: ``EVAL_PROMPTS`` and then ``POOL_SIZE`` to
+    learn from.
+    """
     if skill == "addition":
         answers = {f"{a}+{b}=": str(a + b)[::-1] for a in range(100) for b in range(100)}
     else:
@@ -102,11 +129,17 @@ def make_rows(skill: str, rng: random.Random) -> list[dict]:
     return rows
 
 
-def encode(rows: list[dict], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels [M, S], int64, right-padded; labels are -100 on the prompt and on padding."""
+def encode(
+    rows: list[dict], tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels [M, S], int64, right-padded; labels are -100 on the prompt and on
+    padding.
+    """
     prompts = [row["prompt"] for row in rows]
     chats = [[*row["prompt"], {"role": "assistant", "content": row["answer"]}] for row in rows]
-    prompt_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
+    prompt_ids = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, return_dict=False
+    )
     chat_ids = tokenizer.apply_chat_template(chats, return_dict=False)
     ids_MS = torch.full((len(rows), MAX_TOKENS), tokenizer.pad_token_id)
     labels_MS = torch.full_like(ids_MS, -100)
@@ -140,14 +173,24 @@ def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalL
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> float:
-    """Share of ``rows`` whose greedy response is the answer followed by the end-of-sequence token."""
+def accuracy(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict]
+) -> float:
+    """Share of ``rows`` whose greedy response is the answer followed by the
+    end-of-sequence token.
+    """
     prompts = tokenizer.apply_chat_template(
-        [row["prompt"] for row in rows], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        [row["prompt"] for row in rows],
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     tokens_BS = model.generate(**prompts, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     responses = tokenizer.batch_decode(tokens_BS[:, prompts["input_ids"].shape[1] :])
-    correct = [text.startswith(row["answer"] + "<eos>") for text, row in zip(responses, rows, strict=True)]
+    correct = [
+        text.startswith(row["answer"] + "<eos>") for text, row in zip(responses, rows, strict=True)
+    ]
     return sum(correct) / len(rows)
 
 
@@ -155,18 +198,26 @@ def make_optimizer(model: Qwen3ForCausalLM) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def sample(ids_MS: torch.Tensor, labels_MS: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    ids_MS: torch.Tensor, labels_MS: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     chosen_B = torch.randint(len(ids_MS), (size,))
     return ids_MS[chosen_B], labels_MS[chosen_B]
 
 
-def train_step(model, optimizer, learning_rate: float, ids_BS: torch.Tensor, labels_BS: torch.Tensor) -> None:
+def train_step(
+    model, optimizer, learning_rate: float, ids_BS: torch.Tensor, labels_BS: torch.Tensor
+) -> None:
     """One AdamW step on the mean cross entropy of the response tokens."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    length = int((labels_BS != -100).any(dim=0).nonzero().max()) + 1  # beyond it there is only padding
-    logits_BSV = model(input_ids=ids_BS[:, : length - 1], use_cache=False).logits  # causal: right padding needs no mask
-    loss = cross_entropy(logits_BSV.flatten(0, 1), labels_BS[:, 1:length].flatten(), ignore_index=-100)
+    # beyond it there is only padding
+    length = int((labels_BS != -100).any(dim=0).nonzero().max()) + 1
+    # causal: right padding needs no mask
+    logits_BSV = model(input_ids=ids_BS[:, : length - 1], use_cache=False).logits
+    loss = cross_entropy(
+        logits_BSV.flatten(0, 1), labels_BS[:, 1:length].flatten(), ignore_index=-100
+    )
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -186,16 +237,22 @@ def train_teacher(skill: str, tokenizer, rows: list[dict]) -> Qwen3ForCausalLM:
     num_steps = TEACHER_STEPS[skill]
     for step in range(num_steps):
         decay = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        train_step(model, optimizer, LEARNING_RATE * ramp(step) * decay, *sample(ids_MS, labels_MS, TEACHER_BATCH))
+        train_step(
+            model,
+            optimizer,
+            LEARNING_RATE * ramp(step) * decay,
+            *sample(ids_MS, labels_MS, TEACHER_BATCH),
+        )
     return model
 
 
 def train_student(tokenizer, pools: dict[str, list[dict]], rng: random.Random) -> Qwen3ForCausalLM:
     """Both skills mixed, and both left half-learned in a way that leaves something to reinforce.
 
-    Addition stops early. Reversal is too easy for that: it goes from nothing to everything within a few steps. So most
-    long words are copied instead of reversed, which fixes the greedy accuracy near the share of short words, while the
-    right answer keeps a probability that on-policy sampling can find.
+    Addition stops early. Reversal is too easy for that: it goes from nothing to everything within a
+    few steps. So most long words are copied instead of reversed, which fixes the greedy accuracy
+    near the share of short words, while the right answer keeps a probability that on-policy
+    sampling can find.
     """
     model = make_model("student", tokenizer)
     optimizer = make_optimizer(model)
@@ -208,10 +265,14 @@ def train_student(tokenizer, pools: dict[str, list[dict]], rng: random.Random) -
     addition = encode(pools["addition"], tokenizer)
     reversal = encode(copied, tokenizer)
     for step in range(1, STUDENT_MAX_STEPS + 1):
-        batches = [sample(*addition, STUDENT_BATCH["addition"]), sample(*reversal, STUDENT_BATCH["reversal"])]
+        batches = [
+            sample(*addition, STUDENT_BATCH["addition"]),
+            sample(*reversal, STUDENT_BATCH["reversal"]),
+        ]
         ids_BS, labels_BS = (torch.cat(parts) for parts in zip(*batches, strict=True))
         train_step(model, optimizer, LEARNING_RATE * ramp(step), ids_BS, labels_BS)
-        probe = pools["addition"][:EVAL_PROMPTS]  # not the evaluation prompts: those are for measuring only
+        # not the evaluation prompts: those are for measuring only
+        probe = pools["addition"][:EVAL_PROMPTS]
         if step % STEPS_PER_PROBE == 0 and accuracy(model, tokenizer, probe) >= STUDENT_TARGET:
             break
     return model
@@ -225,9 +286,13 @@ def broken_promises(accuracies: dict[str, dict[str, float]]) -> list[str]:
             if name == "student":
                 low, high = STUDENT_MIN, STUDENT_MAX
             else:
-                low, high = (TEACHER_MIN, 1.0) if name == f"teacher_{skill}" else (0.0, OTHER_SKILL_MAX)
+                low, high = (
+                    (TEACHER_MIN, 1.0) if name == f"teacher_{skill}" else (0.0, OTHER_SKILL_MAX)
+                )
             if not low <= by_skill[skill] <= high:
-                broken.append(f"{name}: accuracy {by_skill[skill]:.3f} on {skill} is not in [{low}, {high}]")
+                broken.append(
+                    f"{name}: accuracy {by_skill[skill]:.3f} on {skill} is not in [{low}, {high}]"
+                )
     return broken
 
 
@@ -273,24 +338,38 @@ def make_demo(out: Path, seed: int) -> dict:
     pools = {skill: rows[skill][EVAL_PROMPTS:] for skill in SKILLS}
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "eval.jsonl", [row for skill in SKILLS for row in evals[skill]])
-    write_jsonl(out / "train.jsonl", [row for skill in SKILLS for row in pools[skill][:TRAIN_PROMPTS]])
+    write_jsonl(
+        out / "train.jsonl", [row for skill in SKILLS for row in pools[skill][:TRAIN_PROMPTS]]
+    )
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(NUM_PROCESSES, mp_context=context, initializer=quiet_process) as processes:
-        jobs = {name: processes.submit(make_and_measure, name, out, pools, evals, seed) for name in SIZES}
+    with ProcessPoolExecutor(
+        NUM_PROCESSES, mp_context=context, initializer=quiet_process
+    ) as processes:
+        jobs = {
+            name: processes.submit(make_and_measure, name, out, pools, evals, seed)
+            for name in SIZES
+        }
         accuracies = {name: job.result() for name, job in jobs.items()}
     return {"seed": seed, "accuracy": accuracies, "seconds": round(time.monotonic() - start, 1)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="where the demo is written")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data, the weights and the batches")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("demo"), help="where the demo is written"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the data, the weights and the batches"
+    )
     args = parser.parse_args()
     record = args.output_dir / "demo.json"
     if record.exists():
         demo = json.loads(record.read_text())
         if demo["seed"] == args.seed:
-            print(f"{args.output_dir} is complete already (seed {args.seed}); remove it to make it again")
+            print(
+                f"{args.output_dir} is complete already (seed {args.seed}); remove it to make it "
+                f"again"
+            )
             print_table(demo["accuracy"], demo["seconds"])
             return 0
         record.unlink()  # until the new demo is complete, the directory must not look so

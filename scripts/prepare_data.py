@@ -3,9 +3,10 @@
     python scripts/prepare_data.py gsm8k --source openai/gsm8k/main --output_dir data/gsm8k
     python scripts/prepare_data.py humaneval --source HumanEval.jsonl --output_dir data/humaneval
 
-The source is a JSONL or parquet file, a directory of those, or a hub id OWNER/NAME[/CONFIG][:SPLIT]. Every row becomes
-{"data_source", "prompt" (messages), "answer", "response"}. A row goes to eval.jsonl by a hash of the seed and its
-question, so the split does not depend on the order of the rows and a row that is added later moves no other.
+The source is a JSONL or parquet file, a directory of those, or a hub id
+OWNER/NAME[/CONFIG][:SPLIT]. Every row becomes {"data_source", "prompt" (messages), "answer",
+"response"}. A row goes to eval.jsonl by a hash of the seed and its question, so the split does not
+depend on the order of the rows and a row that is added later moves no other.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from opd.inputs.rows import read_rows
 
 def _text(where: str, row: dict[str, Any], key: str) -> str:
     if not isinstance(row.get(key), str) or not row[key].strip():
-        raise ValueError(f"{where}: column `{key}` is missing or empty; the row has {', '.join(row)}")
+        raise ValueError(
+            f"{where}: column `{key}` is missing or empty; the row has {', '.join(row)}"
+        )
     return row[key]
 
 
@@ -43,9 +46,14 @@ def gsm8k_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def humaneval_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The prompt shows signature and docstring; answer and response are the body of the reference solution."""
+    """The prompt shows signature and docstring; answer and response are the body of the reference
+    solution.
+    """
     function, solution = _text(where, row, "prompt"), _text(where, row, "canonical_solution")
-    prompt = f"Complete this Python function. Answer with the body only, indented as it stands.\n\n{function.strip()}\n"
+    prompt = (
+        f"Complete this Python function. Answer with the body only, indented as it "
+        f"stands.\n\n{function.strip()}\n"
+    )
     return {
         "data_source": "humaneval",
         "prompt": [{"role": "user", "content": prompt}],
@@ -65,7 +73,9 @@ def is_eval(row: dict[str, Any], seed: int, eval_fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < eval_fraction * 2**64
 
 
-def prepare(name: str, source: str, output_dir: Path, eval_fraction: float, seed: int) -> dict[str, int]:
+def prepare(
+    name: str, source: str, output_dir: Path, eval_fraction: float, seed: int
+) -> dict[str, int]:
     """Writes both files and returns their row counts."""
     if not 0 < eval_fraction < 1:
         raise ValueError(f"--eval_fraction {eval_fraction}: must lie inside (0, 1)")
@@ -75,21 +85,28 @@ def prepare(name: str, source: str, output_dir: Path, eval_fraction: float, seed
         parts["eval" if is_eval(row, seed, eval_fraction) else "train"].append(row)
     for part, chosen in parts.items():
         if not chosen:
-            raise ValueError(f"--eval_fraction {eval_fraction}: leaves no row for {part}.jsonl of {len(rows)} rows")
+            raise ValueError(
+                f"--eval_fraction {eval_fraction}: leaves no row for {part}.jsonl of {len(rows)} "
+                f"rows"
+            )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for part, chosen in parts.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
             (output_dir / f"{part}.jsonl").write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--output_dir {output_dir}: cannot write there: {error.strerror}") from None
+        raise ValueError(
+            f"--output_dir {output_dir}: cannot write there: {error.strerror}"
+        ) from None
     return {part: len(chosen) for part, chosen in parts.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("dataset", choices=sorted(CONVERTERS))
-    parser.add_argument("--source", required=True, help="file, directory or hub id OWNER/NAME[/CONFIG][:SPLIT]")
+    parser.add_argument(
+        "--source", required=True, help="file, directory or hub id OWNER/NAME[/CONFIG][:SPLIT]"
+    )
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--eval_fraction", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +116,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output_dir}: " + ", ".join(f"{part}.jsonl {count} rows" for part, count in counts.items()))
+    print(
+        f"{args.output_dir}: "
+        + ", ".join(f"{part}.jsonl {count} rows" for part, count in counts.items())
+    )
     return 0
 
 

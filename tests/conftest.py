@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Read when torch, tokenizers and Hugging Face are imported. The models are tiny and test processes share the cores.
+# Read when torch, tokenizers and Hugging Face are imported. The models are tiny and test processes
+# share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# ruff: noqa: E402
 import json
 import random
 
@@ -44,7 +44,9 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def token_of_servers():
-    """Scripts that are run in this process make a token for their servers: the next test's servers must not have it."""
+    """Scripts that are run in this process make a token for their servers: the next test's servers
+    must not have it.
+    """
     before = os.environ.get(TOKEN_VARIABLE)
     yield
     os.environ.pop(TOKEN_VARIABLE, None)
@@ -68,7 +70,11 @@ def tiny(tmp_path_factory, tokenizer) -> Tiny:
         rows = [row(domain, rng) for _ in range(count) for domain in DOMAINS]
         (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = ("student", *DOMAINS, "padded")
-    return Tiny(**{name: root / name for name in names}, train=root / "train.jsonl", eval=root / "eval.jsonl")
+    return Tiny(
+        **{name: root / name for name in names},
+        train=root / "train.jsonl",
+        eval=root / "eval.jsonl",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -81,21 +87,35 @@ def tiny_tied(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> RealModel:
-    """Downloaded once per machine, into $OPD_CACHE or ~/.cache/opd. A test that needs it fails where it cannot be had."""
+    """Downloaded once per machine, into $OPD_CACHE or ~/.cache/opd.
+
+    A test that needs it fails where it cannot be had.
+    """
     cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
     model = RealModel(cache / "smollm2", cache / "smollm2_20")
-    script = [sys.executable, str(ROOT / "scripts" / "get_smollm2.py"), "--output_dir", str(model.whole)]
+    script = [
+        sys.executable,
+        str(ROOT / "scripts" / "get_smollm2.py"),
+        "--output_dir",
+        str(model.whole),
+    ]
     done = subprocess.run(
-        [*script, "--student_dir", str(model.student), "--num_layers", "20"], env=worker_environment(),
-        capture_output=True, text=True, timeout=1200, check=False,
-    )  # fmt: skip
+        [*script, "--student_dir", str(model.student), "--num_layers", "20"],
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return model
 
 
 @pytest.fixture(scope="module")
 def device():
-    """This process as the only rank, for tests that need a process group; leaves the environment as it was."""
+    """This process as the only rank, for tests that need a process group; leaves the environment as
+    it was.
+    """
     from accelerate import PartialState
 
     before = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}
@@ -103,7 +123,8 @@ def device():
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     PartialState._reset_state()
-    if "deepspeed" in sys.modules:  # it remembers the groups of the first module of tests that used it
+    # it remembers the groups of the first module of tests that used it
+    if "deepspeed" in sys.modules:
         from deepspeed import comm
         from deepspeed.utils import groups
 
@@ -119,7 +140,11 @@ def served(tiny):
     """Teacher name -> its two vLLM servers."""
     from tests.support.servers import start_two_by_two
 
-    more = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+    more = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+    }
     wanted = [(getattr(tiny, name), name) for name in DOMAINS for _ in range(2)]
     servers = start_two_by_two(wanted, worker_environment(**more))
     yield {name: [server for server in servers if server.name == name] for name in DOMAINS}
@@ -130,7 +155,10 @@ def served(tiny):
 @pytest.fixture(scope="session")
 def models(tiny) -> Models:
     return Models(
-        tiny.student, {domain: getattr(tiny, domain) for domain in tiny.domains}, (str(tiny.train),), tiny.eval
+        tiny.student,
+        {domain: getattr(tiny, domain) for domain in tiny.domains},
+        (str(tiny.train),),
+        tiny.eval,
     )
 
 
@@ -140,16 +168,32 @@ def byte_level(tmp_path_factory) -> Models:
     root = tmp_path_factory.mktemp("bytes")
     byte_tokens = {char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocab=byte_tokens, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        ByteLevel(add_prefix_space=False),
+        ByteLevelDecoder(),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
     for name, layers in (("student", 1), ("gsm8k", 2), ("humaneval", 1)):
         torch.manual_seed(layers)
         config = Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers, head_dim=32,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=False,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            head_dim=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
         Qwen3ForCausalLM(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     teachers = {domain: root / domain for domain in ("gsm8k", "humaneval")}

@@ -1,9 +1,11 @@
-"""What a pool knows of one replica: whether it is in rotation, how many strikes it has, how fast it is. No I/O, no clock.
+"""What a pool knows of one replica: whether it is in rotation, how many strikes it has, how fast it
+is. No I/O, no clock.
 
-A replica leaves the rotation when it is dead (its port refuses), when a probe shows another model, after three strikes in a
-row, or when it is far slower than its neighbours for three windows. A strike is a failed request, or a probe that failed
-while nothing else came back; requests and probes are counted apart, since one may work where the other does not. It comes
-back after a probe that was answered, and not before its time out is over; each time it leaves, that time doubles.
+A replica leaves the rotation when it is dead (its port refuses), when a probe shows another model,
+after three strikes in a row, or when it is far slower than its neighbours for three windows. A
+strike is a failed request, or a probe that failed while nothing else came back; requests and probes
+are counted apart, since one may work where the other does not. It comes back after a probe that was
+answered, and not before its time out is over; each time it leaves, that time doubles.
 """
 
 from collections import Counter
@@ -12,11 +14,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long and how often; seconds. A stopped or wedged replica is out after `probe_every_s`, and `strikes` times a probe's
+    """How long and how often; seconds.
+
+    A stopped or wedged replica is out after `probe_every_s`, and `strikes` times a probe's
     `probe_timeout_s` and the second that its metrics are given.
     """
 
-    wait_s: float = 30.0  # a request that has failed waits this long for an answer, from its first failure
+    wait_s: float = (
+        30.0  # a request that has failed waits this long for an answer, from its first failure
+    )
     timeout_s: float = 120.0  # of one attempt, at most: see `Patience`
     patience_s: float = 15.0  # of one attempt, at least, once answers have come
     patience_factor: float = 10.0  # times the slowest answer of late
@@ -68,7 +74,8 @@ class Health:
     not_before: float = 0.0  # it said that it is busy until then
     back_after: float = 0.0  # no earlier return to the rotation
     engine_steps: float = -1.0  # what its metrics said last; below 0 nothing
-    inflight: dict[object, tuple[float, int]] = field(default_factory=dict)  # attempt -> when it was sent, its size
+    # attempt -> when it was sent, its size
+    inflight: dict[object, tuple[float, int]] = field(default_factory=dict)
     _pace: float = 0.0  # s per request, a moving average; 0 before the first
     _size: float = 0.0  # of those requests, in whatever unit the pool has
     _out_s: float = 0.0  # how long it was out last time
@@ -77,9 +84,11 @@ class Health:
     def may_take(self, now: float) -> bool:
         """Whether a new request may go there."""
         return (
-            self.in_rotation and not self.suspect and now >= self.not_before
+            self.in_rotation
+            and not self.suspect
+            and now >= self.not_before
             and len(self.inflight) < self.limits.max_inflight
-        )  # fmt: skip
+        )
 
     def answered(self, seconds: float, size: int = 0) -> None:
         """An answer to a request came, and is good."""
@@ -90,9 +99,15 @@ class Health:
         self._size += share * (size - self._size)
 
     def probed(self) -> None:
-        """An answer to a probe came, and is good. It says nothing of how fast requests are, or whether they are answered."""
+        """An answer to a probe came, and is good.
+
+        It says nothing of how fast requests are, or whether they are answered.
+        """
         self.answers += 1
-        self.probe_strikes, self.engine_steps = 0, -1.0  # a count of long ago would pass for progress
+        self.probe_strikes, self.engine_steps = (
+            0,
+            -1.0,
+        )  # a count of long ago would pass for progress
 
     def struck(self, error: str) -> bool:
         """A request failed; whether it was the last one allowed."""
@@ -121,19 +136,30 @@ class Health:
         return self.in_rotation
 
     def latency(self, now: float) -> tuple[float, float]:
-        """(seconds, size) of a request here at the moment: of the last answers, or of the oldest that waits for one."""
+        """(seconds, size) of a request here at the moment: of the last answers, or of the oldest
+        that waits for one.
+        """
         sent, size = min(self.inflight.values(), default=(now, 0))
         return max((self._pace, self._size), (now - sent, size))
 
     def is_slow(self, others: list["Health"], now: float) -> bool:
-        """One window more: whether three in a row were far slower than those of the fastest neighbour.
+        """One window more: whether three in a row were far slower than those of the fastest
+        neighbour.
 
-        Like is compared with like: what takes long everywhere makes nobody slow, and a request many times the size of those
-        that a neighbour answered may take as many times as long. A neighbour that has answered none says nothing.
+        Like is compared with like: what takes long everywhere makes nobody slow, and a request many
+        times the size of those that a neighbour answered may take as many times as long. A
+        neighbour that has answered none says nothing.
         """
         seconds, size = self.latency(now)
-        neighbours = [other.latency(now) for other in others if other is not self and other.in_rotation and other._pace]
-        fastest = min((s * max(1.0, size / max(1.0, their_size)) for s, their_size in neighbours), default=float("inf"))
+        neighbours = [
+            other.latency(now)
+            for other in others
+            if other is not self and other.in_rotation and other._pace
+        ]
+        fastest = min(
+            (s * max(1.0, size / max(1.0, their_size)) for s, their_size in neighbours),
+            default=float("inf"),
+        )
         bound = max(self.limits.slow_s, self.limits.slow_factor * fastest)
         self.slow_windows = self.slow_windows + 1 if self.inflight and seconds > bound else 0
         return self.slow_windows >= 3
@@ -147,10 +173,12 @@ def slow_ones(replicas: list[Health], now: float) -> list[Health]:
 
 @dataclass(slots=True)
 class RetryBudget:
-    """How often requests may be sent again to replicas that are alive: a share of all requests, and then one at a time.
+    """How often requests may be sent again to replicas that are alive: a share of all requests, and
+    then one at a time.
 
-    A request that cannot be dropped must be sent until it is answered; but a fleet that fails now and then must not get a
-    multiple of the load for it. Requests that a dead replica took with it are no retries: nobody answers them twice.
+    A request that cannot be dropped must be sent until it is answered; but a fleet that fails now
+    and then must not get a multiple of the load for it. Requests that a dead replica took with it
+    are no retries: nobody answers them twice.
     """
 
     limits: Limits
@@ -165,7 +193,9 @@ class RetryBudget:
         self.tokens = min(self.tokens + self.limits.retry_share, 10 * self.limits.retry_reserve)
 
     def spend(self) -> bool | None:
-        """Whether a retry may go now: False: paid for; True: as the one beyond the budget; None: it has to wait."""
+        """Whether a retry may go now: False: paid for; True: as the one beyond the budget; None: it
+        has to wait.
+        """
         if self.tokens >= 1:
             self.tokens -= 1
             return False
@@ -177,17 +207,21 @@ class RetryBudget:
 
 @dataclass(slots=True)
 class Patience:
-    """How long an attempt may take, for replicas that lose a request while they answer others, and probes.
+    """How long an attempt may take, for replicas that lose a request while they answer others, and
+    probes.
 
-    `timeout_s` has to be long enough for the worst; once answers come, ten times the slowest of them is long enough. An
-    attempt that was given up too early has twice the time when it is made again.
+    `timeout_s` has to be long enough for the worst; once answers come, ten times the slowest of
+    them is long enough. An attempt that was given up too early has twice the time when it is made
+    again.
     """
 
     limits: Limits
     slowest: float = 0.0  # s, of the answers of late; 0 before the first
 
     def answered(self, seconds: float) -> None:
-        """An attempt was answered; what was slow long ago, as a first request that compiles, is forgotten."""
+        """An attempt was answered; what was slow long ago, as a first request that compiles, is
+        forgotten.
+        """
         self.slowest = max(seconds, 0.95 * self.slowest)
 
     def of(self, timeouts: int) -> float:

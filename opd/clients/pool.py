@@ -1,13 +1,21 @@
-"""`ReplicaPool`: several servers of one model, asked as one. Nothing here knows what a request means.
+"""`ReplicaPool`: several servers of one model, asked as one.
+
+Nothing here knows what a request means.
 
 * A request goes to the replica with the fewest outstanding ones, up to a bound on each.
-* Connection errors, 5xx, time-outs and answers that `Call.read` does not believe are tried again, elsewhere if there is an
-  elsewhere. 429 waits as it says. Any other 4xx is the request's own fault, and is raised as `Rejected` at once.
-* What a dead replica took with it is sent again at once. What a live one failed is sent again within a `RetryBudget`.
-* Every replica is probed with a real, small request. See `opd/clients/health.py` for who is in rotation.
-* No request is given up while there is hope. After `wait_s` without an answer it raises `Unanswered`, naming URLs and errors.
+* Connection errors, 5xx, time-outs and answers that `Call.read` does not believe are tried again,
+  elsewhere if there is an
+  elsewhere. 429 waits as it says. Any other 4xx is the request's own fault, and is raised as
+  `Rejected` at once.
+* What a dead replica took with it is sent again at once. What a live one failed is sent again
+  within a `RetryBudget`.
+* Every replica is probed with a real, small request. See `opd/clients/health.py` for who is in
+  rotation.
+* No request is given up while there is hope. After `wait_s` without an answer it raises
+  `Unanswered`, naming URLs and errors.
 
-One background thread runs one event loop with one connection pool; it belongs to the pool and ends with it.
+One background thread runs one event loop with one connection pool; it belongs to the pool and ends
+with it.
 """
 
 import asyncio
@@ -48,26 +56,43 @@ class _Pending:
 
 
 class ReplicaPool(contextlib.AbstractContextManager):
-    """See the module. `probe` is a small request that makes the engine compute; it is sent to each replica by itself.
+    """See the module.
+
+    `probe` is a small request that makes the engine compute; it is sent to each replica by itself.
 
     `close` ends thread, sockets and whatever is under way; a pool is a context manager too.
     """
 
     def __init__(
-        self, name: str, urls: Sequence[str], *, probe: Call, limits: Limits | None = None, api_key: str | None = None,
+        self,
+        name: str,
+        urls: Sequence[str],
+        *,
+        probe: Call,
+        limits: Limits | None = None,
+        api_key: str | None = None,
         progress: Call | None = None,
-    ):  # fmt: skip
-        self.name, self.limits, self.probe, self.progress = name, limits or Limits(), probe, progress
+    ):
+        self.name, self.limits, self.probe, self.progress = (
+            name,
+            limits or Limits(),
+            probe,
+            progress,
+        )
         self.replicas = [Health(url.rstrip("/"), self.limits) for url in urls]
         self.stats = Stats()
-        self.excused = False  # while True, probes that fail are no strikes: the servers are known to be busy otherwise
+        # while True, probes that fail are no strikes: the servers are known to be busy otherwise
+        self.excused = False
         self._budget, self._patience = RetryBudget(self.limits), Patience(self.limits)
         self._open: set[_Pending] = set()  # whatever has no answer yet, wherever it is
         self._waiting: deque[_Pending] = deque()
         self._held: deque[_Pending] = deque()  # retries beyond the budget
-        self._on_trial: dict[str, list[_Pending]] = {r.url: [] for r in self.replicas}  # until a probe has spoken
+        # until a probe has spoken
+        self._on_trial: dict[str, list[_Pending]] = {r.url: [] for r in self.replicas}
         self._last_answer = self._down_since = None
-        self._transport = Transport(len(self.replicas) * (self.limits.max_inflight + 4), self.limits.connect_s, api_key)
+        self._transport = Transport(
+            len(self.replicas) * (self.limits.max_inflight + 4), self.limits.connect_s, api_key
+        )
         self._stop = asyncio.Event()
         self._alarm = {replica.url: asyncio.Event() for replica in self.replicas}
         self._loop = asyncio.new_event_loop()
@@ -77,19 +102,29 @@ class ReplicaPool(contextlib.AbstractContextManager):
     # ---- The trainer's side ----
 
     def submit(self, call: Call) -> Future:
-        """Sends `call` as soon as a replica is free; the future has what `call.read` returned, Rejected or Unanswered."""
+        """Sends `call` as soon as a replica is free; the future has what `call.read` returned,
+        Rejected or Unanswered.
+        """
         future: Future = Future()
         pending = _Pending(call, future, time.monotonic())
         self._loop.call_soon_threadsafe(self._enqueue, pending)
         return future
 
     def collect(self, futures: Sequence[Future]) -> list[Any]:
-        """The answers, in order. The first failure is raised at once, and the other futures are cancelled."""
+        """The answers, in order.
+
+        The first failure is raised at once, and the other futures are cancelled.
+        """
         pending = set(futures)
         try:
             while pending:
-                done, pending = wait_for_futures(pending, timeout=1.0, return_when="FIRST_EXCEPTION")
-                for future in [*done, *(f for f in pending if f.cancelled())]:  # `wait` does not call those done
+                done, pending = wait_for_futures(
+                    pending, timeout=1.0, return_when="FIRST_EXCEPTION"
+                )
+                for future in [
+                    *done,
+                    *(f for f in pending if f.cancelled()),
+                ]:  # `wait` does not call those done
                     future.result(timeout=0)
                 if pending and not self._thread.is_alive():
                     raise RuntimeError(f"{self.name}: its thread has ended")
@@ -105,7 +140,9 @@ class ReplicaPool(contextlib.AbstractContextManager):
         self._tell(self._drop_cancelled)
 
     def ask_each(self, call: Call, timeout_s: float = 60.0) -> dict[str, Any]:
-        """URL -> that replica's own answer to `call`, or the exception; one attempt, whoever is in rotation."""
+        """URL -> that replica's own answer to `call`, or the exception; one attempt, whoever is in
+        rotation.
+        """
 
         async def ask(replica: Health):
             try:
@@ -117,7 +154,9 @@ class ReplicaPool(contextlib.AbstractContextManager):
             async with asyncio.timeout(2 * timeout_s):
                 return await asyncio.gather(*map(ask, self.replicas))
 
-        answers = asyncio.run_coroutine_threadsafe(ask_all(), self._loop).result(timeout=3 * timeout_s)
+        answers = asyncio.run_coroutine_threadsafe(ask_all(), self._loop).result(
+            timeout=3 * timeout_s
+        )
         return dict(zip([r.url for r in self.replicas], answers, strict=True))
 
     def take_stats(self) -> Stats:
@@ -155,7 +194,8 @@ class ReplicaPool(contextlib.AbstractContextManager):
         while not ended:
             ended, _ = await asyncio.wait(watchers, timeout=1.0, return_when="FIRST_COMPLETED")
         self._stop.set()
-        error = next(filter(None, (task.exception() for task in ended)), None)  # a fault of this program
+        # a fault of this program
+        error = next(filter(None, (task.exception() for task in ended)), None)
         for pending in list(self._open):
             if error is not None:
                 self._resolve(pending, error=error)
@@ -198,16 +238,23 @@ class ReplicaPool(contextlib.AbstractContextManager):
             pending.sent, replica.inflight[pending] = now, (now, pending.call.tokens)
             pending.task = asyncio.create_task(self._attempt(replica, pending))
             pending.task.add_done_callback(functools.partial(self._ended, replica, pending))
-            self.stats.most_inflight = max(self.stats.most_inflight, sum(len(r.inflight) for r in self.replicas))
+            self.stats.most_inflight = max(
+                self.stats.most_inflight, sum(len(r.inflight) for r in self.replicas)
+            )
 
     async def _attempt(self, replica: Health, pending: _Pending) -> Any:
         fault_point("pool.request")
-        value = await self._transport.ask(replica.url, pending.call, self._patience.of(pending.timeouts))
+        value = await self._transport.ask(
+            replica.url, pending.call, self._patience.of(pending.timeouts)
+        )
         fault_point("pool.answer")
         return value
 
     def _ended(self, replica: Health, pending: _Pending, task: asyncio.Task) -> None:
-        """An attempt is over. A callback: it also hears of one that was cancelled before it began."""
+        """An attempt is over.
+
+        A callback: it also hears of one that was cancelled before it began.
+        """
         del replica.inflight[pending]
         if pending.beyond_budget:
             self._budget.one_under_way = pending.beyond_budget = False
@@ -222,9 +269,16 @@ class ReplicaPool(contextlib.AbstractContextManager):
         elif error is None:
             self._answered(replica, pending, task.result())
         elif isinstance(error, Failure | BadAnswer):
-            self._failed(replica, pending, error if isinstance(error, Failure) else Failure("answer", str(error)))
+            self._failed(
+                replica,
+                pending,
+                error if isinstance(error, Failure) else Failure("answer", str(error)),
+            )
         else:  # Rejected, or a fault of this program
-            self._resolve(pending, error=Rejected(f"{self.name}: {error}") if isinstance(error, Rejected) else error)
+            self._resolve(
+                pending,
+                error=Rejected(f"{self.name}: {error}") if isinstance(error, Rejected) else error,
+            )
         self._dispatch()
 
     def _answered(self, replica: Health, pending: _Pending, value: Any) -> None:
@@ -237,7 +291,9 @@ class ReplicaPool(contextlib.AbstractContextManager):
         self.stats.by_replica[replica.url] += 1
         self._resolve(pending, value)
 
-    def _resolve(self, pending: _Pending, value: Any = None, error: BaseException | None = None) -> None:
+    def _resolve(
+        self, pending: _Pending, value: Any = None, error: BaseException | None = None
+    ) -> None:
         self._open.discard(pending)
         with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
             if error is not None:
@@ -253,7 +309,10 @@ class ReplicaPool(contextlib.AbstractContextManager):
         replica.last_error = str(failure)
         if failure.kind == "busy":
             replica.not_before = now + failure.retry_after
-        elif failure.kind in ("refused", "connection"):  # dead, or one broken connection: a probe will say
+        elif failure.kind in (
+            "refused",
+            "connection",
+        ):  # dead, or one broken connection: a probe will say
             replica.suspect = replica.in_rotation
             self._alarm[replica.url].set()
         elif replica.struck(str(failure)):
@@ -266,9 +325,11 @@ class ReplicaPool(contextlib.AbstractContextManager):
             self._again(replica, pending, pause=failure.retry_after)
 
     def _again(self, replica: Health, pending: _Pending, pause: float = 0.0) -> None:
-        """Back to the head of the queue: at once if its replica left the rotation, else as a retry, after a pause.
+        """Back to the head of the queue: at once if its replica left the rotation, else as a retry,
+        after a pause.
 
-        The pause grows with the strikes and is never twice the same, so that many do not come back together.
+        The pause grows with the strikes and is never twice the same, so that many do not come back
+        together.
         """
         pending.failed_at, pending.is_retry = replica, replica.in_rotation
         if self._hopeless_for(pending) >= self.limits.wait_s:
@@ -309,14 +370,18 @@ class ReplicaPool(contextlib.AbstractContextManager):
     # ---- Health ----
 
     async def _watch(self, replica: Health) -> None:
-        """Probes one replica for as long as the pool lives: at once after a broken connection, and after a failed probe."""
+        """Probes one replica for as long as the pool lives: at once after a broken connection, and
+        after a failed probe.
+        """
         alarm = self._alarm[replica.url]
         while True:
             if not replica.in_rotation or self.excused:
                 await asyncio.sleep(self.limits.shortest_out_s)
             elif not replica.probe_strikes and not replica.suspect:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(alarm.wait(), self.limits.probe_every_s * random.uniform(0.9, 1.0))
+                    await asyncio.wait_for(
+                        alarm.wait(), self.limits.probe_every_s * random.uniform(0.9, 1.0)
+                    )
             alarm.clear()
             await self._probe(replica)
 
@@ -338,7 +403,9 @@ class ReplicaPool(contextlib.AbstractContextManager):
             else:
                 self._end_trial(replica)
 
-    async def _probe_failed(self, replica: Health, error: Exception, *, made_progress: bool) -> None:
+    async def _probe_failed(
+        self, replica: Health, error: Exception, *, made_progress: bool
+    ) -> None:
         if not replica.in_rotation or self.excused:
             replica.last_error = str(error)
             return
@@ -351,7 +418,8 @@ class ReplicaPool(contextlib.AbstractContextManager):
         elif replica.probe_struck(str(error)):
             self._eject(replica, f"{self.limits.strikes} probes failed: {error}")
         elif not may_be_full or error.kind == "busy":
-            await asyncio.sleep(self.limits.shortest_out_s)  # an error comes back at once; three of them take no time
+            # an error comes back at once; three of them take no time
+            await asyncio.sleep(self.limits.shortest_out_s)
 
     async def _engine_moves(self, replica: Health) -> bool:
         """Whether the engine's own count of steps has grown since it was read last."""
@@ -365,7 +433,10 @@ class ReplicaPool(contextlib.AbstractContextManager):
         return moves
 
     async def _keep_deadlines(self) -> None:
-        """Ends the waiting requests whose time is over. Those under way have deadlines of their own."""
+        """Ends the waiting requests whose time is over.
+
+        Those under way have deadlines of their own.
+        """
         looked = time.monotonic()
         while not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
@@ -374,7 +445,9 @@ class ReplicaPool(contextlib.AbstractContextManager):
                 looked = time.monotonic()
                 for replica in slow_ones(self.replicas, looked):
                     self._eject(
-                        replica, f"{replica.latency(looked)[0]:.1f} s a request, far slower than its neighbours"
+                        replica,
+                        f"{replica.latency(looked)[0]:.1f} s a request, far slower than its "
+                        f"neighbours",
                     )
             is_down = not any(replica.in_rotation for replica in self.replicas)
             self._down_since = (self._down_since or time.monotonic()) if is_down else None
@@ -382,7 +455,11 @@ class ReplicaPool(contextlib.AbstractContextManager):
             self._dispatch()
 
     def _give_up_the_hopeless(self, now: float) -> None:
-        if any(now - sent >= self.limits.wait_s for replica in self.replicas for sent, _ in replica.inflight.values()):
+        if any(
+            now - sent >= self.limits.wait_s
+            for replica in self.replicas
+            for sent, _ in replica.inflight.values()
+        ):
             return  # what has been under way for so long is slow, not failing, and ends by itself
         for queue in (self._waiting, self._held):
             for pending in [p for p in queue if self._hopeless_for(p) >= self.limits.wait_s]:
@@ -390,10 +467,16 @@ class ReplicaPool(contextlib.AbstractContextManager):
                 self._give_up(pending)
 
     def _hopeless_for(self, pending: _Pending) -> float:
-        """Seconds since there was last a sign that this request may be answered: it has not failed yet, others are answered."""
+        """Seconds since there was last a sign that this request may be answered: it has not failed
+        yet, others are answered.
+        """
         now = time.monotonic()
         down_for = now - self._down_since if self._down_since is not None else 0.0
-        failing_for = now - max(pending.first_failure, self._last_answer or 0.0) if pending.first_failure else 0.0
+        failing_for = (
+            now - max(pending.first_failure, self._last_answer or 0.0)
+            if pending.first_failure
+            else 0.0
+        )
         return max(min(down_for, now - pending.submitted), failing_for)
 
     def _give_up(self, pending: _Pending) -> None:

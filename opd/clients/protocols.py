@@ -1,4 +1,6 @@
-"""What our servers and those who ask them must both know, in the one place from which both take it."""
+"""What our servers and those who ask them must both know, in the one place from which
+both take it.
+"""
 
 import ipaddress
 

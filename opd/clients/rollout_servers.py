@@ -1,7 +1,10 @@
-"""`RolloutServers`: the rollout servers of a run, asked as one. An answer names the versions of the weights that wrote it.
+"""`RolloutServers`: the rollout servers of a run, asked as one.
 
-The pool of `opd/clients/pool.py` balances, retries and fails over. Nothing is believed unchecked: a text outside the vocabulary, a
-token without its log-probability or of weights older than allowed counts as a failure of its server.
+An answer names the versions of the weights that wrote it.
+
+The pool of `opd/clients/pool.py` balances, retries and fails over. Nothing is believed unchecked: a
+text outside the vocabulary, a token without its log-probability or of weights older than allowed
+counts as a failure of its server.
 """
 
 import functools
@@ -25,7 +28,9 @@ PROBE_IDS = [2, 3]  # two tokens that every vocabulary has
 
 
 class Answer(msgspec.Struct):
-    """A response, or the beginning of one that a push cut off (`aborted`), which must not be trained on."""
+    """A response, or the beginning of one that a push cut off (`aborted`), which must not be
+    trained on.
+    """
 
     token_ids: list[int]
     finish_reason: str
@@ -39,9 +44,13 @@ class Answer(msgspec.Struct):
 
 @dataclass(slots=True)
 class Flow:
-    """What happened to the requests of this rank since `take` was last called. Called by several threads."""
+    """What happened to the requests of this rank since `take` was last called.
 
-    lengths: list[int] = field(default_factory=list)  # tokens of each response that was finished, in their order
+    Called by several threads.
+    """
+
+    # tokens of each response that was finished, in their order
+    lengths: list[int] = field(default_factory=list)
     idle_s: float = 0.0  # in which no response was being written
     under_way: int = 0
     _since: float = field(default_factory=time.perf_counter)  # of the state as it is
@@ -73,33 +82,59 @@ class RolloutServers:
     """`submit` starts; `pool` waits, counts and ends."""
 
     def __init__(
-        self, urls: Sequence[str], cfg: RolloutConfig, ahead: AsyncConfig, *, eos_ids: tuple[int, ...], vocab: int,
+        self,
+        urls: Sequence[str],
+        cfg: RolloutConfig,
+        ahead: AsyncConfig,
+        *,
+        eos_ids: tuple[int, ...],
+        vocab: int,
         token: str | None,
-    ):  # fmt: skip
+    ):
         self.cfg, self.eos_ids, self.vocab = cfg, eos_ids, vocab
         self.oldest = 0  # version that a server has to have to be in rotation
         self.flow = Flow()
         limits = Limits(
-            wait_s=ahead.rollout_wait_s, timeout_s=ahead.rollout_timeout_s, max_inflight=ahead.max_inflight,
-            slow_factor=math.inf, patience_s=math.inf,  # a long response is not a slow replica
-        )  # fmt: skip
+            wait_s=ahead.rollout_wait_s,
+            timeout_s=ahead.rollout_timeout_s,
+            max_inflight=ahead.max_inflight,
+            slow_factor=math.inf,
+            patience_s=math.inf,  # a long response is not a slow replica
+        )
         self.pool = ReplicaPool(
-            "rollout", urls, probe=self._call("probe", PROBE_IDS, 0, 1, 1.0, False, self._read_probe), limits=limits,
-            api_key=token, progress=Call("/metrics", read=functools.partial(metric, name="opd_engine_steps_total")),
-        )  # fmt: skip
+            "rollout",
+            urls,
+            probe=self._call("probe", PROBE_IDS, 0, 1, 1.0, False, self._read_probe),
+            limits=limits,
+            api_key=token,
+            progress=Call(
+                "/metrics", read=functools.partial(metric, name="opd_engine_steps_total")
+            ),
+        )
 
     def submit(
-        self, name: str, prompt_ids: list[int], *, seed: int, temperature: float, with_logprobs: bool, oldest: int,
+        self,
+        name: str,
+        prompt_ids: list[int],
+        *,
+        seed: int,
+        temperature: float,
+        with_logprobs: bool,
+        oldest: int,
         most_tokens: int | None = None,
-    ) -> "Future[Answer]":  # fmt: skip
-        """Asks for one response of tokens no older than version `oldest`. The future raises `Unanswered` or `Rejected`.
+    ) -> "Future[Answer]":
+        """Asks for one response of tokens no older than version `oldest`.
+
+        The future raises `Unanswered` or `Rejected`.
 
         It has at most `most_tokens`, or as many as any response.
         """
         read = functools.partial(self._read, with_logprobs=with_logprobs, oldest=oldest)
         most = min(most_tokens or self.cfg.max_response_tokens, self.cfg.max_response_tokens)
         self.flow.began()
-        future = self.pool.submit(self._call(name, prompt_ids, seed, most, temperature, with_logprobs, read))
+        future = self.pool.submit(
+            self._call(name, prompt_ids, seed, most, temperature, with_logprobs, read)
+        )
         future.add_done_callback(lambda _: self.flow.ended())
         return future
 
@@ -114,14 +149,24 @@ class RolloutServers:
         read,
     ) -> Call:
         body = {
-            "request_id": name, "prompt_ids": prompt_ids, "seed": seed, "max_tokens": max_tokens,
-            "temperature": temperature, "top_p": self.cfg.top_p if temperature else 1.0,
-            "top_k": self.cfg.top_k if temperature else 0, "stop_ids": list(self.eos_ids), "with_logprobs": with_logprobs,
-        }  # fmt: skip
+            "request_id": name,
+            "prompt_ids": prompt_ids,
+            "seed": seed,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": self.cfg.top_p if temperature else 1.0,
+            "top_k": self.cfg.top_k if temperature else 0,
+            "stop_ids": list(self.eos_ids),
+            "with_logprobs": with_logprobs,
+        }
         return Call(
-            "/generate", json.dumps(body).encode(), request_id=name, most_bytes=(1 << 16) + 128 * max_tokens, read=read,
+            "/generate",
+            json.dumps(body).encode(),
+            request_id=name,
+            most_bytes=(1 << 16) + 128 * max_tokens,
+            read=read,
             tokens=len(prompt_ids) + max_tokens,
-        )  # fmt: skip
+        )
 
     def _read(self, body: bytes, *, with_logprobs: bool, oldest: int) -> Answer:
         """An answer that can be trained on, or aborted. Raises BadAnswer."""
@@ -132,20 +177,30 @@ class RolloutServers:
         if answer.aborted:
             return answer
         L = len(answer.token_ids)
-        if answer.finish_reason not in ("stop", "length") or not 1 <= L <= self.cfg.max_response_tokens:
+        if (
+            answer.finish_reason not in ("stop", "length")
+            or not 1 <= L <= self.cfg.max_response_tokens
+        ):
             raise BadAnswer(f"{L} tokens, finished because of {answer.finish_reason!r}")
         if not all(0 <= token < self.vocab for token in answer.token_ids):
             raise BadAnswer(f"a token outside the vocabulary of {self.vocab}")
         if with_logprobs and (
-            answer.logprobs is None or len(answer.logprobs) != L
+            answer.logprobs is None
+            or len(answer.logprobs) != L
             or not all(math.isfinite(x) and x <= ABOVE_ZERO for x in answer.logprobs)
-        ):  # fmt: skip
+        ):
             raise BadAnswer(f"no finite log-probability for each of the {L} tokens")
         edges = [0, *(end for _, _, end in answer.spans)]
-        if not answer.spans or [start for _, start, _ in answer.spans] != edges[:-1] or edges[-1] != L:
+        if (
+            not answer.spans
+            or [start for _, start, _ in answer.spans] != edges[:-1]
+            or edges[-1] != L
+        ):
             raise BadAnswer(f"version spans {answer.spans} do not cover {L} tokens")
         if min(version for version, _, _ in answer.spans) < oldest:
-            raise BadAnswer(f"tokens of version {min(answer.spans)[0]}, older than {oldest}: it missed a push")
+            raise BadAnswer(
+                f"tokens of version {min(answer.spans)[0]}, older than {oldest}: it missed a push"
+            )
         return answer
 
     def _read_probe(self, body: bytes) -> Answer:

@@ -1,4 +1,7 @@
-"""Whether the served teachers fit the run: asked of their servers before a weight is loaded. ValueError with one line each."""
+"""Whether the served teachers fit the run: asked of their servers before a weight is loaded.
+
+ValueError with one line each.
+"""
 
 import os
 import urllib.parse
@@ -19,7 +22,9 @@ def limits_of(config) -> Limits:
     """A run's waits and bounds towards servers."""
     teacher = config.teacher
     return Limits(
-        wait_s=teacher.teacher_wait_s, timeout_s=teacher.teacher_timeout_s, max_inflight=teacher.teacher_max_inflight
+        wait_s=teacher.teacher_wait_s,
+        timeout_s=teacher.teacher_timeout_s,
+        max_inflight=teacher.teacher_max_inflight,
     )
 
 
@@ -29,13 +34,18 @@ def api_key_of(spec: TeacherSpec) -> str | None:
 
 
 def is_private(url: str) -> bool:
-    """Whether nobody on the way can read what is sent there: over https, and to this machine itself."""
+    """Whether nobody on the way can read what is sent there: over https, and to this machine
+    itself.
+    """
     parts = urllib.parse.urlsplit(url)
     return parts.scheme == "https" or is_loopback(parts.hostname)
 
 
 def check_served(config, tokenizer, facts: ModelFacts) -> tuple[ModelFacts, dict[str, ServedModel]]:
-    """Asks every served teacher's replicas. The facts of the run with what they add, and teacher name -> what it is."""
+    """Asks every served teacher's replicas.
+
+    The facts of the run with what they add, and teacher name -> what it is.
+    """
     models = {}
     for spec in config.teachers:
         if not spec.is_served:
@@ -56,48 +66,66 @@ def check_served(config, tokenizer, facts: ModelFacts) -> tuple[ModelFacts, dict
 
 
 def _check_content(flag: str, spec: TeacherSpec, model: ServedModel) -> None:
-    """A directory that is named stands for the teacher in reports and fingerprints, so it must be what the servers serve."""
+    """A directory that is named stands for the teacher in reports and fingerprints, so it must be
+    what the servers serve.
+    """
     if model.content is None:
         warn(
-            f"teacher {spec.name}: {spec.urls[0]} is another machine's vLLM server, which does not say what its model contains; "
+            f"teacher {spec.name}: {spec.urls[0]} is another machine's vLLM server, which does "
+            f"not say what its model contains; "
             f"that it is {spec.model} is believed"
         )
     elif content_hash(spec.model) != model.content:
-        raise ValueError(f"{flag}: model {spec.model} is not what {spec.urls[0]} serves; their contents differ")
+        raise ValueError(
+            f"{flag}: model {spec.model} is not what {spec.urls[0]} serves; their contents differ"
+        )
 
 
 def _check_context(config, flag: str, model: ServedModel) -> None:
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     if prompt + response + 1 > model.context:  # a server that scores writes one token more
         raise ValueError(
-            f"--max_prompt_tokens {prompt} + --max_response_tokens {response} + 1: over the context of {flag}, "
-            f"{model.context} tokens; lower them, or start its servers with a longer --max-model-len"
+            f"--max_prompt_tokens {prompt} + --max_response_tokens {response} + 1: over the "
+            f"context of {flag}, "
+            f"{model.context} tokens; lower them, or start its servers with a longer "
+            f"--max-model-len"
         )
 
 
 def _check_tokenizer(config, flag: str, model: ServedModel, tokenizer, facts: ModelFacts) -> None:
-    """Ids must mean the same. A server does not hand out its vocabulary, so a text with some of everything is compared."""
+    """Ids must mean the same.
+
+    A server does not hand out its vocabulary, so a text with some of everything is compared.
+    """
     if model.tokens is None:
         raise ValueError(
-            f"{flag}: its servers have no tokenizer to compare (/tokenize); start them with the model's own"
+            f"{flag}: its servers have no tokenizer to compare (/tokenize); start them with the "
+            f"model's own"
         )
     mine = tuple(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
     if model.tokens != mine:
         shorter = min(len(mine), len(model.tokens))
         place = next((i for i in range(shorter) if mine[i] != model.tokens[i]), shorter)
         raise ValueError(
-            f"{flag}: its tokenizer is not the student's: a probe text has {len(model.tokens)} tokens there and {len(mine)} "
-            f"here, and the first to differ is number {place}; choose a teacher of the student's family"
+            f"{flag}: its tokenizer is not the student's: a probe text has {len(model.tokens)} "
+            f"tokens there and {len(mine)} "
+            f"here, and the first to differ is number {place}; choose a teacher of the student's "
+            f"family"
         )
     if facts.num_tokens > (model.vocab_size or facts.num_tokens):
         raise ValueError(
-            f"{flag}: the tokenizer has ids up to {facts.num_tokens - 1}, its lm_head has {model.vocab_size} rows"
+            f"{flag}: the tokenizer has ids up to {facts.num_tokens - 1}, its lm_head has "
+            f"{model.vocab_size} rows"
         )
     differs = model.eos_ids is not None and set(model.eos_ids) != set(facts.student.eos_ids)
     if differs and not config.teacher.allow_template_mismatch:
-        theirs, mine = (tokenizer.convert_ids_to_tokens(list(ids)) for ids in (model.eos_ids, facts.student.eos_ids))
+        theirs, mine = (
+            tokenizer.convert_ids_to_tokens(list(ids))
+            for ids in (model.eos_ids, facts.student.eos_ids)
+        )
         raise ValueError(
-            f"{flag}: its EOS is {theirs}, the student's is {mine}; choose a matching teacher, or accept it with "
+            f"{flag}: its EOS is {theirs}, the student's is {mine}; choose a matching teacher, or "
+            f"accept it with "
             "--allow_template_mismatch"
         )
 
@@ -108,28 +136,37 @@ def _check_loss(config, flag: str, spec: TeacherSpec, model: ServedModel) -> Non
     remedy = "serve it with `--protocol binary`"
     if config.loss.support in ("full", "union_topk"):
         raise ValueError(
-            f"--support {config.loss.support}: {flag} is served by vLLM ({spec.urls[0]}), which sends no hidden states; use "
+            f"--support {config.loss.support}: {flag} is served by vLLM ({spec.urls[0]}), which "
+            f"sends no hidden states; use "
             f"--support teacher_topk, or {remedy}"
         )
     if config.loss.loss_temperature != 1:
         raise ValueError(
-            f"--loss_temperature {config.loss.loss_temperature}: {flag} is served by vLLM ({spec.urls[0]}), which scores at "
+            f"--loss_temperature {config.loss.loss_temperature}: {flag} is served by vLLM "
+            f"({spec.urls[0]}), which scores at "
             f"temperature 1 only; use 1, or {remedy}"
         )
 
 
 def _check_support(config, spec: TeacherSpec, model: ServedModel, shared_vocab: int) -> None:
-    """A teacher whose hidden states do not fit the cache is asked for its top-k too, so only `sampled` needs no support_k."""
+    """A teacher whose hidden states do not fit the cache is asked for its top-k too, so only
+    `sampled` needs no support_k.
+    """
     flag, k = f"--teacher {spec.name}", min(config.loss.support_k, shared_vocab)
     if support_of(config.loss) == "sampled":
         return
     if model.max_support_k is not None and k > model.max_support_k:
         raise ValueError(
-            f"--support_k {config.loss.support_k}: {flag}: {spec.urls[0]} gives at most {model.max_support_k} candidates of a "
+            f"--support_k {config.loss.support_k}: {flag}: {spec.urls[0]} gives at most "
+            f"{model.max_support_k} candidates of a "
             f"token; start it with --max_support_k {k}, or lower --support_k"
         )
     if model.protocol == "json":
         question = Question(
-            prompt_ids=list(range(2, 9)), response_ids=[9], payload="topk", support_k=k, vocab=shared_vocab
+            prompt_ids=list(range(2, 9)),
+            response_ids=[9],
+            payload="topk",
+            support_k=k,
+            vocab=shared_vocab,
         )
         check_support_k(flag, spec.urls, model, question, api_key_of(spec))

@@ -1,9 +1,12 @@
-"""A teacher behind URLs: what its servers say of themselves, and whether that fits the run. Asked once, at start.
+"""A teacher behind URLs: what its servers say of themselves, and whether that fits the run.
 
-Two protocols look alike here: `json` is a vLLM server's `/v1/completions` with `prompt_logprobs`, `binary` is our own scoring
-server. Which one it is, the server says at `/version`. Every replica is asked, and all must give the same answers: model,
-context length, tokenizer, and the log-probabilities of a few fixed tokens, the canary. The canary is also the probe of the
-pool: a replica that comes back with another model does not come back into the rotation.
+Asked once, at start.
+
+Two protocols look alike here: `json` is a vLLM server's `/v1/completions` with `prompt_logprobs`,
+`binary` is our own scoring server. Which one it is, the server says at `/version`. Every replica is
+asked, and all must give the same answers: model, context length, tokenizer, and the
+log-probabilities of a few fixed tokens, the canary. The canary is also the probe of the pool: a
+replica that comes back with another model does not come back into the rotation.
 """
 
 import functools
@@ -31,8 +34,15 @@ from opd.inputs.content import content_hash
 
 TeacherProtocol = Literal["json", "binary"]
 
-# Tokens that every vocabulary has, in an order that no model expects: two models will hardly agree on all of them.
-CANARY = Question(prompt_ids=[7, 2, 9, 4], response_ids=[3, 8, 2, 6, 9, 5], payload="sampled", support_k=0, vocab=10)
+# Tokens that every vocabulary has, in an order that no model expects: two models will hardly agree
+# on all of them.
+CANARY = Question(
+    prompt_ids=[7, 2, 9, 4],
+    response_ids=[3, 8, 2, 6, 9, 5],
+    payload="sampled",
+    support_k=0,
+    vocab=10,
+)
 CANARY_TOLERANCE = 0.2  # nats, of the mean difference: in bfloat16 logits of 16 are .125 apart
 PROBE_TEXT = "Tokens: 12 + 34 = 46, naïve café\n\tdef f(x):\n        return x ** 2  # 你好"
 
@@ -46,7 +56,9 @@ class ServedModel:
     context: int  # tokens
     tokens: tuple[int, ...] | None  # of PROBE_TEXT; None if the server has no tokenizer
     canary: tuple[float, ...]  # log-probabilities of its response
-    content: str | None = None  # the content hash of its files, where the server tells, or is on this machine
+    content: str | None = (
+        None  # the content hash of its files, where the server tells, or is on this machine
+    )
     vocab_size: int | None = None
     hidden_size: int = 0
     max_support_k: int | None = None
@@ -60,39 +72,56 @@ class ServedModel:
         return self.content or f"served:{self.name}"
 
 
-def score_call(model: ServedModel | str, protocol: TeacherProtocol, question: Question, request_id: str = "") -> Call:
+def score_call(
+    model: ServedModel | str, protocol: TeacherProtocol, question: Question, request_id: str = ""
+) -> Call:
     """The request that scores one response; its `read` gives the fields of `TeacherScores`."""
     name = model if isinstance(model, str) else model.name
     if protocol == "json":
         return Call(
-            "/v1/completions", json.dumps(completion_request(question, name)).encode(), request_id=request_id,
-            most_bytes=question.most_bytes_json, read=functools.partial(decode_completion, question=question),
+            "/v1/completions",
+            json.dumps(completion_request(question, name)).encode(),
+            request_id=request_id,
+            most_bytes=question.most_bytes_json,
+            read=functools.partial(decode_completion, question=question),
             tokens=question.num_tokens,
-        )  # fmt: skip
+        )
     asked = {
-        "prompt_length": len(question.prompt_ids), "payload": question.payload, "support_k": question.support_k,
-        "temperature": question.temperature, "vocab": question.vocab,
-    }  # fmt: skip
+        "prompt_length": len(question.prompt_ids),
+        "payload": question.payload,
+        "support_k": question.support_k,
+        "temperature": question.temperature,
+        "vocab": question.vocab,
+    }
     return Call(
-        "/score?" + urllib.parse.urlencode(asked), encode_ids([*question.prompt_ids, *question.response_ids]),
-        content_type="application/octet-stream", request_id=request_id, most_bytes=question.most_bytes_binary,
-        read=functools.partial(decode_scores, question=question), tokens=question.num_tokens,
-    )  # fmt: skip
+        "/score?" + urllib.parse.urlencode(asked),
+        encode_ids([*question.prompt_ids, *question.response_ids]),
+        content_type="application/octet-stream",
+        request_id=request_id,
+        most_bytes=question.most_bytes_binary,
+        read=functools.partial(decode_scores, question=question),
+        tokens=question.num_tokens,
+    )
 
 
 def probe_call(model: ServedModel) -> Call:
-    """One token, scored: the engine has to compute it, and with the weights that it had at start."""
+    """One token, scored: the engine has to compute it, and with the weights that it had
+    at start.
+    """
     call = score_call(model, model.protocol, CANARY)
 
     def read(body: bytes) -> tuple[float, ...]:
         canary = _canary_of(call.read(body))
         if not _gap(canary, model.canary) <= CANARY_TOLERANCE:
             raise BadAnswer(
-                f"another model: its canary is {_gap(canary, model.canary):.3f} nats off what it was at start"
+                f"another model: its canary is {_gap(canary, model.canary):.3f} nats off what it "
+                f"was at start"
             )
         return canary
 
-    return Call(call.path, call.body, content_type=call.content_type, most_bytes=call.most_bytes, read=read)
+    return Call(
+        call.path, call.body, content_type=call.content_type, most_bytes=call.most_bytes, read=read
+    )
 
 
 def _canary_of(answer: dict) -> tuple[float, ...]:
@@ -105,28 +134,42 @@ def _gap(canary: tuple[float, ...], other: tuple[float, ...]) -> float:
 
 
 def progress_call(model: ServedModel) -> Call:
-    """The engine's own count of steps, from its metrics: it grows while a full server answers nothing."""
+    """The engine's own count of steps, from its metrics: it grows while a full server answers
+    nothing.
+    """
     names = {"json": "vllm:iteration_tokens_total_count", "binary": "opd_batches_total"}
 
-    return Call("/metrics", read=functools.partial(metric, name=names[model.protocol]), most_bytes=1 << 22)
-
-
-def open_pool(name: str, urls: Sequence[str], model: ServedModel, limits: Limits, api_key: str | None) -> ReplicaPool:
-    """The pool that scores, of replicas that `inspect_replicas` has found to be alike."""
-    return ReplicaPool(
-        name, urls, probe=probe_call(model), progress=progress_call(model), limits=limits, api_key=api_key
+    return Call(
+        "/metrics", read=functools.partial(metric, name=names[model.protocol]), most_bytes=1 << 22
     )
 
 
-# ---- At start --------------------------------------------------------------------------------------------------------
+def open_pool(
+    name: str, urls: Sequence[str], model: ServedModel, limits: Limits, api_key: str | None
+) -> ReplicaPool:
+    """The pool that scores, of replicas that `inspect_replicas` has found to be alike."""
+    return ReplicaPool(
+        name,
+        urls,
+        probe=probe_call(model),
+        progress=progress_call(model),
+        limits=limits,
+        api_key=api_key,
+    )
+
+
+# ---- At start ------------------------------------------------------------------------------------
 
 
 def inspect_replicas(
     flag: str, urls: Sequence[str], model: str, api_key: str | None, timeout_s: float = 60.0
 ) -> ServedModel:
-    """Asks every replica what it is. ValueError with one line, beginning with `flag`, for whatever does not fit.
+    """Asks every replica what it is.
 
-    `model` is the name to use where a server has several; empty or a local directory where it has one.
+    ValueError with one line, beginning with `flag`, for whatever does not fit.
+
+    `model` is the name to use where a server has several; empty or a local directory where it has
+    one.
     """
     with _asked_directly(flag, urls, api_key) as pool:
 
@@ -134,23 +177,34 @@ def inspect_replicas(
             answers = pool.ask_each(call, timeout_s)
             for url, answer in answers.items():
                 if isinstance(answer, Rejected) and "HTTP 401" in str(answer):
-                    remedy = "is not the right one" if api_key else "is missing: name its variable with `api_key_env`"
+                    remedy = (
+                        "is not the right one"
+                        if api_key
+                        else "is missing: name its variable with `api_key_env`"
+                    )
                     raise ValueError(f"{flag}: {url} wants a key, and it {remedy}")
                 if isinstance(answer, Rejected) and "HTTP 404" in str(answer):
-                    raise ValueError(f"{flag}: {url} answers, and {what}: is it a vLLM or a scoring server?")
+                    raise ValueError(
+                        f"{flag}: {url} answers, and {what}: is it a vLLM or a scoring server?"
+                    )
                 if isinstance(answer, Exception):
                     raise ValueError(f"{flag}: {url} {what}: {answer}")
             return answers
 
         versions = ask(_json_call("/version"), "cannot be reached")
-        found = {url: "binary" if version.get("protocol") == SCORING else "json" for url, version in versions.items()}
+        found = {
+            url: "binary" if version.get("protocol") == SCORING else "json"
+            for url, version in versions.items()
+        }
         protocol = _one_answer(flag, "protocol", found)
         listed = ask(_json_call("/v1/models"), "does not list its models")
         chosen = {url: _choose(flag, url, content, model) for url, content in listed.items()}
         name = _one_answer(flag, "model", {url: entry["id"] for url, entry in chosen.items()})
         content = _content_here(urls, [entry.get("root") for entry in chosen.values()])
         context = _one_answer(
-            flag, "context length", {url: entry.get("max_model_len") for url, entry in chosen.items()}
+            flag,
+            "context length",
+            {url: entry.get("max_model_len") for url, entry in chosen.items()},
         )
         if not isinstance(context, int):
             raise ValueError(f"{flag}: {urls[0]} does not say its context length (max_model_len)")
@@ -158,16 +212,23 @@ def inspect_replicas(
         facts: dict[str, Any] = {"content": content}
         if protocol == "binary":
             answers = ask(_json_call("/info"), "does not describe its model")
-            _one_answer(flag, "content of the model", {url: a.get("content") for url, a in answers.items()})
+            _one_answer(
+                flag, "content of the model", {url: a.get("content") for url, a in answers.items()}
+            )
             facts = _binary_facts(flag, next(iter(answers.values())))
-        scored = ask(score_call(name, protocol, CANARY), "does not score (a vLLM server has to allow prompt_logprobs)")
+        scored = ask(
+            score_call(name, protocol, CANARY),
+            "does not score (a vLLM server has to allow prompt_logprobs)",
+        )
         canaries = {url: _canary_of(answer) for url, answer in scored.items()}
     first = next(iter(canaries.values()))
     for url, canary in canaries.items():
         if not _gap(canary, first) <= CANARY_TOLERANCE:
             raise ValueError(
-                f"{flag}: {url} has another model than {urls[0]}: their log-probabilities of the canary differ by "
-                f"{_gap(canary, first):.3f} nats; replicas of one teacher must serve the same weights"
+                f"{flag}: {url} has another model than {urls[0]}: their log-probabilities of the "
+                f"canary differ by "
+                f"{_gap(canary, first):.3f} nats; replicas of one teacher must serve the same "
+                f"weights"
             )
     return ServedModel(
         protocol=protocol,
@@ -187,15 +248,19 @@ def check_support_k(
         for url, answer in pool.ask_each(score_call(model, model.protocol, question)).items():
             if isinstance(answer, Exception):
                 raise ValueError(
-                    f"--support_k: {flag}: {url} does not give {question.support_k} candidates of a token; start it with "
-                    f"--max-logprobs {question.support_k} (scripts/serve_teacher.sh: --max_logprobs), or lower --support_k "
+                    f"--support_k: {flag}: {url} does not give {question.support_k} candidates of "
+                    f"a token; start it with "
+                    f"--max-logprobs {question.support_k} (scripts/serve_teacher.sh: "
+                    f"--max_logprobs), or lower --support_k "
                     f"({answer})"
                 )
 
 
 def _asked_directly(flag: str, urls: Sequence[str], api_key: str | None) -> ReplicaPool:
     """A pool for `ask_each` only: it probes nobody, since nobody is in a rotation yet."""
-    return ReplicaPool(flag, urls, probe=Call("/health"), limits=Limits(probe_every_s=1e6), api_key=api_key)
+    return ReplicaPool(
+        flag, urls, probe=Call("/health"), limits=Limits(probe_every_s=1e6), api_key=api_key
+    )
 
 
 def _json_call(path: str) -> Call:
@@ -216,14 +281,17 @@ def _one_answer(flag: str, what: str, by_url: dict[str, Any]) -> Any:
     for url, value in others:
         if value != first:
             raise ValueError(
-                f"{flag}: the replicas differ in their {what}: {_at_most_60(first)} at {first_url}, {_at_most_60(value)} at {url}; "
+                f"{flag}: the replicas differ in their {what}: {_at_most_60(first)} at "
+                f"{first_url}, {_at_most_60(value)} at {url}; "
                 "they must serve the same model alike"
             )
     return first
 
 
 def _content_here(urls: Sequence[str], roots: Sequence[str | None]) -> str | None:
-    """What a vLLM server of this very machine serves: it says which directory, and what lies there can be read."""
+    """What a vLLM server of this very machine serves: it says which directory, and what lies there
+    can be read.
+    """
     is_here = all(is_loopback(urllib.parse.urlsplit(url).hostname) for url in urls)
     root = roots[0]
     if not is_here or len(set(roots)) != 1 or not root or not Path(root).is_dir():
@@ -242,7 +310,9 @@ def _at_most_60(value: Any) -> str:
 def _choose(flag: str, url: str, content: dict, model: str) -> dict:
     data = content.get("data")
     listed = data if isinstance(data, list) else ()
-    entries = [entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    entries = [
+        entry for entry in listed if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+    ]
     named = [entry for entry in entries if model in (entry["id"], entry.get("root"))]
     if named:
         return named[0]
@@ -263,16 +333,24 @@ def _tokens(pool: ReplicaPool, name: str, timeout_s: float) -> dict[str, tuple[i
 
     body = json.dumps({"model": name, "prompt": PROBE_TEXT, "add_special_tokens": False}).encode()
     answers = pool.ask_each(Call("/tokenize", body, read=read), timeout_s)
-    return {url: None if isinstance(answer, Exception) else answer for url, answer in answers.items()}
+    return {
+        url: None if isinstance(answer, Exception) else answer for url, answer in answers.items()
+    }
 
 
 def _binary_facts(flag: str, info: dict) -> dict[str, Any]:
     readers: dict[str, tuple[str, Callable]] = {
-        "content": ("content", str), "vocab_size": ("vocab_size", int), "hidden_size": ("hidden_size", int),
-        "max_support_k": ("max_support_k", int), "eos_ids": ("eos_ids", lambda ids: tuple(map(int, ids))),
-        "logit_scale": ("logit_scale", float), "logit_softcap": ("logit_softcap", lambda x: None if x is None else float(x)),
-    }  # fmt: skip
+        "content": ("content", str),
+        "vocab_size": ("vocab_size", int),
+        "hidden_size": ("hidden_size", int),
+        "max_support_k": ("max_support_k", int),
+        "eos_ids": ("eos_ids", lambda ids: tuple(map(int, ids))),
+        "logit_scale": ("logit_scale", float),
+        "logit_softcap": ("logit_softcap", lambda x: None if x is None else float(x)),
+    }
     try:
         return {name: read(info[key]) for name, (key, read) in readers.items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{flag}: a scoring server of another version: {error!r} in its /info") from None
+        raise ValueError(
+            f"{flag}: a scoring server of another version: {error!r} in its /info"
+        ) from None

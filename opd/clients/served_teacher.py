@@ -1,7 +1,9 @@
-"""A teacher behind URLs, as the run uses it: it scores responses while others are written, and writes answers itself.
+"""A teacher behind URLs, as the run uses it: it scores responses while others are written, and
+writes answers itself.
 
-It never sleeps and takes no memory here but its answers, and its output head where the loss is over the full vocabulary: then
-its hidden states travel, and the head is read from a local copy of the model or fetched from the server once.
+It never sleeps and takes no memory here but its answers, and its output head where the loss is over
+the full vocabulary: then its hidden states travel, and the head is read from a local copy of the
+model or fetched from the server once.
 
 L response length, K support size, V vocabulary, H hidden size.
 """
@@ -24,45 +26,73 @@ from opd.types import Prompt, Rollout, Sample, TeacherPayload, TeacherScores
 
 
 class ServedTeacher:
-    """One teacher of the pool. `submit` starts, `collect` waits; the pool of its replicas decides who answers."""
+    """One teacher of the pool.
+
+    `submit` starts, `collect` waits; the pool of its replicas decides who answers.
+    """
 
     def __init__(
-        self, spec: TeacherSpec, model: ServedModel, cfg: LossConfig, *, limits: Limits, api_key: str | None,
-        shared_vocab: int, needs_head: bool,
-    ):  # fmt: skip
+        self,
+        spec: TeacherSpec,
+        model: ServedModel,
+        cfg: LossConfig,
+        *,
+        limits: Limits,
+        api_key: str | None,
+        shared_vocab: int,
+        needs_head: bool,
+    ):
         self.name, self.spec, self.model, self.cfg = spec.name, spec, model, cfg
         self.shared_vocab = shared_vocab
         self.pool = open_pool(f"teacher {spec.name}", spec.urls, model, limits, api_key)
         self.head: OutputHead | None = None
         try:
             if needs_head and model.protocol == "binary":
-                self.head = (load_head(spec.model) if spec.has_local_model else self._fetch_head()).pinned()
+                self.head = (
+                    load_head(spec.model) if spec.has_local_model else self._fetch_head()
+                ).pinned()
         except BaseException:
             self.close()
             raise
 
     def payload(self, wanted: TeacherPayload) -> TeacherPayload:
-        """What it gives where the loss wants `wanted`: a vLLM server has no hidden states to give."""
+        """What it gives where the loss wants `wanted`: a vLLM server has no hidden
+        states to give.
+        """
         return "topk" if self.model.protocol == "json" and "hidden" in wanted else wanted
 
     @property
     def bytes_per_token(self) -> int:
         """Of a hidden state; 0 where none is sent."""
-        return self.model.hidden_size * self.head.weight_VH.element_size() if self.head is not None else 0
+        return (
+            self.model.hidden_size * self.head.weight_VH.element_size()
+            if self.head is not None
+            else 0
+        )
 
     def submit(self, rollout: Rollout, payload: TeacherPayload) -> Future:
         """Asks for a response's scores, without waiting for them."""
         question = Question(
-            prompt_ids=rollout.prompt.token_ids, response_ids=rollout.response_ids, payload=payload,
-            support_k=min(self.cfg.support_k, self.shared_vocab) if "topk" in payload else 0, vocab=self.shared_vocab,
-            temperature=self.cfg.loss_temperature, hidden_size=self.model.hidden_size,
-        )  # fmt: skip
+            prompt_ids=rollout.prompt.token_ids,
+            response_ids=rollout.response_ids,
+            payload=payload,
+            support_k=min(self.cfg.support_k, self.shared_vocab) if "topk" in payload else 0,
+            vocab=self.shared_vocab,
+            temperature=self.cfg.loss_temperature,
+            hidden_size=self.model.hidden_size,
+        )
         request_id = f"{self.name}-{rollout.sample_id.replace('/', '-')}"
         return self.pool.submit(score_call(self.model, self.model.protocol, question, request_id))
 
     def collect(self, futures: Sequence[Future]) -> list[TeacherScores]:
-        """The scores, in order. Raises servers.Unanswered, or Rejected, with the teacher's name; nothing is left out."""
-        return [TeacherScores(teacher=self.name, weight=1.0, **fields) for fields in self.pool.collect(futures)]
+        """The scores, in order.
+
+        Raises servers.Unanswered, or Rejected, with the teacher's name; nothing is left out.
+        """
+        return [
+            TeacherScores(teacher=self.name, weight=1.0, **fields)
+            for fields in self.pool.collect(futures)
+        ]
 
     def close(self) -> None:
         """Ends its thread and its connections."""
@@ -78,11 +108,17 @@ class ServedTeacher:
             except (safetensors.SafetensorError, ValueError, KeyError) as error:
                 raise BadAnswer(f"its head is not safetensors: {error}") from None
             weight_VH, bias_V = arrays.get("weight_VH"), arrays.get("bias_V")
-            if weight_VH is None or tuple(weight_VH.shape) != (V, H) or not weight_VH.is_floating_point():
+            if (
+                weight_VH is None
+                or tuple(weight_VH.shape) != (V, H)
+                or not weight_VH.is_floating_point()
+            ):
                 raise BadAnswer(f"its head is no floating-point matrix of {V} x {H}")
             if bias_V is not None and tuple(bias_V.shape) != (V,):
                 raise BadAnswer(f"its head's bias is not of length {V}")
-            return OutputHead(weight_VH, bias_V, LogitForm(self.model.logit_scale, self.model.logit_softcap))
+            return OutputHead(
+                weight_VH, bias_V, LogitForm(self.model.logit_scale, self.model.logit_softcap)
+            )
 
         (head,) = self.pool.collect(
             [self.pool.submit(Call("/head", read=read, most_bytes=4 * V * (H + 1) + (1 << 16)))]
@@ -90,7 +126,7 @@ class ServedTeacher:
         return head
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 class _Written(msgspec.Struct):
@@ -103,24 +139,47 @@ class _WrittenBody(msgspec.Struct):
 
 
 def write_with_servers(
-    spec: TeacherSpec, model: ServedModel, prompts: Sequence[Prompt], *, limits: Limits, api_key: str | None,
-    seeds: Sequence[int], eos_ids: tuple[int, ...], max_tokens: int, temperature: float, vocab: int,
-) -> list[Sample]:  # fmt: skip
-    """Responses of a teacher that a vLLM server runs, for the report and for `--seq_kd`; ids below `vocab` only."""
+    spec: TeacherSpec,
+    model: ServedModel,
+    prompts: Sequence[Prompt],
+    *,
+    limits: Limits,
+    api_key: str | None,
+    seeds: Sequence[int],
+    eos_ids: tuple[int, ...],
+    max_tokens: int,
+    temperature: float,
+    vocab: int,
+) -> list[Sample]:
+    """Responses of a teacher that a vLLM server runs, for the report and for `--seq_kd`; ids below
+    `vocab` only.
+    """
     calls = []
     for prompt, seed in zip(prompts, seeds, strict=True):
         body = {
-            "model": model.name, "prompt": prompt.token_ids, "max_tokens": max_tokens, "temperature": temperature,
-            "seed": seed, "stop_token_ids": list(eos_ids), "ignore_eos": True, "add_special_tokens": False,
-            "return_token_ids": True, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0,
-        }  # fmt: skip
+            "model": model.name,
+            "prompt": prompt.token_ids,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "stop_token_ids": list(eos_ids),
+            "ignore_eos": True,
+            "add_special_tokens": False,
+            "return_token_ids": True,
+            "top_p": 1.0,
+            "top_k": 0,
+            "repetition_penalty": 1.0,
+        }
         calls.append(
             Call(
-                "/v1/completions", json.dumps(body).encode(), most_bytes=(1 << 16) + 64 * (len(prompt.token_ids) + max_tokens),
+                "/v1/completions",
+                json.dumps(body).encode(),
+                most_bytes=(1 << 16) + 64 * (len(prompt.token_ids) + max_tokens),
                 read=functools.partial(_read_written, most=max_tokens, vocab=vocab),
-                tokens=len(prompt.token_ids) + max_tokens, request_id=f"{spec.name}-writes-{prompt.prompt_id}",
+                tokens=len(prompt.token_ids) + max_tokens,
+                request_id=f"{spec.name}-writes-{prompt.prompt_id}",
             )
-        )  # fmt: skip
+        )
     with open_pool(f"teacher {spec.name}", spec.urls, model, limits, api_key) as pool:
         return pool.collect([pool.submit(call) for call in calls])
 

@@ -1,7 +1,8 @@
 """One HTTP request: what is asked, how long and how much is waited for, and what can become of it.
 
-An answer's body is read up to a bound and a deadline that the caller sets, whatever its headers promise. Redirects are not
-followed and the environment's proxies not used: a request goes where its URL says. Compressed bodies are not asked for.
+An answer's body is read up to a bound and a deadline that the caller sets, whatever its headers
+promise. Redirects are not followed and the environment's proxies not used: a request goes where its
+URL says. Compressed bodies are not asked for.
 """
 
 import asyncio
@@ -16,13 +17,19 @@ from opd.clients.wire import BadAnswer
 
 LONGEST_RETRY_AFTER_S = 10.0
 ERROR_BYTES = 1 << 12  # of the text of an error
-LARGE_BYTES = 1 << 18  # of an answer: to read 8 MB of JSON takes half a second, and everybody else's clock runs on
-KEEPALIVE_S = 3.0  # uvicorn closes an idle connection after 5 s: not to send a request while it does
+# of an answer: to read 8 MB of JSON takes half a second, and everybody else's clock runs on
+LARGE_BYTES = 1 << 18
+KEEPALIVE_S = (
+    3.0  # uvicorn closes an idle connection after 5 s: not to send a request while it does
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request, the same at whichever replica. `read` turns the body of the answer into a value, or raises BadAnswer."""
+    """One request, the same at whichever replica.
+
+    `read` turns the body of the answer into a value, or raises BadAnswer.
+    """
 
     path: str
     body: bytes | None = None  # None is a GET
@@ -34,7 +41,9 @@ class Call:
 
 
 class Rejected(RuntimeError):
-    """A server understood the request and refuses it (4xx): no other replica will answer it either."""
+    """A server understood the request and refuses it (4xx): no other replica will
+    answer it either.
+    """
 
 
 class Unanswered(RuntimeError):
@@ -42,7 +51,10 @@ class Unanswered(RuntimeError):
 
 
 class Failure(Exception):
-    """One attempt failed. `kind` is refused (nobody listens), connection (it broke), busy, status, timeout or answer."""
+    """One attempt failed.
+
+    `kind` is refused (nobody listens), connection (it broke), busy, status, timeout or answer.
+    """
 
     def __init__(self, kind: str, text: str, retry_after: float = 0.0):
         super().__init__(text)
@@ -50,22 +62,34 @@ class Failure(Exception):
 
 
 class Transport:
-    """A pool of at most `connections` connections, for one event loop. The key is sent as a bearer token."""
+    """A pool of at most `connections` connections, for one event loop.
+
+    The key is sent as a bearer token.
+    """
 
     def __init__(self, connections: int, connect_s: float, api_key: str | None = None):
         self._key = api_key
         self._client = httpx.AsyncClient(
-            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
-            trust_env=False, follow_redirects=False, timeout=httpx.Timeout(None, connect=connect_s),
+            headers={"Accept-Encoding": "identity"}
+            | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            trust_env=False,
+            follow_redirects=False,
+            timeout=httpx.Timeout(None, connect=connect_s),
             limits=httpx.Limits(
-                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEPALIVE_S
+                max_connections=connections,
+                max_keepalive_connections=connections,
+                keepalive_expiry=KEEPALIVE_S,
             ),
-        )  # fmt: skip
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="answers")  # starts with the first large one
+        )
+        # starts with the first large one
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="answers")
         self._sent = self._received = 0
 
     async def ask(self, url: str, call: Call, timeout_s: float) -> Any:
-        """What `call.read` makes of the answer. Raises as `send` does; a large one is read beside the event loop."""
+        """What `call.read` makes of the answer.
+
+        Raises as `send` does; a large one is read beside the event loop.
+        """
         body = await self.send(url, call, timeout_s)
         if len(body) < LARGE_BYTES:
             return call.read(body)
@@ -81,17 +105,25 @@ class Transport:
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._client.stream(method, url + call.path, content=call.body, headers=headers) as response,
+                self._client.stream(
+                    method, url + call.path, content=call.body, headers=headers
+                ) as response,
             ):
                 body = await (
-                    _read_body(response, call.most_bytes) if response.status_code == 200 else _read_error(response)
+                    _read_body(response, call.most_bytes)
+                    if response.status_code == 200
+                    else _read_error(response)
                 )
         except TimeoutError:
             raise Failure("timeout", f"no answer within {timeout_s:g} s") from None
         except (httpx.ConnectTimeout, httpx.ConnectError) as error:
-            raise Failure("refused", f"cannot connect: {str(error) or type(error).__name__}") from None
+            raise Failure(
+                "refused", f"cannot connect: {str(error) or type(error).__name__}"
+            ) from None
         except httpx.HTTPError as error:
-            raise Failure("connection", f"the connection broke: {str(error) or type(error).__name__}") from None
+            raise Failure(
+                "connection", f"the connection broke: {str(error) or type(error).__name__}"
+            ) from None
         self._received += len(body)
         if response.status_code == 200:
             return body
@@ -103,7 +135,10 @@ class Transport:
         raise Failure("status", text)
 
     def _quoted(self, body: bytes) -> str:
-        """The beginning of an error's text, on one line. Some servers repeat the key that they refuse."""
+        """The beginning of an error's text, on one line.
+
+        Some servers repeat the key that they refuse.
+        """
         text = body.decode(errors="replace")
         return " ".join((text.replace(self._key, "***") if self._key else text).split())[:300]
 
@@ -147,4 +182,5 @@ def _retry_after(value: str) -> float:
         seconds = float(value)
     except ValueError:
         return 1.0
-    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S) if seconds == seconds else 1.0  # "nan" is a float to Python
+    # "nan" is a float to Python
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S) if seconds == seconds else 1.0

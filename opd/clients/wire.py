@@ -1,10 +1,12 @@
 """What travels between a trainer and a teacher's server, and what is believed of it.
 
-Two protocols give the same fields. A vLLM server answers in JSON: a dictionary per token, parsed straight into arrays. Our
-scoring server answers in safetensors: raw arrays under a small header. A request to it is the token ids themselves, as raw
-int32. Nothing is ever unpickled, and every array is checked before it is believed: its name, type and shape against what was
-asked for, its ids against the vocabulary, its numbers against what a log-probability can be. What fails is a `BadAnswer`: the
-fault of the replica that sent it, never a sample that is trained on with a hole in it.
+Two protocols give the same fields. A vLLM server answers in JSON: a dictionary per token, parsed
+straight into arrays. Our scoring server answers in safetensors: raw arrays under a small header. A
+request to it is the token ids themselves, as raw int32. Nothing is ever unpickled, and every array
+is checked before it is believed: its name, type and shape against what was asked for, its ids
+against the vocabulary, its numbers against what a log-probability can be. What fails is a
+`BadAnswer`: the fault of the replica that sent it, never a sample that is trained on with a hole in
+it.
 
 L response length, K support size, V vocabulary, H hidden size.
 """
@@ -64,7 +66,10 @@ class Question:
         if self.payload != "hidden":
             fields = {name: numbers for name in ("sampled_logprobs", "logsumexp", "entropy")}
         if "topk" in self.payload:
-            fields |= {"topk_ids": ((L, K), (torch.int32,)), "topk_logprobs": ((L, K), (torch.float32,))}
+            fields |= {
+                "topk_ids": ((L, K), (torch.int32,)),
+                "topk_logprobs": ((L, K), (torch.float32,)),
+            }
         if "hidden" in self.payload:
             fields["hidden"] = ((L, self.hidden_size), HIDDEN_DTYPES)
         return fields
@@ -80,7 +85,7 @@ class Question:
         return HEADER_BYTES + self.num_tokens * (self.support_k + 2) * JSON_BYTES_PER_ENTRY
 
 
-# ---- Binary ----------------------------------------------------------------------------------------------------------
+# ---- Binary --------------------------------------------------------------------------------------
 
 
 def encode_ids(token_ids: Sequence[int]) -> bytes:
@@ -94,7 +99,10 @@ def decode_ids(body: bytes, *, vocab: int, most: int) -> list[int]:
         raise ValueError(f"{len(body)} bytes are not 1 to {most} token ids of 4 bytes")
     ids = np.frombuffer(body, dtype="<i4")
     if ids.min() < 0 or ids.max() >= vocab:
-        raise ValueError(f"token id {ids.min() if ids.min() < 0 else ids.max()} is outside the vocabulary of {vocab}")
+        raise ValueError(
+            f"token id {ids.min() if ids.min() < 0 else ids.max()} is outside the vocabulary of "
+            f"{vocab}"
+        )
     return ids.tolist()
 
 
@@ -102,12 +110,18 @@ def encode_arrays(arrays: Mapping[str, Tensor]) -> bytes:
     """safetensors of contiguous host tensors; int64 ids travel as int32."""
     assert sys.byteorder == "little", "safetensors are little-endian"
     return safetensors.torch.save(
-        {k: (v.to(torch.int32) if v.dtype == torch.int64 else v).contiguous() for k, v in arrays.items()}
+        {
+            k: (v.to(torch.int32) if v.dtype == torch.int64 else v).contiguous()
+            for k, v in arrays.items()
+        }
     )
 
 
-def stream_arrays(arrays: Mapping[str, Tensor], block_bytes: int = 1 << 22) -> tuple[int, Iterator[bytes]]:
-    """(length, blocks) of the safetensors that `encode_arrays` would make, without a second copy of them.
+def stream_arrays(
+    arrays: Mapping[str, Tensor], block_bytes: int = 1 << 22
+) -> tuple[int, Iterator[bytes]]:
+    """(length, blocks) of the safetensors that `encode_arrays` would make, without a second copy of
+    them.
 
     The arrays may lie on a GPU: a block at a time visits the host.
     """
@@ -131,7 +145,10 @@ def stream_arrays(arrays: Mapping[str, Tensor], block_bytes: int = 1 << 22) -> t
 
 
 def decode_scores(body: bytes, question: Question) -> dict[str, Tensor]:
-    """The fields of `TeacherScores` from a scoring server's answer; ids become int64. Raises BadAnswer."""
+    """The fields of `TeacherScores` from a scoring server's answer; ids become int64.
+
+    Raises BadAnswer.
+    """
     try:
         arrays = safetensors.torch.load(body)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -142,14 +159,15 @@ def decode_scores(body: bytes, question: Question) -> dict[str, Tensor]:
     for name, (shape, dtypes) in expected.items():
         if tuple(arrays[name].shape) != shape or arrays[name].dtype not in dtypes:
             raise BadAnswer(
-                f"{name} is {arrays[name].dtype} {tuple(arrays[name].shape)} instead of {dtypes[0]} {shape}"
+                f"{name} is {arrays[name].dtype} {tuple(arrays[name].shape)} instead of "
+                f"{dtypes[0]} {shape}"
             )
     if "topk_ids" in arrays:
         arrays["topk_ids"] = arrays["topk_ids"].long()
     return checked_scores(arrays, question)
 
 
-# ---- JSON ------------------------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 class _Candidate(msgspec.Struct):
@@ -169,53 +187,80 @@ _decode_completion = msgspec.json.Decoder(_Completion).decode
 
 
 def completion_request(question: Question, model: str) -> dict:
-    """The body of a `/v1/completions` request that scores: the whole text is the prompt, the one new token is not used."""
+    """The body of a `/v1/completions` request that scores: the whole text is the prompt, the one
+    new token is not used.
+    """
     return {
-        "model": model, "prompt": [*question.prompt_ids, *question.response_ids], "max_tokens": 1, "temperature": 0,
-        "prompt_logprobs": question.support_k, "add_special_tokens": False,
-    }  # fmt: skip
+        "model": model,
+        "prompt": [*question.prompt_ids, *question.response_ids],
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprobs": question.support_k,
+        "add_special_tokens": False,
+    }
 
 
 def decode_completion(body: bytes, question: Question) -> dict[str, Tensor]:
-    """The fields of `TeacherScores` from a vLLM server's answer: top-k and sampled log-probabilities.
+    """The fields of `TeacherScores` from a vLLM server's answer: top-k and sampled
+    log-probabilities.
 
-    `prompt_logprobs[i]` speaks about token i given those before it, and the first is null: so the last L entries are the
-    response's, index t about response token t. Raises BadAnswer.
+    `prompt_logprobs[i]` speaks about token i given those before it, and the first is null: so the
+    last L entries are the response's, index t about response token t. Raises BadAnswer.
     """
     try:
         (choice,) = _decode_completion(body).choices
-    except (msgspec.MsgspecError, ValueError) as error:  # a dictionary of logprobs with a key that is no number, too
+    except (
+        msgspec.MsgspecError,
+        ValueError,
+    ) as error:  # a dictionary of logprobs with a key that is no number, too
         raise BadAnswer(f"not a completion: {error}") from None
     entries = choice.prompt_logprobs
     if entries is None or len(entries) != question.num_tokens:
         found = "no" if entries is None else len(entries)
         raise BadAnswer(f"{found} prompt_logprobs for {question.num_tokens} tokens")
     L, K = len(question.response_ids), question.support_k
-    sampled_L, ids_LK, logprobs_LK = np.empty(L, np.float32), np.empty((L, K), np.int64), np.empty((L, K), np.float32)
-    for t, (token, row) in enumerate(zip(question.response_ids, entries[question.num_tokens - L :], strict=True)):
+    sampled_L, ids_LK, logprobs_LK = (
+        np.empty(L, np.float32),
+        np.empty((L, K), np.int64),
+        np.empty((L, K), np.float32),
+    )
+    for t, (token, row) in enumerate(
+        zip(question.response_ids, entries[question.num_tokens - L :], strict=True)
+    ):
         if row is None or token not in row:
             raise BadAnswer(f"no log-probability for response token {t}")
         sampled_L[t] = row[token].logprob
-        top = sorted((-entry.logprob, id_) for id_, entry in row.items() if K and (entry.rank or 0) <= K)[:K]
+        top = sorted(
+            (-entry.logprob, id_) for id_, entry in row.items() if K and (entry.rank or 0) <= K
+        )[:K]
         if len(top) != K:
             raise BadAnswer(f"{len(top)} candidates for response token {t} instead of {K}")
         for k, (negative, id_) in enumerate(top):
             ids_LK[t, k], logprobs_LK[t, k] = id_, -negative
     arrays = {"sampled_logprobs": torch.from_numpy(sampled_L)}
     if question.payload == "topk":
-        arrays |= {"topk_ids": torch.from_numpy(ids_LK), "topk_logprobs": torch.from_numpy(logprobs_LK)}
+        arrays |= {
+            "topk_ids": torch.from_numpy(ids_LK),
+            "topk_logprobs": torch.from_numpy(logprobs_LK),
+        }
     return checked_scores(arrays, question)
 
 
-# ---- Metrics ---------------------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 def metric(body: bytes, name: str) -> float:
-    """The value of a metric in Prometheus' text form, summed over its labels. Raises BadAnswer if there is none.
+    """The value of a metric in Prometheus' text form, summed over its labels.
+
+    Raises BadAnswer if there is none.
 
     Example: `metric(b'steps{engine="0"} 3\nsteps{engine="1"} 4', "steps")` is 7.
     """
-    lines = [line for line in body.decode(errors="replace").splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+    lines = [
+        line
+        for line in body.decode(errors="replace").splitlines()
+        if line.startswith((f"{name} ", f"{name}{{"))
+    ]
     if not lines:
         raise BadAnswer(f"its metrics have no {name}")
     try:
@@ -224,11 +269,14 @@ def metric(body: bytes, name: str) -> float:
         raise BadAnswer(f"its {name} is not a number") from None
 
 
-# ---- What is believed ------------------------------------------------------------------------------------------------
+# ---- What is believed ----------------------------------------------------------------------------
 
 
 def checked_scores(arrays: dict[str, Tensor], question: Question) -> dict[str, Tensor]:
-    """`arrays` themselves if they can be what a language model says. Raises BadAnswer for what no model says."""
+    """`arrays` themselves if they can be what a language model says.
+
+    Raises BadAnswer for what no model says.
+    """
     for name, value in arrays.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise BadAnswer(f"{name} is not finite")
@@ -240,7 +288,10 @@ def checked_scores(arrays: dict[str, Tensor], question: Question) -> dict[str, T
     if (ids := arrays.get("topk_ids")) is not None and ids.numel():
         if int(ids.min()) < 0 or int(ids.max()) >= question.vocab:
             worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise BadAnswer(f"topk_ids: token {worst} is outside the {question.vocab} tokens that all models share")
+            raise BadAnswer(
+                f"topk_ids: token {worst} is outside the {question.vocab} tokens that all models "
+                f"share"
+            )
         in_order = ids.sort(dim=-1).values
         if bool((in_order[:, 1:] == in_order[:, :-1]).any()):
             raise BadAnswer("topk_ids: a token stands twice in one row")
@@ -248,7 +299,9 @@ def checked_scores(arrays: dict[str, Tensor], question: Question) -> dict[str, T
         if bool((logprobs[:, 1:] > logprobs[:, :-1] + ABOVE_ZERO).any()):
             raise BadAnswer("topk_logprobs are not descending")
         if float(logprobs.exp().sum(-1).max()) > 1 + 10 * ABOVE_ZERO:
-            raise BadAnswer(f"topk_logprobs: probabilities sum to {float(logprobs.exp().sum(-1).max()):.4g}")
+            raise BadAnswer(
+                f"topk_logprobs: probabilities sum to {float(logprobs.exp().sum(-1).max()):.4g}"
+            )
     return arrays
 
 
@@ -316,11 +369,20 @@ def decode_logprobs(body: bytes, question: LogprobQuestion) -> Logprobs:
     try:
         arrays = safetensors.torch.load(body)
         version = _decode_header(body[8 : 8 + int.from_bytes(body[:8], "little")]).metadata.version
-    except (safetensors.SafetensorError, msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
+    except (
+        safetensors.SafetensorError,
+        msgspec.MsgspecError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
         raise BadAnswer(f"not safetensors with a version: {error}") from None
     if not (version.isascii() and version.isdigit() and len(version) < 19):
         raise BadAnswer(f"version {version[:40]!r} is no number")
-    return Logprobs(**{f"{name}_L": value for name, value in _checked(arrays, question).items()}, version=int(version))
+    return Logprobs(
+        **{f"{name}_L": value for name, value in _checked(arrays, question).items()},
+        version=int(version),
+    )
 
 
 def _checked(arrays: dict[str, Tensor], question: LogprobQuestion) -> dict[str, Tensor]:
@@ -330,7 +392,9 @@ def _checked(arrays: dict[str, Tensor], question: LogprobQuestion) -> dict[str, 
     for name, value in arrays.items():
         if tuple(value.shape) != (len(question.response_ids),) or value.dtype != torch.float32:
             shape = (len(question.response_ids),)
-            raise BadAnswer(f"{name} is {value.dtype} {tuple(value.shape)} instead of torch.float32 {shape}")
+            raise BadAnswer(
+                f"{name} is {value.dtype} {tuple(value.shape)} instead of torch.float32 {shape}"
+            )
     checked_scores(arrays, question)
     if question.response_ids and float(arrays["entropy"].min()) < -ABOVE_ZERO:
         raise BadAnswer(f"an entropy of {float(arrays['entropy'].min()):.4g}")

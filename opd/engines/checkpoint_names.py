@@ -1,7 +1,9 @@
-"""The parameters of a transformers model as its checkpoint holds them: other programs know no other names.
+"""The parameters of a transformers model as its checkpoint holds them: other programs know no other
+names.
 
-transformers 5 keeps the experts of a layer in one tensor, and some families under other names than their files. vLLM reads
-files. Here a running model's parameters get the names and shapes that `save_pretrained` writes.
+transformers 5 keeps the experts of a layer in one tensor, and some families under other names than
+their files. vLLM reads files. Here a running model's parameters get the names and shapes that
+`save_pretrained` writes.
 """
 
 import re
@@ -15,8 +17,11 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 _LAYER = re.compile(r"(.*?\.\d+)\.")  # as in model.layers.3.mlp.experts.down_proj
 
 
-def persistent_tensors(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that a checkpoint holds, in the model's order: parameters, and buffers such as a router's bias.
+def persistent_tensors(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all that a checkpoint holds, in the model's order: parameters, and buffers
+    such as a router's bias.
 
     Tied ones come once, or with `remove_duplicate=False` under each of their names.
     """
@@ -28,7 +33,9 @@ def persistent_tensors(model: nn.Module, *, remove_duplicate: bool = True) -> It
 
 
 def by_layer(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Neighbours of one layer together, each parameter outside of layers alone: no conversion reaches beyond a layer."""
+    """Neighbours of one layer together, each parameter outside of layers alone: no conversion
+    reaches beyond a layer.
+    """
 
     def layer_of(item: tuple[str, Tensor]) -> str:
         found = _LAYER.match(item[0])
@@ -39,18 +46,26 @@ def by_layer(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Te
 
 
 def forget_prefixes(model: nn.Module) -> None:
-    """To be called once on a model from files. Of the conversions that it has noted, it forgets changes of prefix.
+    """To be called once on a model from files.
 
-    Under ZeRO-3 transformers 5.19 notes every conversion of a family, used or not, and one that was not used would put a prefix
-    before each name that it writes.
+    Of the conversions that it has noted, it forgets changes of prefix.
+
+    Under ZeRO-3 transformers 5.19 notes every conversion of a family, used or not, and one that was
+    not used would put a prefix before each name that it writes.
     """
     noted = getattr(model, "_weight_conversions", None)
     if noted:
-        model._weight_conversions = [change for change in noted if not isinstance(change, PrefixChange)] or None
+        model._weight_conversions = [
+            change for change in noted if not isinstance(change, PrefixChange)
+        ] or None
 
 
-def checkpoint_tensors(model: nn.Module, layers: Iterable[list[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as in a checkpoint, of the layers of `model` with its own names. Tied parameters come once.
+def checkpoint_tensors(
+    model: nn.Module, layers: Iterable[list[tuple[str, Tensor]]]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as in a checkpoint, of the layers of `model` with its own names.
+
+    Tied parameters come once.
 
     Most are views of what they come from, and valid until the next layer is asked for.
     """
@@ -59,9 +74,11 @@ def checkpoint_tensors(model: nn.Module, layers: Iterable[list[tuple[str, Tensor
 
 
 def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
-    """Checkpoint name -> a view of the model's own values: who writes into it has changed the model. Tied ones share.
+    """Checkpoint name -> a view of the model's own values: who writes into it has changed the
+    model. Tied ones share.
 
-    On the meta device: shapes. ValueError if the family's conversion makes new values of what the model holds.
+    On the meta device: shapes. ValueError if the family's conversion makes new values of what the
+    model holds.
     """
     once: dict[int, Tensor] = {}  # tied ones are one object
     named = persistent_tensors(model, remove_duplicate=False)
@@ -72,7 +89,8 @@ def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
     for name, view in views.items():
         if view.untyped_storage().data_ptr() not in own:
             raise ValueError(
-                f"{name}: {model.config.model_type} computes it from other parameters; it cannot be loaded alone"
+                f"{name}: {model.config.model_type} computes it from other parameters; it cannot "
+                f"be loaded alone"
             )
     return views
 

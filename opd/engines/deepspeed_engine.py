@@ -1,7 +1,7 @@
 """Everything that touches DeepSpeed: the student's sharded engine.
 
-The only importer of deepspeed in the package, and only when the first engine is built: it takes seconds, and it must find
-its variables set.
+The only importer of deepspeed in the package, and only when the first engine is built: it takes
+seconds, and it must find its variables set.
 """
 
 import os
@@ -25,17 +25,23 @@ def _import_deepspeed():
     import deepspeed
 
     if on_cpu:
-        # DeepSpeed 0.19.8 compiles a shared-memory reduction on first use, for a minute or more, under a lock file that a
-        # killed rank leaves behind for every later run to wait on. Without it gloo reduces.
+        # DeepSpeed 0.19.8 compiles a shared-memory reduction on first use, for a minute or more,
+        # under a lock file that a killed rank leaves behind for every later run to wait on. Without
+        # it gloo reduces.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def complete_ds_config(ds_config: dict[str, Any], optim: OptimConfig, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Fills in what the flags own. DeepSpeed never averages or scales a loss here: the script divides by loss tokens.
+def complete_ds_config(
+    ds_config: dict[str, Any], optim: OptimConfig, *, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Fills in what the flags own.
 
-    Batch sizes are nominal. Micro-batches are summed by `backward(last=...)`, so DeepSpeed must not count them.
-    DeepSpeed 0.19.8 clips at norm 1.0 when `gradient_clipping` is absent, so it is always set.
+    DeepSpeed never averages or scales a loss here: the script divides by loss tokens.
+
+    Batch sizes are nominal. Micro-batches are summed by `backward(last=...)`, so DeepSpeed must not
+    count them. DeepSpeed 0.19.8 clips at norm 1.0 when `gradient_clipping` is absent, so it is
+    always set.
     """
     return {
         **ds_config,
@@ -51,20 +57,26 @@ def complete_ds_config(ds_config: dict[str, Any], optim: OptimConfig, *, dtype: 
 
 
 def check_ds_config(path: str, ds_config: dict[str, Any]) -> None:
-    """Lets DeepSpeed itself read the sharding section; ValueError with one line for what it does not know."""
+    """Lets DeepSpeed itself read the sharding section; ValueError with one line for what it does
+    not know.
+    """
     _import_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
         DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
     except ValueError as error:
-        raise ValueError(f"--ds_config {path}: zero_optimization: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(
+            f"--ds_config {path}: zero_optimization: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 class _HeldErrors:
-    """A DeepSpeed checkpoint engine that keeps a write error until DeepSpeed's collectives are over.
+    """A DeepSpeed checkpoint engine that keeps a write error until DeepSpeed's collectives are
+    over.
 
-    In DeepSpeed 0.19.8 a rank whose disk is full leaves `save_checkpoint` between two barriers, and the others wait.
+    In DeepSpeed 0.19.8 a rank whose disk is full leaves `save_checkpoint` between two barriers, and
+    the others wait.
     """
 
     def __init__(self, writer):
@@ -84,33 +96,47 @@ class _HeldErrors:
 def what_leaves(
     ds_config: dict[str, Any], offload_student: str, *, dtype: torch.dtype, use_cuda: bool
 ) -> tuple[frozenset[str], str]:
-    """What of the student leaves the GPU while others work, and why not more: ({"states", "parameters"} or less, a line).
+    """What of the student leaves the GPU while others work, and why not more: ({"states",
+    "parameters"} or less, a line).
 
-    "states" are the AdamW moments, float32 masters and gradients. `offload_student` is none, states or all.
+    "states" are the AdamW moments, float32 masters and gradients. `offload_student` is none, states
+    or all.
     """
     zero = ds_config.get("zero_optimization") or {}
     if not use_cuda or offload_student == "none":
         return frozenset(), ""
     if (zero.get("offload_param") or {}).get("device", "none") != "none":
-        return frozenset(), "offload_param keeps the student on the host; DeepSpeed cannot move the rest beside it"
+        return (
+            frozenset(),
+            "offload_param keeps the student on the host; DeepSpeed cannot move the rest beside it",
+        )
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         return frozenset(), "offload_optimizer keeps the optimizer states on the host at all times"
     if zero.get("stage", 0) == 0:
-        return frozenset(), "ZeRO stage 0 has no states that could leave the GPU; use ds_configs/zero1.json or above"
+        return (
+            frozenset(),
+            "ZeRO stage 0 has no states that could leave the GPU; use ds_configs/zero1.json or "
+            "above",
+        )
     if offload_student == "states":
         return frozenset({"states"}), ""
     if zero["stage"] < 3:  # DeepSpeed 0.19.8 brings them back without their shapes
-        why = f"parameters stay on the GPU under ZeRO stage {zero['stage']}; only stage 3 moves them"
+        why = (
+            f"parameters stay on the GPU under ZeRO stage {zero['stage']}; only stage 3 moves them"
+        )
         return frozenset({"states"}), why
-    if dtype is torch.float32:  # masters may be views of the parameters, which DeepSpeed would bring back apart
+    # masters may be views of the parameters, which DeepSpeed would bring back apart
+    if dtype is torch.float32:
         return frozenset({"states"}), "float32 parameters stay on the GPU; only bfloat16 ones move"
     return frozenset({"states", "parameters"}), ""
 
 
 class HostCopy:
-    """Tensors that leave the GPU for host memory and come back, in place; the host's copies are pinned once and reused.
+    """Tensors that leave the GPU for host memory and come back, in place; the host's copies are
+    pinned once and reused.
 
-    DeepSpeed's own `offload_states` does this under ZeRO-3 for FusedAdam alone (0.19.8), which has to be compiled.
+    DeepSpeed's own `offload_states` does this under ZeRO-3 for FusedAdam alone (0.19.8), which has
+    to be compiled.
     """
 
     def __init__(self, tensors: Callable[[], list[Tensor]], device: torch.device):
@@ -121,13 +147,18 @@ class HostCopy:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def out(self) -> int:
-        """Starts to copy; returns the bytes that will be free after `settle`. Nothing, if they have left before."""
+        """Starts to copy; returns the bytes that will be free after `settle`.
+
+        Nothing, if they have left before.
+        """
         if self._leaving or self._away:
             return 0
         tensors = self.tensors()
         while len(self._copies) < len(tensors):
             like = tensors[len(self._copies)]
-            self._copies.append(pinned_like(like) if self._stream else torch.empty_like(like, device="cpu"))
+            self._copies.append(
+                pinned_like(like) if self._stream else torch.empty_like(like, device="cpu")
+            )
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):  # None on a CPU: no stream
@@ -159,9 +190,11 @@ class HostCopy:
 
 
 class ShardedEngine:
-    """A module under ZeRO 0-3 with AdamW: backward over any number of micro-batches, step, gather, save, load.
+    """A module under ZeRO 0-3 with AdamW: backward over any number of micro-batches, step, gather,
+    save, load.
 
-    `hf_config` must be alive before the model is built, so that `from_pretrained` shards it while loading.
+    `hf_config` must be alive before the model is built, so that `from_pretrained` shards it while
+    loading.
     """
 
     def __init__(self, ds_config: dict[str, Any], optim: OptimConfig, *, dtype: torch.dtype):
@@ -176,20 +209,31 @@ class ShardedEngine:
         self._on_host = frozenset()  # DeepSpeed's names of what its own offloading has moved
 
     def attach(self, module: nn.Module, external_parameters: tuple[Tensor, ...]) -> nn.Module:
-        """Shards `module`; returns what to call. `external_parameters` are used in its forward but owned by a submodule."""
+        """Shards `module`; returns what to call.
+
+        `external_parameters` are used in its forward but owned by a submodule.
+        """
         decayed = [p for p in module.parameters() if p.requires_grad and _ndim(p) > 1]
         plain = [p for p in module.parameters() if p.requires_grad and _ndim(p) <= 1]
         optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": self.optim.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
             lr=self.optim.learning_rate,
             betas=(self.optim.adam_beta1, self.optim.adam_beta2),
             eps=self.optim.adam_eps,
         )
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        self.engine, *_ = self._deepspeed.initialize(model=module, optimizer=optimizer, config=self.config)
-        self.hf_config = None  # while it lives, `from_pretrained` shards whatever it loads, teachers included
+        self.engine, *_ = self._deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self.config
+        )
+        self.hf_config = (
+            None  # while it lives, `from_pretrained` shards whatever it loads, teachers included
+        )
         self.engine.checkpoint_engine = _HeldErrors(self.engine.checkpoint_engine)
-        self.engine._copy_recovery_script = lambda directory: None  # rank 0 alone could fail in it, between collectives
+        # rank 0 alone could fail in it, between collectives
+        self.engine._copy_recovery_script = lambda directory: None
         if self.stage == 3:
             for parameter in external_parameters:
                 self._deepspeed.zero.register_external_parameter(self.engine.module, parameter)
@@ -200,12 +244,25 @@ class ShardedEngine:
         """What AdamW owns under ZeRO-3, without masters that are the parameters themselves."""
         zero = self.engine.optimizer
         parameters = zero.lp_param_buffer.untyped_storage().data_ptr()
-        masters = [t for t in zero.fp32_partitioned_groups_flat if t.untyped_storage().data_ptr() != parameters]
-        moments = [v for state in zero.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-        return masters + [moment for moment in moments if moment.ndim > 0]  # a step count is a scalar on the host
+        masters = [
+            t
+            for t in zero.fp32_partitioned_groups_flat
+            if t.untyped_storage().data_ptr() != parameters
+        ]
+        moments = [
+            v
+            for state in zero.optimizer.state.values()
+            for v in state.values()
+            if torch.is_tensor(v)
+        ]
+        # a step count is a scalar on the host
+        return masters + [moment for moment in moments if moment.ndim > 0]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds this micro-batch's gradient; `last` closes the sum. DeepSpeed then averages over ranks."""
+        """Adds this micro-batch's gradient; `last` closes the sum.
+
+        DeepSpeed then averages over ranks.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
@@ -213,7 +270,8 @@ class ShardedEngine:
         """One optimizer step; returns the gradient norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        # DeepSpeed 0.19.8 knows no norm where it wraps no optimizer, in ZeRO 0 with float32; there all ranks hold the sum.
+        # DeepSpeed 0.19.8 knows no norm where it wraps no optimizer, in ZeRO 0 with float32; there
+        # all ranks hold the sum.
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if self.stage == 0 else None
         self.engine.step()
@@ -229,16 +287,21 @@ class ShardedEngine:
         else:
             yield
 
-    def full_layers(self, module: nn.Module, bucket_bytes: int = 256 << 20) -> Iterator[list[tuple[str, Tensor]]]:
-        """(name, tensor) of `module` as far as a checkpoint holds it, whole, layer by layer; collective: all exhaust it alike.
+    def full_layers(
+        self, module: nn.Module, bucket_bytes: int = 256 << 20
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """(name, tensor) of `module` as far as a checkpoint holds it, whole, layer by layer;
+        collective: all exhaust it alike.
 
-        Layers are gathered bucket by bucket. One that is yielded is valid until the next one is asked for.
+        Layers are gathered bucket by bucket. One that is yielded is valid until the next one is
+        asked for.
         """
         bucket: list[list[tuple[str, Tensor]]] = []
         size = 0
         for layer in by_layer(persistent_tensors(module)):
             layer_bytes = sum(
-                getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size() for _, tensor in layer
+                getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+                for _, tensor in layer
             )
             if bucket and size + layer_bytes > bucket_bytes:
                 yield from self._emit(bucket)
@@ -248,18 +311,25 @@ class ShardedEngine:
         yield from self._emit(bucket)
 
     def _emit(self, bucket: list[list[tuple[str, Tensor]]]) -> Iterator[list[tuple[str, Tensor]]]:
-        with self.gathered([t for layer in bucket for _, t in layer if isinstance(t, nn.Parameter)]):
+        with self.gathered(
+            [t for layer in bucket for _, t in layer if isinstance(t, nn.Parameter)]
+        ):
             for layer in bucket:
                 yield [(name, tensor.detach()) for name, tensor in layer]
 
-    def named_full_parameters(self, module: nn.Module, bucket_bytes: int = 256 << 20) -> Iterator[tuple[str, Tensor]]:
+    def named_full_parameters(
+        self, module: nn.Module, bucket_bytes: int = 256 << 20
+    ) -> Iterator[tuple[str, Tensor]]:
         """Of these the parameters, one by one."""
         names = {name for name, _ in module.named_parameters()}
         for layer in self.full_layers(module, bucket_bytes):
             yield from ((name, tensor) for name, tensor in layer if name in names)
 
     def save(self, directory: Path) -> None:
-        """DeepSpeed's shards under `directory`/shards. Its `latest` file is written without a barrier, so it is not used."""
+        """DeepSpeed's shards under `directory`/shards.
+
+        Its `latest` file is written without a barrier, so it is not used.
+        """
         writer = self.engine.checkpoint_engine
         writer.error = None
         self.engine.save_checkpoint(str(directory), tag="shards", save_latest=False)
@@ -273,13 +343,23 @@ class ShardedEngine:
             raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
 
     def place(self, *, states: bool, parameters: bool) -> int:
-        """Brings optimizer states and parameters to the GPU, or starts to move to the host what is not asked for.
+        """Brings optimizer states and parameters to the GPU, or starts to move to the host what is
+        not asked for.
 
-        Returns the bytes that leave; their GPU memory is free after `settle`. Only what `offloads` names ever moves.
+        Returns the bytes that leave; their GPU memory is free after `settle`. Only what `offloads`
+        names ever moves.
         """
         away = set()
-        if "states" in self.offloads and not states:  # under ZeRO-3 masters and moments go by `HostCopy`
-            away |= {"lp_grads", *(("contiguous_grad_buffer",) if self.stage == 3 else ("hp_params", "optim_states"))}
+        # under ZeRO-3 masters and moments go by `HostCopy`
+        if "states" in self.offloads and not states:
+            away |= {
+                "lp_grads",
+                *(
+                    ("contiguous_grad_buffer",)
+                    if self.stage == 3
+                    else ("hp_params", "optim_states")
+                ),
+            }
         if "parameters" in self.offloads and not parameters:
             away.add("lp_params")
         if self._on_host - away:  # DeepSpeed 0.19.8 brings all back or nothing
@@ -287,7 +367,9 @@ class ShardedEngine:
             self._on_host = frozenset()
         if away - self._on_host:
             names = self._deepspeed.runtime.zero.offload_config.OffloadStateTypeEnum
-            self.engine.offload_states(include=[names(name) for name in sorted(away)], non_blocking=False)
+            self.engine.offload_states(
+                include=[names(name) for name in sorted(away)], non_blocking=False
+            )
             self._on_host = frozenset(away)
         if self.stage != 3 or "states" not in self.offloads:
             return 0

@@ -1,11 +1,14 @@
-"""The GPU memory of one engine among several in a process: who owns an allocation, and how it sleeps and comes back.
+"""The GPU memory of one engine among several in a process: who owns an allocation, and how it
+sleeps and comes back.
 
-vLLM's sleep allocator is one per process. It hands out address ranges that stay reserved while the memory behind them is
-unmapped, so tensors and CUDA graphs survive a sleep; but it puts every allocation it knows to sleep, those of other
-engines included (vllm 0.32: `CuMemAllocator`). Here an allocation belongs to the engine that was active when it was made,
-and an engine suspends and resumes its own.
+vLLM's sleep allocator is one per process. It hands out address ranges that stay reserved while the
+memory behind them is unmapped, so tensors and CUDA graphs survive a sleep; but it puts every
+allocation it knows to sleep, those of other engines included (vllm 0.32: `CuMemAllocator`). Here an
+allocation belongs to the engine that was active when it was made, and an engine suspends and
+resumes its own.
 
-An allocation is awake (mapped), or asleep (unmapped), or arriving: mapped, with the copy of its content under way.
+An allocation is awake (mapped), or asleep (unmapped), or arriving: mapped, with the copy of its
+content under way.
 
     asleep --prefetch--> arriving --resume--> awake --suspend--> asleep
 
@@ -37,7 +40,10 @@ class Allocation(Protocol):
 
 
 class Driver(Protocol):
-    """Moves memory. Copies are started in order and done after `synchronize`; any call may raise RuntimeError."""
+    """Moves memory.
+
+    Copies are started in order and done after `synchronize`; any call may raise RuntimeError.
+    """
 
     def map(self, handle: Handle) -> None: ...
 
@@ -53,10 +59,12 @@ class Driver(Protocol):
 
 
 class EngineMemory:
-    """The allocations made inside `active()`. `frozen` weights never change: they are copied to the host once.
+    """The allocations made inside `active()`.
 
-    `allocator` has vLLM's interface: a dict `pointer_to_data` and `get_current_usage`; both are taken over. Its free
-    callback may arrive at any time, also while this or another engine sleeps.
+    `frozen` weights never change: they are copied to the host once.
+
+    `allocator` has vLLM's interface: a dict `pointer_to_data` and `get_current_usage`; both are
+    taken over. Its free callback may arrive at any time, also while this or another engine sleeps.
     """
 
     current: ClassVar["EngineMemory | None"] = None
@@ -64,7 +72,8 @@ class EngineMemory:
     def __init__(self, name: str, allocator, driver: Driver, *, frozen: bool = False):
         self.name, self.driver, self.frozen = name, driver, frozen
         self._allocations: dict[int, Allocation] = {}
-        self._saved: set[int] = set()  # the host has a copy; that of an awake allocation may be out of date
+        # the host has a copy; that of an awake allocation may be out of date
+        self._saved: set[int] = set()
         self._arriving: set[int] = set()
         _take_over(allocator)
 
@@ -84,7 +93,9 @@ class EngineMemory:
     @property
     def mapped_bytes(self) -> int:
         """Bytes on the GPU now."""
-        mapped = [d for address, d in self._all().items() if not d.is_asleep or address in self._arriving]
+        mapped = [
+            d for address, d in self._all().items() if not d.is_asleep or address in self._arriving
+        ]
         return sum(data.handle[1] for data in mapped)
 
     @property
@@ -97,13 +108,16 @@ class EngineMemory:
         """A copy, since garbage collection may free an allocation in the middle of any loop."""
         return self._allocations.copy()
 
-    # ---- Asleep ------------------------------------------------------------------------------------------------------
+    # ---- Asleep ----------------------------------------------------------------------------------
 
     def suspend(self, level: int) -> None:
-        """Unmaps all. The KV cache and scratch are dropped; weights are kept on the host at level 1, dropped at level 2.
+        """Unmaps all.
 
-        What has another tag is kept. After an error some allocations may be asleep and the others are awake, each whole;
-        another call goes on from there.
+        The KV cache and scratch are dropped; weights are kept on the host at level 1, dropped at
+        level 2.
+
+        What has another tag is kept. After an error some allocations may be asleep and the others
+        are awake, each whole; another call goes on from there.
         """
         assert level in (1, 2), f"{self.name}: sleep level {level}"
         self._put_back(set(self._arriving))
@@ -122,12 +136,19 @@ class EngineMemory:
     def drop_cache(self) -> None:
         """Unmaps the KV cache alone; `resume(["kv_cache"])` maps it again."""
         for address, data in self._all().items():
-            if data.tag == KV_CACHE and not data.is_asleep and self._allocations.get(address) is data:
+            if (
+                data.tag == KV_CACHE
+                and not data.is_asleep
+                and self._allocations.get(address) is data
+            ):
                 self.driver.unmap(data.handle)
                 data.is_asleep = True
 
     def _save(self, allocations: dict[int, Allocation]) -> None:
-        """Copies what may have changed. Buffers are kept for the next sleep: pinning them costs more than copying."""
+        """Copies what may have changed.
+
+        Buffers are kept for the next sleep: pinning them costs more than copying.
+        """
         stale = {
             address: data
             for address, data in allocations.items()
@@ -142,10 +163,11 @@ class EngineMemory:
             self.driver.synchronize()
         self._saved |= stale.keys() & self._allocations.keys()
 
-    # ---- Awake -------------------------------------------------------------------------------------------------------
+    # ---- Awake -----------------------------------------------------------------------------------
 
     def prefetch(self) -> None:
-        """Maps the weights and starts their copies without waiting; `resume` then only waits for them.
+        """Maps the weights and starts their copies without waiting; `resume` then only waits for
+        them.
 
         Nothing happens where the host holds none. After an error all that this concerns is asleep.
         """
@@ -154,8 +176,8 @@ class EngineMemory:
     def resume(self, tags: list[str] | None = None) -> None:
         """Wakes these of ("weights", "kv_cache"), or both, and all that has another tag.
 
-        What the host holds is copied back; everything else has undefined content. All or nothing: after an error
-        everything that this call was to wake is asleep, and another call works.
+        What the host holds is copied back; everything else has undefined content. All or nothing:
+        after an error everything that this call was to wake is asleep, and another call works.
         """
         waking = self._asleep(tags)
         self._start(waking)
@@ -173,7 +195,11 @@ class EngineMemory:
     def _asleep(self, tags: list[str] | None) -> list[int]:
         """Addresses of what a wake of `tags` concerns."""
         deferred = set(DEFERRABLE) - set(DEFERRABLE if tags is None else tags)
-        return [address for address, data in self._all().items() if data.is_asleep and data.tag not in deferred]
+        return [
+            address
+            for address, data in self._all().items()
+            if data.is_asleep and data.tag not in deferred
+        ]
 
     def _start(self, addresses: list[int]) -> None:
         try:
@@ -190,7 +216,9 @@ class EngineMemory:
             raise
 
     def _put_back(self, arriving: set[int]) -> None:
-        """Back to sleep before the wake is complete: nobody has written to it, so what the host holds is still right."""
+        """Back to sleep before the wake is complete: nobody has written to it, so what the host
+        holds is still right.
+        """
         if arriving:
             self.driver.synchronize()
         for address in arriving:
@@ -198,13 +226,13 @@ class EngineMemory:
                 self.driver.unmap(self._allocations[address].handle)
                 self._arriving.remove(address)
 
-    # ---- Freed -------------------------------------------------------------------------------------------------------
+    # ---- Freed -----------------------------------------------------------------------------------
 
     def _forget(self, address: int) -> None:
         """Before vLLM frees an allocation. Its free unmaps, so what sleeps is mapped once more.
 
-        In vllm 0.32 unmapping twice leaves an error behind that the next map of any engine reports as its own. If there
-        is no room to map, that is what happens.
+        In vllm 0.32 unmapping twice leaves an error behind that the next map of any engine reports
+        as its own. If there is no room to map, that is what happens.
         """
         data = self._allocations.pop(address)
         self._saved.discard(address)
@@ -246,19 +274,23 @@ class _Table(dict):
 
 
 def _take_over(allocator) -> None:
-    """Once per allocator. vllm 0.32 refuses to load weights while the process has any allocation: "one instance per
-    process"; so while an engine is active, the usage is that of this engine."""
+    """Once per allocator. vllm 0.32 refuses to load weights while the process has any allocation:
+    "one instance per process"; so while an engine is active, the usage is that of this engine.
+    """
     if isinstance(allocator.pointer_to_data, _Table):
         return
     allocator.pointer_to_data = _Table(allocator.pointer_to_data)
     usage_of_all = allocator.get_current_usage
-    allocator.get_current_usage = lambda: EngineMemory.current.size() if EngineMemory.current else usage_of_all()
+    allocator.get_current_usage = lambda: (
+        EngineMemory.current.size() if EngineMemory.current else usage_of_all()
+    )
 
 
 class CudaDriver:
     """Copies on a stream of its own, at full bandwidth: host buffers are pinned.
 
-    `map` and `unmap` are vLLM's `create_and_map` and `unmap_and_release`, which raise RuntimeError with CUDA's reason.
+    `map` and `unmap` are vLLM's `create_and_map` and `unmap_and_release`, which raise RuntimeError
+    with CUDA's reason.
     """
 
     def __init__(self, map: Callable[[Handle], None], unmap: Callable[[Handle], None]):
@@ -287,7 +319,12 @@ class _DeviceBytes:
 
     def __init__(self, handle: Handle):
         _, size, address, _ = handle
-        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
 
 
 def _bytes_at(handle: Handle) -> Tensor:

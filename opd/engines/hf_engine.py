@@ -1,7 +1,7 @@
 """Teachers that are plain transformers models: `backend: hf`. They serve what vLLM does not know.
 
-Only the base model is loaded: hidden states come from here, the output head from `opd/ops/heads.py`. What a sleeping engine
-keeps is its residency:
+Only the base model is loaded: hidden states come from here, the output head from
+`opd/ops/heads.py`. What a sleeping engine keeps is its residency:
 
 | residency | asleep it keeps                             | waking costs                 | `prefetch`                         |
 |-----------|---------------------------------------------|------------------------------|------------------------------------|
@@ -9,11 +9,12 @@ keeps is its residency:
 | host      | its weights in host memory, pinned once     | a copy to the GPU            | starts the copy on a side stream   |
 | disk      | nothing                                     | loading its files            | asks the kernel to read them ahead |
 
-On a CPU the device is the host, so only `disk` gives memory back. There the weights are pages of their safetensors files,
-mapped and not copied (unless `dtype` is another than the files'), and unmapped again when the engine sleeps.
+On a CPU the device is the host, so only `disk` gives memory back. There the weights are pages of
+their safetensors files, mapped and not copied (unless `dtype` is another than the files'), and
+unmapped again when the engine sleeps.
 
 B sequences in a batch, S padded length, H hidden size.
-"""
+"""  # noqa: E501
 
 import ctypes
 import gc
@@ -33,20 +34,34 @@ from opd.engines.host_memory import pinned_like
 from opd.ops.attention import attention_for, attention_of
 from opd.types import Sample
 
-# Tokens of a batch, padding included: enough for a prefill to be compute-bound, few enough for its activations to be small.
+# Tokens of a batch, padding included: enough for a prefill to be compute-bound, few enough for its
+# activations to be small.
 TOKENS_PER_BATCH = 4096
 ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers at each load
 
 
 class HFEngine:
-    """A teacher: returns the final hidden states of every token, never logits. It is built awake."""
+    """A teacher: returns the final hidden states of every token, never logits.
+
+    It is built awake.
+    """
 
     def __init__(
-        self, name: str, model: str, *, dtype: str, trust_remote_code: bool, device: torch.device | str = "cpu",
+        self,
+        name: str,
+        model: str,
+        *,
+        dtype: str,
+        trust_remote_code: bool,
+        device: torch.device | str = "cpu",
         residency: Residency = "host",
-    ):  # fmt: skip
+    ):
         self.name, self.residency, self.device = name, residency, torch.device(device)
-        self.model, self.dtype, self.trust_remote_code = model, getattr(torch, dtype), trust_remote_code
+        self.model, self.dtype, self.trust_remote_code = (
+            model,
+            getattr(torch, dtype),
+            trust_remote_code,
+        )
         self.awake = True
         self._base: nn.Module | None = self._load()
         self.bytes_awake = sum(t.numel() * t.element_size() for t in _tensors(self._base))
@@ -55,7 +70,9 @@ class HFEngine:
         self._arriving: list[Tensor] | None = None  # the GPU's, while the side stream fills them
         if residency == "host" and self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            self._pinned = [pinned_like(tensor).copy_(tensor.data) for tensor in _tensors(self._base)]
+            self._pinned = [
+                pinned_like(tensor).copy_(tensor.data) for tensor in _tensors(self._base)
+            ]
             self._bind(self._pinned)
             self.awake = False
             self.wake()
@@ -64,13 +81,19 @@ class HFEngine:
 
     @property
     def can_sleep(self) -> bool:
-        """Whether sleep gives memory back. On a CPU "host" does not: sleep and wake only keep books."""
+        """Whether sleep gives memory back.
+
+        On a CPU "host" does not: sleep and wake only keep books.
+        """
         return self.residency == "disk" or self._pinned is not None
 
     def sleep(self) -> None:
-        """Gives back whatever the residency does not keep, that of a prefetch too; nothing for "gpu", which stays awake."""
+        """Gives back whatever the residency does not keep, that of a prefetch too; nothing for
+        "gpu", which stays awake.
+        """
         if self._arriving is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)  # the copy may still write to it
+            # the copy may still write to it
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
             self._arriving = None
         if not self.awake or self.residency == "gpu":
             return
@@ -92,15 +115,21 @@ class HFEngine:
         if self.residency == "disk":
             _read_ahead(self.model)
         elif self._pinned is not None:
-            # The memory belongs to the current stream, which may still be using what was freed there.
-            self._arriving = [torch.empty_like(tensor, device=self.device) for tensor in self._pinned]
+            # The memory belongs to the current stream, which may still be using what was freed
+            # there.
+            self._arriving = [
+                torch.empty_like(tensor, device=self.device) for tensor in self._pinned
+            ]
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 for target, source in zip(self._arriving, self._pinned, strict=True):
                     target.copy_(source, non_blocking=True)
 
     def wake(self, tags: list[str] | None = None) -> None:
-        """Has the weights on the device again. There is no KV cache, so the tag "kv_cache" alone wakes nothing."""
+        """Has the weights on the device again.
+
+        There is no KV cache, so the tag "kv_cache" alone wakes nothing.
+        """
         if self.awake or (tags is not None and "weights" not in tags):
             return
         if self.residency == "disk":
@@ -120,7 +149,9 @@ class HFEngine:
         for indices in batches([len(ids) for ids in sequences], TOKENS_PER_BATCH):
             rows = [sequences[index] for index in indices]
             longest = max(map(len, rows))
-            ids_BS = torch.tensor([ids + [0] * (longest - len(ids)) for ids in rows], device=self.device)
+            ids_BS = torch.tensor(
+                [ids + [0] * (longest - len(ids)) for ids in rows], device=self.device
+            )
             length_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
             mask_BS = torch.arange(longest, device=self.device) < length_B1
             output = self._base(input_ids=ids_BS, attention_mask=mask_BS.long(), use_cache=False)
@@ -130,7 +161,9 @@ class HFEngine:
         return states
 
     def _load(self) -> nn.Module:
-        """The base model on the host: rotary tables and other buffers that no file holds are computed anew each time."""
+        """The base model on the host: rotary tables and other buffers that no file holds are
+        computed anew each time.
+        """
         options = {"trust_remote_code": self.trust_remote_code}
         config = AutoConfig.from_pretrained(self.model, **options)
         with torch.device("meta"):  # for its classes only
@@ -146,7 +179,8 @@ class HFEngine:
         if info["missing_keys"]:  # transformers makes random ones up
             missing = sorted(info["missing_keys"])
             raise RuntimeError(
-                f"teacher {self.name}: {self.model} lacks {len(missing)} weights of its base model, first {missing[0]}"
+                f"teacher {self.name}: {self.model} lacks {len(missing)} weights of its base "
+                f"model, first {missing[0]}"
             )
         return base.eval().requires_grad_(False)
 
@@ -158,43 +192,71 @@ class HFEngine:
 class HFGenerator:
     """A teacher that writes, its head included: for a child process that is gone afterwards."""
 
-    def __init__(self, model: str, *, dtype: str, trust_remote_code: bool, device: torch.device | str = "cpu"):
+    def __init__(
+        self, model: str, *, dtype: str, trust_remote_code: bool, device: torch.device | str = "cpu"
+    ):
         whole = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code,
+            model,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
             attn_implementation=attention_of(model, trust_remote_code=trust_remote_code),
-        )  # fmt: skip
-        whole.generation_config = GenerationConfig()  # its own would fill in a top_k or a penalty that nobody asked for
+        )
+        # its own would fill in a top_k or a penalty that nobody asked for
+        whole.generation_config = GenerationConfig()
         self._model, self.device = whole.to(device).eval(), torch.device(device)
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], stop_ids: tuple[int, ...], *, max_tokens: int, temperature: float
-    ) -> list[Sample]:  # fmt: skip
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        stop_ids: tuple[int, ...],
+        *,
+        max_tokens: int,
+        temperature: float,
+    ) -> list[Sample]:
         """One response per prompt, without log-probabilities; `temperature=0` is greedy.
 
-        transformers has one random state for a whole batch, so what is sampled is sampled alone, from its own seed.
+        transformers has one random state for a whole batch, so what is sampled is sampled alone,
+        from its own seed.
         """
         budget = 0 if temperature else TOKENS_PER_BATCH
         samples: list[Sample | None] = [None] * len(prompts)
         for indices in batches([len(ids) + max_tokens for ids in prompts], budget):
             torch.manual_seed(seeds[indices[0]])
-            written = self._write([prompts[index] for index in indices], stop_ids, max_tokens, temperature)
+            written = self._write(
+                [prompts[index] for index in indices], stop_ids, max_tokens, temperature
+            )
             for index, sample in zip(indices, written, strict=True):
                 samples[index] = sample
         return samples
 
     @torch.no_grad()
     def _write(
-        self, prompts: list[list[int]], stop_ids: tuple[int, ...], max_tokens: int, temperature: float
+        self,
+        prompts: list[list[int]],
+        stop_ids: tuple[int, ...],
+        max_tokens: int,
+        temperature: float,
     ) -> list[Sample]:
         longest = max(map(len, prompts))
-        ids_BS = torch.tensor([[stop_ids[0]] * (longest - len(ids)) + ids for ids in prompts], device=self.device)
+        ids_BS = torch.tensor(
+            [[stop_ids[0]] * (longest - len(ids)) + ids for ids in prompts], device=self.device
+        )
         start_B1 = torch.tensor([[longest - len(ids)] for ids in prompts], device=self.device)
         mask_BS = torch.arange(longest, device=self.device) >= start_B1
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        options = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            if temperature
+            else {}
+        )
         written_BS = self._model.generate(
-            ids_BS, attention_mask=mask_BS.long(), max_new_tokens=max_tokens, eos_token_id=list(stop_ids),
-            pad_token_id=stop_ids[0], **options,
-        )[:, longest:]  # fmt: skip
+            ids_BS,
+            attention_mask=mask_BS.long(),
+            max_new_tokens=max_tokens,
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+            **options,
+        )[:, longest:]
         samples = []
         for ids in written_BS.tolist():
             end = next((t + 1 for t, token in enumerate(ids) if token in stop_ids), None)
@@ -203,7 +265,8 @@ class HFGenerator:
 
 
 def batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices of sequences that share a batch: neighbours in length, at most `budget` tokens with their padding.
+    """Indices of sequences that share a batch: neighbours in length, at most `budget` tokens with
+    their padding.
 
     A sequence that is longer than the budget has a batch of its own.
     Example: `list(batches([3, 9, 4], 8))` is `[[0, 2], [1]]`.
@@ -225,14 +288,19 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _loading():
-    """`from_pretrained` for a teacher on the disk, which is loaded at every step: without a word, and in this thread.
+    """`from_pretrained` for a teacher on the disk, which is loaded at every step: without a word,
+    and in this thread.
 
-    transformers 5.19 converts weights to another dtype in threads of its own, whose share of the C library's heap
-    `malloc_trim` does not shrink: half of the weights stayed when the engine slept.
+    transformers 5.19 converts weights to another dtype in threads of its own, whose share of the C
+    library's heap `malloc_trim` does not shrink: half of the weights stayed when the engine slept.
     """
-    verbosity, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity, shows_bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     in_threads = os.environ.get(ASYNC_LOAD)
-    transformers_logging.set_verbosity_error()  # the checkpoint's head is unexpected, as it has to be
+    # the checkpoint's head is unexpected, as it has to be
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     os.environ[ASYNC_LOAD] = "1"
     try:
@@ -257,7 +325,11 @@ def _return_free_memory() -> None:
 
 def _read_ahead(model: str) -> None:
     """The kernel reads the weights into its page cache in the background; no process holds them."""
-    root = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
+    root = (
+        Path(model)
+        if Path(model).is_dir()
+        else Path(snapshot_download(model, local_files_only=True))
+    )
     for path in root.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -1,4 +1,6 @@
-"""Host memory that a GPU copies to and from at full bandwidth: pinned pages, exactly as many as are needed."""
+"""Host memory that a GPU copies to and from at full bandwidth: pinned pages, exactly as many as are
+needed.
+"""
 
 import mmap
 import weakref
@@ -10,9 +12,12 @@ _registered = 0  # bytes that `pinned_buffer` holds
 
 
 def pinned_buffer(size: int) -> Tensor:
-    """Bytes [size] in pinned pages of their own, freed with the last tensor on them. Needs a GPU; RuntimeError if it fails.
+    """Bytes [size] in pinned pages of their own, freed with the last tensor on them.
 
-    Torch's pinned allocator rounds up to a power of two, which for whole models is up to twice what they need.
+    Needs a GPU; RuntimeError if it fails.
+
+    Torch's pinned allocator rounds up to a power of two, which for whole models is up to twice what
+    they need.
     """
     global _registered
     if size == 0:
@@ -33,7 +38,9 @@ def _unregister(address: int, size: int) -> None:
 
 def pinned_like(tensor: Tensor) -> Tensor:
     """Uninitialised pinned memory for the values of `tensor`, of its shape and dtype."""
-    return pinned_buffer(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
+    return (
+        pinned_buffer(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
+    )
 
 
 def pinned_bytes() -> int:

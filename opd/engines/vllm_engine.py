@@ -1,7 +1,9 @@
-"""Everything that touches vLLM: one in-process engine per rank for rollouts, one per teacher for hidden states.
+"""Everything that touches vLLM: one in-process engine per rank for rollouts, one per teacher for
+hidden states.
 
-vLLM is imported here and in `opd/engines/vllm_process.py` only, and when the first engine is built: the import takes seconds, and a
-user's mistake must not wait for it. Each rank owns its engines (`external_launcher`, no worker processes).
+vLLM is imported here and in `opd/engines/vllm_process.py` only, and when the first engine is built:
+the import takes seconds, and a user's mistake must not wait for it. Each rank owns its engines
+(`external_launcher`, no worker processes).
 """
 
 import functools
@@ -39,16 +41,26 @@ def _warn_that_nothing_sleeps() -> None:
 class _Engine:
     """An in-process vLLM engine that sleeps and wakes without touching the others of this process.
 
-    With a `tensor_parallel_size` above 1 it is this rank's part of an engine that so many neighbouring ranks share. They
-    build it, call it, load it, put it to sleep and wake it alike; what they ask it may differ.
+    With a `tensor_parallel_size` above 1 it is this rank's part of an engine that so many
+    neighbouring ranks share. They build it, call it, load it, put it to sleep and wake it alike;
+    what they ask it may differ.
 
-    `sleep_level` 1 keeps the weights on the host, 2 drops them, 0 never sleeps. `frozen` weights are never replaced.
+    `sleep_level` 1 keeps the weights on the host, 2 drops them, 0 never sleeps. `frozen` weights
+    are never replaced.
     """
 
     def __init__(
-        self, name: str, model: str, *, sleep_level: int, frozen: bool, kv_cache_gib: float, enforce_eager: bool,
-        tensor_parallel_size: int = 1, **options,
-    ):  # fmt: skip
+        self,
+        name: str,
+        model: str,
+        *,
+        sleep_level: int,
+        frozen: bool,
+        kv_cache_gib: float,
+        enforce_eager: bool,
+        tensor_parallel_size: int = 1,
+        **options,
+    ):
         self.name = name
         self.sleep_level = sleep_level
         self.tensor_parallel_size = tensor_parallel_size
@@ -58,8 +70,9 @@ class _Engine:
         if self.memory is not None:
             options["enable_sleep_mode"] = True
         if torch.cuda.is_available():
-            # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for nothing else when the size
-            # of the cache is given. The other engines and the student are on the GPU already.
+            # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for
+            # nothing else when the size of the cache is given. The other engines and the student
+            # are on the GPU already.
             options["gpu_memory_utilization"] = 0.01
         self._kv_cache_bytes = int(kv_cache_gib * GIB)
         self._asleep: set[str] = set()
@@ -84,8 +97,9 @@ class _Engine:
     def _active(self):
         """Around every call of vLLM: its globals are this engine's inside, and what it allocates.
 
-        vllm 0.32 keeps one workspace per process, the last engine's: others would compute in memory that sleeps with it.
-        Ranks that share an engine wait for each other inside, and cannot be asked there.
+        vllm 0.32 keeps one workspace per process, the last engine's: others would compute in memory
+        that sleeps with it. Ranks that share an engine wait for each other inside, and cannot be
+        asked there.
         """
         from vllm.v1.worker import workspace
 
@@ -133,11 +147,17 @@ class _Engine:
         return self.memory.size(WEIGHTS) if self.memory is not None and self.sleep_level == 1 else 0
 
     def _require_awake(self) -> None:
-        """A request to a sleeping engine would wait for ever: vllm 0.32 stops its scheduler, without an error."""
-        assert not self._asleep, f"{self.name}: {' and '.join(sorted(self._asleep))} asleep; wake it first"
+        """A request to a sleeping engine would wait for ever: vllm 0.32 stops its scheduler,
+        without an error.
+        """
+        assert not self._asleep, (
+            f"{self.name}: {' and '.join(sorted(self._asleep))} asleep; wake it first"
+        )
 
     def _answer_all(self, requests: list, answer: Callable[[list, range], list]) -> list:
-        """Answers to this rank's requests. Ranks that share an engine run the requests of all of them, and keep their own.
+        """Answers to this rank's requests.
+
+        Ranks that share an engine run the requests of all of them, and keep their own.
 
         `answer` gets the requests to run, and which of them are this rank's.
         """
@@ -164,26 +184,33 @@ class _Engine:
             if self.memory is not None:
                 self.memory.suspend(self.sleep_level)
             return
-        if WEIGHTS in self._asleep:  # vllm 0.32 ignores `sleep` on an engine whose cache alone is awake
+        # vllm 0.32 ignores `sleep` on an engine whose cache alone is awake
+        if WEIGHTS in self._asleep:
             self._wake([WEIGHTS])
         with self._active():
             self.llm.sleep(level=self.sleep_level)
         self._asleep, self._rests = {WEIGHTS, KV_CACHE}, False
 
     def prefetch(self) -> None:
-        """Starts bringing the weights back from the host, without waiting: the next `wake` completes it."""
+        """Starts bringing the weights back from the host, without waiting: the next `wake`
+        completes it.
+        """
         if self.memory is not None and not self.awake:
             self.memory.prefetch()
 
     def rest(self) -> None:
-        """Gives up the KV cache and keeps the weights: the next `wake` is due soon, and copies nothing."""
+        """Gives up the KV cache and keeps the weights: the next `wake` is due soon, and copies
+        nothing.
+        """
         if self.memory is not None and not self._asleep:
             self.memory.drop_cache()
             self._asleep = {KV_CACHE}
             self._rests = True
 
     def wake(self, tags: list[str] | None = None) -> None:
-        """Maps the memory again; `tags` picks ["weights"] or ["kv_cache"], so that a load never meets a live cache."""
+        """Maps the memory again; `tags` picks ["weights"] or ["kv_cache"], so that a load never
+        meets a live cache.
+        """
         tags = [tag for tag in (tags or [WEIGHTS, KV_CACHE]) if tag in self._asleep]
         if tags:
             self._wake(tags)
@@ -202,20 +229,28 @@ def _sample(completion, with_logprobs: bool) -> Sample:
     """vLLM's form of a response to ours."""
     ids, logprobs = list(completion.token_ids), None
     if with_logprobs:
-        logprobs = [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
+        logprobs = [
+            step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)
+        ]
     return Sample(ids, logprobs, stopped=completion.finish_reason == "stop")
 
 
 def _use_own_sleep(worker) -> None:
-    """Called by vLLM with its worker, which looks the name up when it first sleeps. vllm 0.32 knows no argument for it."""
+    """Called by vLLM with its worker, which looks the name up when it first sleeps. vllm 0.32 knows
+    no argument for it.
+    """
     worker.vllm_config.model_config.sleep_mode_backend = register_sleep_backend()
 
 
 def _weight_bytes(worker) -> int:
-    """Called by vLLM with its worker. vllm 0.32 packs parameters on a CPU and empties them; their shapes it remembers."""
+    """Called by vLLM with its worker. vllm 0.32 packs parameters on a CPU and empties them; their
+    shapes it remembers.
+    """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    shapes = [get_layerwise_info(layer).restore_metadata[0] for layer in worker.get_model().modules()]
+    shapes = [
+        get_layerwise_info(layer).restore_metadata[0] for layer in worker.get_model().modules()
+    ]
     return sum(parameter.nbytes for parameters in shapes for parameter in parameters.values())
 
 
@@ -223,9 +258,17 @@ class GeneratorEngine(_Engine):
     """Samples responses, and takes new weights from the student."""
 
     def __init__(
-        self, model: str, *, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int, trust_remote_code: bool,
-        enforce_eager: bool = False, tensor_parallel_size: int = 1,
-    ):  # fmt: skip
+        self,
+        model: str,
+        *,
+        dtype: str,
+        max_model_len: int,
+        kv_cache_gib: float,
+        seed: int,
+        trust_remote_code: bool,
+        enforce_eager: bool = False,
+        tensor_parallel_size: int = 1,
+    ):
         super().__init__(
             "rollout",
             model,
@@ -243,27 +286,44 @@ class GeneratorEngine(_Engine):
         )
 
     def generate(
-        self, prompts: list[list[int]], seeds: list[int], stop_ids: tuple[int, ...], *,
-        max_tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0, with_logprobs: bool = True,
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        stop_ids: tuple[int, ...],
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        with_logprobs: bool = True,
         on_finished: Callable[[int, Sample], None] | None = None,
-    ) -> list[Sample]:  # fmt: skip
-        """One response per prompt. A seed per request makes a sample independent of what else is in the batch.
+    ) -> list[Sample]:
+        """One response per prompt.
 
-        `temperature=0` is greedy; its log-probabilities are then those at temperature 1. Without log-probabilities vllm 0.32
-        samples a sixth faster on a CPU. `on_finished(index, sample)` hears of each response as soon as it is complete, while
-        the others are still being written.
+        A seed per request makes a sample independent of what else is in the batch.
+
+        `temperature=0` is greedy; its log-probabilities are then those at temperature 1. Without
+        log-probabilities vllm 0.32 samples a sixth faster on a CPU. `on_finished(index, sample)`
+        hears of each response as soon as it is complete, while the others are still being written.
         """
 
         def answer(requests: list, mine: range) -> list[Sample]:
             params = [
                 sampling_params(
-                    seed, stop_ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                    seed,
+                    stop_ids,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
                     with_logprobs=with_logprobs,
                 )
                 for _, seed in requests
-            ]  # fmt: skip
+            ]
             samples: dict[int, Sample] = {}
-            for index, output in self._run([{"prompt_token_ids": ids} for ids, _ in requests], params):
+            for index, output in self._run(
+                [{"prompt_token_ids": ids} for ids, _ in requests], params
+            ):
                 samples[index] = _sample(output.outputs[0], with_logprobs)
                 if on_finished is not None and index in mine:
                     on_finished(index - mine.start, samples[index])
@@ -272,8 +332,14 @@ class GeneratorEngine(_Engine):
         return self._answer_all(list(zip(prompts, seeds, strict=True)), answer)
 
     def _run(self, prompts: list, params: list) -> Iterator[tuple[int, Any]]:
-        """(index, output) of each request, in the order in which they finish. Whoever stops asking aborts the rest."""
-        engine, first = self.llm.llm_engine, self.llm.request_counter.counter  # vllm 0.32 numbers requests one by one
+        """(index, output) of each request, in the order in which they finish.
+
+        Whoever stops asking aborts the rest.
+        """
+        engine, first = (
+            self.llm.llm_engine,
+            self.llm.request_counter.counter,
+        )  # vllm 0.32 numbers requests one by one
         ids = self.llm.enqueue(prompts, params, use_tqdm=False)
         try:
             while engine.has_unfinished_requests():
@@ -287,22 +353,33 @@ class GeneratorEngine(_Engine):
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces the weights and drops every cached prefix, which the old weights had written."""
         with self._active():
-            self.llm.collective_rpc(reload_weights, kwargs={"weights_iterator": iter(named_parameters)})
+            self.llm.collective_rpc(
+                reload_weights, kwargs={"weights_iterator": iter(named_parameters)}
+            )
             self.llm.reset_prefix_cache()
 
 
 class HiddenStateEngine(_Engine):
     """A teacher: returns the final hidden states of every token, never logits, and never generates.
 
-    No vocabulary-sized tensor and no per-token Python object exists in the engine; the `lm_head` is not even loaded.
-    `residency` is where its weights are while others work: "gpu" (it never sleeps), "host" (a pinned copy), or "disk"
-    (its files, which every wake reads).
+    No vocabulary-sized tensor and no per-token Python object exists in the engine; the `lm_head` is
+    not even loaded. `residency` is where its weights are while others work: "gpu" (it never
+    sleeps), "host" (a pinned copy), or "disk" (its files, which every wake reads).
     """
 
     def __init__(
-        self, name: str, model: str, *, tokenizer: str, dtype: str, max_model_len: int, kv_cache_gib: float,
-        trust_remote_code: bool, tensor_parallel_size: int = 1, residency: str = "host",
-    ):  # fmt: skip
+        self,
+        name: str,
+        model: str,
+        *,
+        tokenizer: str,
+        dtype: str,
+        max_model_len: int,
+        kv_cache_gib: float,
+        trust_remote_code: bool,
+        tensor_parallel_size: int = 1,
+        residency: str = "host",
+    ):
         import_vllm()
         from vllm.config import PoolerConfig
 
@@ -355,5 +432,7 @@ class HiddenStateEngine(_Engine):
 
         states = [output.outputs.data for output in self._answer_all(sequences, answer)]
         for ids, state in zip(sequences, states, strict=True):
-            assert state.shape[0] == len(ids), f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"
+            assert state.shape[0] == len(ids), (
+                f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"
+            )
         return states

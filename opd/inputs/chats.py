@@ -7,16 +7,23 @@ from typing import Any
 from opd.inputs.columns import column, json_column, without_nulls
 from opd.log import cut
 
-TOOLS, KWARGS = "tools", "chat_template_kwargs"  # the columns' names in TRL, whose data sets have them
+TOOLS, KWARGS = (
+    "tools",
+    "chat_template_kwargs",
+)  # the columns' names in TRL, whose data sets have them
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What a row tells the chat template. A content is text, a list of one text part, or absent beside tool calls."""
+    """What a row tells the chat template.
+
+    A content is text, a list of one text part, or absent beside tool calls.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None  # JSON schemas of functions
-    kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template, such as enable_thinking
+    # variables of the template, such as enable_thinking
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def text_of(message: dict[str, Any]) -> str:
@@ -32,16 +39,25 @@ def _messages(where: str, row: dict[str, Any], key: str) -> list[dict[str, Any]]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt or not all(isinstance(m, dict) for m in prompt):
-        raise ValueError(f"{where} must be text or a list of {{role, content}} messages, got {cut(prompt)}")
+        raise ValueError(
+            f"{where} must be text or a list of {{role, content}} messages, got {cut(prompt)}"
+        )
     for message in prompt:
         is_call = message.get("content") is None and message.get("tool_calls")
-        if not isinstance(message.get("role"), str) or not (is_call or isinstance(message.get("content"), str)):
-            raise ValueError(f"{where}: every message needs a role and a content of text, got {cut(message)}")
+        if not isinstance(message.get("role"), str) or not (
+            is_call or isinstance(message.get("content"), str)
+        ):
+            raise ValueError(
+                f"{where}: every message needs a role and a content of text, got {cut(message)}"
+            )
     if not any(text_of(message).strip() for message in prompt):
         raise ValueError(f"{where}: the prompt is empty")
     if prompt[-1]["role"] == "assistant":
-        raise ValueError(f"{where} ends with an assistant message; remove the answer from the prompt")
-    # A column store fills the keys that other messages have with nulls; a template would take them for values.
+        raise ValueError(
+            f"{where} ends with an assistant message; remove the answer from the prompt"
+        )
+    # A column store fills the keys that other messages have with nulls; a template would take them
+    # for values.
     return without_nulls(prompt)
 
 
@@ -51,7 +67,8 @@ def _tools(where: str, row: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(
-            f"{where}: column `{TOOLS}` must be a list of JSON schemas, or its JSON text, got {cut(tools)}"
+            f"{where}: column `{TOOLS}` must be a list of JSON schemas, or its JSON text, got "
+            f"{cut(tools)}"
         )
     return tools
 
@@ -61,17 +78,28 @@ def _kwargs(where: str, row: dict[str, Any]) -> dict[str, Any]:
     if kwargs in (None, []):
         return {}
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
-        raise ValueError(f"{where}: column `{KWARGS}` must be an object of names and values, got {cut(kwargs)}")
+        raise ValueError(
+            f"{where}: column `{KWARGS}` must be an object of names and values, got {cut(kwargs)}"
+        )
     return kwargs
 
 
 def read_chat(where: str, row: dict[str, Any], prompt_key: str, tokenizer) -> Chat:
-    """What a row says to the chat template of `tokenizer`. ValueError, with the row, for what it must not say."""
+    """What a row says to the chat template of `tokenizer`.
+
+    ValueError, with the row, for what it must not say.
+    """
     kwargs = _kwargs(where, row)
     if kwargs:
-        ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
+        ours = {
+            *inspect.signature(tokenizer.apply_chat_template).parameters,
+            "messages",
+            "strftime_now",
+        }
         if taken := sorted(kwargs.keys() & (ours - {"documents"})):
-            raise ValueError(f"{where}: column `{KWARGS}`: {taken[0]} is not the row's to choose; remove it")
+            raise ValueError(
+                f"{where}: column `{KWARGS}`: {taken[0]} is not the row's to choose; remove it"
+            )
     return Chat(_messages(where, row, prompt_key), _tools(where, row), kwargs)
 
 
@@ -81,9 +109,13 @@ def read_plain(where: str, row: dict[str, Any], prompt_key: str) -> str:
     prompt = row[prompt_key]
     if not isinstance(prompt, str):
         raise ValueError(
-            f"{where}: column `{prompt_key}` holds messages and the tokenizer has no chat template; use text"
+            f"{where}: column `{prompt_key}` holds messages and the tokenizer has no chat "
+            f"template; use text"
         )
     for name, value in ((TOOLS, _tools(where, row)), (KWARGS, _kwargs(where, row))):
         if value:
-            raise ValueError(f"{where}: column `{name}` needs a chat template, and the tokenizer has none; remove it")
+            raise ValueError(
+                f"{where}: column `{name}` needs a chat template, and the tokenizer has none; "
+                f"remove it"
+            )
     return prompt

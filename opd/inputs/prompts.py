@@ -1,8 +1,9 @@
 """Prompt sets: render with the chat template, route by domain, and pick the prompts of a step.
 
-`prompt_batch` is a pure function of (seed, step), and the prompts of a step do not depend on the number of ranks: a
-resumed run, or one on other hardware, sees the same data. Rows are never skipped in silence: a row that cannot be used
-is an error that names its file and line, and over-long prompts are counted.
+`prompt_batch` is a pure function of (seed, step), and the prompts of a step do not depend on the
+number of ranks: a resumed run, or one on other hardware, sees the same data. Rows are never skipped
+in silence: a row that cannot be used is an error that names its file and line, and over-long
+prompts are counted.
 """
 
 import functools
@@ -37,14 +38,21 @@ class PromptSet:
     counts: dict[str, int]  # domain -> prompts kept
     overlong: dict[str, int]  # domain -> prompts dropped or truncated
     notes: tuple[str, ...]  # what the user should know of rows that are right
-    moment: datetime | None  # the time that is written in the prompts; None for a chat template that writes none
+    # the time that is written in the prompts; None for a chat template that writes none
+    moment: datetime | None
 
     @property
     def summary(self) -> str:
         """Counts of prompts per domain, and what else the user should know, in one line."""
         counts = ", ".join(f"{domain} {count}" for domain, count in self.counts.items())
         overlong = sum(self.overlong.values())
-        return "; ".join([counts, *([f"{overlong} over-long ones dropped or cut"] if overlong else []), *self.notes])
+        return "; ".join(
+            [
+                counts,
+                *([f"{overlong} over-long ones dropped or cut"] if overlong else []),
+                *self.notes,
+            ]
+        )
 
     @functools.cached_property
     def ids_by_domain(self) -> dict[str, list[int]]:
@@ -55,7 +63,9 @@ class PromptSet:
 
 
 def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
-    """Token ids with special tokens exactly once: a template writes its own, plain text gets a BOS."""
+    """Token ids with special tokens exactly once: a template writes its own, plain text
+    gets a BOS.
+    """
     if tokenizer.chat_template is not None:
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
@@ -63,7 +73,9 @@ def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
     for text in texts:
         ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
         ends_itself = eos is not None and text.endswith(eos)
-        token_ids.append(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not ends_itself else ids)
+        token_ids.append(
+            ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not ends_itself else ids
+        )
     return token_ids
 
 
@@ -75,12 +87,18 @@ class _End:
     eos_ids: frozenset[int]  # what the sampler stops at
 
 
-def _turn_end(tokenizer, eos_ids: Sequence[int], template: ChatTemplate | None, chats: list[Chat]) -> _End:
-    """The template's end of turn if the sampler stops there, else the tokenizer's EOS, else the first of `eos_ids`."""
+def _turn_end(
+    tokenizer, eos_ids: Sequence[int], template: ChatTemplate | None, chats: list[Chat]
+) -> _End:
+    """The template's end of turn if the sampler stops there, else the tokenizer's EOS, else the
+    first of `eos_ids`.
+    """
     own = tokenizer.eos_token_id
     eos_ids = tuple(eos_ids) or (() if own is None else (own,))
     if not eos_ids:
-        raise ValueError("--student_model: the tokenizer has no EOS token to end the dataset responses with")
+        raise ValueError(
+            "--student_model: the tokenizer has no EOS token to end the dataset responses with"
+        )
     found = template.end_of_turn(chats[0], eos_ids) if template else None
     if found is None:
         found = own if own in eos_ids else eos_ids[0]
@@ -88,12 +106,20 @@ def _turn_end(tokenizer, eos_ids: Sequence[int], template: ChatTemplate | None, 
 
 
 def _targets(where: str, row: dict[str, Any], key: str, tokenizer, end: _End) -> list[int]:
-    """The dataset response as the student would have sampled it: its tokens, then the end of the turn, once."""
+    """The dataset response as the student would have sampled it: its tokens, then the end of the
+    turn, once.
+    """
     response = column(where, row, key, "--response_key")
     if not isinstance(response, str) or not response.strip():
-        raise ValueError(f"{where}: column `{key}` must be the text of a response, got {cut(response)}")
+        raise ValueError(
+            f"{where}: column `{key}` must be the text of a response, got {cut(response)}"
+        )
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    ended = tokenizer(response.rstrip(), add_special_tokens=False)["input_ids"] if response[-1].isspace() else ids
+    ended = (
+        tokenizer(response.rstrip(), add_special_tokens=False)["input_ids"]
+        if response[-1].isspace()
+        else ids
+    )
     if not ended or ended[-1] not in end.eos_ids:
         return [*ids, end.token_id]
     while len(ended) > 1 and ended[-2] in end.eos_ids:  # nothing is sampled after the first
@@ -101,26 +127,37 @@ def _targets(where: str, row: dict[str, Any], key: str, tokenizer, end: _End) ->
     return ended
 
 
-def _domains(rows: list[tuple[str, dict[str, Any]]], cfg: DataConfig, default_domain: str | None) -> list[str]:
+def _domains(
+    rows: list[tuple[str, dict[str, Any]]], cfg: DataConfig, default_domain: str | None
+) -> list[str]:
     if default_domain is not None and not any(cfg.domain_key in row for _, row in rows):
         return [default_domain] * len(rows)
     return [domain_column(where, row, cfg.domain_key) for where, row in rows]
 
 
 def _texts(
-    rows: list[tuple[str, dict[str, Any]]], key: str, template: ChatTemplate | None, chats: list[Chat]
+    rows: list[tuple[str, dict[str, Any]]],
+    key: str,
+    template: ChatTemplate | None,
+    chats: list[Chat],
 ) -> list[str]:
-    """What is tokenised: the chat template's text, with the beginning of the answer; else the prompt as it is."""
+    """What is tokenised: the chat template's text, with the beginning of the answer; else the
+    prompt as it is.
+    """
     if template is None:
         return [read_plain(where, row, key) for where, row in rows]
-    return [template.render(f"{where}: column `{key}`", chat) for (where, _), chat in zip(rows, chats, strict=True)]
+    return [
+        template.render(f"{where}: column `{key}`", chat)
+        for (where, _), chat in zip(rows, chats, strict=True)
+    ]
 
 
 def _notes(template: ChatTemplate | None, chats: list[Chat]) -> tuple[str, ...]:
     counts = Counter(name for chat in chats for name in chat.kwargs)
     unknown = template.unknown(counts) if template else []
     return tuple(
-        f"{counts[n]} rows set {cut(n)} in `{KWARGS}`, which the chat template does not mention" for n in unknown
+        f"{counts[n]} rows set {cut(n)} in `{KWARGS}`, which the chat template does not mention"
+        for n in unknown
     )
 
 
@@ -139,37 +176,56 @@ def load_prompts(
 ) -> PromptSet:
     """Reads and renders the prompts of `paths`.
 
-    `flag` ("--data") is what error messages name. `default_domain` is every row's domain when no row has the column
-    `cfg.domain_key`: for a run whose only teacher takes every domain. `eos_ids` end the student's responses, by default
-    the tokenizer's EOS does. `moment` is the time that a chat template writes, by default now. Any row that cannot be
-    used is a ValueError.
+    `flag` ("--data") is what error messages name. `default_domain` is every row's domain when no
+    row has the column `cfg.domain_key`: for a run whose only teacher takes every domain. `eos_ids`
+    end the student's responses, by default the tokenizer's EOS does. `moment` is the time that a
+    chat template writes, by default now. Any row that cannot be used is a ValueError.
     """
     rows = read_rows(paths, flag)
     domains = _domains(rows, cfg, default_domain)
     template = ChatTemplate(tokenizer, moment) if tokenizer.chat_template is not None else None
-    chats = [read_chat(where, row, cfg.prompt_key, tokenizer) for where, row in rows] if template else []
+    chats = (
+        [read_chat(where, row, cfg.prompt_key, tokenizer) for where, row in rows]
+        if template
+        else []
+    )
     texts = _texts(rows, cfg.prompt_key, template, chats)
     end = _turn_end(tokenizer, eos_ids, template, chats) if need_response else None
     prompts: list[Prompt] = []
     overlong: Counter[str] = Counter()
-    for (where, row), domain, token_ids in zip(rows, domains, _tokenize(texts, tokenizer), strict=True):
+    for (where, row), domain, token_ids in zip(
+        rows, domains, _tokenize(texts, tokenizer), strict=True
+    ):
         if not token_ids:
-            raise ValueError(f"{where}: column `{cfg.prompt_key}`: the prompt is empty after tokenisation")
+            raise ValueError(
+                f"{where}: column `{cfg.prompt_key}`: the prompt is empty after tokenisation"
+            )
         answer = text_column(where, row, cfg.answer_key, "--answer_key", is_needed=need_answer)
-        target_ids = _targets(where, row, cfg.response_key, tokenizer, end)[:max_response_tokens] if end else None
+        target_ids = (
+            _targets(where, row, cfg.response_key, tokenizer, end)[:max_response_tokens]
+            if end
+            else None
+        )
         if len(token_ids) > cfg.max_prompt_tokens:
             overlong[domain] += 1
             if cfg.overlong_prompts == "drop":
                 continue
             token_ids = token_ids[-cfg.max_prompt_tokens :]
         prompts.append(
-            Prompt(prompt_id=len(prompts), domain=domain, token_ids=token_ids, target_ids=target_ids, answer=answer)
+            Prompt(
+                prompt_id=len(prompts),
+                domain=domain,
+                token_ids=token_ids,
+                target_ids=target_ids,
+                answer=answer,
+            )
         )
     counts = Counter(prompt.domain for prompt in prompts)
     lost = [f"{domain} ({overlong[domain]} rows)" for domain in sorted(set(domains) - set(counts))]
     if lost:
         raise ValueError(
-            f"{flag}: every prompt is longer than --max_prompt_tokens {cfg.max_prompt_tokens} in {', '.join(lost)}; "
+            f"{flag}: every prompt is longer than --max_prompt_tokens {cfg.max_prompt_tokens} in "
+            f"{', '.join(lost)}; "
             "raise it, or set --overlong_prompts truncate"
         )
     return PromptSet(
@@ -186,7 +242,10 @@ def load_prompts(
 def _content_hash(prompts: list[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.token_ids, prompt.domain, prompt.answer, prompt.target_ids]).encode() + b"\n")
+        digest.update(
+            json.dumps([prompt.token_ids, prompt.domain, prompt.answer, prompt.target_ids]).encode()
+            + b"\n"
+        )
     return digest.hexdigest()
 
 
@@ -204,10 +263,14 @@ def _walk(ids: Sequence[int], start: int, stop: int, seed: int, name: str) -> li
 
 
 def _integer_weights(prompt_set: PromptSet, domain_weights: dict[str, float]) -> tuple[int, ...]:
-    """Weights of `prompt_set.domains` as the smallest integers, so that shares are exact over any number of steps."""
+    """Weights of `prompt_set.domains` as the smallest integers, so that shares are exact over any
+    number of steps.
+    """
     if set(domain_weights) != set(prompt_set.domains):
         given, known = ", ".join(domain_weights), ", ".join(prompt_set.domains)
-        raise ValueError(f"--domain_weights: given for {given}; the data needs exactly one for each of {known}")
+        raise ValueError(
+            f"--domain_weights: given for {given}; the data needs exactly one for each of {known}"
+        )
     fractions = [Fraction(str(domain_weights[domain])) for domain in prompt_set.domains]
     if not any(fractions):
         raise ValueError("--domain_weights: at least one weight must be above 0")
@@ -222,11 +285,13 @@ def _cumulative_counts(weights: tuple[int, ...], prompts_per_step: int) -> list[
 
 
 def _counts_before(step: int, weights: tuple[int, ...], prompts_per_step: int) -> tuple[int, ...]:
-    """Prompts of each domain in the first `step` steps: always within 1 of the exact share, and never decreasing.
+    """Prompts of each domain in the first `step` steps: always within 1 of the exact share, and
+    never decreasing.
 
-    Rounding each total on its own would let a count fall from one step to the next. Instead the n-th prompt of a domain
-    with share w is a unit job that may not start before (n - 1) / w prompts and must be done by n / w prompts; taking
-    the earliest deadlines first meets all of them (unit jobs on identical machines).
+    Rounding each total on its own would let a count fall from one step to the next. Instead the
+    n-th prompt of a domain with share w is a unit job that may not start before (n - 1) / w prompts
+    and must be done by n / w prompts; taking the earliest deadlines first meets all of them (unit
+    jobs on identical machines).
     """
     memo, total_weight = _cumulative_counts(weights, prompts_per_step), sum(weights)
     while len(memo) <= step:
@@ -251,13 +316,17 @@ def prompt_batch(
     rank: int,
     world_size: int,
 ) -> list[Prompt]:
-    """This rank's prompts of a step: items rank, rank + world_size, ... of a global batch that knows no ranks.
+    """This rank's prompts of a step: items rank, rank + world_size, ... of a global batch that
+    knows no ranks.
 
-    Without weights the rows are walked in epochs, each shuffled, none dropped or repeated inside an epoch. With weights
-    every domain is walked that way on its own, and after any number of steps its count is within 1 of its share.
+    Without weights the rows are walked in epochs, each shuffled, none dropped or repeated inside an
+    epoch. With weights every domain is walked that way on its own, and after any number of steps
+    its count is within 1 of its share.
     """
     if prompts_per_step % world_size:
-        raise ValueError(f"--prompts_per_step {prompts_per_step}: must be a multiple of the {world_size} ranks")
+        raise ValueError(
+            f"--prompts_per_step {prompts_per_step}: must be a multiple of the {world_size} ranks"
+        )
     if domain_weights:
         weights = _integer_weights(prompt_set, domain_weights)
         before, after = (_counts_before(s, weights, prompts_per_step) for s in (step, step + 1))
@@ -276,29 +345,40 @@ def prompt_batch(
 def routes(
     teachers: tuple[TeacherSpec, ...], prompt_sets: Sequence[PromptSet]
 ) -> dict[str, tuple[tuple[str, float], ...]]:
-    """Domain -> ((teacher, weight), ...), weights summing to 1: the teachers that name it, else the "*" teacher.
+    """Domain -> ((teacher, weight), ...), weights summing to 1: the teachers that name it, else the
+    "*" teacher.
 
-    A domain without a teacher and a teacher without a domain are ValueErrors: neither is dropped, nor averaged over. A
-    teacher of weight 0 has no part in its domains.
+    A domain without a teacher and a teacher without a domain are ValueErrors: neither is dropped,
+    nor averaged over. A teacher of weight 0 has no part in its domains.
     """
     counts = sum((Counter(prompt_set.counts) for prompt_set in prompt_sets), Counter())
-    in_data = "the data has " + ", ".join(f"{domain} ({n} rows)" for domain, n in sorted(counts.items()))
+    in_data = "the data has " + ", ".join(
+        f"{domain} ({n} rows)" for domain, n in sorted(counts.items())
+    )
     table: dict[str, tuple[tuple[str, float], ...]] = {}
     for domain in sorted(counts):
         named = [t for t in teachers if t.domains != "*" and domain in t.domains]
         chosen = [t for t in named or [t for t in teachers if t.domains == "*"] if t.share > 0]
         table[domain] = tuple((t.name, t.share / sum(c.share for c in chosen)) for t in chosen)
-    orphans = [f"{domain} ({counts[domain]} rows)" for domain, chosen in table.items() if not chosen]
+    orphans = [
+        f"{domain} ({counts[domain]} rows)" for domain, chosen in table.items() if not chosen
+    ]
     if orphans:
         claims = ", ".join(f"{t.name}: {', '.join(t.domains)}" for t in teachers)
-        raise ValueError(f"--teacher: no teacher for the domains {', '.join(orphans)}; the teachers take {claims}")
+        raise ValueError(
+            f"--teacher: no teacher for the domains {', '.join(orphans)}; the teachers take "
+            f"{claims}"
+        )
     used = {name for chosen in table.values() for name, _ in chosen}
     for teacher in teachers:
         absent = [d for d in teacher.domains if d not in counts] if teacher.domains != "*" else []
         if absent:
-            raise ValueError(f"--teacher {teacher.name}: no row has the domain {', '.join(absent)}; {in_data}")
+            raise ValueError(
+                f"--teacher {teacher.name}: no row has the domain {', '.join(absent)}; {in_data}"
+            )
         if teacher.name not in used:
             raise ValueError(
-                f"--teacher {teacher.name}: never used, the others take every domain, or its weight is 0; {in_data}"
+                f"--teacher {teacher.name}: never used, the others take every domain, or its "
+                f"weight is 0; {in_data}"
             )
     return table

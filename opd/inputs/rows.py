@@ -1,4 +1,7 @@
-"""Rows of prompt files: JSON Lines, parquet, directories of those, or a hub data set. Knows files, not prompts."""
+"""Rows of prompt files: JSON Lines, parquet, directories of those, or a hub data set.
+
+Knows files, not prompts.
+"""
 
 import codecs
 import json
@@ -22,7 +25,10 @@ HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a value of a column store that Python cannot hold. An error only where somebody needs the value."""
+    """Stands for a value of a column store that Python cannot hold.
+
+    An error only where somebody needs the value.
+    """
 
     reason: str
 
@@ -37,7 +43,9 @@ def _content(path: Path, flag: str) -> bytes:
         raise ValueError(f"{flag} {path}: {LFS_ADVICE}")
     encoding = json.detect_encoding(content[:4])
     if not encoding.startswith("utf-8"):
-        raise ValueError(f"{flag} {path}: begins as {encoding.upper()} does, not UTF-8; save it as UTF-8")
+        raise ValueError(
+            f"{flag} {path}: begins as {encoding.upper()} does, not UTF-8; save it as UTF-8"
+        )
     return content.removeprefix(codecs.BOM_UTF8)
 
 
@@ -46,7 +54,9 @@ def _read_json(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
     content = _content(path, flag)
     if path.suffix == ".json" and content.lstrip().startswith(b"["):
         try:
-            yield from ((f"{flag} {path}, row {i}", row) for i, row in enumerate(json.loads(content), 1))
+            yield from (
+                (f"{flag} {path}, row {i}", row) for i, row in enumerate(json.loads(content), 1)
+            )
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{flag} {path}: not JSON: {one_line(error)}") from None
         return
@@ -57,7 +67,9 @@ def _read_json(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
         try:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON: {one_line(error)}; every line must be one JSON object") from None
+            raise ValueError(
+                f"{where}: not JSON: {one_line(error)}; every line must be one JSON object"
+            ) from None
 
 
 def _holds_json(kind: pyarrow.DataType) -> bool:
@@ -66,7 +78,9 @@ def _holds_json(kind: pyarrow.DataType) -> bool:
 
 
 def _parse_json(value: Any, kind: pyarrow.DataType) -> Any:
-    """A copy of `value` in which the text of arrow's JSON type, a string to pyarrow, is what it says."""
+    """A copy of `value` in which the text of arrow's JSON type, a string to pyarrow, is what it
+    says.
+    """
     if value is None or not _holds_json(kind):
         return value
     if isinstance(kind, pyarrow.JsonType):
@@ -81,13 +95,16 @@ def _parse_json(value: Any, kind: pyarrow.DataType) -> Any:
 def _plain(cell: pyarrow.Scalar) -> Any:
     try:
         return _parse_json(cell.as_py(maps_as_pydicts="strict"), cell.type)
-    # Text that is not UTF-8 or not JSON, years after 9999, unknown time zones, map keys that occur twice.
+    # Text that is not UTF-8 or not JSON, years after 9999, unknown time zones, map keys that occur
+    # twice.
     except (pyarrow.ArrowException, ValueError, OverflowError, KeyError, RecursionError) as error:
         return Unreadable(one_line(error))
 
 
 def _read_parquet(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
-    """By pyarrow and not by `datasets` 5.2, which knows fewer types (no UUID, no map) and fails on a file without rows."""
+    """By pyarrow and not by `datasets` 5.2, which knows fewer types (no UUID, no map) and fails on
+    a file without rows.
+    """
     number = 0
     try:
         with path.open("rb") as start:
@@ -103,7 +120,9 @@ def _read_parquet(path: Path, flag: str) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{flag} {path}, row {number}", dict(zip(names, values, strict=True))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path}: not a parquet file that can be read: {one_line(error)}") from None
+        raise ValueError(
+            f"{flag} {path}: not a parquet file that can be read: {one_line(error)}"
+        ) from None
 
 
 def _read_hub(name: str, flag: str) -> Iterator[tuple[str, Any]]:
@@ -112,27 +131,41 @@ def _read_hub(name: str, flag: str) -> Iterator[tuple[str, Any]]:
     if match is None or Path(name).suffix in (*JSON_SUFFIXES, ".parquet"):
         raise ValueError(f"{flag} {name}: no such file or directory")
     try:
-        rows = datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+        rows = datasets.load_dataset(
+            match["name"], match["config"], split=match["split"] or "train"
+        )
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         hub = f"nor a hub data set OWNER/NAME[/CONFIG][:SPLIT]: {one_line(error)}"
         raise ValueError(f"{flag} {name}: neither a file or directory {hub}") from None
     try:  # images and the like are decoded only now
         yield from ((f"{flag} {name}, row {i}", row) for i, row in enumerate(rows, 1))
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{flag} {name}: a row cannot be read: {one_line(error)}") from None
 
 
 def _data_files(directory: Path) -> list[Path]:
-    """Sorted; .json only where there is nothing else, since beside other files it describes them."""
+    """Sorted; .json only where there is nothing else, since beside other files it
+    describes them.
+    """
     for suffixes in ((".jsonl", ".ndjson", ".parquet"), (".json",)):
-        files = [p for p in directory.rglob("*") if p.suffix in suffixes and p.is_file() and not p.name.startswith(".")]
+        files = [
+            p
+            for p in directory.rglob("*")
+            if p.suffix in suffixes and p.is_file() and not p.name.startswith(".")
+        ]
         if files:
             break
     return sorted(files)
 
 
 def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) of every row of `paths`, in order; `where` names flag, file and line for error messages.
+    """(where, row) of every row of `paths`, in order; `where` names flag, file and line for error
+    messages.
 
     A path is a JSON Lines or parquet file, a directory of those (in sorted order), or a hub id.
     """
@@ -145,11 +178,19 @@ def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]
         if path.is_dir():
             files = _data_files(path)
             if not files:
-                raise ValueError(f"{flag} {name}: the directory holds no {', '.join(JSON_SUFFIXES)} or .parquet file")
+                raise ValueError(
+                    f"{flag} {name}: the directory holds no {', '.join(JSON_SUFFIXES)} or "
+                    f".parquet file"
+                )
         for file in files:
             if file.suffix not in (*JSON_SUFFIXES, ".parquet"):
-                raise ValueError(f"{flag} {file}: unknown file type {file.suffix!r}; use .jsonl, .json or .parquet")
-            rows += _read_parquet(file, flag) if file.suffix == ".parquet" else _read_json(file, flag)
+                raise ValueError(
+                    f"{flag} {file}: unknown file type {file.suffix!r}; use .jsonl, .json or "
+                    f".parquet"
+                )
+            rows += (
+                _read_parquet(file, flag) if file.suffix == ".parquet" else _read_json(file, flag)
+            )
         if not files:
             rows += _read_hub(name, flag)
         if len(rows) == before:

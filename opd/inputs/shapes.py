@@ -1,6 +1,9 @@
-"""Shapes of models, from their configurations alone: parameters, KV cache, activations. No weight and no tokenizer is read.
+"""Shapes of models, from their configurations alone: parameters, KV cache, activations.
 
-A model is built on the meta device, where tensors have shapes and no memory, so its parameters are those that will be loaded.
+No weight and no tokenizer is read.
+
+A model is built on the meta device, where tensors have shapes and no memory, so its parameters are
+those that will be loaded.
 """
 
 import copy
@@ -26,7 +29,8 @@ class ModelShape:
 
     flag: str  # what error messages call it
     path: str
-    parameters: tuple[tuple[int, ...], ...]  # the shape of each, in the model's order; tied ones once
+    # the shape of each, in the model's order; tied ones once
+    parameters: tuple[tuple[int, ...], ...]
     vocab_size: int  # rows of the head, padding included
     hidden_size: int
     tied: bool  # whether the head is the embedding
@@ -34,7 +38,9 @@ class ModelShape:
     num_heads: int  # this and the following: the largest, where layers differ
     num_kv_heads: int
     head_dim: int
-    mlp_size: int  # columns that a token passes in one layer; of a mixture of experts those of its experts together
+    # columns that a token passes in one layer; of a mixture of experts those of its experts
+    # together
+    mlp_size: int
 
     @property
     def num_parameters(self) -> int:
@@ -46,7 +52,11 @@ class ModelShape:
 
     def in_small_matrices(self, limit: int) -> int:
         """Parameters in matrices of fewer than `limit` values, embedding and head aside."""
-        sizes = (math.prod(shape) for shape in self.parameters if len(shape) > 1 and shape[0] != self.vocab_size)
+        sizes = (
+            math.prod(shape)
+            for shape in self.parameters
+            if len(shape) > 1 and shape[0] != self.vocab_size
+        )
         return sum(size for size in sizes if size < limit)
 
     @property
@@ -59,12 +69,14 @@ class ModelShape:
         return max(math.prod(shape) for shape in self.parameters)
 
     def activations_per_token(self, width: int) -> int:
-        """Bytes that the forward of one layer keeps for the backward of one token, with an attention that keeps no scores.
+        """Bytes that the forward of one layer keeps for the backward of one token, with an
+        attention that keeps no scores.
 
-        Counted from the layer as transformers 5 writes it, `width` bytes a value. A norm works in float32: it keeps its
-        input in that type (of a float32 model the input itself, once) and its result before the weight. Then: what
-        the projections read, queries, keys and values as attention sees them, its result and its log-sum-exp, and gate,
-        activation, up and their product in the MLP.
+        Counted from the layer as transformers 5 writes it, `width` bytes a value. A norm works in
+        float32: it keeps its input in that type (of a float32 model the input itself, once) and its
+        result before the weight. Then: what the projections read, queries, keys and values as
+        attention sees them, its result and its log-sum-exp, and gate, activation, up and their
+        product in the MLP.
         """
         H, Q = self.hidden_size, self.num_heads * self.head_dim
         KV = self.num_kv_heads * self.head_dim
@@ -77,14 +89,17 @@ class ModelShape:
         """ValueError if `size` GPUs cannot share the attention heads evenly."""
         if self.num_heads % size:
             raise ValueError(
-                f"{flag} {size}: does not divide the {self.num_heads} attention heads of {self.flag} {self.path}; "
+                f"{flag} {size}: does not divide the {self.num_heads} attention heads of "
+                f"{self.flag} {self.path}; "
                 f"try {math.gcd(self.num_heads, size)}"
             )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without warnings and progress bars: what it warns of here, it says again when the model is loaded."""
+    """transformers without warnings and progress bars: what it warns of here, it says again when
+    the model is loaded.
+    """
     verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -97,7 +112,9 @@ def quiet() -> Iterator[None]:
 
 
 def load_part(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns; whatever it raises becomes one line about the model at `path`, and the only one."""
+    """What `load` returns; whatever it raises becomes one line about the model at `path`, and the
+    only one.
+    """
     try:
         with quiet():
             return load()
@@ -107,16 +124,23 @@ def load_part(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
 
 def check_path(flag: str, path: str) -> None:
     """Refuses what is neither a directory nor looks like a hub id."""
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()):
+    if not Path(path).is_dir() and (
+        path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+    ):
         raise ValueError(f"{flag} {path}: no such model directory")
 
 
 def served_length(model: str, context: int | None, max_model_len: int | None) -> int:
-    """Tokens of prompt and response that a server of `model` takes: its context, or less. ValueError for more."""
+    """Tokens of prompt and response that a server of `model` takes: its context, or less.
+
+    ValueError for more.
+    """
     if context is None and max_model_len is None:
         raise ValueError(f"--model {model} states no context length; give --max_model_len")
     if context is not None and (max_model_len or 0) > context:
-        raise ValueError(f"--max_model_len {max_model_len}: over the {context} tokens of {model}; lower it")
+        raise ValueError(
+            f"--max_model_len {max_model_len}: over the {context} tokens of {model}; lower it"
+        )
     return max_model_len or context
 
 
@@ -139,7 +163,8 @@ def read_model(
         model_of(config, flag, path, **options)  # what fails here too is not a matter of attention
         reason = str(error).rpartition(": cannot load its architecture: ")[2]
         raise ValueError(
-            f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose auto or eager ({reason})"
+            f"--attn_implementation {attn_implementation}: not for {flag} {path}; choose auto or "
+            f"eager ({reason})"
         ) from None
 
 
@@ -148,7 +173,9 @@ def _load_config(path: str, options: dict[str, Any]) -> PreTrainedConfig:
     content, _ = PreTrainedConfig.get_config_dict(path, **here)
     family = content.get("model_type")
     if family is not None and family not in CONFIG_MAPPING and "auto_map" not in content:
-        raise ValueError(f"transformers {transformers.__version__} does not know {family}; choose another model")
+        raise ValueError(
+            f"transformers {transformers.__version__} does not know {family}; choose another model"
+        )
     return AutoConfig.from_pretrained(path, **here, **options)
 
 
@@ -156,19 +183,29 @@ def model_of(config: PreTrainedConfig, flag: str, path: str, **options) -> torch
     """A model on the meta device, from its configuration."""
     with torch.device("meta"):
         return load_part(
-            flag, path, "architecture", lambda: AutoModelForCausalLM.from_config(config, dtype="float32", **options)
+            flag,
+            path,
+            "architecture",
+            lambda: AutoModelForCausalLM.from_config(config, dtype="float32", **options),
         )
 
 
 def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
-    """The shape of a model, real or on the meta device. ValueError if its configuration does not say enough."""
+    """The shape of a model, real or on the meta device.
+
+    ValueError if its configuration does not say enough.
+    """
     config = model.config.get_text_config()
     for name in ("num_hidden_layers", "num_attention_heads"):
         if not layer_values(config, name):
-            raise ValueError(f"{flag} {path}: config.json has no {name}; without it memory cannot be planned")
+            raise ValueError(
+                f"{flag} {path}: config.json has no {name}; without it memory cannot be planned"
+            )
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{flag} {path}: {config.model_type} has no lm_head; give a causal language model")
+        raise ValueError(
+            f"{flag} {path}: {config.model_type} has no lm_head; give a causal language model"
+        )
     vocab_size, hidden_size = head.weight.shape
     embedding = model.get_input_embeddings()
     num_heads = _widest(config, "num_attention_heads")
@@ -188,9 +225,11 @@ def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
 
 
 def layer_values(config: PreTrainedConfig, name: str) -> list[int]:
-    """The numbers that a field of a configuration holds: none, one, or one for each layer where layers differ.
+    """The numbers that a field of a configuration holds: none, one, or one for each layer where
+    layers differ.
 
-    Layers differ by a list in the field, or by the overrides of transformers 5 (Gemma 4), whose global field may not be read.
+    Layers differ by a list in the field, or by the overrides of transformers 5 (Gemma 4), whose
+    global field may not be read.
     """
     is_heterogeneous = getattr(config, "is_heterogeneous", False) and name != "num_hidden_layers"
     parts = list(config.per_layer_config) if is_heterogeneous else [config]
@@ -200,7 +239,9 @@ def layer_values(config: PreTrainedConfig, name: str) -> list[int]:
 
 
 def _widest(config: PreTrainedConfig, *names: str) -> int | None:
-    """Of the first of these fields that holds a number; families name the same thing differently."""
+    """Of the first of these fields that holds a number; families name the same thing
+    differently.
+    """
     return next((max(values) for name in names if (values := layer_values(config, name))), None)
 
 

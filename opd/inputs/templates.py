@@ -1,7 +1,9 @@
-"""The chat template of a tokenizer: what it makes of a row's messages, and with which token it ends an answer.
+"""The chat template of a tokenizer: what it makes of a row's messages, and with which token it ends
+an answer.
 
-A template is a program that came with a model. It may fail in any way, want its messages in another form than the usual
-one, or leave out what it was given without a word; each of these is found here, row by row.
+A template is a program that came with a model. It may fail in any way, want its messages in another
+form than the usual one, or leave out what it was given without a word; each of these is found here,
+row by row.
 """
 
 import itertools
@@ -23,12 +25,16 @@ TIME_LIMIT_S = 5  # of processor time; a row takes about 0.1 ms
 MARK = "zqxjk"  # an answer that no template contains
 
 
-# ---- The forms in which templates want messages ----------------------------------------------------------------------
+# ---- The forms in which templates want messages --------------------------------------------------
 
 
 def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
     """The form of models that see images; to their templates a plain text is a list of nothing."""
-    return {**message, "content": [{"type": "text", "text": text_of(message)}]} if "content" in message else message
+    return (
+        {**message, "content": [{"type": "text", "text": text_of(message)}]}
+        if "content" in message
+        else message
+    )
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:
@@ -55,14 +61,19 @@ def _call_arguments(message: dict[str, Any], *, as_text: bool) -> dict[str, Any]
         return call
 
     calls = message.get("tool_calls")
-    return {**message, "tool_calls": [convert(call) for call in calls]} if isinstance(calls, list) else message
+    return (
+        {**message, "tool_calls": [convert(call) for call in calls]}
+        if isinstance(calls, list)
+        else message
+    )
 
 
 def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The same messages in every form that some template wants, the usual one first, none twice.
 
-    A content is text, absent beside tool calls; or text always; or a list of parts. Arguments of tool calls are objects,
-    as `transformers` documents them: most templates write a text as a JSON string of JSON; or they are text.
+    A content is text, absent beside tool calls; or text always; or a list of parts. Arguments of
+    tool calls are objects, as `transformers` documents them: most templates write a text as a JSON
+    string of JSON; or they are text.
     """
     seen: list[list[dict[str, Any]]] = []
     for content, as_text in itertools.product((dict, _with_content, _as_parts), (False, True)):
@@ -72,7 +83,7 @@ def _forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
             yield form
 
 
-# ---- Rendering -------------------------------------------------------------------------------------------------------
+# ---- Rendering -----------------------------------------------------------------------------------
 
 
 class _Refused(Exception):
@@ -81,12 +92,15 @@ class _Refused(Exception):
 
 @contextmanager
 def _time_limit():
-    """TimeoutError after TIME_LIMIT_S of processor time: loops in loops of a template may take days, and jinja has no limit."""
+    """TimeoutError after TIME_LIMIT_S of processor time: loops in loops of a template may take
+    days, and jinja has no limit.
+    """
 
     def stop(*_):
         raise TimeoutError(f"it takes more than {TIME_LIMIT_S} s")
 
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+    # signals reach the main thread only
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGVTALRM, stop)
@@ -101,8 +115,8 @@ def _time_limit():
 class ChatTemplate:
     """A tokenizer's chat template at work on the rows of a data set.
 
-    `moment` is the time that it is told if it asks, as those of Llama 3.1 and Granite do, now by default. It must not
-    change when a run is resumed: the prompts would.
+    `moment` is the time that it is told if it asks, as those of Llama 3.1 and Granite do, now by
+    default. It must not change when a run is resumed: the prompts would.
     """
 
     def __init__(self, tokenizer, moment: datetime | None = None):
@@ -115,7 +129,8 @@ class ChatTemplate:
     def render(self, where: str, chat: Chat) -> str:
         """The text of a chat, with the beginning of the answer.
 
-        Raises ValueError if the template fails, or leaves out a message or the tools in every form that it may want.
+        Raises ValueError if the template fails, or leaves out a message or the tools in every form
+        that it may want.
         """
         problems: list[str] = []
         for messages in _forms(chat.messages):
@@ -136,15 +151,27 @@ class ChatTemplate:
 
         Some write it only where another message follows, and some refuse an answer to no question.
         """
-        answer, user = {"role": "assistant", "content": MARK}, {"role": "user", "content": MARK.upper()}
-        for messages in ([*chat.messages, answer], [*chat.messages, answer, user], [{**user, "content": "?"}, answer]):
+        answer, user = (
+            {"role": "assistant", "content": MARK},
+            {"role": "user", "content": MARK.upper()},
+        )
+        for messages in (
+            [*chat.messages, answer],
+            [*chat.messages, answer, user],
+            [{**user, "content": "?"}, answer],
+        ):
             for form in _forms(messages):
                 try:
-                    text = self._apply(Chat(form, chat.tools, chat.kwargs), add_generation_prompt=False)
+                    text = self._apply(
+                        Chat(form, chat.tools, chat.kwargs), add_generation_prompt=False
+                    )
                 except _Refused:
                     continue
-                _, *after = re.split(MARK, text, flags=re.IGNORECASE)  # templates may change the case
-                ids = self.tokenizer(after[0], add_special_tokens=False)["input_ids"] if after else []
+                # templates may change the case
+                _, *after = re.split(MARK, text, flags=re.IGNORECASE)
+                ids = (
+                    self.tokenizer(after[0], add_special_tokens=False)["input_ids"] if after else []
+                )
                 end = next((token_id for token_id in ids if token_id in eos_ids), None)
                 if end is not None:
                     return end
@@ -159,9 +186,13 @@ class ChatTemplate:
         try:
             with _time_limit():
                 text = self.tokenizer.apply_chat_template(
-                    chat.messages, tools=chat.tools, tokenize=False, add_generation_prompt=add_generation_prompt,
-                    **self._clock, **chat.kwargs,
-                )  # fmt: skip
+                    chat.messages,
+                    tools=chat.tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._clock,
+                    **chat.kwargs,
+                )
             text.encode()  # a template may write what no tokenizer takes
         except Exception as error:  # a template is a program of others: it may fail in any way
             said, kind = one_line(error), type(error).__name__
@@ -170,10 +201,12 @@ class ChatTemplate:
         return text
 
     def _left_out(self, chat: Chat, text: str) -> str | None:
-        """What of `chat` has no part in its rendering `text`; answers aside, whose thinking many templates drop.
+        """What of `chat` has no part in its rendering `text`; answers aside, whose thinking many
+        templates drop.
 
-        A template may change a text in any way, so each is exchanged for another one, and the rendering must change. For
-        chats of a shape that was tried before it is enough if the text stands there.
+        A template may change a text in any way, so each is exchanged for another one, and the
+        rendering must change. For chats of a shape that was tried before it is enough if the text
+        stands there.
         """
         shape = (
             tuple((m["role"], frozenset(m), type(m.get("content"))) for m in chat.messages),
@@ -192,8 +225,14 @@ class ChatTemplate:
                 silent = {k: v for k, v in _with_content(message).items() if k != "tool_calls"}
                 if not self._changes(chat, text, number - 1, silent):
                     return f"the tool calls of message {number}"
-        if chat.tools and not is_known and self._rendering(Chat(chat.messages, None, chat.kwargs)) == text:
-            return f"the tools of column `{TOOLS}`; remove the column, or take a model that uses tools"
+        if (
+            chat.tools
+            and not is_known
+            and self._rendering(Chat(chat.messages, None, chat.kwargs)) == text
+        ):
+            return (
+                f"the tools of column `{TOOLS}`; remove the column, or take a model that uses tools"
+            )
         self._shown.add(shape)
         return None
 
@@ -210,7 +249,9 @@ class ChatTemplate:
 
 
 def _exchanged(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with another text of the same length: some templates write something for every letter of a text."""
+    """The message with another text of the same length: some templates write something for every
+    letter of a text.
+    """
     text = text_of(message)
     other = ("x" if set(text.lower()) != {"x"} else "y") * len(text)
     content = [{"type": "text", "text": other}] if isinstance(message["content"], list) else other

@@ -1,8 +1,9 @@
 """Which models vLLM runs here, asked of its registry without importing vLLM, which takes seconds.
 
-The registry is a table in a source file: architecture -> module and class. It is read as text. A module whose imports fail on
-this machine is refused with the reason; only modules for images and the like are imported for that, in a process of its own,
-and only where what they are known to need is not installed.
+The registry is a table in a source file: architecture -> module and class. It is read as text. A
+module whose imports fail on this machine is refused with the reason; only modules for images and
+the like are imported for that, in a process of its own, and only where what they are known to need
+is not installed.
 """
 
 import ast
@@ -20,12 +21,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 GENERATING = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
 REMOVED = "_PREVIOUSLY_SUPPORTED_MODELS"  # architecture -> the last version that had it
 NEEDS_MORE = re.compile(r"^\s*(from|import) .*\b(vllm\.multimodal|torchvision|torchaudio)\b", re.M)
-# Model types that vllm 0.32 and transformers 5.19 were found to compute otherwise (scripts/check_families.py): always, on a
-# CPU, or by less than bfloat16 shows (about 2e-4 nats).
+# Model types that vllm 0.32 and transformers 5.19 were found to compute otherwise
+# (scripts/check_families.py): always, on a CPU, or by less than bfloat16 shows (about 2e-4 nats).
 OTHERWISE = {"doge": "without its dynamic mask", "jetmoe": "without its experts of attention"}
 OTHERWISE_ON_CPU = ("gemma3n", "gemma3n_text")
 ROUNDED = {
-    "apertus": "its activation has parameters in bfloat16", "bloom": "its GELU, exact or approximated",
+    "apertus": "its activation has parameters in bfloat16", "bloom": "its GELU, exact or "
+                                                                     "approximated",
     **dict.fromkeys(("nemotron_h", "zamba2"), "a lower bound of the time step, applied or not"),
 }  # fmt: skip
 IMPORT_SECONDS = 300.0  # a cold disk
@@ -42,20 +44,27 @@ except Exception as error:
 """
 
 
-def check_vllm_runs(flag: str, path: str, model: PreTrainedModel, architectures: list[str] | None, remedy: str) -> None:
+def check_vllm_runs(
+    flag: str, path: str, model: PreTrainedModel, architectures: list[str] | None, remedy: str
+) -> None:
     """ValueError, with the reason, if vLLM cannot run the first of `architectures` that it knows.
 
-    They are those of config.json. Without any it takes the one of the model's type, which is that of `model`.
+    They are those of config.json. Without any it takes the one of the model's type, which is that
+    of `model`.
 
-    Nothing is said where vLLM is not installed. Costs milliseconds; a model of images in an environment without torchvision
-    costs one import of vLLM.
+    Nothing is said where vLLM is not installed. Costs milliseconds; a model of images in an
+    environment without torchvision costs one import of vLLM.
     """
     tables = _registry()
     if tables is None:
         return
     own = type(model).__name__
     architectures = architectures or [own]
-    known = {architecture: place for table in GENERATING for architecture, place in tables.get(table, {}).items()}
+    known = {
+        architecture: place
+        for table in GENERATING
+        for architecture, place in tables.get(table, {}).items()
+    }
     runs = next((architecture for architecture in architectures if architecture in known), None)
     if runs is None:
         if _brings_models():
@@ -63,45 +72,67 @@ def check_vllm_runs(flag: str, path: str, model: PreTrainedModel, architectures:
         (named, *_) = architectures
         if own in known or own not in architectures:
             raise ValueError(
-                f"{flag} {path}: config.json says architectures {architectures}, of which vLLM makes no model that writes "
+                f"{flag} {path}: config.json says architectures {architectures}, of which vLLM "
+                f"makes no model that writes "
                 f'text; set it to ["{own}"] if the files hold one'
             )
-        if not (model.is_backend_compatible() or model._can_set_attn_implementation()):  # as vllm 0.32 asks
+        # as vllm 0.32 asks
+        if not (model.is_backend_compatible() or model._can_set_attn_implementation()):
             last = tables.get(REMOVED, {}).get(named)
             since = f" (it did until {last})" if last else ""
             raise ValueError(f"{flag} {path}: vLLM does not run {named}{since}; {remedy}")
         return
     if reason := _why_not_importable(*known[runs]):
-        raise ValueError(f"{flag} {path}: vLLM cannot run {runs} here ({reason}); install what it needs, or {remedy}")
+        raise ValueError(
+            f"{flag} {path}: vLLM cannot run {runs} here ({reason}); install what it needs, or "
+            f"{remedy}"
+        )
 
 
 def check_agrees(
-    flag: str, path: str, config: PreTrainedConfig, *, is_student: bool, exact: bool, on_gpu: bool, tokens: int
+    flag: str,
+    path: str,
+    config: PreTrainedConfig,
+    *,
+    is_student: bool,
+    exact: bool,
+    on_gpu: bool,
+    tokens: int,
 ) -> None:
-    """ValueError for a model that vllm 0.32 is known to compute otherwise than transformers 5.19, or cannot sample for a trainer.
+    """ValueError for a model that vllm 0.32 is known to compute otherwise than transformers 5.19,
+    or cannot sample for a trainer.
 
-    `exact` is whether it computes in float32, `tokens` the longest prompt and response together. What is not known here the judge
-    of the sampler finds (`parity`); nobody judges a teacher.
+    `exact` is whether it computes in float32, `tokens` the longest prompt and response together.
+    What is not known here the judge of the sampler finds (`parity`); nobody judges a teacher.
     """
     config = config.get_text_config()
     family, window = config.model_type, getattr(config, "sliding_window", None)
     other = "choose another model" if is_student else "set `backend: hf` in its entry"
     if family in OTHERWISE:
         raise ValueError(
-            f"{flag} {path}: vLLM computes {family} otherwise than its authors ({OTHERWISE[family]}); {other}"
+            f"{flag} {path}: vLLM computes {family} otherwise than its authors "
+            f"({OTHERWISE[family]}); {other}"
         )
     if family in OTHERWISE_ON_CPU and not on_gpu:
-        raise ValueError(f"{flag} {path}: on a CPU vLLM computes {family} otherwise than transformers does; {other}")
+        raise ValueError(
+            f"{flag} {path}: on a CPU vLLM computes {family} otherwise than transformers does; "
+            f"{other}"
+        )
     if family.startswith("cohere2") and window and tokens > window:
         raise ValueError(
-            f"{flag} {path}: beyond its window of {window} tokens vLLM and transformers see other tokens (vLLM one more); "
+            f"{flag} {path}: beyond its window of {window} tokens vLLM and transformers see other "
+            f"tokens (vLLM one more); "
             f"--max_prompt_tokens and --max_response_tokens may be {window} together"
         )
     if is_student and family == "gpt_oss":
-        raise ValueError(f"{flag} {path}: vLLM takes no new weights for gpt_oss while it runs; it can be a teacher")
+        raise ValueError(
+            f"{flag} {path}: vLLM takes no new weights for gpt_oss while it runs; it can be a "
+            f"teacher"
+        )
     if exact and family in ROUNDED:
         raise ValueError(
-            f"{flag} {path}: vLLM and transformers compute {family} with other formulas ({ROUNDED[family]}), which float32 "
+            f"{flag} {path}: vLLM and transformers compute {family} with other formulas "
+            f"({ROUNDED[family]}), which float32 "
             f"shows; use --dtype bfloat16, or {other}"
         )
 
@@ -114,7 +145,11 @@ def _registry() -> dict[str, dict] | None:
         return None
     tables = {}
     for node in ast.parse((root / "model_executor/models/registry.py").read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Dict):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Dict)
+        ):
             name = node.targets[0].id
             if name in (*GENERATING, REMOVED):
                 tables[name] = ast.literal_eval(node.value)
@@ -135,9 +170,13 @@ def _brings_models() -> bool:
 @functools.cache
 def _why_not_importable(module: str, name: str) -> str | None:
     """The error at the root of a failed import of a class of vLLM's, or None."""
-    if module == "transformers":  # vLLM's backend of that name names images' classes too, and imports without them
+    # vLLM's backend of that name names images' classes too, and imports without them
+    if module == "transformers":
         return None
-    if importlib.util.find_spec("torchvision") is not None and importlib.util.find_spec("torchaudio") is not None:
+    if (
+        importlib.util.find_spec("torchvision") is not None
+        and importlib.util.find_spec("torchaudio") is not None
+    ):
         return None
     full = module if module.startswith("vllm.") else f"vllm.model_executor.models.{module}"
     file = _vllm().parent / full.replace(".", "/")
@@ -146,7 +185,9 @@ def _why_not_importable(module: str, name: str) -> str | None:
         return None
     command = [sys.executable, "-c", IMPORT, full, name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return None  # the engine will say
     if done.returncode == 0:

@@ -1,9 +1,11 @@
-"""The passes over a vocabulary that a loss is made of: statistics, divergence with its gradient, top-k.
+"""The passes over a vocabulary that a loss is made of: statistics, divergence with its gradient,
+top-k.
 
-Each takes a tile: some rows of logits, float32 or float64, over the whole vocabulary. `tiles` cuts them so small on a
-CPU that a tile stays in a core's cache from its first pass to its last; what these passes cost is memory traffic. On a
-GPU a tile is everything at hand and `fused` compiles the passes into few kernels. `losses.divergence` is the definition;
-the tests hold these to its values and to its gradients.
+Each takes a tile: some rows of logits, float32 or float64, over the whole vocabulary. `tiles` cuts
+them so small on a CPU that a tile stays in a core's cache from its first pass to its last; what
+these passes cost is memory traffic. On a GPU a tile is everything at hand and `fused` compiles the
+passes into few kernels. `losses.divergence` is the definition; the tests hold these to its values
+and to its gradients.
 
 Shape legend: C rows (tokens), V vocabulary, K ids per row.
 """
@@ -14,7 +16,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-TILE_BYTES = 1 << 20  # a core's second-level cache holds the handful of tensors that a kernel makes of a tile
+# a core's second-level cache holds the handful of tensors that a kernel makes of a tile
+TILE_BYTES = 1 << 20
 TOPK_BLOCK = 64
 
 
@@ -29,8 +32,12 @@ def tiles(logits_CV: Tensor) -> Iterator[slice]:
 
 
 def fused(kernel: Callable) -> Callable:
-    """`kernel`, compiled where it runs on a GPU. Its options (which divergence, which weights) become constants."""
-    compiled = functools.cache(lambda: torch.compile(kernel, dynamic=True))  # torch's compiler takes seconds to import
+    """`kernel`, compiled where it runs on a GPU.
+
+    Its options (which divergence, which weights) become constants.
+    """
+    # torch's compiler takes seconds to import
+    compiled = functools.cache(lambda: torch.compile(kernel, dynamic=True))
 
     @functools.wraps(kernel)
     def run(first_CV: Tensor, *arguments, **options):
@@ -41,7 +48,10 @@ def fused(kernel: Callable) -> Callable:
 
 @fused
 def statistics(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(logsumexp [C], entropy [C] in nats). With x = logits - max and Z = sum e^x: log Z - sum(x e^x) / Z."""
+    """(logsumexp [C], entropy [C] in nats).
+
+    With x = logits - max and Z = sum e^x: log Z - sum(x e^x) / Z.
+    """
     max_C1 = logits_CV.amax(dim=-1, keepdim=True)
     x_CV = logits_CV - max_C1
     exp_CV = x_CV.exp()
@@ -63,8 +73,9 @@ def divergence_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(D [C], dD/dlogits [C, V] in `gradient_dtype`) of the divergences of `losses.divergence`.
 
-    Each of them is a sum over the vocabulary whose derivative with respect to p, at fixed q, is u up to a constant;
-    through the softmax it becomes p (u - sum p u). Where s and t occur as a difference only, the logits serve for them.
+    Each of them is a sum over the vocabulary whose derivative with respect to p, at fixed q, is u
+    up to a constant; through the softmax it becomes p (u - sum p u). Where s and t occur as a
+    difference only, the logits serve for them.
     """
     s_CV = logits_CV - logsumexp_C.unsqueeze(-1)
     p_CV = s_CV.exp()
@@ -83,10 +94,13 @@ def divergence_and_gradient(
         divergence_C = jsd_beta * _dot(q_CV, t_CV.sub_(log_m_CV)) + (1 - jsd_beta) * mean_C
         gradient_CV = p_CV.mul_(1 - jsd_beta) * s_CV.sub_(mean_C.unsqueeze(-1))
         return divergence_C, gradient_CV.to(gradient_dtype)
-    if kind == "skew_forward_kl":  # m = alpha q + (1 - alpha) p, D = sum q (t - log m), u = (alpha - 1) q / m
+    # m = alpha q + (1 - alpha) p, D = sum q (t - log m), u = (alpha - 1) q / m
+    if kind == "skew_forward_kl":
         t_CV.sub_(_log(torch.lerp(p_CV, q_CV, skew_alpha)))
         divergence_C, u_CV = _dot(q_CV, t_CV), t_CV.exp().mul_(skew_alpha - 1)
-    else:  # skew_reverse_kl: m = alpha p + (1 - alpha) q, D = sum p (s - log m), u = s - log m - alpha p / m
+    # skew_reverse_kl: m = alpha p + (1 - alpha) q, D = sum p (s - log m), u = s - log m - alpha p /
+    # m
+    else:
         s_CV.sub_(_log(torch.lerp(q_CV, p_CV, skew_alpha)))
         divergence_C, u_CV = _dot(p_CV, s_CV), s_CV - skew_alpha * s_CV.exp()
     return divergence_C, (p_CV * u_CV.sub_(_dot(p_CV, u_CV).unsqueeze(-1))).to(gradient_dtype)
@@ -98,7 +112,10 @@ def _log(m_CV: Tensor) -> Tensor:
 
 
 def _dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
-    """Row by row, [C]. On a CPU long rows go to BLAS, which writes no product; on a GPU the compiler fuses the sum."""
+    """Row by row, [C].
+
+    On a CPU long rows go to BLAS, which writes no product; on a GPU the compiler fuses the sum.
+    """
     if a_CV.is_cuda or a_CV.shape[1] < 4096:
         return (a_CV * b_CV).sum(dim=-1)
     return torch.bmm(a_CV.unsqueeze(1), b_CV.unsqueeze(2)).flatten()
@@ -106,26 +123,32 @@ def _dot(a_CV: Tensor, b_CV: Tensor) -> Tensor:
 
 @fused
 def logprob_gradient(logits_CV: Tensor, logsumexp_C: Tensor, total_C: Tensor) -> Tensor:
-    """-total p [C, V]: what the normaliser of log-probabilities sends back when their gradients sum to `total_C`."""
+    """-total p [C, V]: what the normaliser of log-probabilities sends back when their gradients sum
+    to `total_C`.
+    """
     return (logits_CV - logsumexp_C.unsqueeze(-1)).exp() * -total_C.unsqueeze(-1)
 
 
 def top_k(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`logits_CV.topk(k)`, values descending and ids, by block maxima.
 
-    The vocabulary is dealt to blocks. A block that holds one of the k largest has a maximum among the k largest maxima,
-    so only k blocks are searched: one cheap pass over the tile and a selection from k * 64 columns, where a selection
-    from 151,936 costs several times as much. Exact; among equal logits another id may win than in `topk`.
+    The vocabulary is dealt to blocks. A block that holds one of the k largest has a maximum among
+    the k largest maxima, so only k blocks are searched: one cheap pass over the tile and a
+    selection from k * 64 columns, where a selection from 151,936 costs several times as much.
+    Exact; among equal logits another id may win than in `topk`.
     """
     rows, vocab = logits_CV.shape
     blocks = vocab // TOPK_BLOCK
     if blocks < 4 * k:
         return logits_CV.topk(k, dim=-1)
     dealt = blocks * TOPK_BLOCK
-    # Block b holds columns b, b + blocks, b + 2 blocks ...: its maximum is taken down whole rows of a matrix.
+    # Block b holds columns b, b + blocks, b + 2 blocks ...: its maximum is taken down whole rows of
+    # a matrix.
     blocks_CJB = logits_CV[:, :dealt].view(rows, TOPK_BLOCK, blocks)
     best_CK = blocks_CJB.amax(dim=1).topk(k, dim=-1, sorted=False).indices
-    columns_CJK = best_CK.unsqueeze(1) + blocks * torch.arange(TOPK_BLOCK, device=logits_CV.device).view(1, -1, 1)
+    columns_CJK = best_CK.unsqueeze(1) + blocks * torch.arange(
+        TOPK_BLOCK, device=logits_CV.device
+    ).view(1, -1, 1)
     rest_R = torch.arange(dealt, vocab, device=logits_CV.device)
     columns_CM = torch.cat([columns_CJK.flatten(1), rest_R.expand(rows, -1)], dim=-1)
     values_CK, position_CK = logits_CV.gather(-1, columns_CM).topk(k, dim=-1)

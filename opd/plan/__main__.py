@@ -1,9 +1,10 @@
-"""The memory of a run before it starts: who takes how much in which phase, what to choose, and whether it fits.
+"""The memory of a run before it starts: who takes how much in which phase, what to choose, and
+whether it fits.
 
     python -m opd.plan --config run.yaml --gpus 8 --gpu_memory 80 --host_memory 512 --plot plan.png
 
-takes a trainer's YAML file, and its flags too. It reads configurations of models only: no weights, tokenizers or data. The
-trainers use the same planner with `--plan auto` and `--dry_run`.
+takes a trainer's YAML file, and its flags too. It reads configurations of models only: no weights,
+tokenizers or data. The trainers use the same planner with `--plan auto` and `--dry_run`.
 """
 
 import argparse
@@ -55,12 +56,22 @@ class Config:
 def plan_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     """(the machine and the outputs, the run). ValueError with one line for a mistake."""
     parser = OneLineParser("python -m opd.plan", __doc__)
-    parser.add_argument("--gpus", type=int, help="GPUs, one rank each (default: those of this machine)")
-    parser.add_argument("--gpu_memory", type=float, help="GiB of each GPU (default: this machine's)")
-    parser.add_argument("--host_memory", type=float, help="GiB of the host (default: what is free here)")
-    parser.add_argument("--pcie_gb_s", type=float, default=PCIE_GB_S, help="GB/s between host and GPU (default 25)")
+    parser.add_argument(
+        "--gpus", type=int, help="GPUs, one rank each (default: those of this machine)"
+    )
+    parser.add_argument(
+        "--gpu_memory", type=float, help="GiB of each GPU (default: this machine's)"
+    )
+    parser.add_argument(
+        "--host_memory", type=float, help="GiB of the host (default: what is free here)"
+    )
+    parser.add_argument(
+        "--pcie_gb_s", type=float, default=PCIE_GB_S, help="GB/s between host and GPU (default 25)"
+    )
     parser.add_argument("--plot", help="a PNG file for the stacked bars")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the table"
+    )
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         print("\nand every flag of the trainers, see docs/config.md")
@@ -73,9 +84,10 @@ def plan_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
     cfg = parse(Config, rest)
     # Where prompts come from and results go does not matter here.
     complete = replace(
-        cfg, data=replace(cfg.data, data=cfg.data.data or ["any"]),
+        cfg,
+        data=replace(cfg.data, data=cfg.data.data or ["any"]),
         run=replace(cfg.run, output_dir=cfg.run.output_dir or "any"),
-    )  # fmt: skip
+    )
     validate_common(complete)
     return args, cfg
 
@@ -86,11 +98,17 @@ def machine_of(args: argparse.Namespace) -> Machine:
     machine = machine_here(count, pcie_gb_s=args.pcie_gb_s)
     if args.gpu_memory is not None:
         host = machine.host_bytes if machine.is_gpu else free_host_memory()
-        machine = replace(machine, is_gpu=True, device_bytes=int(args.gpu_memory * GIB), host_bytes=host)
+        machine = replace(
+            machine, is_gpu=True, device_bytes=int(args.gpu_memory * GIB), host_bytes=host
+        )
     if args.host_memory is not None:
         host = int(args.host_memory * GIB)
         is_gpu = machine.is_gpu
-        machine = replace(machine, host_bytes=host) if is_gpu else replace(machine, device_bytes=host // count)
+        machine = (
+            replace(machine, host_bytes=host)
+            if is_gpu
+            else replace(machine, device_bytes=host // count)
+        )
     return machine
 
 

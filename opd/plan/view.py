@@ -1,4 +1,6 @@
-"""A plan for people: the table, the stacked bars, and which one or two changes would make a run fit."""
+"""A plan for people: the table, the stacked bars, and which one or two changes would make a run
+fit.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -13,15 +15,29 @@ from opd.plan.planner import USABLE, Plan
 
 
 def table(plan: Plan) -> str:
-    """Rows of participants, columns of phases, in GiB or MiB; what crosses the PCIe bus in a step stands behind."""
+    """Rows of participants, columns of phases, in GiB or MiB; what crosses the PCIe bus in a step
+    stands behind.
+    """
     unit, name = (GIB, "GiB") if plan.peak >= 4 * GIB else (MIB, "MiB")
     machine = plan.job.machine
-    where = "on each GPU" if machine.is_gpu else "of each process, no GPU: only teachers on disk sleep"
+    where = (
+        "on each GPU" if machine.is_gpu else "of each process, no GPU: only teachers on disk sleep"
+    )
     width = max(len(row.participant) for row in plan.rows)
     moves = machine.is_gpu
-    lines = [f"Memory {where}, {machine.gpus} ranks, {name}" + (f"; moved in a step, {name}" if moves else "")]
-    lines.append(f"{'':{width}}" + "".join(f"{phase:>10}" for phase in PHASES) + ("     moved" if moves else ""))
-    for kind, title, total in (("device", "total", plan.bytes_of), ("host", "total on the host", plan.host_bytes)):
+    lines = [
+        f"Memory {where}, {machine.gpus} ranks, {name}"
+        + (f"; moved in a step, {name}" if moves else "")
+    ]
+    lines.append(
+        f"{'':{width}}"
+        + "".join(f"{phase:>10}" for phase in PHASES)
+        + ("     moved" if moves else "")
+    )
+    for kind, title, total in (
+        ("device", "total", plan.bytes_of),
+        ("host", "total on the host", plan.host_bytes),
+    ):
         rows = [row for row in plan.rows if row.kind == kind]
         if not rows:
             continue
@@ -29,7 +45,9 @@ def table(plan: Plan) -> str:
             lines.append(f"on the host, of each of {machine.gpus} ranks")
         for row in rows:
             cells = "".join(_size(row.bytes[phase], unit) for phase in PHASES)
-            lines.append(f"{row.participant:{width}}{cells}" + (_size(row.moved, unit) if moves else ""))
+            lines.append(
+                f"{row.participant:{width}}{cells}" + (_size(row.moved, unit) if moves else "")
+            )
         lines.append(f"{title:{width}}" + "".join(_size(total(phase), unit) for phase in PHASES))
     return "\n".join(lines)
 
@@ -43,7 +61,10 @@ def verdict(plan: Plan) -> str:
     machine = plan.job.machine
     phase = max(PHASES, key=plan.bytes_of)
     usable = USABLE * machine.device_bytes
-    peak = f"{plan.peak / GIB:.1f} of {usable / GIB:.1f} GiB in {phase} ({USABLE:.0%} of the memory are counted on)"
+    peak = (
+        f"{plan.peak / GIB:.1f} of {usable / GIB:.1f} GiB in {phase} ({USABLE:.0%} of the "
+        f"memory are counted on)"
+    )
     host = machine.gpus * max(map(plan.host_bytes, PHASES))
     if machine.is_gpu:
         peak += f", host {host / GIB:.1f} of {machine.host_bytes / GIB:.1f} GiB"
@@ -56,7 +77,7 @@ def verdict(plan: Plan) -> str:
     )
 
 
-# ---- What would make it fit ------------------------------------------------------------------------------------------
+# ---- What would make it fit ----------------------------------------------------------------------
 
 
 def remedies(plan: Plan) -> Iterator[tuple[str, ...]]:
@@ -75,7 +96,9 @@ Change = Callable[[Job, Choices], tuple[Job, Choices]]
 
 
 def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
-    """(what to write on the command line, what it does), mildest first; those that would change nothing are left out."""
+    """(what to write on the command line, what it does), mildest first; those that would change
+    nothing are left out.
+    """
     cfg, zero = job.cfg, job.zero
     if not cfg.model.gradient_checkpointing:
         yield "--gradient_checkpointing", _config("model", gradient_checkpointing=True)
@@ -83,10 +106,16 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
         yield "--micro_batch_size 1", _config("batch", micro_batch_size=1)
     elif choices.max_tokens >= job.longest:
         least = job.longest - 1
-        yield f"--max_tokens_per_micro_batch {least}", lambda j, c: (j, replace(c, max_tokens=least))
+        yield (
+            f"--max_tokens_per_micro_batch {least}",
+            lambda j, c: (j, replace(c, max_tokens=least)),
+        )
     if cfg.rollout.rollout_kv_cache_gib > 1 / 4:
         small = max(choices.kv_cache // 4, 64 * MIB)
-        yield f"--rollout_kv_cache_gib {small / GIB:g}", lambda j, c: (j, replace(c, kv_cache=small))
+        yield (
+            f"--rollout_kv_cache_gib {small / GIB:g}",
+            lambda j, c: (j, replace(c, kv_cache=small)),
+        )
     if job.machine.is_gpu and job.residency == "host":
         yield "--teacher_residency disk", _config("teacher", teacher_residency="disk")
     if cfg.rollout.teacher_cache_bytes > GIB:
@@ -97,7 +126,9 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
         yield "offload_optimizer in the ds_config", _zero(offloads_optimizer=True)
     heads = [shape.num_heads for shape in job.teachers.values()]
     for size in (2, 4, 8):
-        possible = job.machine.is_gpu and size <= job.machine.gpus and all(n % size == 0 for n in heads)
+        possible = (
+            job.machine.is_gpu and size <= job.machine.gpus and all(n % size == 0 for n in heads)
+        )
         if possible and size > max(choices.tensor_parallel.values(), default=size):
             sizes = dict.fromkeys(job.teachers, size)
             text = f"tensor_parallel_size {size} of the teachers"
@@ -128,12 +159,15 @@ def _zero(**values: Any) -> Change:
 
 
 def _on_disk(job: Job, choices: Choices) -> tuple[Job, Choices]:
-    specs = tuple(replace(spec, backend="hf") if hasattr(spec, "backend") else spec for spec in job.cfg.teachers)
+    specs = tuple(
+        replace(spec, backend="hf") if hasattr(spec, "backend") else spec
+        for spec in job.cfg.teachers
+    )
     job = replace(job, cfg=replace(job.cfg, teachers=specs))
     return _config("teacher", teacher_residency="disk")(job, choices)
 
 
-# ---- Other forms -----------------------------------------------------------------------------------------------------
+# ---- Other forms ---------------------------------------------------------------------------------
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -158,7 +192,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A PNG with one stacked bar per phase, and the device's memory as a line. ValueError if it cannot be written."""
+    """A PNG with one stacked bar per phase, and the device's memory as a line.
+
+    ValueError if it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,11 +206,23 @@ def draw(plan: Plan, path: Path) -> None:
     colours = pyplot.colormaps["tab20"].colors
     for index, row in enumerate(row for row in plan.rows if row.kind == "device"):
         heights = [row.bytes[phase] / GIB for phase in PHASES]
-        axes.bar(PHASES, heights, bottom=list(floor.values()), label=row.participant, color=colours[index % 20])
-        floor = {phase: floor[phase] + height for phase, height in zip(PHASES, heights, strict=True)}
-    axes.axhline(plan.job.machine.device_bytes / GIB, color="black", linestyle="--", label="all there is")
+        axes.bar(
+            PHASES,
+            heights,
+            bottom=list(floor.values()),
+            label=row.participant,
+            color=colours[index % 20],
+        )
+        floor = {
+            phase: floor[phase] + height for phase, height in zip(PHASES, heights, strict=True)
+        }
+    axes.axhline(
+        plan.job.machine.device_bytes / GIB, color="black", linestyle="--", label="all there is"
+    )
     axes.set_ylabel("GiB on a GPU" if plan.job.machine.is_gpu else "GiB of a process")
-    axes.set_title(f"{plan.job.student.path}, {len(plan.job.teachers)} teachers, {plan.job.machine.gpus} ranks")
+    axes.set_title(
+        f"{plan.job.student.path}, {len(plan.job.teachers)} teachers, {plan.job.machine.gpus} ranks"
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     try:
         figure.savefig(path)

@@ -1,10 +1,11 @@
 """Checkpoints that are whole or absent, and what a resumed run must not change.
 
-A checkpoint is a directory `checkpoints/step_N` with a `manifest.json`: format version, step, number of ranks,
-fingerprint of the run, and the size and SHA-256 of every file. It is written under a temporary name, synced to the
-disk, completed by its manifest and renamed once, so that a kill at any instant leaves the new checkpoint or none, and
-never touches an older one. Nothing is loaded before all hashes were checked. Our own state is JSON; only DeepSpeed's
-shards are pickles, and the hashes cover them.
+A checkpoint is a directory `checkpoints/step_N` with a `manifest.json`: format version, step,
+number of ranks, fingerprint of the run, and the size and SHA-256 of every file. It is written under
+a temporary name, synced to the disk, completed by its manifest and renamed once, so that a kill at
+any instant leaves the new checkpoint or none, and never touches an older one. Nothing is loaded
+before all hashes were checked. Our own state is JSON; only DeepSpeed's shards are pickles, and the
+hashes cover them.
 """
 
 import dataclasses
@@ -48,18 +49,25 @@ FAULT_POINTS = (
 )
 
 
-# ---- save ------------------------------------------------------------------------------------------------------------
+# ---- save ----------------------------------------------------------------------------------------
 
 
 def save(
-    run_dir: Path, state: LoopState, save_shards: Callable[[Path], None], fingerprint: dict[str, Any], *, keep: int
+    run_dir: Path,
+    state: LoopState,
+    save_shards: Callable[[Path], None],
+    fingerprint: dict[str, Any],
+    *,
+    keep: int,
 ) -> Path:
-    """Writes `checkpoints/step_N` and deletes the oldest beyond `keep`; returns the directory. Collective.
+    """Writes `checkpoints/step_N` and deletes the oldest beyond `keep`; returns the directory.
 
-    `save_shards(directory)` writes this rank's part. It may hold collectives, therefore it must not leave them early: a
-    write error waits until the last one is over. A whole checkpoint of the same step is left as it is and returned; a
-    damaged one is replaced.
-    Raises RuntimeError on every rank, after removing what was written, if any rank could not write, as on a full disk.
+    Collective.
+
+    `save_shards(directory)` writes this rank's part. It may hold collectives, therefore it must not
+    leave them early: a write error waits until the last one is over. A whole checkpoint of the same
+    step is left as it is and returned; a damaged one is replaced. Raises RuntimeError on every
+    rank, after removing what was written, if any rank could not write, as on a full disk.
     """
     assert keep >= 1, keep
     checkpoints = _checkpoints(run_dir)
@@ -67,12 +75,20 @@ def save(
     if broadcast_object(final.exists()):
         _, reason = _verify(final)
         if reason is None:
-            warn_once(f"checkpoint: {final} exists already and is whole; it is kept and nothing is written")
+            warn_once(
+                f"checkpoint: {final} exists already and is whole; it is kept and nothing is "
+                f"written"
+            )
             return final
         warn_once(f"checkpoint: {final} is damaged and will be replaced: {reason}")
 
     with _temporary(final) as tmp:
-        manifest = {"version": VERSION, "step": state.step, "world_size": world_size(), "fingerprint": fingerprint}
+        manifest = {
+            "version": VERSION,
+            "step": state.step,
+            "world_size": world_size(),
+            "fingerprint": fingerprint,
+        }
         manifest["files"] = _write_files(tmp, state, save_shards)
         _write_manifest(tmp, manifest)
         _publish(tmp, final)
@@ -85,7 +101,9 @@ def save(
 
 @contextmanager
 def _temporary(final: Path) -> Iterator[Path]:
-    """A new directory beside `final` that all ranks know, removed on an error, locked as long as its run lives."""
+    """A new directory beside `final` that all ranks know, removed on an error, locked as long as
+    its run lives.
+    """
     tmp, lock = final, -1
     try:
         with agree_on_error(f"making a directory in {final.parent}"):
@@ -104,14 +122,21 @@ def _temporary(final: Path) -> Iterator[Path]:
     except (RuntimeError, ValueError) as error:
         if rank() == 0 and tmp != final:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise RuntimeError(f"checkpoint {final} was not written; older ones are untouched: {error}") from error
+        raise RuntimeError(
+            f"checkpoint {final} was not written; older ones are untouched: {error}"
+        ) from error
     finally:
         if lock >= 0:
             os.close(lock)
 
 
-def _write_files(tmp: Path, state: LoopState, save_shards: Callable[[Path], None]) -> list[dict[str, Any]]:
-    """All files but the manifest, on the disk. Returns [{file, size, sha256}], the same on every rank."""
+def _write_files(
+    tmp: Path, state: LoopState, save_shards: Callable[[Path], None]
+) -> list[dict[str, Any]]:
+    """All files but the manifest, on the disk.
+
+    Returns [{file, size, sha256}], the same on every rank.
+    """
     with agree_on_error("writing the shards"):
         save_shards(tmp)
         fault_point("save.shards_written")
@@ -121,7 +146,11 @@ def _write_files(tmp: Path, state: LoopState, save_shards: Callable[[Path], None
             fault_point("save.loop_state_written")
     entries: list[dict[str, Any]] = []
     with agree_on_error("syncing the files"):
-        found = [{"file": str(p.relative_to(tmp)), "size": p.stat().st_size} for p in tmp.rglob("*") if p.is_file()]
+        found = [
+            {"file": str(p.relative_to(tmp)), "size": p.stat().st_size}
+            for p in tmp.rglob("*")
+            if p.is_file()
+        ]
         for entry in _share(found):
             fsync(tmp / entry["file"])
             entries.append({**entry, "sha256": _sha256(tmp / entry["file"])})
@@ -158,7 +187,10 @@ def _publish(tmp: Path, final: Path) -> None:
 
 
 def _retain(checkpoints: Path, step: int, keep: int) -> None:
-    """Deletes the oldest. Only complete ones up to `step` count, so that a damaged one never pushes a whole one out."""
+    """Deletes the oldest.
+
+    Only complete ones up to `step` count, so that a damaged one never pushes a whole one out.
+    """
     complete = [p for n, p in _steps(checkpoints) if n <= step and _quick_defect(p) is None]
     for path in complete[keep:]:
         try:
@@ -170,15 +202,18 @@ def _retain(checkpoints: Path, step: int, keep: int) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-# ---- find ------------------------------------------------------------------------------------------------------------
+# ---- find ----------------------------------------------------------------------------------------
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to resume from; None is a fresh start. Collective, the same answer on every rank.
+    """The checkpoint to resume from; None is a fresh start.
 
-    `resume` is `auto` (the newest whole one; each that is skipped is named, with the reason), `never`, or a path.
-    Every hash is checked here, divided over the ranks, before anything is loaded.
-    Raises ValueError if the path is not a whole checkpoint, or was written by another number of ranks.
+    Collective, the same answer on every rank.
+
+    `resume` is `auto` (the newest whole one; each that is skipped is named, with the reason),
+    `never`, or a path. Every hash is checked here, divided over the ranks, before anything is
+    loaded. Raises ValueError if the path is not a whole checkpoint, or was written by another
+    number of ranks.
     """
     if resume == "never":
         return None
@@ -193,37 +228,52 @@ def find(run_dir: Path, resume: str) -> Path | None:
             _check_world_size(path, manifest["world_size"])
             return path
         if resume != "auto":
-            raise ValueError(f"--resume {path}: not a whole checkpoint: {reason}; name another, or use --resume auto")
+            raise ValueError(
+                f"--resume {path}: not a whole checkpoint: {reason}; name another, or use "
+                f"--resume auto"
+            )
         warn_once(f"checkpoint: skipped {path}: {reason}")
     return None
 
 
 def first_start(run_dir: Path, resume: str) -> datetime:
-    """When the run began that this one continues, in local time, if its checkpoints say so, else now. Collective.
+    """When the run began that this one continues, in local time, if its checkpoints say so, else
+    now. Collective.
 
-    A resumed run must know it before `find`: chat templates write the date. All checkpoints of a run say the same, so
-    nothing is hashed here, and nothing is an error.
+    A resumed run must know it before `find`: chat templates write the date. All checkpoints of a
+    run say the same, so nothing is hashed here, and nothing is an error.
     """
     kept = None
     with agree_on_error(f"reading {_checkpoints(run_dir)}"):
         if rank() == 0 and resume != "never":
-            paths = [path for _, path in _steps(_checkpoints(run_dir))] if resume == "auto" else [Path(resume)]
+            paths = (
+                [path for _, path in _steps(_checkpoints(run_dir))]
+                if resume == "auto"
+                else [Path(resume)]
+            )
             fingerprints = (_read_manifest(path)[0].get("fingerprint", {}) for path in paths)
             kept = next((f[FIRST_START] for f in fingerprints if FIRST_START in f), None)
-    return broadcast_object(datetime.fromisoformat(kept) if kept else datetime.now().replace(microsecond=0))
+    return broadcast_object(
+        datetime.fromisoformat(kept) if kept else datetime.now().replace(microsecond=0)
+    )
 
 
 def set_aside_newer(run_dir: Path, resumed: Path | None) -> None:
-    """Moves the steps that are not this run's past, those newer than `resumed`, to `checkpoints/aside`. Collective.
+    """Moves the steps that are not this run's past, those newer than `resumed`, to
+    `checkpoints/aside`. Collective.
 
-    To be called once all checks of a resume have passed. Without it a run that went back to an older step, or started
-    afresh, would meet the steps of its former life when it saves, and resume from them after a kill. None, and a
-    checkpoint of another run directory, leave no step in place.
+    To be called once all checks of a resume have passed. Without it a run that went back to an
+    older step, or started afresh, would meet the steps of its former life when it saves, and resume
+    from them after a kill. None, and a checkpoint of another run directory, leave no step in place.
     """
     checkpoints = _checkpoints(run_dir)
     with agree_on_error(f"setting aside checkpoints in {checkpoints}"):
         if rank() == 0:
-            past = [n for n, path in _steps(checkpoints) if resumed is not None and path.resolve() == resumed.resolve()]
+            past = [
+                n
+                for n, path in _steps(checkpoints)
+                if resumed is not None and path.resolve() == resumed.resolve()
+            ]
             for path in [p for n, p in _steps(checkpoints) if not past or n > past[0]]:
                 target = checkpoints / "aside" / f"{path.name}.{secrets.token_hex(4)}"
                 target.parent.mkdir(exist_ok=True)
@@ -237,11 +287,15 @@ def load_state(path: Path) -> LoopState:
 
 
 def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
-    """Raises ValueError naming the first field in which this run differs from the one that wrote the checkpoint."""
+    """Raises ValueError naming the first field in which this run differs from the one that wrote
+    the checkpoint.
+    """
     saved = _flatten(json.loads((path / CHECKPOINT_MANIFEST).read_text())["fingerprint"])
     now = _flatten(json.loads(json.dumps(fingerprint)))
     for name in [*now, *(n for n in saved if n not in now)]:
-        there, here = (_short(values[name]) if name in values else "absent" for values in (saved, now))
+        there, here = (
+            _short(values[name]) if name in values else "absent" for values in (saved, now)
+        )
         if name not in saved or name not in now or saved[name] != now[name]:
             raise ValueError(
                 f"--resume: `{name}` differs from the checkpoint: {there} there, {here} now; "
@@ -257,11 +311,14 @@ def _check_world_size(path: Path, saved: int) -> None:
         )
 
 
-# ---- what whole means ------------------------------------------------------------------------------------------------
+# ---- what whole means ----------------------------------------------------------------------------
 
 
 def _verify(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The manifest and the first defect, or None. Collective: each rank hashes its share of the bytes."""
+    """The manifest and the first defect, or None.
+
+    Collective: each rank hashes its share of the bytes.
+    """
     manifest, reason = broadcast_object(_read_manifest(path) if rank() == 0 else None)
     if reason is not None:
         return {}, reason
@@ -284,19 +341,31 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str | None]:
         text = (path / CHECKPOINT_MANIFEST).read_bytes().decode()
         content = json.loads(text)
     except (OSError, ValueError) as error:
-        return {}, f"{CHECKPOINT_MANIFEST}: {'missing' if isinstance(error, FileNotFoundError) else error}"
+        return (
+            {},
+            f"{CHECKPOINT_MANIFEST}: "
+            f"{'missing' if isinstance(error, FileNotFoundError) else error}",
+        )
     if not isinstance(content, dict) or _manifest_text(content) != text:
         return {}, f"{CHECKPOINT_MANIFEST}: its own hash does not match"
     if content["version"] != VERSION:
-        return {}, f"{CHECKPOINT_MANIFEST}: version {content['version']}, this program reads {VERSION}"
+        return (
+            {},
+            f"{CHECKPOINT_MANIFEST}: version {content['version']}, this program reads {VERSION}",
+        )
     named = re.fullmatch(r"step_(\d+)", path.name)
     if named and int(named[1]) != content["step"]:
-        return {}, f"{CHECKPOINT_MANIFEST}: it is of step {content['step']}; the directory was renamed"
+        return (
+            {},
+            f"{CHECKPOINT_MANIFEST}: it is of step {content['step']}; the directory was renamed",
+        )
     return content, None
 
 
 def _manifest_text(content: dict[str, Any]) -> str:
-    """One canonical text: a reader writes what it has read and compares, so that any changed byte shows."""
+    """One canonical text: a reader writes what it has read and compares, so that any changed byte
+    shows.
+    """
     body = {k: v for k, v in content.items() if k != "sha256"}
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
@@ -307,7 +376,11 @@ def _size_defect(path: Path, entry: dict[str, Any]) -> str | None:
         size = (path / entry["file"]).stat().st_size
     except OSError as error:
         return f"{entry['file']}: {'missing' if isinstance(error, FileNotFoundError) else error}"
-    return None if size == entry["size"] else f"{entry['file']}: {size} bytes instead of {entry['size']}"
+    return (
+        None
+        if size == entry["size"]
+        else f"{entry['file']}: {size} bytes instead of {entry['size']}"
+    )
 
 
 def _file_defect(path: Path, entry: dict[str, Any]) -> str | None:
@@ -321,7 +394,7 @@ def _file_defect(path: Path, entry: dict[str, Any]) -> str | None:
     return None if digest == entry["sha256"] else f"{entry['file']}: its hash does not match"
 
 
-# ---- directories and files -------------------------------------------------------------------------------------------
+# ---- directories and files -----------------------------------------------------------------------
 
 
 def _checkpoints(run_dir: Path) -> Path:
@@ -332,7 +405,9 @@ def _steps(checkpoints: Path) -> list[tuple[int, Path]]:
     """(N, directory) of every `step_N`, newest first, whole or not."""
     if not checkpoints.is_dir():
         return []
-    matches = [(re.fullmatch(r"step_(\d+)", p.name), p) for p in checkpoints.iterdir() if p.is_dir()]
+    matches = [
+        (re.fullmatch(r"step_(\d+)", p.name), p) for p in checkpoints.iterdir() if p.is_dir()
+    ]
     return sorted(((int(m[1]), p) for m, p in matches if m), reverse=True)
 
 
@@ -345,7 +420,10 @@ def _to_trash(path: Path) -> Path:
 
 
 def _remove_leftovers(checkpoints: Path) -> None:
-    """Deletes what dead runs left. The kernel drops a dead process's lock; a live one's directory stays locked."""
+    """Deletes what dead runs left.
+
+    The kernel drops a dead process's lock; a live one's directory stays locked.
+    """
     for path in (*checkpoints.glob(".tmp_step_*"), *checkpoints.glob(".trash_step_*")):
         with suppress(BlockingIOError, FileNotFoundError):
             descriptor = os.open(path, os.O_RDONLY)
@@ -375,14 +453,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---- fingerprints ----------------------------------------------------------------------------------------------------
+# ---- fingerprints --------------------------------------------------------------------------------
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """{"teachers": {"math": x}} -> {"teachers.math": x}; an empty mapping is a value."""
     if not isinstance(values, dict) or not values:
         return {prefix: values}
-    nested = [_flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()]
+    nested = [
+        _flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()
+    ]
     return {name: value for part in nested for name, value in part.items()}
 
 
@@ -390,4 +470,8 @@ def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     if re.fullmatch(r"[0-9a-f]{32,}", text):
         return text[:12]
-    return text if len(text) <= 60 else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    return (
+        text
+        if len(text) <= 60
+        else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    )

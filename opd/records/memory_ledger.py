@@ -1,7 +1,9 @@
-"""The memory of a run, phase by phase: `ledger.jsonl`, and at the end what was predicted against what was measured.
+"""The memory of a run, phase by phase: `ledger.jsonl`, and at the end what was predicted against
+what was measured.
 
-All sizes are bytes of this rank. On a GPU a phase is measured by what the whole device holds, because vLLM's sleeping
-engines allocate outside torch; on a CPU by the resident memory of the process.
+All sizes are bytes of this rank. On a GPU a phase is measured by what the whole device holds,
+because vLLM's sleeping engines allocate outside torch; on a CPU by the resident memory of the
+process.
 """
 
 import json
@@ -41,7 +43,9 @@ class Ledger:
     `clock` is for tests. Without a path nothing is written; peaks are kept all the same.
     """
 
-    def __init__(self, path: Path | None, rank: int = 0, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self, path: Path | None, rank: int = 0, clock: Callable[[], float] = time.perf_counter
+    ):
         self.path, self.rank, self.clock = path, rank, clock
         self.step = -1
         self.base = host_bytes()  # what the process weighed before it held any model
@@ -50,7 +54,9 @@ class Ledger:
         self._entered = 0.0
 
     def begin(self) -> None:
-        """A phase begins here, before anything is moved for it: its seconds and its peak count the moves."""
+        """A phase begins here, before anything is moved for it: its seconds and its peak count the
+        moves.
+        """
         self._entered = self.clock()
         self._forget_peak()
 
@@ -64,7 +70,9 @@ class Ledger:
             torch.cuda.reset_peak_memory_stats()
 
     def turn(self, phase: str, event: str, awake: Iterable[str], seconds: float = 0.0) -> None:
-        """A teacher's turn has begun, after `seconds` of waking, or it ends and the teacher is about to sleep."""
+        """A teacher's turn has begun, after `seconds` of waking, or it ends and the teacher is
+        about to sleep.
+        """
         self._write(phase, event, awake, seconds)
         self._forget_peak()
 
@@ -77,14 +85,21 @@ class Ledger:
         return peaks
 
     def compare(self, predicted: dict[str, int]) -> dict[str, dict[str, float]]:
-        """phase -> {predicted, measured, error}; the last line of the ledger. On a CPU both are above the bare process."""
+        """phase -> {predicted, measured, error}; the last line of the ledger.
+
+        On a CPU both are above the bare process.
+        """
         base = 0 if torch.cuda.is_available() else self.base
         result = {}
         for phase, peak in self.peaks.items():
             if phase in predicted:
                 measured = max(1, peak - base)
                 error = predicted[phase] / measured - 1
-                result[phase] = {"predicted": predicted[phase], "measured": measured, "error": round(error, 4)}
+                result[phase] = {
+                    "predicted": predicted[phase],
+                    "measured": measured,
+                    "error": round(error, 4),
+                }
         self._append({"rank": self.rank, "event": "predicted and measured", "phases": result})
         return result
 
@@ -92,8 +107,8 @@ class Ledger:
         cuda = torch.cuda.is_available()
         free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
         host, host_peak = host_bytes(), _host_peak_bytes()
-        # Torch's peak is above what it holds now by what has been freed since the last line that forgot it. vLLM's engines
-        # move beside torch, at those lines only.
+        # Torch's peak is above what it holds now by what has been freed since the last line that
+        # forgot it. vLLM's engines move beside torch, at those lines only.
         transient = torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved() if cuda else 0
         held = total - free + transient if cuda else host_peak
         for peaks in (self.peaks, self._step_peaks):

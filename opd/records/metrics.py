@@ -1,9 +1,11 @@
-"""Metrics: accumulators on every rank, one line per step in `metrics.jsonl`, TensorBoard and the console.
+"""Metrics: accumulators on every rank, one line per step in `metrics.jsonl`, TensorBoard and the
+console.
 
-A metric is a sum and a count, added up over micro-batches and ranks and divided once, so no mean depends on how the
-work was split; or it is a function of several sums, for the same reason. `flush` is a collective and so is `histogram`;
-everything else is local, and only rank 0 writes. `docs/metrics.md` has every key with its formula. All values are
-scalars here: no shape legend is needed.
+A metric is a sum and a count, added up over micro-batches and ranks and divided once, so no mean
+depends on how the work was split; or it is a function of several sums, for the same reason. `flush`
+is a collective and so is `histogram`; everything else is local, and only rank 0 writes.
+`docs/metrics.md` has every key with its formula. All values are scalars here: no shape legend is
+needed.
 """
 
 import atexit
@@ -26,30 +28,38 @@ from opd.config import GIB
 from opd.distributed import gather_objects, rank
 from opd.faults import fault_point
 from opd.log import logger
-from opd.records.files import (
-    append_text,
-    json_line,
-    parse_row,
-    replace_text,
-)
+from opd.records.files import append_text, json_line, parse_row, replace_text
 
 GROUPS = (
-    "loss", "distill", "teacher", "rollout", "logprob", "mismatch", "staleness", "optim", "time", "perf", "mem", "eval",
-)  # fmt: skip
+    "loss",
+    "distill",
+    "teacher",
+    "rollout",
+    "logprob",
+    "mismatch",
+    "staleness",
+    "optim",
+    "time",
+    "perf",
+    "mem",
+    "eval",
+)
 ETA_WINDOW = 20  # steps
 
 Number = Tensor | float
-Derive = Callable[..., float | None]  # the sums of a step, as arguments -> a number, or None where there is none
+# the sums of a step, as arguments -> a number, or None where there is none
+Derive = Callable[..., float | None]
 
 
-# ---- Metrics ---------------------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 class Metrics:
     """Accumulates `key -> (sum, count)` on every rank and writes one line per step on rank 0.
 
-    Keys are `group/name[/domain]`, of a served teacher `teacher/name/TEACHER`. A step is the number of optimizer steps done
-    when its line is written: 0 is before training, and a checkpoint of step s belongs to lines 0..s.
+    Keys are `group/name[/domain]`, of a served teacher `teacher/name/TEACHER`. A step is the number
+    of optimizer steps done when its line is written: 0 is before training, and a checkpoint of step
+    s belongs to lines 0..s.
     """
 
     def __init__(self, run_dir: Path, *, num_steps: int, domains: Iterable[str]):
@@ -68,7 +78,10 @@ class Metrics:
         self._means.append((key, total, count))
 
     def merge(self, sums: dict[str, tuple[Number, Number]]) -> None:
-        """Adds `key -> (sum [], count [])`, e.g. `LossOutput.metrics`. Tensors stay on their device until `flush`."""
+        """Adds `key -> (sum [], count [])`, e.g. `LossOutput.metrics`.
+
+        Tensors stay on their device until `flush`.
+        """
         for key, (total, count) in sums.items():
             self.add(key, total, count)
 
@@ -78,15 +91,19 @@ class Metrics:
         self._maxima.append((key, value))
 
     def add_derived(self, key: str, derive: Derive, sums: tuple[Number, ...]) -> None:
-        """Adds to the sums over all items of all ranks from which `derive`, a function of a module, makes the number."""
+        """Adds to the sums over all items of all ranks from which `derive`, a function of a module,
+        makes the number.
+        """
         self._check(key)
         self._derived.append((key, derive, sums))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds of a block to `time/<name>`, reported as the slowest rank's sum over the step.
+        """Adds the seconds of a block to `time/<name>`, reported as the slowest rank's sum over the
+        step.
 
-        Waits for the GPU on both ends: kernels that are queued in one phase must not be paid for by the next.
+        Waits for the GPU on both ends: kernels that are queued in one phase must not be paid for by
+        the next.
         """
         self._check(f"time/{name}")
         _wait_for_gpu()
@@ -96,11 +113,16 @@ class Metrics:
         self._means.append((f"time/{name}", time.perf_counter() - start, 1))
 
     def flush(self, step: int) -> dict[str, float]:
-        """Reduces over the ranks and writes the line of `step`. Collective; returns the same row on every rank.
+        """Reduces over the ranks and writes the line of `step`.
 
-        A key whose count is 0 on all ranks has no mean and is left out. A value that is not finite is null in the file.
+        Collective; returns the same row on every rank.
+
+        A key whose count is 0 on all ranks has no mean and is left out. A value that is not finite
+        is null in the file.
         """
-        assert step > self._last_step, f"step {step} was written already; the last one is {self._last_step}"
+        assert step > self._last_step, (
+            f"step {step} was written already; the last one is {self._last_step}"
+        )
         row = _reduce(gather_objects(self._drain()))
         if rank() == 0:
             append_text(self.run_dir / "metrics.jsonl", json_line({"step": step, **row}))
@@ -109,13 +131,19 @@ class Metrics:
             self._tensorboard().flush()
             logger.info("step %d: %s", step, row)
             self._progress.show(step, row)
-        self._last_step = step  # last: TensorBoard's writer, opened above, purges what lies beyond the step before
+        # last: TensorBoard's writer, opened above, purges what lies beyond the step before
+        self._last_step = step
         fault_point("metrics.flushed")
         return row
 
     def truncate(self, step: int) -> None:
-        """Forgets what a run that is resumed at `step` wrote later; -1 forgets all. Call before the first `flush`."""
-        assert self._writer is None, "truncate after the first write: TensorBoard's events are open already"
+        """Forgets what a run that is resumed at `step` wrote later; -1 forgets all.
+
+        Call before the first `flush`.
+        """
+        assert self._writer is None, (
+            "truncate after the first write: TensorBoard's events are open already"
+        )
         self._last_step = step
         path = self.run_dir / "metrics.jsonl"
         if rank() == 0 and path.exists():
@@ -133,7 +161,9 @@ class Metrics:
             self._tensorboard().add_histogram(key, merged, step)
 
     def text(self, key: str, text: str, step: int) -> None:
-        """Shows rank 0's text, e.g. a sample rollout, in TensorBoard: four spaces keep Markdown away from it."""
+        """Shows rank 0's text, e.g. a sample rollout, in TensorBoard: four spaces keep Markdown
+        away from it.
+        """
         if rank() == 0:
             self._tensorboard().add_text(key, "    " + text.replace("\n", "\n    "), step)
 
@@ -145,16 +175,22 @@ class Metrics:
 
     def _check(self, key: str) -> None:
         group, *rest = key.split("/", 2)
-        assert group in GROUPS and rest and all(rest), f"metric {key}: expected group/name[/domain] of {GROUPS}"
-        # Evaluation data may hold domains that no training prompt has; teachers and lags have names of their own.
-        known = len(rest) == 1 or group in ("eval", "teacher", "staleness") or rest[1] in self._domains
+        assert group in GROUPS and rest and all(rest), (
+            f"metric {key}: expected group/name[/domain] of {GROUPS}"
+        )
+        # Evaluation data may hold domains that no training prompt has; teachers and lags have names
+        # of their own.
+        known = (
+            len(rest) == 1 or group in ("eval", "teacher", "staleness") or rest[1] in self._domains
+        )
         assert known, f"metric {key}: not a domain of this run"
 
     def _drain(self) -> "_Drained":
         """This rank's sums and maxima, moved to the host with one copy per dtype."""
         means, maxima, self._means, self._maxima = self._means, self._maxima, [], []
         totals, counts, values = (
-            _to_host(column) for column in ([m[1] for m in means], [m[2] for m in means], [m[1] for m in maxima])
+            _to_host(column)
+            for column in ([m[1] for m in means], [m[2] for m in means], [m[1] for m in maxima])
         )
         sums: dict[str, tuple[float, float]] = {}
         for (key, *_), total, count in zip(means, totals, counts, strict=True):
@@ -177,18 +213,23 @@ class Metrics:
 
     def _tensorboard(self):
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+            # slow to import, and only rank 0 needs it
+            from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.run_dir / "tb"), purge_step=self._last_step + 1)
         return self._writer
 
 
 # A rank's key -> (sum, count), key -> maximum, and key -> (function, its sums).
-_Drained = tuple[dict[str, tuple[float, float]], dict[str, float], dict[str, tuple[Derive, list[float]]]]
+_Drained = tuple[
+    dict[str, tuple[float, float]], dict[str, float], dict[str, tuple[Derive, list[float]]]
+]
 
 
 def _reduce(per_rank: list[_Drained]) -> dict[str, float]:
-    """Means, maxima and what is derived, over ranks that may hold different keys, in the order of `GROUPS`."""
+    """Means, maxima and what is derived, over ranks that may hold different keys, in the order of
+    `GROUPS`.
+    """
     sums: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
     maxima: dict[str, list[float]] = collections.defaultdict(list)
     arguments: dict[str, list[list[float]]] = collections.defaultdict(list)
@@ -201,7 +242,9 @@ def _reduce(per_rank: list[_Drained]) -> dict[str, float]:
         for key, (derive, totals) in derived.items():
             arguments[key].append(totals)
             derive_of[key] = derive
-    assert not sums.keys() & maxima.keys(), f"both a mean and a maximum: {sorted(sums.keys() & maxima.keys())}"
+    assert not sums.keys() & maxima.keys(), (
+        f"both a mean and a maximum: {sorted(sums.keys() & maxima.keys())}"
+    )
     row = {key: _maximum(values) for key, values in maxima.items()}
     for key, pairs in sums.items():
         count = sum(count for _, count in pairs)
@@ -211,7 +254,9 @@ def _reduce(per_rank: list[_Drained]) -> dict[str, float]:
         value = derive(*map(sum, zip(*arguments[key], strict=True)))
         if value is not None:
             row[key] = value
-    return dict(sorted(row.items(), key=lambda item: (GROUPS.index(item[0].split("/")[0]), item[0])))
+    return dict(
+        sorted(row.items(), key=lambda item: (GROUPS.index(item[0].split("/")[0]), item[0]))
+    )
 
 
 def _maximum(values: list[float]) -> float:
@@ -248,7 +293,7 @@ def memory() -> dict[str, float]:
     return gib
 
 
-# ---- Console ---------------------------------------------------------------------------------------------------------
+# ---- Console -------------------------------------------------------------------------------------
 
 
 class _Progress:
@@ -267,14 +312,16 @@ class _Progress:
             eta_s = (self._num_steps - step) * sum(self._step_seconds) / len(self._step_seconds)
         if self._bar is None and sys.stdout.isatty():
             self._open()
-        print(step_line(step, self._num_steps, row, eta_s), flush=True)  # above the bar: rich catches stdout
+        # above the bar: rich catches stdout
+        print(step_line(step, self._num_steps, row, eta_s), flush=True)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, refresh=True)
 
     def _open(self) -> None:
         import rich.progress
 
-        # Tracebacks go to stderr and must not pass through a display that may be the thing that broke.
+        # Tracebacks go to stderr and must not pass through a display that may be the thing that
+        # broke.
         columns = (rich.progress.BarColumn(bar_width=None), rich.progress.MofNCompleteColumn())
         self._bar = rich.progress.Progress(*columns, auto_refresh=False, redirect_stderr=False)
         self._bar.add_task("steps", total=self._num_steps)
@@ -297,8 +344,14 @@ def step_line(step: int, num_steps: int, row: dict[str, float], eta_s: float | N
     if eta_s is not None and math.isfinite(eta_s):
         parts.append(f"eta {datetime.timedelta(seconds=round(eta_s))}")
     seconds = {k.removeprefix("time/"): v for k, v in row.items() if k.startswith("time/")}
-    split = [f"{name} {seconds[name]:.2f}" for name in ("rollout", "score", "train", "sync") if name in seconds]
+    split = [
+        f"{name} {seconds[name]:.2f}"
+        for name in ("rollout", "score", "train", "sync")
+        if name in seconds
+    ]
     if "step" in seconds:
         parts.append(f"{seconds['step']:.2f}s" + (f" ({', '.join(split)})" if split else ""))
-    accuracy = [f"{k.split('/', 2)[2]} {v:.3f}" for k, v in row.items() if k.startswith("eval/accuracy/")]
+    accuracy = [
+        f"{k.split('/', 2)[2]} {v:.3f}" for k, v in row.items() if k.startswith("eval/accuracy/")
+    ]
     return "  ".join(parts + (["accuracy " + ", ".join(accuracy)] if accuracy else []))

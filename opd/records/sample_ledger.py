@@ -1,8 +1,10 @@
-"""Which samples a run was trained on: `ledger_samples.jsonl`, one line per sample, for comparing a struck run with another.
+"""Which samples a run was trained on: `ledger_samples.jsonl`, one line per sample, for comparing a
+struck run with another.
 
-A line is written after the optimizer step that used the sample, and before the step's metrics and checkpoint. On a resume the
-lines beyond the checkpoint go, because the weights that knew those samples are gone. So a sample stands there exactly if the
-weights of the run have seen it, and once, however often the run was killed.
+A line is written after the optimizer step that used the sample, and before the step's metrics and
+checkpoint. On a resume the lines beyond the checkpoint go, because the weights that knew those
+samples are gone. So a sample stands there exactly if the weights of the run have seen it, and once,
+however often the run was killed.
 """
 
 import hashlib
@@ -28,7 +30,10 @@ class SampleLedger:
         self.path = Path(run_dir) / FILE
 
     def record(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Appends every rank's rows of a step, in sample order, with one sync to the disk. Collective."""
+        """Appends every rank's rows of a step, in sample order, with one sync to the disk.
+
+        Collective.
+        """
         gathered = [row for part in gather_objects(list(rows)) for row in part]
         with agree_on_error(f"writing {self.path}"):
             fault_point("ledger.before_write")
@@ -46,7 +51,10 @@ class SampleLedger:
 def sample_rows(
     rollouts: Sequence[Rollout], scores: Sequence[Sequence[TeacherScores]], *, step: int
 ) -> list[dict[str, Any]]:
-    """One row per rollout, with the teachers that did score it. `step` counts optimizer steps as `Metrics` does: from 1."""
+    """One row per rollout, with the teachers that did score it.
+
+    `step` counts optimizer steps as `Metrics` does: from 1.
+    """
     return [
         {
             "id": rollout.sample_id,
@@ -62,13 +70,18 @@ def sample_rows(
 
 
 def token_hash(rollout: Rollout) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of prompt and response, token ids as little-endian int32."""
+    """First 16 hexadecimal digits of the SHA-256 of prompt and response, token ids as little-endian
+    int32.
+    """
     ids = np.asarray([*rollout.prompt.token_ids, *rollout.response_ids], dtype="<i4")
     return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ledger, without a last line that a crash cut short. ValueError for any other line that is no row."""
+    """The rows of a ledger, without a last line that a crash cut short.
+
+    ValueError for any other line that is no row.
+    """
     lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
     rows = [parse_row(line) for line in lines]
     if rows and rows[-1] is None:
@@ -79,11 +92,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def differences(expected: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[str]:
-    """How one ledger differs from another, a line each: samples lost, added, duplicated, or not the same."""
+    """How one ledger differs from another, a line each: samples lost, added, duplicated, or not the
+    same.
+    """
     counts = Counter(row["id"] for row in found)
     by_id = {row["id"]: row for row in found}
     known = {row["id"]: row for row in expected}
-    problems = [f"{sample}: trained on {count} times" for sample, count in counts.items() if count > 1]
+    problems = [
+        f"{sample}: trained on {count} times" for sample, count in counts.items() if count > 1
+    ]
     problems += [f"{sample}: lost" for sample in known if sample not in by_id]
     problems += [f"{sample}: not expected" for sample in by_id if sample not in known]
     for sample in known.keys() & by_id.keys():

@@ -1,4 +1,5 @@
-"""The participants of a run: student, rollout engine and teachers, each built on this rank and left asleep.
+"""The participants of a run: student, rollout engine and teachers, each built on this rank and left
+asleep.
 
 What libraries print while they load goes to the rank's log.
 """
@@ -37,7 +38,9 @@ from opd.types import CANARY_IDS, LoopState
 
 @contextmanager
 def _console_to_log(run_dir: Path):
-    """Sends this process's stdout and stderr, C++ warnings and progress bars included, to the rank's log for a while."""
+    """Sends this process's stdout and stderr, C++ warnings and progress bars included, to the
+    rank's log for a while.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     console = {fd: os.dup(fd) for fd in (1, 2)}
@@ -56,7 +59,8 @@ def _console_to_log(run_dir: Path):
 
 @contextmanager
 def _building(run: Run, model: str):
-    """Around the building of an engine and its first answer: what its library cannot do with a model is one line on all ranks.
+    """Around the building of an engine and its first answer: what its library cannot do with a
+    model is one line on all ranks.
 
     The traceback goes to the rank's log. `model` is what the user gave, with its flag.
     """
@@ -70,23 +74,29 @@ def _building(run: Run, model: str):
     except (ValueError, distributed.RankError) as error:
         what = "" if isinstance(error, distributed.RankError) else "building its engine failed: "
         with user_errors():
-            raise ValueError(f"{model}: {what}{one_line(error)}; the traceback is in {run.run_dir / 'logs'}") from None
+            raise ValueError(
+                f"{model}: {what}{one_line(error)}; the traceback is in {run.run_dir / 'logs'}"
+            ) from None
 
 
 def build_student(run: Run) -> Student:
     """The student under DeepSpeed. Collective: its weights are sharded while they load."""
     cfg = run.cfg
     leaves, why = what_leaves(
-        run.ds_config, "none" if is_async(cfg) else cfg.model.offload_student, dtype=resolve_dtype(cfg.model.dtype),
+        run.ds_config,
+        "none" if is_async(cfg) else cfg.model.offload_student,
+        dtype=resolve_dtype(cfg.model.dtype),
         use_cuda=run.device.type == "cuda",
-    )  # fmt: skip
+    )
     if why:
         say(f"--offload_student {cfg.model.offload_student}: {why}")
     with _console_to_log(run.run_dir):
         settings = LossSettings(
-            temperature=cfg.loss.loss_temperature, shared_vocab=run.facts.shared_vocab,
-            chunk_bytes=cfg.loss.loss_chunk_bytes, packing=cfg.batch.packing,
-        )  # fmt: skip
+            temperature=cfg.loss.loss_temperature,
+            shared_vocab=run.facts.shared_vocab,
+            chunk_bytes=cfg.loss.loss_chunk_bytes,
+            packing=cfg.batch.packing,
+        )
         student = Student(cfg.model, cfg.optim, run.ds_config, settings=settings, device=run.device)
     if cfg.batch.packing:
         with user_errors():
@@ -96,7 +106,9 @@ def build_student(run: Run) -> Student:
 
 
 def build_teachers(run: Run) -> list[ColocatedTeacher]:
-    """Every colocated teacher's engine and head on this rank, each put to sleep as soon as it stands."""
+    """Every colocated teacher's engine and head on this rank, each put to sleep as soon as it
+    stands.
+    """
     teachers = []
     for spec in (spec for spec in run.cfg.teachers if not spec.is_served):
         with _building(run, f"--teacher {spec.name} {spec.model}"):
@@ -104,7 +116,9 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
             head = (map_head if on_disk else load_head)(spec.model)
             teachers.append(ColocatedTeacher(spec, _build_engine(run, spec), head))
             (state_LH,) = teachers[-1].engine.hidden_states([CANARY_IDS])
-            if not (state_LH.isfinite().all() and head.weight_VH.sum(dtype=torch.float32).isfinite()):
+            if not (
+                state_LH.isfinite().all() and head.weight_VH.sum(dtype=torch.float32).isfinite()
+            ):
                 raise ValueError("it computes no numbers: look for NaN and infinity in its weights")
         with distributed.agree_on_error(f"putting teacher {spec.name} to sleep"):
             teachers[-1].sleep()
@@ -112,19 +126,29 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
 
 
 def build_served_teachers(run: Run) -> list[ServedTeacher]:
-    """The teachers that run elsewhere, connected: what their servers are, `prepare` has found out."""
+    """The teachers that run elsewhere, connected: what their servers are, `prepare` has
+    found out.
+    """
     teachers = []
     for spec in (spec for spec in run.cfg.teachers if spec.is_served):
         open_to_all = [url for url in spec.urls if spec.api_key_env and not is_private(url)]
         if open_to_all and distributed.rank() == 0:
-            warn(f"teacher {spec.name}: its key goes to {open_to_all[0]} unencrypted; use https or a tunnel (ssh -L)")
+            warn(
+                f"teacher {spec.name}: its key goes to {open_to_all[0]} unencrypted; use https or "
+                f"a tunnel (ssh -L)"
+            )
         with distributed.agree_on_error(f"connecting to teacher {spec.name}"):
             teachers.append(
                 ServedTeacher(
-                    spec, run.served[spec.name], run.cfg.loss, limits=run.limits, api_key=api_key_of(spec),
-                    shared_vocab=run.facts.shared_vocab, needs_head="hidden" in payload_of(run.cfg.loss),
+                    spec,
+                    run.served[spec.name],
+                    run.cfg.loss,
+                    limits=run.limits,
+                    api_key=api_key_of(spec),
+                    shared_vocab=run.facts.shared_vocab,
+                    needs_head="hidden" in payload_of(run.cfg.loss),
                 )
-            )  # fmt: skip
+            )
     return teachers
 
 
@@ -134,34 +158,56 @@ def build_teacher_pool(
     """All teachers of the run; those that are served are connected here."""
     cfg = run.cfg
     return TeacherPool(
-        engines, run.routes, cfg.loss, served=build_served_teachers(run), streams=cfg.teacher.teacher_mode != "colocate",
-        payload=payload_of(cfg.loss), cache_bytes=cfg.rollout.teacher_cache_bytes, shared_vocab=run.facts.shared_vocab,
-        device=run.device, turns=turns,
-    )  # fmt: skip
+        engines,
+        run.routes,
+        cfg.loss,
+        served=build_served_teachers(run),
+        streams=cfg.teacher.teacher_mode != "colocate",
+        payload=payload_of(cfg.loss),
+        cache_bytes=cfg.rollout.teacher_cache_bytes,
+        shared_vocab=run.facts.shared_vocab,
+        device=run.device,
+        turns=turns,
+    )
 
 
 def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFEngine:
     if spec.backend == "hf":
-        options = {k: v for k, v in run.engine_options.items() if k != "max_model_len"}  # it has no cache to size
+        # it has no cache to size
+        options = {k: v for k, v in run.engine_options.items() if k != "max_model_len"}
         return HFEngine(
-            spec.name, spec.model, device=run.device, residency=run.cfg.teacher.teacher_residency, **options
+            spec.name,
+            spec.model,
+            device=run.device,
+            residency=run.cfg.teacher.teacher_residency,
+            **options,
         )
     return HiddenStateEngine(
-        spec.name, spec.model, tokenizer=run.cfg.model.student_model,
-        kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib, tensor_parallel_size=spec.tensor_parallel_size,
-        residency=run.cfg.teacher.teacher_residency, **run.engine_options,
-    )  # fmt: skip
+        spec.name,
+        spec.model,
+        tokenizer=run.cfg.model.student_model,
+        kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        residency=run.cfg.teacher.teacher_residency,
+        **run.engine_options,
+    )
 
 
 def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
-    """The sampler on this rank, or what asks the servers for it. It sleeps, without weights, until the first push."""
+    """The sampler on this rank, or what asks the servers for it.
+
+    It sleeps, without weights, until the first push.
+    """
     if is_async(run.cfg):
         return build_async_engine(run)
     with _building(run, f"--student_model {run.cfg.model.student_model}"):
         engine = RolloutEngine(
-            run.cfg.model.student_model, run.cfg.rollout, eos_ids=run.facts.student.eos_ids, seed=run.cfg.run.seed,
+            run.cfg.model.student_model,
+            run.cfg.rollout,
+            eos_ids=run.facts.student.eos_ids,
+            seed=run.cfg.run.seed,
             **run.engine_options,
-        )  # fmt: skip
+        )
         engine.try_out()
     with distributed.agree_on_error("putting the rollout engine to sleep"):
         engine.sleep()
@@ -169,7 +215,9 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
 
 
 def restore(run: Run, student: Student, metrics: Metrics, samples: SampleLedger) -> LoopState:
-    """The state to go on from: the checkpoint's, or a fresh one; what was written beyond it is forgotten. Collective."""
+    """The state to go on from: the checkpoint's, or a fresh one; what was written beyond it is
+    forgotten. Collective.
+    """
     state, written = LoopState(), -1
     if run.resume_from is not None:
         student.load_shards(run.resume_from)

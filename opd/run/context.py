@@ -31,7 +31,11 @@ Judge = Callable[[Prompt, list[int]], float]  # (prompt, response ids) -> score
 def held_out(prompt_set: PromptSet, max_per_domain: int) -> list[Prompt]:
     """The prompts to evaluate on: all, or the first `max_per_domain` of each domain."""
     ids = prompt_set.ids_by_domain.values()
-    return [prompt_set.prompts[i] for own in ids for i in (own[:max_per_domain] if max_per_domain else own)]
+    return [
+        prompt_set.prompts[i]
+        for own in ids
+        for i in (own[:max_per_domain] if max_per_domain else own)
+    ]
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Run:
     fingerprint: dict[str, Any]
     resume_from: Path | None
     started: float
-    plan: Plan | None = None  # what memory the run should take; None for a model that says too little
+    plan: Plan | None = (
+        None  # what memory the run should take; None for a model that says too little
+    )
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -88,27 +94,42 @@ class Run:
         return limits_of(self.cfg)
 
     def can_write(self, spec: config.TeacherSpec) -> bool:
-        """Whether answers of a teacher can be had: a scoring server does not write, and its model may not be here."""
+        """Whether answers of a teacher can be had: a scoring server does not write, and its model
+        may not be here.
+        """
         served = self.served.get(spec.name)
         return served is None or served.protocol == "json" or spec.has_local_model
 
     def write(
-        self, spec: config.TeacherSpec, prompts: Sequence[Prompt], log: Path, *, temperature: float = 0.0
+        self,
+        spec: config.TeacherSpec,
+        prompts: Sequence[Prompt],
+        log: Path,
+        *,
+        temperature: float = 0.0,
     ) -> list[Sample]:
-        """A teacher's responses to this rank's prompts: from its servers, or from a child process that is gone afterwards."""
+        """A teacher's responses to this rank's prompts: from its servers, or from a child process
+        that is gone afterwards.
+        """
         options = self.writing_options | {"temperature": temperature}
         served = self.served.get(spec.name)
         if served is None or served.protocol != "json":
             backend = "vllm" if spec.is_served else spec.backend
             return write_with_model(spec.model, prompts, log=log, backend=backend, **options)
         seeds = [distributed.fold_seed(self.cfg.run.seed, p.prompt_id, "teacher") for p in prompts]
-        limits = dataclasses.replace(
-            self.limits, timeout_s=10 * self.limits.timeout_s
-        )  # it writes, and does not only read
+        # it writes, and does not only read
+        limits = dataclasses.replace(self.limits, timeout_s=10 * self.limits.timeout_s)
         asked = {name: options[name] for name in ("eos_ids", "max_tokens", "temperature")}
         return write_with_servers(
-            spec, served, prompts, limits=limits, api_key=api_key_of(spec), seeds=seeds, vocab=self.facts.shared_vocab, **asked
-        )  # fmt: skip
+            spec,
+            served,
+            prompts,
+            limits=limits,
+            api_key=api_key_of(spec),
+            seeds=seeds,
+            vocab=self.facts.shared_vocab,
+            **asked,
+        )
 
     @property
     def writing_options(self) -> dict[str, Any]:
@@ -129,12 +150,20 @@ class Run:
     def micro_batches(
         self, rollouts: Sequence[Rollout], scores: Sequence[tuple[TeacherScores, ...]]
     ) -> list[MicroBatch]:
-        """Rollouts as the student computes them, as the batch section of the configuration says. Collective."""
+        """Rollouts as the student computes them, as the batch section of the configuration says.
+
+        Collective.
+        """
         batch = self.cfg.batch
         return make_micro_batches(
-            rollouts, scores, micro_batch_size=batch.micro_batch_size, max_tokens=batch.max_tokens_per_micro_batch,
-            packed=batch.packing, pad_id=self.facts.pad_id, domains=self.domains,
-        )  # fmt: skip
+            rollouts,
+            scores,
+            micro_batch_size=batch.micro_batch_size,
+            max_tokens=batch.max_tokens_per_micro_batch,
+            packed=batch.packing,
+            pad_id=self.facts.pad_id,
+            domains=self.domains,
+        )
 
     @property
     def reads_logprobs(self) -> bool:
@@ -143,18 +172,28 @@ class Run:
 
     @functools.cached_property
     def teachers_of(self) -> Callable[[int], tuple[str, ...]]:
-        """step -> the teachers of this machine that its prompts need, those of all ranks, in the configuration's order."""
+        """step -> the teachers of this machine that its prompts need, those of all ranks, in the
+        configuration's order.
+        """
 
         @functools.lru_cache(maxsize=8)
         def teachers_of(step: int) -> tuple[str, ...]:
             domains = {prompt.domain for prompt in self.prompt_batch(step, rank=0, world_size=1)}
             needed = {name for domain in domains for name, _ in self.routes[domain]}
-            return tuple(spec.name for spec in self.cfg.teachers if spec.name in needed and not spec.is_served)
+            return tuple(
+                spec.name
+                for spec in self.cfg.teachers
+                if spec.name in needed and not spec.is_served
+            )
 
         return teachers_of
 
-    def prompt_batch(self, step: int, rank: int | None = None, world_size: int | None = None) -> list[Prompt]:
-        """A rank's prompts of a step, this one's by default, mixed domains: a pure function of (seed, step)."""
+    def prompt_batch(
+        self, step: int, rank: int | None = None, world_size: int | None = None
+    ) -> list[Prompt]:
+        """A rank's prompts of a step, this one's by default, mixed domains: a pure function of
+        (seed, step).
+        """
         return prompts.prompt_batch(
             self.train_set,
             step,

@@ -1,4 +1,6 @@
-"""Evaluation on held-out prompts: greedy answers, one score per prompt, and what teachers score on the same prompts."""
+"""Evaluation on held-out prompts: greedy answers, one score per prompt, and what teachers score on
+the same prompts.
+"""
 
 import json
 import time
@@ -29,15 +31,22 @@ def _gather_scores(prompts: Sequence[Prompt], mine: list[float]) -> Scores:
     return scores
 
 
-def evaluate_student(engine: RolloutEngine, prompts: Sequence[Prompt], judge: Judge, metrics: Metrics) -> Scores:
-    """Greedy answers of the student, spread over the ranks; adds `eval/*` per domain. Collective."""
+def evaluate_student(
+    engine: RolloutEngine, prompts: Sequence[Prompt], judge: Judge, metrics: Metrics
+) -> Scores:
+    """Greedy answers of the student, spread over the ranks; adds `eval/*` per domain.
+
+    Collective.
+    """
     with distributed.agree_on_error("evaluating the student"):
         rollouts = engine.generate_greedily(prompts[distributed.rank() :: distributed.world_size()])
         mine = [judge(r.prompt, r.response_ids) for r in rollouts]
         for rollout, score in zip(rollouts, mine, strict=True):
             metrics.add(f"eval/accuracy/{rollout.prompt.domain}", score)
             metrics.add(f"eval/response_tokens/{rollout.prompt.domain}", len(rollout.response_ids))
-            metrics.add(f"eval/truncated/{rollout.prompt.domain}", float(rollout.finish_reason == "length"))
+            metrics.add(
+                f"eval/truncated/{rollout.prompt.domain}", float(rollout.finish_reason == "length")
+            )
     return _gather_scores(prompts, mine)
 
 
@@ -56,23 +65,32 @@ def recall(run_dir: Path, step: int) -> Scores | None:
 
 
 def asked(run: Run) -> str:
-    """What decides held-out scores beside the model, as text: kept scores are good for the same question only."""
+    """What decides held-out scores beside the model, as text: kept scores are good for the same
+    question only.
+    """
     data_hash = run.eval_set.content_hash if run.eval_set else ""
-    answers = {k: run.writing_options[k] for k in ("dtype", "max_model_len", "eos_ids", "max_tokens")}  # not what fits
+    answers = {
+        k: run.writing_options[k] for k in ("dtype", "max_model_len", "eos_ids", "max_tokens")
+    }  # not what fits
     return json.dumps([data_hash, run.cfg.run.eval_max_prompts, run.cfg.loss.reward_fn, answers])
 
 
 def evaluate_teachers(run: Run) -> Scores:
-    """Greedy answers of each domain's teacher (of a mixture, the one of the largest weight) on the held-out prompts.
+    """Greedy answers of each domain's teacher (of a mixture, the one of the largest weight) on the
+    held-out prompts.
 
-    Done once, before any engine of this process is built, and kept in `eval/teachers.json` under the hashes of teachers and
-    data, so that a resumed run does not repeat it. A domain whose teacher cannot write has no scores. Collective.
+    Done once, before any engine of this process is built, and kept in `eval/teachers.json` under
+    the hashes of teachers and data, so that a resumed run does not repeat it. A domain whose
+    teacher cannot write has no scores. Collective.
     """
     path, hashes = run.run_dir / "eval" / "teachers.json", {**run.hashes, "asked": asked(run)}
     kept = distributed.broadcast_object(json.loads(path.read_text()) if path.exists() else None)
     if kept is not None and kept["hashes"] == hashes:
         return kept["scores"]
-    chosen = {domain: max(entries, key=lambda entry: entry[1])[0] for domain, entries in run.routes.items()}
+    chosen = {
+        domain: max(entries, key=lambda entry: entry[1])[0]
+        for domain, entries in run.routes.items()
+    }
     scores: Scores = {}
     for spec in run.cfg.teachers:
         own = [p for p in run.eval_prompts if chosen[p.domain] == spec.name]
@@ -80,7 +98,8 @@ def evaluate_teachers(run: Run) -> Scores:
             scores.update(_teacher_scores(run, spec, own))
         elif own:
             say(
-                f"teacher {spec.name}: a scoring server does not write, so its own score, and the recovery, stay unknown; "
+                f"teacher {spec.name}: a scoring server does not write, so its own score, and the "
+                f"recovery, stay unknown; "
                 "name a local directory of its model in its entry (`model`)"
             )
     if distributed.rank() == 0:
@@ -99,7 +118,9 @@ def _teacher_scores(run: Run, spec: TeacherSpec, prompts: Sequence[Prompt]) -> S
 
 
 def evaluate(run: Run, rollout_engine: RolloutEngine, metrics: Metrics, step: int) -> None:
-    """Held-out scores of the student after `step` steps, kept for the report; nothing without `--eval_data`."""
+    """Held-out scores of the student after `step` steps, kept for the report; nothing without
+    `--eval_data`.
+    """
     if run.eval_prompts:
         with metrics.timed("eval"):
             scores = evaluate_student(rollout_engine, run.eval_prompts, run.judge, metrics)
@@ -108,13 +129,18 @@ def evaluate(run: Run, rollout_engine: RolloutEngine, metrics: Metrics, step: in
 
 def _say_memory(run: Run, ledger: Ledger) -> None:
     found = ledger.compare(run.predicted)
-    phases = [f"{name} {r['predicted'] / GIB:.2f}/{r['measured'] / GIB:.2f} GiB" for name, r in found.items()]
+    phases = [
+        f"{name} {r['predicted'] / GIB:.2f}/{r['measured'] / GIB:.2f} GiB"
+        for name, r in found.items()
+    ]
     if phases:
         say(f"memory, predicted/measured: {', '.join(phases)}")
 
 
 def finish(run: Run, student: Student, teacher_scores: Scores, ledger: Ledger) -> None:
-    """The Hugging Face export, memory as predicted and measured and, with held-out prompts, the report. Collective."""
+    """The Hugging Face export, memory as predicted and measured and, with held-out prompts, the
+    report. Collective.
+    """
     _say_memory(run, ledger)
     model_dir = run.run_dir / "model"
     generation_config = student.model.generation_config
@@ -124,15 +150,24 @@ def finish(run: Run, student: Student, teacher_scores: Scores, ledger: Ledger) -
     )
     say(f"model: {model_dir}")
     path = run.run_dir / "report.json"
-    if path.exists() and run.resume_from and checkpoint.load_state(run.resume_from).step == run.cfg.run.num_steps:
-        say(report.render_report(json.loads(path.read_text())))  # this process had nothing left to do
+    if (
+        path.exists()
+        and run.resume_from
+        and checkpoint.load_state(run.resume_from).step == run.cfg.run.num_steps
+    ):
+        # this process had nothing left to do
+        say(report.render_report(json.loads(path.read_text())))
         return
     before = recall(run.run_dir, 0)
     after = recall(run.run_dir, run.cfg.run.num_steps)
     if before is None or after is None:
         return
     result = report.recovery_report(
-        before, after, teacher_scores, steps=run.cfg.run.num_steps, wall_s=round(time.time() - run.started, 1)
+        before,
+        after,
+        teacher_scores,
+        steps=run.cfg.run.num_steps,
+        wall_s=round(time.time() - run.started, 1),
     )
     if distributed.rank() == 0:
         report.write_report(run.run_dir, result)

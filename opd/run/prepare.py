@@ -1,4 +1,5 @@
-"""What both trainers set up alike, and what they write down: checks, data, teachers, evaluation, checkpoints, report.
+"""What both trainers set up alike, and what they write down: checks, data, teachers, evaluation,
+checkpoints, report.
 
 Nothing here knows a loss. `prepare` finds every mistake of the user before a weight is loaded.
 """
@@ -44,9 +45,11 @@ def user_errors():
 
 
 def prepare(cfg, *, need_response: bool = False) -> Run:
-    """Joins the ranks and checks everything that can be checked before a weight is loaded; a `--dry_run` ends here.
+    """Joins the ranks and checks everything that can be checked before a weight is loaded; a
+    `--dry_run` ends here.
 
-    Raises ValueError with one line for whatever the user has to mend. A program calls it in `distributed.exit_together`.
+    Raises ValueError with one line for whatever the user has to mend. A program calls it in
+    `distributed.exit_together`.
     """
     started = time.time()
     faults.check()
@@ -63,7 +66,9 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         sys.exit(0)
 
     hashes = {
-        t.name: content.content_hash(t.model) if not t.is_served or t.has_local_model else run.served[t.name].identity
+        t.name: content.content_hash(t.model)
+        if not t.is_served or t.has_local_model
+        else run.served[t.name].identity
         for t in cfg.teachers
     }
     fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)
@@ -71,14 +76,17 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     if run.train_set.moment:
         fingerprint[checkpoint.FIRST_START] = run.train_set.moment.isoformat()
     resume_from = checkpoint.find(run.run_dir, cfg.run.resume)
-    if resume_from is not None:  # the fingerprint compares contents, so models and data may have moved
+    # the fingerprint compares contents, so models and data may have moved
+    if resume_from is not None:
         checkpoint.check_fingerprint(resume_from, fingerprint)
     else:
         models.check_output_dir(run.run_dir, cfg.run.resume, cfg)
     try:
         run.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output_dir {run.run_dir}: cannot be made: {error}; choose another") from None
+        raise ValueError(
+            f"--output_dir {run.run_dir}: cannot be made: {error}; choose another"
+        ) from None
     checkpoint.set_aside_newer(run.run_dir, resume_from)
     distributed.die_with_launcher()
     if distributed.rank() == 0:
@@ -88,11 +96,17 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     for name, prompt_set in (("training", run.train_set), ("held-out", run.eval_set)):
         if prompt_set is not None:
             say(f"{name} prompts: {prompt_set.summary}")
-    return dataclasses.replace(run, hashes=hashes, fingerprint=fingerprint, resume_from=resume_from, started=started)
+    return dataclasses.replace(
+        run, hashes=hashes, fingerprint=fingerprint, resume_from=resume_from, started=started
+    )
 
 
-def _read_inputs(cfg, device: torch.device, need_response: bool, moment: datetime | None = None) -> Run:
-    """Models' configurations, tokenizer, prompts and routes, each checked against the others; no collective."""
+def _read_inputs(
+    cfg, device: torch.device, need_response: bool, moment: datetime | None = None
+) -> Run:
+    """Models' configurations, tokenizer, prompts and routes, each checked against the others; no
+    collective.
+    """
     ds_config = load_ds_config(cfg.run.ds_config)
     tokenizer = models.load_tokenizer(cfg.model.student_model, cfg.model.trust_remote_code)
     facts = models.check_models(cfg)
@@ -100,54 +114,90 @@ def _read_inputs(cfg, device: torch.device, need_response: bool, moment: datetim
     facts, served = check_served(cfg, tokenizer, facts)
     takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
     load = functools.partial(
-        prompts.load_prompts, tokenizer=tokenizer, cfg=cfg.data, default_domain=takes_all, moment=moment
+        prompts.load_prompts,
+        tokenizer=tokenizer,
+        cfg=cfg.data,
+        default_domain=takes_all,
+        moment=moment,
     )
     train_set = load(
-        cfg.data.data, flag="--data", need_answer=cfg.loss.reward_weight > 0, need_response=need_response,
-        max_response_tokens=cfg.rollout.max_response_tokens, eos_ids=facts.student.eos_ids,
-    )  # fmt: skip
-    eval_set = load(cfg.data.eval_data, flag="--eval_data", need_answer=True) if cfg.data.eval_data else None
+        cfg.data.data,
+        flag="--data",
+        need_answer=cfg.loss.reward_weight > 0,
+        need_response=need_response,
+        max_response_tokens=cfg.rollout.max_response_tokens,
+        eos_ids=facts.student.eos_ids,
+    )
+    eval_set = (
+        load(cfg.data.eval_data, flag="--eval_data", need_answer=True)
+        if cfg.data.eval_data
+        else None
+    )
     routes = prompts.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
     reward = rewards.load_rewards(cfg.loss.reward_fn, routes)
     models.check_downloads(cfg)
     check_ds_config(cfg.run.ds_config, ds_config)
     run = Run(
-        cfg=cfg, device=device, run_dir=Path(cfg.run.output_dir), ds_config=ds_config, tokenizer=tokenizer, facts=facts,
-        train_set=train_set, eval_set=eval_set, routes=routes, reward=reward, hashes={}, served=served, fingerprint={},
-        resume_from=None, started=0.0,
-    )  # fmt: skip
+        cfg=cfg,
+        device=device,
+        run_dir=Path(cfg.run.output_dir),
+        ds_config=ds_config,
+        tokenizer=tokenizer,
+        facts=facts,
+        train_set=train_set,
+        eval_set=eval_set,
+        routes=routes,
+        reward=reward,
+        hashes={},
+        served=served,
+        fingerprint={},
+        resume_from=None,
+        started=0.0,
+    )
     run.prompt_batch(0)  # refuses batch sizes and domain weights that do not fit
     judged = [*run.eval_prompts, *(train_set.prompts if cfg.loss.reward_weight > 0 else ())]
     rewards.check_answers(judged, cfg.loss.reward_fn, routes)
     return run
 
 
-# May change under a resumed run, say after it ran out of memory: they decide what fits or is shown, not what is computed.
+# May change under a resumed run, say after it ran out of memory: they decide what fits or is shown,
+# not what is computed.
 _WITHOUT_EFFECT = (
-    "rollout_kv_cache_gib", "teacher_kv_cache_gib", "rollout_tensor_parallel_size", "enforce_eager", "loss_chunk_bytes",
+    "rollout_kv_cache_gib",
+    "teacher_kv_cache_gib",
+    "rollout_tensor_parallel_size",
+    "enforce_eager",
+    "loss_chunk_bytes",
     "overlap_k",
-)  # fmt: skip
+)
 
 
 def _staleness(cfg) -> dict[str, Any]:
-    """What makes an asynchronous run another run; nothing if no token may be stale, because then it is the synchronous one."""
+    """What makes an asynchronous run another run; nothing if no token may be stale, because then it
+    is the synchronous one.
+    """
     names = ("max_staleness", "sync_every", "partial_rollout")
     is_stale = cfg.ahead.mode == "async" and cfg.ahead.max_staleness > 0
     return {name: getattr(cfg.ahead, name) for name in names} if is_stale else {}
 
 
 def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
-    """What must not change under a resumed run, by content: a renamed directory is the same model."""
+    """What must not change under a resumed run, by content: a renamed directory is the
+    same model.
+    """
     return {
         "student": content.content_hash(cfg.model.student_model),  # its tokenizer included
         "teachers": {
-            t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.share} for t in cfg.teachers
+            t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.share}
+            for t in cfg.teachers
         },
         "data": data_hash,
         "loss": {k: v for k, v in dataclasses.asdict(cfg.loss).items() if k not in _WITHOUT_EFFECT},
         "algorithm": dataclasses.asdict(cfg.gkd) if hasattr(cfg, "gkd") else _staleness(cfg),
         "optim": dataclasses.asdict(cfg.optim),
-        "rollout": {k: v for k, v in dataclasses.asdict(cfg.rollout).items() if k not in _WITHOUT_EFFECT},
+        "rollout": {
+            k: v for k, v in dataclasses.asdict(cfg.rollout).items() if k not in _WITHOUT_EFFECT
+        },
         "domain_weights": cfg.data.domain_weights,
         "num_steps": cfg.run.num_steps,  # the learning rate depends on it
         "inner_updates": cfg.batch.inner_updates,
@@ -163,21 +213,29 @@ def is_due(step: int, every: int, last: int) -> bool:
 @contextmanager
 def saves_on_failure(
     run: Run, save_shards: Callable[[Path], None], state: LoopState, metrics: Metrics | None = None
-):  # fmt: skip
-    """Around what a step does with the weights of `state`. If all ranks stop there, as without a teacher, they save it.
+):
+    """Around what a step does with the weights of `state`.
 
-    A checkpoint of other weights would train on a step twice. `metrics` are those of the step that `state` has just finished,
-    if its line is not yet written. A run that has no step to save starts afresh, and repeats what it did.
+    If all ranks stop there, as without a teacher, they save it.
+
+    A checkpoint of other weights would train on a step twice. `metrics` are those of the step that
+    `state` has just finished, if its line is not yet written. A run that has no step to save starts
+    afresh, and repeats what it did.
     """
     try:
         yield
     except Exception as error:
         if distributed.was_agreed(error) and state.step > 0:
-            say(f"step {state.step + 1} cannot be done: saving step {state.step}, from where the same command goes on")
+            say(
+                f"step {state.step + 1} cannot be done: saving step {state.step}, from where the "
+                f"same command goes on"
+            )
             if metrics is not None:
                 metrics.flush(state.step)
-            checkpoint.save(run.run_dir, state, save_shards, run.fingerprint, keep=run.cfg.run.keep_checkpoints)
+            checkpoint.save(
+                run.run_dir, state, save_shards, run.fingerprint, keep=run.cfg.run.keep_checkpoints
+            )
         raise
 
 
-# ---- Evaluation and report -------------------------------------------------------------------------------------------
+# ---- Evaluation and report -----------------------------------------------------------------------

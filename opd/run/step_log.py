@@ -1,4 +1,6 @@
-"""What a step leaves behind: throughput, memory, what the rollouts looked like, and what servers did for it."""
+"""What a step leaves behind: throughput, memory, what the rollouts looked like, and what servers
+did for it.
+"""
 
 from collections.abc import Sequence
 
@@ -77,14 +79,24 @@ def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollo
     ]
     write_rollouts(run.run_dir, step, rows)
     for index, row in enumerate(rows):
-        metrics.text(f"rollout/sample_{index}", f"[{row['domain']}] {row['prompt']}\n{row['response']}", step)
+        metrics.text(
+            f"rollout/sample_{index}", f"[{row['domain']}] {row['prompt']}\n{row['response']}", step
+        )
 
 
 def log_servers(
-    metrics: Metrics, teachers: TeacherPool, engine: RolloutEngine | AsyncRolloutEngine, rollouts: Sequence[Rollout], *,
-    step: int, seconds: float,
-) -> None:  # fmt: skip
-    """What servers did in a step of so many seconds, if there are any. Counts are sums over the ranks."""
+    metrics: Metrics,
+    teachers: TeacherPool,
+    engine: RolloutEngine | AsyncRolloutEngine,
+    rollouts: Sequence[Rollout],
+    *,
+    step: int,
+    seconds: float,
+) -> None:
+    """What servers did in a step of so many seconds, if there are any.
+
+    Counts are sums over the ranks.
+    """
     for name, teacher in teachers.served.items():
         _log_pool(metrics, "teacher/{}/" + name, teacher.pool.take_stats(), seconds)
         metrics.add_max(f"teacher/waited_s/{name}", teachers.waited_s[name])
@@ -100,9 +112,13 @@ def log_servers(
 def _log_pool(metrics: Metrics, key_of: str, stats: Stats, seconds: float) -> None:
     """What a pool's servers did; `key_of` makes a key of a name."""
     counts = {
-        "requests": stats.requests, "retries": stats.retries, "failovers": stats.failovers,
-        "ejections": stats.ejections, "failures": stats.failures.total(), "tokens_per_second": stats.tokens / seconds,
-    }  # fmt: skip
+        "requests": stats.requests,
+        "retries": stats.retries,
+        "failovers": stats.failovers,
+        "ejections": stats.ejections,
+        "failures": stats.failures.total(),
+        "tokens_per_second": stats.tokens / seconds,
+    }
     for key, value in counts.items():
         metrics.add(key_of.format(key), value, 1 / distributed.world_size())
     metrics.add(key_of.format("bytes_per_token"), stats.bytes_received, stats.tokens)
@@ -114,7 +130,9 @@ def _log_pool(metrics: Metrics, key_of: str, stats: Stats, seconds: float) -> No
 
 
 def _log_ahead(metrics: Metrics, engine: AsyncRolloutEngine, seconds: float) -> None:
-    """How far the rollout servers are ahead, what they wrote, and how long the trainer waited for them."""
+    """How far the rollout servers are ahead, what they wrote, and how long the trainer waited for
+    them.
+    """
     stats, (lengths, idle) = engine.servers.pool.take_stats(), engine.servers.flow.take()
     metrics.add_max("rollout/waited_s", engine.waited_s)
     metrics.add("rollout/ready", engine.ready)
@@ -122,15 +140,25 @@ def _log_ahead(metrics: Metrics, engine: AsyncRolloutEngine, seconds: float) -> 
     metrics.add("rollout/sampled_tokens", sum(lengths), len(lengths))
     metrics.add("rollout/tokens_per_second", sum(lengths) / seconds, 1 / distributed.world_size())
     metrics.add("rollout/idle", idle)
-    metrics.add("rollout/server_retries", stats.retries + stats.failovers, 1 / distributed.world_size())
+    metrics.add(
+        "rollout/server_retries", stats.retries + stats.failovers, 1 / distributed.world_size()
+    )
     for key, value in engine.push_metrics.items():
         metrics.add_max(f"rollout/push_{key}", value)
 
 
 def _log_lags(metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:
-    """How many versions older than the weights in training the tokens are: shares of the step, and a histogram."""
-    spans = [span for r in rollouts for span in r.policy_spans or ((r.policy_version, 0, len(r.response_ids)),)]
-    lags = np.repeat([step - 1 - version for version, _, _ in spans], [end - start for _, start, end in spans])
+    """How many versions older than the weights in training the tokens are: shares of the step, and
+    a histogram.
+    """
+    spans = [
+        span
+        for r in rollouts
+        for span in r.policy_spans or ((r.policy_version, 0, len(r.response_ids)),)
+    ]
+    lags = np.repeat(
+        [step - 1 - version for version, _, _ in spans], [end - start for _, start, end in spans]
+    )
     (largest,) = distributed.all_reduce([int(lags.max(initial=0))], "max")
     for lag in range(int(largest) + 1):
         metrics.add(f"staleness/token_share/{lag}", int((lags == lag).sum()), len(lags))

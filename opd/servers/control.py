@@ -1,7 +1,8 @@
 """How a trainer changes the weights of a server: pause, update, resume; with a lease and a fence.
 
-`WeightsGate` is the state machine, without I/O and with an injected clock. `Control` puts routes around it and is what a
-server asks before it answers: `version = await control.ready()`. docs/serving.md has the routes in detail:
+`WeightsGate` is the state machine, without I/O and with an injected clock. `Control` puts routes
+around it and is what a server asks before it answers: `version = await control.ready()`.
+docs/serving.md has the routes in detail:
 
 | route | body | answer |
 |---|---|---|
@@ -12,12 +13,13 @@ server asks before it answers: `version = await control.ready()`. docs/serving.m
 | `POST /resume` | `{"fence"}` | `{"version", "state": "ready"}` |
 | `GET /version` | | protocol, weights, state, fence |
 
-No path is ever named, so no request can make a server read a file of the caller's choice, and no address: a broadcast comes
-from where the request came from. Who may post knows
-OPD_SERVER_TOKEN; without one the routes that change something answer 403. A smaller fence than the largest seen is a trainer
-that has a successor: 409. A trainer that dies leaves its lease, after which a server goes on with the weights that it has;
-if those are half loaded it is stale, and answers 503 until a push is complete.
-"""
+No path is ever named, so no request can make a server read a file of the caller's choice, and no
+address: a broadcast comes from where the request came from. Who may post knows OPD_SERVER_TOKEN;
+without one the routes that change something answer 403. A smaller fence than the largest seen is a
+trainer that has a successor: 409. A trainer that dies leaves its lease, after which a server goes
+on with the weights that it has; if those are half loaded it is stale, and answers 503 until a push
+is complete.
+"""  # noqa: E501
 
 import asyncio
 import math
@@ -38,7 +40,8 @@ from opd.weights.offer import MOST_OFFER_BYTES, Offer, Receivers, read_offer
 from opd.weights.store import verify
 
 State = Literal["stale", "ready", "paused"]
-PauseMode = Literal["keep", "abort"]  # of what is being computed: it goes on under the new weights, or ends unfinished
+# of what is being computed: it goes on under the new weights, or ends unfinished
+PauseMode = Literal["keep", "abort"]
 
 LONGEST_LEASE = 3600.0  # a server that hears nothing for so long goes on
 TURN_SECONDS = 600.0  # for the control request before to end
@@ -53,10 +56,13 @@ class Refused(Exception):
 
 
 class WeightsGate:
-    """Whether the weights are whole, and who may change them until when. Pure; `clock` is monotonic, in seconds.
+    """Whether the weights are whole, and who may change them until when.
+
+    Pure; `clock` is monotonic, in seconds.
 
     * ready: whole weights of `version`, which answer.
-    * paused: a trainer holds the server until its lease runs out; the weights may be between two versions.
+    * paused: a trainer holds the server until its lease runs out; the weights may be between two
+      versions.
     * stale: no whole weights, and nobody holds it. It serves nothing.
     """
 
@@ -78,7 +84,9 @@ class WeightsGate:
         return max(0.0, self._lease_end - self._clock())
 
     def pause(self, fence: int, lease_s: float) -> None:
-        """From any state: a trainer that lost an answer may ask again, and a successor takes over."""
+        """From any state: a trainer that lost an answer may ask again, and a successor
+        takes over.
+        """
         self._check_fence(fence)
         self._lease_end = self._clock() + min(lease_s, LONGEST_LEASE)
 
@@ -91,7 +99,10 @@ class WeightsGate:
         """Refuses whoever may not change the weights now."""
         self._check_fence(fence)
         if self.state != "paused":
-            raise Refused(f"the server is {self.state}, not paused: its lease ran out, or /pause was not called")
+            raise Refused(
+                f"the server is {self.state}, not paused: its lease ran out, or /pause was not "
+                f"called"
+            )
 
     def begin_load(self, fence: int) -> None:
         """From here to `finish_load` there are no whole weights, whatever happens."""
@@ -114,13 +125,20 @@ class WeightsGate:
 
 
 class Holder(Protocol):
-    """What holds the weights of a server: its engine. All calls come from one event loop, one after the other."""
+    """What holds the weights of a server: its engine.
+
+    All calls come from one event loop, one after the other.
+    """
 
     async def pause(self, mode: PauseMode) -> None:
-        """Returns when nothing is being computed. A second call is fine; "abort" then ends what "keep" had kept."""
+        """Returns when nothing is being computed.
+
+        A second call is fine; "abort" then ends what "keep" had kept.
+        """
 
     async def load(self, source: Path | Offer, version: int) -> None:
-        """Replaces the weights by those of a directory, or by what a trainer sends, and resets every cache.
+        """Replaces the weights by those of a directory, or by what a trainer sends, and resets
+        every cache.
 
         After an exception the weights count as half loaded.
         """
@@ -130,37 +148,66 @@ class Holder(Protocol):
 
 
 class Control:
-    """The routes of a server whose weights a trainer changes. `mount` adds them to its application."""
+    """The routes of a server whose weights a trainer changes.
+
+    `mount` adds them to its application.
+    """
 
     def __init__(
-        self, gate: WeightsGate, holder: Holder, weights_dir: Path, *, protocol: str, token: str | None,
-        receivers: Receivers | None = None, max_model_len: int | None = None,
-    ):  # fmt: skip
-        self.gate, self.holder, self.weights_dir, self.protocol = gate, holder, weights_dir, protocol
+        self,
+        gate: WeightsGate,
+        holder: Holder,
+        weights_dir: Path,
+        *,
+        protocol: str,
+        token: str | None,
+        receivers: Receivers | None = None,
+        max_model_len: int | None = None,
+    ):
+        self.gate, self.holder, self.weights_dir, self.protocol = (
+            gate,
+            holder,
+            weights_dir,
+            protocol,
+        )
         self.receivers = receivers  # None: of a broadcast nothing is taken
-        self.max_model_len = max_model_len  # tokens that a question may have, for a trainer to know before it asks
+        self.max_model_len = (
+            max_model_len  # tokens that a question may have, for a trainer to know before it asks
+        )
         self._has_token = token is not None
         self._turn = asyncio.Lock()  # one control request at a time
-        self._settled = asyncio.Event()  # cleared from a pause until the holder does what the gate then says
+        # cleared from a pause until the holder does what the gate then says
+        self._settled = asyncio.Event()
         self._settled.set()
         self._watch: asyncio.Task | None = None
 
     def mount(self, app: FastAPI) -> None:
-        """Adds the routes. The token itself is checked around the whole application, by `http_service.RequireToken`."""
+        """Adds the routes.
+
+        The token itself is checked around the whole application, by `http_service.RequireToken`.
+        """
         app.add_api_route("/version", self.tell_version, methods=["GET"])
         for path, act in (
-            ("pause", self._pause), ("update_weights", self._update), ("resume", self._resume), ("lease", self._renew)
-        ):  # fmt: skip
+            ("pause", self._pause),
+            ("update_weights", self._update),
+            ("resume", self._resume),
+            ("lease", self._renew),
+        ):
             app.add_api_route(f"/{path}", partial(self._control, act), methods=["POST"])
 
     async def ready(self, seconds: float = GATE_SECONDS) -> int:
-        """The version that serves, as soon as the server is not paused. HTTPException 503 if it is stale or stays paused."""
+        """The version that serves, as soon as the server is not paused.
+
+        HTTPException 503 if it is stale or stays paused.
+        """
         try:
             async with asyncio.timeout(seconds):
                 while not self._settled.is_set():
                     await self._settled.wait()
         except TimeoutError:
-            raise HTTPException(503, f"paused for more than {seconds:g} s", headers={"Retry-After": "1"}) from None
+            raise HTTPException(
+                503, f"paused for more than {seconds:g} s", headers={"Retry-After": "1"}
+            ) from None
         if self.gate.version is None:
             raise HTTPException(503, "stale")
         return self.gate.version
@@ -171,7 +218,10 @@ class Control:
         if self.max_model_len is not None:
             facts["max_model_len"] = self.max_model_len
         if self.receivers is not None:
-            facts["receivers"] = {"workers": self.receivers.workers, "backend": self.receivers.backend}
+            facts["receivers"] = {
+                "workers": self.receivers.workers,
+                "backend": self.receivers.backend,
+            }
         return {"version": "1", "protocol": self.protocol, **facts}
 
     # ---- What a trainer asks ----
@@ -197,7 +247,9 @@ class Control:
         except Refused as error:
             raise HTTPException(409, str(error)) from None
         except TimeoutError:
-            raise HTTPException(503, "another control request, or this one, takes too long") from None
+            raise HTTPException(
+                503, "another control request, or this one, takes too long"
+            ) from None
         return JSONResponse({"version": self.gate.version, "state": self.gate.state})
 
     async def _pause(self, fence: int, body: dict) -> None:
@@ -216,7 +268,9 @@ class Control:
         self.gate.check_held(fence)
         try:
             async with asyncio.timeout(ACT_SECONDS):
-                source = await asyncio.to_thread(self._source, body.get("broadcast"), version, fence, host)
+                source = await asyncio.to_thread(
+                    self._source, body.get("broadcast"), version, fence, host
+                )
         except ValueError as error:
             raise HTTPException(422, one_line(error)) from None  # nothing has changed
         self.gate.begin_load(fence)
@@ -224,7 +278,9 @@ class Control:
             async with asyncio.timeout(ACT_SECONDS):
                 await self.holder.load(source, version)
         except Exception as error:  # whatever the engine raises, the weights are half loaded
-            raise HTTPException(500, f"half loaded: {type(error).__name__}: {one_line(error)}") from error
+            raise HTTPException(
+                500, f"half loaded: {type(error).__name__}: {one_line(error)}"
+            ) from error
         self.gate.finish_load(version)
 
     def _source(self, broadcast: Any, version: int, fence: int, host: str) -> Path | Offer:
@@ -249,7 +305,9 @@ class Control:
     # ---- The end of a pause ----
 
     async def _keep_lease(self) -> None:
-        """Ends a pause whose trainer has died; if it has died while weights are loaded, after that."""
+        """Ends a pause whose trainer has died; if it has died while weights are loaded,
+        after that.
+        """
         while not self._settled.is_set():
             await asyncio.sleep(min(self.gate.lease_left, LEASE_POLL_SECONDS))
             if self.gate.state != "paused":
@@ -259,7 +317,9 @@ class Control:
                             await self._settle()
 
     async def _settle(self) -> None:
-        """Makes the holder do what the gate says: compute on, or end what would have gone on with half-loaded weights."""
+        """Makes the holder do what the gate says: compute on, or end what would have gone on with
+        half-loaded weights.
+        """
         async with asyncio.timeout(ACT_SECONDS):
             if self.gate.state == "ready":
                 await self.holder.resume()
@@ -271,7 +331,11 @@ class Control:
 def _whole_or_not(body: dict, name: str, *, whole: bool = False) -> Any:
     """A number of at least 0 from a control request, or HTTPException 400."""
     value = body.get(name)
-    right = isinstance(value, int) if whole else isinstance(value, int | float) and math.isfinite(value)
+    right = (
+        isinstance(value, int) if whole else isinstance(value, int | float) and math.isfinite(value)
+    )
     if not right or isinstance(value, bool) or value < 0:
-        raise HTTPException(400, f"{name}: must be {'an integer' if whole else 'a number'} of at least 0")
+        raise HTTPException(
+            400, f"{name}: must be {'an integer' if whole else 'a number'} of at least 0"
+        )
     return value

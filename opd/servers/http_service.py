@@ -1,8 +1,9 @@
-"""What the HTTP servers of this package share: who may ask, where they listen, what a mistake is answered, how they end.
+"""What the HTTP servers of this package share: who may ask, where they listen, what a mistake is
+answered, how they end.
 
-A server listens on the loopback interface, unless OPD_SERVER_TOKEN holds a token; if it does, every route but `/health`
-wants `Authorization: Bearer TOKEN`. Every mistake is `{"error": one line}`, and no more of a body is read than its question
-may have.
+A server listens on the loopback interface, unless OPD_SERVER_TOKEN holds a token; if it does, every
+route but `/health` wants `Authorization: Bearer TOKEN`. Every mistake is `{"error": one line}`, and
+no more of a body is read than its question may have.
 """
 
 import asyncio
@@ -43,9 +44,11 @@ def new_app() -> FastAPI:
 
 
 class Linger:
-    """ASGI middleware: before an answer, the rest of the body is read, if it is short and comes soon.
+    """ASGI middleware: before an answer, the rest of the body is read, if it is short and comes
+    soon.
 
-    TCP resets a connection that is closed on unread bytes, and the client would see that instead of the answer.
+    TCP resets a connection that is closed on unread bytes, and the client would see that instead of
+    the answer.
     """
 
     def __init__(self, app: Callable):
@@ -73,7 +76,9 @@ class Linger:
 
 
 class RequireToken:
-    """ASGI middleware: 401 for whoever does not know the token, before anything of the body is looked at."""
+    """ASGI middleware: 401 for whoever does not know the token, before anything of the body is
+    looked at.
+    """
 
     def __init__(self, app: Callable, token: str):
         self.app, self.expected = app, f"Bearer {token}".encode()
@@ -82,7 +87,9 @@ class RequireToken:
         if scope["type"] == "http" and scope["path"] != "/health":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
-                refusal = JSONResponse({"error": "wrong or no token"}, 401, headers={"WWW-Authenticate": "Bearer"})
+                refusal = JSONResponse(
+                    {"error": "wrong or no token"}, 401, headers={"WWW-Authenticate": "Bearer"}
+                )
                 await _closing(refusal)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -124,7 +131,8 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
 
 
 async def unless_gone(request: Request, answer: asyncio.Future, seconds: float) -> Any:
-    """The result of `answer`; it is cancelled if the client goes first (ClientDisconnect) or the time is over (TimeoutError).
+    """The result of `answer`; it is cancelled if the client goes first (ClientDisconnect) or the
+    time is over (TimeoutError).
 
     The body has to be read: after it there is one message more, that the client has gone.
     """
@@ -142,7 +150,10 @@ async def unless_gone(request: Request, answer: asyncio.Future, seconds: float) 
 
 def metrics_text(counters: dict[str, int], gauges: dict[str, int]) -> Response:
     """Prometheus' text form of `opd_NAME_total` and `opd_NAME`; `wire.metric` reads it."""
-    lines = [f"# TYPE opd_{name}_total counter\nopd_{name}_total {value}\n" for name, value in counters.items()]
+    lines = [
+        f"# TYPE opd_{name}_total counter\nopd_{name}_total {value}\n"
+        for name, value in counters.items()
+    ]
     lines += [f"# TYPE opd_{name} gauge\nopd_{name} {value}\n" for name, value in gauges.items()]
     return PlainTextResponse("".join(lines))
 
@@ -165,7 +176,10 @@ def read_token() -> str | None:
     """The token of OPD_SERVER_TOKEN, None without one. ValueError for one that could be guessed."""
     token = os.environ.get(TOKEN_VARIABLE)
     if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"{TOKEN_VARIABLE}: {len(token)} characters; take at least {SHORTEST_TOKEN}, or unset it")
+        raise ValueError(
+            f"{TOKEN_VARIABLE}: {len(token)} characters; take at least {SHORTEST_TOKEN}, or unset "
+            f"it"
+        )
     return token
 
 
@@ -173,8 +187,10 @@ def check_host(host: str, token: str | None) -> None:
     """ValueError for a host that others reach, unless they need a token."""
     if not is_loopback(host) and token is None:
         raise ValueError(
-            f"--host {host}: other machines would reach a server that asks for no token; put one of at least "
-            f"{SHORTEST_TOKEN} characters into {TOKEN_VARIABLE}, or listen on 127.0.0.1 and use a tunnel (ssh -L)"
+            f"--host {host}: other machines would reach a server that asks for no token; put one "
+            f"of at least "
+            f"{SHORTEST_TOKEN} characters into {TOKEN_VARIABLE}, or listen on 127.0.0.1 and use a "
+            f"tunnel (ssh -L)"
         )
 
 
@@ -192,7 +208,8 @@ def bind(host: str, port: int) -> socket.socket:
 def leave_on_signals(before: Callable[[], None] = lambda: None) -> None:
     """SIGTERM and SIGINT call `before` and end the process with status 0, whatever it does.
 
-    Nothing is left to save, and an engine that loads or computes would keep the interpreter waiting.
+    Nothing is left to save, and an engine that loads or computes would keep the interpreter
+    waiting.
     """
 
     def leave(signum, frame) -> None:
@@ -205,13 +222,22 @@ def leave_on_signals(before: Callable[[], None] = lambda: None) -> None:
         signal.signal(signum, leave)
 
 
-async def serve_app(app: Callable, bound: socket.socket, name: str, end_seconds: int = END_SECONDS) -> None:
-    """Listens, says where, and serves until SIGTERM or SIGINT; at its end uvicorn raises the signal again."""
+async def serve_app(
+    app: Callable, bound: socket.socket, name: str, end_seconds: int = END_SECONDS
+) -> None:
+    """Listens, says where, and serves until SIGTERM or SIGINT; at its end uvicorn raises the signal
+    again.
+    """
     config = uvicorn.Config(
-        Linger(app), log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
+        Linger(app),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="off",
         timeout_graceful_shutdown=end_seconds,
         proxy_headers=False,  # a client's address is that of its connection, whatever it says
-    )  # fmt: skip
+    )
     bound.listen()
     host, port = bound.getsockname()[:2]
     print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

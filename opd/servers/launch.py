@@ -1,8 +1,10 @@
-"""`scripts/serve_ROLE.sh MODEL`: servers on this machine, and the YAML lines that name them to a trainer.
+"""`scripts/serve_ROLE.sh MODEL`: servers on this machine, and the YAML lines that name them to a
+trainer.
 
-ROLE is teacher, rollout or logprob. Starts `--replicas` servers on loopback ports, `--tensor_parallel` GPUs each, waits until
-every one has answered a question, prints the lines on stdout and stays until SIGINT or SIGTERM. With `--restart` a server
-that dies is started again. Flags behind `--` go to the servers as they are. The exit status is 0 after a signal, 2 for a
+ROLE is teacher, rollout or logprob. Starts `--replicas` servers on loopback ports,
+`--tensor_parallel` GPUs each, waits until every one has answered a question, prints the lines on
+stdout and stays until SIGINT or SIGTERM. With `--restart` a server that dies is started again.
+Flags behind `--` go to the servers as they are. The exit status is 0 after a signal, 2 for a
 mistake, 1 if a server does not come up or all have died.
 """
 
@@ -27,21 +29,32 @@ from opd.inputs.arguments import OneLineParser
 from opd.inputs.shapes import check_path
 from opd.log import one_line
 from opd.servers.http_service import read_token
-from opd.servers.server_processes import LOOK_AGAIN_SECONDS, START_SECONDS, ServerProcess, StartError, serving
+from opd.servers.server_processes import (
+    LOOK_AGAIN_SECONDS,
+    START_SECONDS,
+    ServerProcess,
+    StartError,
+    serving,
+)
 from opd.weights.store import claim
 
-PLAIN_SCALAR = re.compile(r"[A-Za-z/~][\w./~+-]*")  # what YAML reads as the text that it is; with true and null below
+# what YAML reads as the text that it is; with true and null below
+PLAIN_SCALAR = re.compile(r"[A-Za-z/~][\w./~+-]*")
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "null", "~"}
 
 
 # What is served: its script and what `--help` says of it.
 ROLES = {
-    "teacher": "a teacher's servers on this machine, and the YAML entry that names them to a trainer",
-    "rollout": "servers that sample for train_mopd.py --mode async, under the weights that it pushes",
-    "logprob": "servers that compute the student's log-probabilities for train_mopd.py, under the weights that it pushes",
+    "teacher": "a teacher's servers on this machine, and the YAML entry that names them to a "
+    "trainer",
+    "rollout": "servers that sample for train_mopd.py --mode async, under the weights that it "
+    "pushes",
+    "logprob": "servers that compute the student's log-probabilities for train_mopd.py, under the "
+    "weights that it pushes",
 }
 NO_TOKEN = (
-    f"{TOKEN_VARIABLE} is not set: without a token nobody may push weights; make one for servers and trainer: "
+    f"{TOKEN_VARIABLE} is not set: without a token nobody may push weights; make one for servers "
+    f"and trainer: "
     f"export {TOKEN_VARIABLE}=$(openssl rand -hex 16)"
 )
 
@@ -56,7 +69,8 @@ def launch_arguments(argv: list[str]) -> argparse.Namespace:
     for word in argv:
         if word.partition("=")[0] in ("--host", "--port", "--uds"):
             raise ValueError(
-                f"{word}: these servers listen on loopback ports that the kernel chooses; from another machine reach one "
+                f"{word}: these servers listen on loopback ports that the kernel chooses; from "
+                f"another machine reach one "
                 "through a tunnel: ssh -L PORT:127.0.0.1:PORT THIS_MACHINE"
             )
     args = _parser(role).parse_args(own)
@@ -69,7 +83,10 @@ def launch_arguments(argv: list[str]) -> argparse.Namespace:
 def _parser(role: str) -> OneLineParser:
     """Only flags that do something for the role."""
     parser = OneLineParser(f"scripts/serve_{role}.sh", ROLES[role])
-    parser.add_argument("model", help="directory or hub id" if role == "teacher" else "the trainer's --student_model")
+    parser.add_argument(
+        "model",
+        help="directory or hub id" if role == "teacher" else "the trainer's --student_model",
+    )
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--gpus", help="such as 0,1,2,3 (default: all that are visible)")
     dtypes = ["auto", "bfloat16", *(["float16"] if role != "logprob" else []), "float32"]
@@ -77,26 +94,53 @@ def _parser(role: str) -> OneLineParser:
     if role == "teacher":
         parser.add_argument("--protocol", choices=["binary", "json"], default="binary")
         parser.add_argument("--name", help="of the teacher (default: the last part of MODEL)")
-        parser.add_argument("--max_logprobs", type=int, default=1024, help="the largest --support_k of a trainer")
+        parser.add_argument(
+            "--max_logprobs", type=int, default=1024, help="the largest --support_k of a trainer"
+        )
     else:
         parser.add_argument(
-            "--weights_dir", type=Path, required=True,
-            help="where the trainer publishes its weights; made if it is missing, and must be this user's alone (0700)",
-        )  # fmt: skip
-        parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
+            "--weights_dir",
+            type=Path,
+            required=True,
+            help="where the trainer publishes its weights; made if it is missing, and must be "
+            "this user's alone (0700)",
+        )
+        parser.add_argument(
+            "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
+        )
     if role != "logprob":
         only = " (json only)" if role == "teacher" else ""
-        parser.add_argument("--tensor_parallel", type=int, default=1, help=f"GPUs of each replica{only}")
-        parser.add_argument("--kv_cache_gib", type=float, default=1.0, help="KV cache of each replica per GPU, GiB")
-    parser.add_argument("--restart", action="store_true", help="start a server that died again, on the same port")
-    parser.add_argument("--log_dir", type=Path, help="of the servers' logs (default: a temporary directory)")
-    parser.add_argument("--start_timeout_s", type=float, default=START_SECONDS, help="for a replica to answer")
+        parser.add_argument(
+            "--tensor_parallel", type=int, default=1, help=f"GPUs of each replica{only}"
+        )
+        parser.add_argument(
+            "--kv_cache_gib", type=float, default=1.0, help="KV cache of each replica per GPU, GiB"
+        )
+    parser.add_argument(
+        "--restart", action="store_true", help="start a server that died again, on the same port"
+    )
+    parser.add_argument(
+        "--log_dir", type=Path, help="of the servers' logs (default: a temporary directory)"
+    )
+    parser.add_argument(
+        "--start_timeout_s", type=float, default=START_SECONDS, help="for a replica to answer"
+    )
     return parser
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Fills in what follows from other flags. The directory of weights is made, so it comes last."""
-    positive = ("replicas", "tensor_parallel", "max_logprobs", "max_model_len", "kv_cache_gib", "start_timeout_s")
+    """Fills in what follows from other flags.
+
+    The directory of weights is made, so it comes last.
+    """
+    positive = (
+        "replicas",
+        "tensor_parallel",
+        "max_logprobs",
+        "max_model_len",
+        "kv_cache_gib",
+        "start_timeout_s",
+    )
     for flag in positive:
         value = getattr(args, flag, None)
         if value is not None and not value > 0:
@@ -106,15 +150,20 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.role == "teacher":
         if args.protocol == "binary" and args.tensor_parallel > 1:
             raise ValueError(
-                f"--tensor_parallel {args.tensor_parallel}: the binary protocol's engine has one GPU; use --protocol json"
+                f"--tensor_parallel {args.tensor_parallel}: the binary protocol's engine has one "
+                f"GPU; use --protocol json"
             )
         args.name = args.name or Path(args.model).resolve().name
         return
     if token is None:
         raise ValueError(NO_TOKEN)
     args.protocol, args.name = args.role, Path(args.model).resolve().name
-    args.extra = [*(["--max_model_len", str(args.max_model_len)] if args.max_model_len else []), *args.extra]
-    args.weights_dir = Path(os.path.abspath(args.weights_dir))  # a link stays one: the store refuses it
+    args.extra = [
+        *(["--max_model_len", str(args.max_model_len)] if args.max_model_len else []),
+        *args.extra,
+    ]
+    # a link stays one: the store refuses it
+    args.weights_dir = Path(os.path.abspath(args.weights_dir))
     try:
         claim(args.weights_dir)
     except ValueError as error:
@@ -122,7 +171,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def deal_gpus(flag: str | None, needed: int) -> list[str]:
-    """The first `needed` GPUs of `--gpus`, or of those that are visible; none on a machine without. ValueError for too few."""
+    """The first `needed` GPUs of `--gpus`, or of those that are visible; none on a machine without.
+
+    ValueError for too few.
+    """
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     gpus = [name.strip() for name in (flag or visible).split(",") if name.strip()]
@@ -131,7 +183,10 @@ def deal_gpus(flag: str | None, needed: int) -> list[str]:
     if len(set(gpus)) != len(gpus):
         raise ValueError(f"--gpus {flag}: a GPU stands there twice")
     if count and len(gpus) < needed:
-        raise ValueError(f"--replicas times --tensor_parallel needs {needed} GPUs, and there are {len(gpus)}: {gpus}")
+        raise ValueError(
+            f"--replicas times --tensor_parallel needs {needed} GPUs, and there are {len(gpus)}: "
+            f"{gpus}"
+        )
     return gpus[:needed] if count else []
 
 
@@ -140,7 +195,10 @@ def entry(args: argparse.Namespace, urls: Sequence[str]) -> str:
     quoted = json.dumps(list(urls))
     if args.role == "teacher":
         key = f", api_key_env: {TOKEN_VARIABLE}" if os.environ.get(TOKEN_VARIABLE) else ""
-        fields = f"name: {_scalar(args.name)}, model: {_scalar(args.model)}, backend: server, urls: {quoted}{key}"
+        fields = (
+            f"name: {_scalar(args.name)}, model: {_scalar(args.model)}, backend: server, "
+            f"urls: {quoted}{key}"
+        )
         return f"teachers:\n  - {{{fields}}}"
     lines = [f"{args.role}_servers: {quoted}"]
     if args.role == "rollout":  # once: a file for both kinds of server has one such line
@@ -176,19 +234,37 @@ def launch() -> int:
     log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="opd_serve_"))
     tell(f"starting {args.replicas} x {args.model}; logs in {log_dir}")
     # the flags of the role that are the servers' options too
-    names = ("protocol", "name", "tensor_parallel", "dtype", "max_logprobs", "kv_cache_gib", "weights_dir", "extra")
+    names = (
+        "protocol",
+        "name",
+        "tensor_parallel",
+        "dtype",
+        "max_logprobs",
+        "kv_cache_gib",
+        "weights_dir",
+        "extra",
+    )
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     try:
         with serving(
-            args.model, replicas=args.replicas, gpus=args.gpus, log_dir=log_dir, start_seconds=args.start_timeout_s,
+            args.model,
+            replicas=args.replicas,
+            gpus=args.gpus,
+            log_dir=log_dir,
+            start_seconds=args.start_timeout_s,
             **options,
-        ) as replicas:  # fmt: skip
+        ) as replicas:
             for replica in replicas:
                 tell(f"{replica.url}: process {replica.process.pid}")
             if args.role != "teacher":
-                tell(f"the trainer needs the same {TOKEN_VARIABLE}, and --weights_dir {args.weights_dir}")
+                tell(
+                    f"the trainer needs the same {TOKEN_VARIABLE}, and --weights_dir "
+                    f"{args.weights_dir}"
+                )
             print(entry(args, [replica.url for replica in replicas]), flush=True)
-            return watch(replicas, restart=args.restart, start_seconds=args.start_timeout_s, say=tell)
+            return watch(
+                replicas, restart=args.restart, start_seconds=args.start_timeout_s, say=tell
+            )
     except StartError as error:
         tell(f"error: {error}")
         return 1
@@ -203,12 +279,17 @@ EARLY_DEATHS = 3
 FIRST_WAIT = 1.0  # s before a start; twice that after each early death more
 
 
-RETURN_SECONDS = 5.0  # for the first answer of a server that came back: the others are not watched meanwhile
+RETURN_SECONDS = (
+    5.0  # for the first answer of a server that came back: the others are not watched meanwhile
+)
 
 
 @dataclass(slots=True)
 class Restarts:
-    """When one server is started again, and when no more. No I/O, no clock: times are those of a monotonic one, in seconds."""
+    """When one server is started again, and when no more.
+
+    No I/O, no clock: times are those of a monotonic one, in seconds.
+    """
 
     ready_at: float | None = None
     early_deaths: int = 0  # in a row
@@ -249,7 +330,10 @@ class _Watched:
                 self.restarts.ready_at = time.monotonic()
                 self.say(f"{self.replica.url} is back: process {self.replica.process.pid}")
             elif now >= self.deadline:
-                self.say(f"{self.replica.url} is not ready within {self.start_seconds:g} s, and is killed")
+                self.say(
+                    f"{self.replica.url} is not ready within {self.start_seconds:g} s, and is "
+                    f"killed"
+                )
                 with suppress(subprocess.TimeoutExpired):  # a driver holds it: it is tried again
                     self.replica.kill()  # the next look finds it dead
         return False
@@ -258,13 +342,20 @@ class _Watched:
         self.next_start, self.deadline = None, now + self.start_seconds
         try:
             self.replica.restart()
-        except OSError as error:  # no memory for a process, no log directory: it must not take the others along
+        # no memory for a process, no log directory: it must not take the others along
+        except OSError as error:
             self.say(f"{self.replica.url} cannot be started: {error}")
             return False
         return True
 
 
-def watch(replicas: Sequence[ServerProcess], *, restart: bool, start_seconds: float, say: Callable[[str], None]) -> int:
+def watch(
+    replicas: Sequence[ServerProcess],
+    *,
+    restart: bool,
+    start_seconds: float,
+    say: Callable[[str], None],
+) -> int:
     """Says who dies, until all have and none is started again: then it returns 1."""
     watched = [_Watched(replica, start_seconds, say) for replica in replicas]
     while watched:
@@ -279,7 +370,8 @@ def watch(replicas: Sequence[ServerProcess], *, restart: bool, start_seconds: fl
                 then = f"; it is started again in {wait:g} s"
             replica, left = one.replica, sum(other.up for other in watched)
             say(
-                f"{replica.url} died with status {replica.process.returncode}, {left} left{then}: see {replica.log}\n"
+                f"{replica.url} died with status {replica.process.returncode}, {left} left{then}: "
+                f"see {replica.log}\n"
                 f"{replica.last_lines()}"
             )
     return 1

@@ -1,10 +1,13 @@
-"""The trainer's forward without a trainer: log-probability and entropy of each response token, and weights that change.
+"""The trainer's forward without a trainer: log-probability and entropy of each response token, and
+weights that change.
 
-The model is built as `Student` builds it: the same class, attention and dtype, the base model's hidden states at the tokens
-that predict the response, and `score_hidden` over the vocabulary chunk by chunk in float32. One thread owns it
-(`scoring.ScoringThread`): it scores a batch or it loads, so no batch sees two versions, and every answer says which one.
+The model is built as `Student` builds it: the same class, attention and dtype, the base model's
+hidden states at the tokens that predict the response, and `score_hidden` over the vocabulary chunk
+by chunk in float32. One thread owns it (`scoring.ScoringThread`): it scores a batch or it loads, so
+no batch sees two versions, and every answer says which one.
 
-B sequences, S padded length after the shift, N response tokens, L of one question, V vocabulary, H hidden size.
+B sequences, S padded length after the shift, N response tokens, L of one question, V vocabulary, H
+hidden size.
 """
 
 from collections import defaultdict
@@ -37,19 +40,30 @@ class VersionedBody(NamedTuple):
     body: bytes
 
 
-def load_model(model: str, *, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool) -> nn.Module:
-    """As `Student` loads it, for the forward only. ValueError with one line if weights are missing or do not load."""
+def load_model(
+    model: str, *, dtype: torch.dtype, attn_implementation: str, trust_remote_code: bool
+) -> nn.Module:
+    """As `Student` loads it, for the forward only.
+
+    ValueError with one line if weights are missing or do not load.
+    """
     options = {
-        "attn_implementation": attention_of(model, attn_implementation, trust_remote_code=trust_remote_code),
+        "attn_implementation": attention_of(
+            model, attn_implementation, trust_remote_code=trust_remote_code
+        ),
         "trust_remote_code": trust_remote_code,
     }
     load = AutoModelForCausalLM.from_pretrained
     found, info = load_part(
-        "--model", model, "weights", lambda: load(model, dtype=dtype, output_loading_info=True, **options)
+        "--model",
+        model,
+        "weights",
+        lambda: load(model, dtype=dtype, output_loading_info=True, **options),
     )
     if info["missing_keys"]:  # transformers makes random ones up
         raise ValueError(
-            f"--model {model}: lacks {len(info['missing_keys'])} weights, {min(info['missing_keys'])} first"
+            f"--model {model}: lacks {len(info['missing_keys'])} weights, "
+            f"{min(info['missing_keys'])} first"
         )
     forget_prefixes(found)
     return found.eval().requires_grad_(False)  # eval: the trainer switches dropout off
@@ -65,7 +79,10 @@ class LogprobScorer:
     @property
     def vocab_size(self) -> int:
         """Ids below it may be asked about."""
-        return min(len(self.model.get_input_embeddings().weight), len(self.model.get_output_embeddings().weight))
+        return min(
+            len(self.model.get_input_embeddings().weight),
+            len(self.model.get_output_embeddings().weight),
+        )
 
     def score(self, questions: Sequence[LogprobQuestion]) -> list[dict[str, Tensor]]:
         """`logprobs` and `entropy`, float32 [L], of each. RuntimeError without whole weights."""
@@ -77,7 +94,9 @@ class LogprobScorer:
             if question.response_ids:
                 groups[question.temperature].append(index)
         for temperature, members in groups.items():
-            for batch in batches([questions[index].num_tokens for index in members], self.tokens_per_batch):
+            for batch in batches(
+                [questions[index].num_tokens for index in members], self.tokens_per_batch
+            ):
                 asked = [members[place] for place in batch]
                 found = self._forward([questions[index] for index in asked], temperature)
                 for index, answer in zip(asked, found, strict=True):
@@ -85,15 +104,21 @@ class LogprobScorer:
         return answers
 
     def encode(self, arrays: dict[str, Tensor], question: LogprobQuestion) -> VersionedBody:
-        """The answer as it is sent; asked for in the same turn as `score`, so the version is the one that scored."""
+        """The answer as it is sent; asked for in the same turn as `score`, so the version is the
+        one that scored.
+        """
         return VersionedBody(self.version, encode_logprobs(arrays, question, self.version))
 
     @torch.no_grad()
-    def _forward(self, questions: Sequence[LogprobQuestion], temperature: float) -> list[dict[str, Tensor]]:
+    def _forward(
+        self, questions: Sequence[LogprobQuestion], temperature: float
+    ) -> list[dict[str, Tensor]]:
         device, longest = self.model.device, max(question.num_tokens for question in questions)
         texts = [[*question.prompt_ids, *question.response_ids] for question in questions]
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
-        start_B1 = torch.tensor([[len(question.prompt_ids) - 1] for question in questions], device=device)
+        start_B1 = torch.tensor(
+            [[len(question.prompt_ids) - 1] for question in questions], device=device
+        )
         end_B1 = torch.tensor([[len(text) - 1] for text in texts], device=device)
         position_S = torch.arange(longest - 1, device=device)
         real_BS = position_S < end_B1
@@ -103,19 +128,30 @@ class LogprobScorer:
         ).last_hidden_state
         head = self.model.get_output_embeddings()
         scores = score_hidden(
-            states_BSH[predicts_BS], head.weight, ids[:, 1:][predicts_BS], bias_V=getattr(head, "bias", None),
-            form=self.form, temperature=temperature,
-        )  # fmt: skip
+            states_BSH[predicts_BS],
+            head.weight,
+            ids[:, 1:][predicts_BS],
+            bias_V=getattr(head, "bias", None),
+            form=self.form,
+            temperature=temperature,
+        )
         lengths = [len(question.response_ids) for question in questions]
-        columns = (values_N.cpu().split(lengths) for values_N in (scores.sampled_logprobs_N, scores.entropy_N))
-        return [{"logprobs": logprobs_L, "entropy": entropy_L} for logprobs_L, entropy_L in zip(*columns, strict=True)]
+        columns = (
+            values_N.cpu().split(lengths)
+            for values_N in (scores.sampled_logprobs_N, scores.entropy_N)
+        )
+        return [
+            {"logprobs": logprobs_L, "entropy": entropy_L}
+            for logprobs_L, entropy_L in zip(*columns, strict=True)
+        ]
 
     @torch.no_grad()
     def load(self, source: Path | Offer, version: int) -> None:
-        """Copies a published version into the parameters, from its directory or as a trainer sends it.
+        """Copies a published version into the parameters, from its directory or as a trainer sends
+        it.
 
-        After an exception there are no whole weights: `version` is None. ValueError if names, shapes and dtypes are not the
-        model's: then the trainer computes with something else.
+        After an exception there are no whole weights: `version` is None. ValueError if names,
+        shapes and dtypes are not the model's: then the trainer computes with something else.
         """
         self.version = None
         parameters = checkpoint_views(self.model)
@@ -127,11 +163,16 @@ class LogprobScorer:
                 parameter = parameters[name]
                 if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
                     raise ValueError(
-                        f"{name}: {value.dtype} {tuple(value.shape)} was published, and the model has {parameter.dtype} "
+                        f"{name}: {value.dtype} {tuple(value.shape)} was published, and the model "
+                        f"has {parameter.dtype} "
                         f"{tuple(parameter.shape)}; --model and --dtype must be the trainer's"
                     )
-                if parameter.data_ptr() in filled and not torch.equal(parameter, value.to(parameter.device)):
-                    raise ValueError(f"{name}: is tied to another parameter, and was published with other values")
+                if parameter.data_ptr() in filled and not torch.equal(
+                    parameter, value.to(parameter.device)
+                ):
+                    raise ValueError(
+                        f"{name}: is tied to another parameter, and was published with other values"
+                    )
                 parameter.copy_(value)
                 filled.add(parameter.data_ptr())
         self.version = version
@@ -147,6 +188,9 @@ class LogprobScorer:
 def _read_version(directory: Path) -> Iterator[tuple[list[str], Iterator[tuple[str, Tensor]]]]:
     """(names, tensors) of a directory."""
     with ExitStack() as stack:
-        shards = [stack.enter_context(safe_open(path, "pt")) for path in sorted(directory.glob("*.safetensors"))]
+        shards = [
+            stack.enter_context(safe_open(path, "pt"))
+            for path in sorted(directory.glob("*.safetensors"))
+        ]
         shard_of = {name: shard for shard in shards for name in shard.keys()}  # noqa: SIM118 - not a dictionary
         yield list(shard_of), ((name, shard.get_tensor(name)) for name, shard in shard_of.items())

@@ -1,7 +1,9 @@
-"""`python -m opd.servers.logprob_server --model M --weights_dir ROOT`: the student's log-probabilities, computed beside the trainer.
+"""`python -m opd.servers.logprob_server --model M --weights_dir ROOT`: the student's
+log-probabilities, computed beside the trainer.
 
-The trainer's forward behind a port: the same Hugging Face model, attention and dtype, with weights that the trainer pushes
-through a directory (`opd/weights/store.py`) or sends (`opd/weights/broadcast.py`). docs/serving.md has the routes in detail:
+The trainer's forward behind a port: the same Hugging Face model, attention and dtype, with weights
+that the trainer pushes through a directory (`opd/weights/store.py`) or sends
+(`opd/weights/broadcast.py`). docs/serving.md has the routes in detail:
 
 | route | answer |
 |---|---|
@@ -11,10 +13,10 @@ through a directory (`opd/weights/store.py`) or sends (`opd/weights/broadcast.py
 | `POST /logprobs` | raw int32 ids to safetensors: `logprobs` and `entropy` of the response's tokens |
 | `POST /pause`, `/update_weights`, `/resume`, `/lease` | `opd/servers/control.py` |
 
-It starts stale and serves nothing until the first push; with `--serve_initial`, the model's own weights are version 0. It
-listens on the loopback interface only, unless OPD_SERVER_TOKEN holds a token; without one, nobody may change its weights.
-SIGTERM and SIGINT end it with status 0.
-"""
+It starts stale and serves nothing until the first push; with `--serve_initial`, the model's own
+weights are version 0. It listens on the loopback interface only, unless OPD_SERVER_TOKEN holds a
+token; without one, nobody may change its weights. SIGTERM and SIGINT end it with status 0.
+"""  # noqa: E501
 
 import argparse
 import asyncio
@@ -59,17 +61,35 @@ from opd.weights.offer import Offer, Receivers, backend_of
 def logprob_arguments(argv: list[str]) -> argparse.Namespace:
     """ValueError with one line for a mistake."""
     parser = OneLineParser("python -m opd.servers.logprob_server", __doc__)
-    parser.add_argument("--model", required=True, help="the trainer's --student_model: directory or hub id")
-    parser.add_argument("--weights_dir", required=True, type=Path, help="where the trainer publishes its weights")
-    parser.add_argument("--serve_initial", action="store_true", help="the model's own weights are version 0")
-    parser.add_argument("--host", default="127.0.0.1", help=f"another than loopback needs a token in {TOKEN_VARIABLE}")
+    parser.add_argument(
+        "--model", required=True, help="the trainer's --student_model: directory or hub id"
+    )
+    parser.add_argument(
+        "--weights_dir", required=True, type=Path, help="where the trainer publishes its weights"
+    )
+    parser.add_argument(
+        "--serve_initial", action="store_true", help="the model's own weights are version 0"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=f"another than loopback needs a token in {TOKEN_VARIABLE}",
+    )
     parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="the trainer's")
+    parser.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="the trainer's"
+    )
     parser.add_argument("--attn_implementation", default="auto", help="the trainer's")
-    parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
+    parser.add_argument(
+        "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
+    )
     parser.add_argument("--max_tokens_per_batch", type=int, default=8192)
-    parser.add_argument("--batch_wait_ms", type=float, default=2.0, help="for others to join a forward")
-    parser.add_argument("--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429")
+    parser.add_argument(
+        "--batch_wait_ms", type=float, default=2.0, help="for others to join a forward"
+    )
+    parser.add_argument(
+        "--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429"
+    )
     parser.add_argument("--trust_remote_code", action="store_true")
     args = parser.parse_args(argv)
     for flag in ("max_model_len", "max_tokens_per_batch", "max_waiting"):
@@ -81,9 +101,16 @@ def logprob_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _logprob_facts(args: argparse.Namespace) -> tuple[int, Receivers]:
-    """(tokens that a question may have, who takes weights). ValueError for a model that cannot be served; none is loaded."""
+    """(tokens that a question may have, who takes weights).
+
+    ValueError for a model that cannot be served; none is loaded.
+    """
     model = read_checked(
-        "--model", args.model, args.trust_remote_code, vllm=False, attn_implementation=args.attn_implementation
+        "--model",
+        args.model,
+        args.trust_remote_code,
+        vllm=False,
+        attn_implementation=args.attn_implementation,
     )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     receivers = Receivers(1, backend_of(device_here()), checkpoint_views(model))
@@ -97,9 +124,11 @@ def device_here() -> str:
 def build_logprob_scorer(args: argparse.Namespace) -> LogprobScorer:
     """The model on its device, for the thread that will use it."""
     model = load_model(
-        args.model, dtype=resolve_dtype(args.dtype), attn_implementation=args.attn_implementation,
+        args.model,
+        dtype=resolve_dtype(args.dtype),
+        attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    )
     model.to(device_here())
     version = 0 if args.serve_initial else None
     return LogprobScorer(model, version=version, tokens_per_batch=args.max_tokens_per_batch)
@@ -112,22 +141,32 @@ def serve_logprobs(argv: list[str], token: str | None) -> None:
     check_host(args.host, token)
     bound = bind(args.host, args.port)
     max_model_len, receivers = _logprob_facts(args)
-    limits = BatchLimits(args.max_tokens_per_batch, args.max_tokens_per_batch, args.batch_wait_ms / 1000)
+    limits = BatchLimits(
+        args.max_tokens_per_batch, args.max_tokens_per_batch, args.batch_wait_ms / 1000
+    )
     engine = ScoringThread(functools.partial(build_logprob_scorer, args), limits)
     gate = WeightsGate(engine.ready.result(timeout=LOAD_SECONDS).version)
     holder = EngineHolder(engine)
     control = Control(
-        gate, holder, args.weights_dir, protocol=LOGPROB, token=token, receivers=receivers, max_model_len=max_model_len
+        gate,
+        holder,
+        args.weights_dir,
+        protocol=LOGPROB,
+        token=token,
+        receivers=receivers,
+        max_model_len=max_model_len,
     )
-    app = LogprobService(engine, control, max_model_len=max_model_len, max_waiting=args.max_waiting).app(token)
+    app = LogprobService(
+        engine, control, max_model_len=max_model_len, max_waiting=args.max_waiting
+    ).app(token)
     asyncio.run(serve_app(app, bound, Path(args.model).name))
 
 
 class EngineHolder:
     """`server_control.Holder` of an engine whose thread does everything in order.
 
-    Whatever is in its queue when the gate closes is answered by the old weights, in either mode: a forward takes no longer
-    than its end would.
+    Whatever is in its queue when the gate closes is answered by the old weights, in either mode: a
+    forward takes no longer than its end would.
     """
 
     def __init__(self, engine: ScoringThread):
@@ -152,9 +191,17 @@ class EngineHolder:
 class LogprobService:
     """The routes of one model."""
 
-    def __init__(self, engine: ScoringThread, control: Control, *, max_model_len: int, max_waiting: int):
-        self.engine, self.control, self.max_model_len, self.max_waiting = engine, control, max_model_len, max_waiting
-        self.vocab_size = engine.ready.result(timeout=0).vocab_size  # whoever serves has waited for it
+    def __init__(
+        self, engine: ScoringThread, control: Control, *, max_model_len: int, max_waiting: int
+    ):
+        self.engine, self.control, self.max_model_len, self.max_waiting = (
+            engine,
+            control,
+            max_model_len,
+            max_waiting,
+        )
+        # whoever serves has waited for it
+        self.vocab_size = engine.ready.result(timeout=0).vocab_size
         self.admitted = 0  # questions without an answer yet, wherever they are
 
     def app(self, token: str | None) -> Callable:
@@ -173,12 +220,20 @@ class LogprobService:
         engine, gate = self.engine, self.control.gate
         counts = {"requests": engine.requests, "tokens": engine.tokens, "batches": engine.batches}
         version = -1 if gate.version is None else gate.version
-        gauges = {"waiting": self.admitted, "weights_version": version, "paused": int(gate.state == "paused")}
+        gauges = {
+            "waiting": self.admitted,
+            "weights_version": version,
+            "paused": int(gate.state == "paused"),
+        }
         return metrics_text(counts, gauges)
 
-    async def logprobs(self, request: Request, prompt_length: int, temperature: float = 1.0) -> Response:
+    async def logprobs(
+        self, request: Request, prompt_length: int, temperature: float = 1.0
+    ) -> Response:
         if self.admitted >= self.max_waiting:
-            raise HTTPException(429, f"{self.admitted} questions wait already", headers={"Retry-After": "1"})
+            raise HTTPException(
+                429, f"{self.admitted} questions wait already", headers={"Retry-After": "1"}
+            )
         self.admitted += 1
         try:
             body = await read_body(request, 4 * self.max_model_len)
@@ -187,7 +242,8 @@ class LogprobService:
             except ValueError as error:
                 raise HTTPException(400, one_line(error)) from None
             await self.control.ready()
-            # Nothing is awaited between the gate and the queue: a pause comes before both or after both.
+            # Nothing is awaited between the gate and the queue: a pause comes before both or after
+            # both.
             return await answer_or_give_up(request, self.engine.submit(question), _respond)
         finally:
             self.admitted -= 1
@@ -196,7 +252,9 @@ class LogprobService:
         """Raises ValueError for what cannot be answered."""
         ids = decode_ids(body, vocab=self.vocab_size, most=self.max_model_len)
         if not 1 <= prompt_length <= len(ids):
-            raise ValueError(f"prompt_length={prompt_length}: must be 1 to the number of token ids, {len(ids)}")
+            raise ValueError(
+                f"prompt_length={prompt_length}: must be 1 to the number of token ids, {len(ids)}"
+            )
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature={temperature}: must be above 0 and finite")
         return LogprobQuestion(ids[:prompt_length], ids[prompt_length:], temperature)

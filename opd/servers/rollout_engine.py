@@ -1,6 +1,8 @@
-"""The engine behind a rollout server: vLLM's asynchronous engine, whose weights change while it lives.
+"""The engine behind a rollout server: vLLM's asynchronous engine, whose weights change while it
+lives.
 
-A request sampled here has the tokens that `vllm_engine.GeneratorEngine` gives for the same weights, prompt and seed.
+A request sampled here has the tokens that `vllm_engine.GeneratorEngine` gives for the same weights,
+prompt and seed.
 """
 
 import itertools
@@ -48,22 +50,40 @@ class PushedEngine:
     """The `server_control.Holder` of a rollout server. To be called from one event loop."""
 
     def __init__(
-        self, model: str, *, version: int | None, dtype: str, max_model_len: int, kv_cache_gib: float, seed: int,
-        trust_remote_code: bool, enforce_eager: bool, tensor_parallel_size: int,
-    ):  # fmt: skip
+        self,
+        model: str,
+        *,
+        version: int | None,
+        dtype: str,
+        max_model_len: int,
+        kv_cache_gib: float,
+        seed: int,
+        trust_remote_code: bool,
+        enforce_eager: bool,
+        tensor_parallel_size: int,
+    ):
         self.requests = self.tokens = self.aborted = 0  # answered; their tokens; of them unfinished
         self.steps = 0  # of the engine
         self._inflight = self._running_at_step = 0
         self._version, self._numbers = version, itertools.count()
-        # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for nothing else when the size of
-        # the cache is given
+        # vllm 0.32 refuses to start unless this share of the GPU is free, and reads it for nothing
+        # else when the size of the cache is given
         options = {"gpu_memory_utilization": 0.01} if torch.cuda.is_available() else {}
         self.llm = async_engine(
-            self._stepped, ReloadingWorker, model=model, dtype=dtype, max_model_len=max_model_len, seed=seed,
-            kv_cache_memory_bytes=int(kv_cache_gib * GIB), trust_remote_code=trust_remote_code,
-            enforce_eager=enforce_eager, tensor_parallel_size=tensor_parallel_size, skip_tokenizer_init=True,
-            logprobs_mode="processed_logprobs", **options,
-        )  # fmt: skip
+            self._stepped,
+            ReloadingWorker,
+            model=model,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            seed=seed,
+            kv_cache_memory_bytes=int(kv_cache_gib * GIB),
+            trust_remote_code=trust_remote_code,
+            enforce_eager=enforce_eager,
+            tensor_parallel_size=tensor_parallel_size,
+            skip_tokenizer_init=True,
+            logprobs_mode="processed_logprobs",
+            **options,
+        )
 
     def _stepped(self, running: int) -> None:
         self.steps, self._running_at_step = self.steps + 1, running
@@ -84,12 +104,17 @@ class PushedEngine:
         return self.llm.errored
 
     async def generate(self, name: str, sampling: Sampling) -> Response:
-        """One response; if the task is cancelled the engine forgets the request. ValueError for what vLLM refuses."""
+        """One response; if the task is cancelled the engine forgets the request.
+
+        ValueError for what vLLM refuses.
+        """
         asked = {key: value for key, value in asdict(sampling).items() if key != "prompt_ids"}
         prompt, final = {"prompt_token_ids": sampling.prompt_ids}, None
         self._inflight += 1
         try:
-            async for output in self.llm.generate(prompt, sampling_params(**asked), f"{name}-{next(self._numbers)}"):
+            async for output in self.llm.generate(
+                prompt, sampling_params(**asked), f"{name}-{next(self._numbers)}"
+            ):
                 final = output
         finally:
             self._inflight -= 1
@@ -99,7 +124,10 @@ class PushedEngine:
         return response
 
     async def warm_up(self) -> None:
-        """The first question compiles for seconds. Whatever it leaves in the cache, nobody reads."""
+        """The first question compiles for seconds.
+
+        Whatever it leaves in the cache, nobody reads.
+        """
         await self._tell_version()
         await self.generate("warm-up", Sampling(prompt_ids=[0], seed=0, max_tokens=2))
         await self._reset_cache()
@@ -110,9 +138,15 @@ class PushedEngine:
         await self.llm.pause_generation(mode=mode, clear_cache=True)
 
     async def load(self, source: Path | Offer, version: int) -> None:
-        """Reads or receives weights; the old ones' prefixes go, those of requests that are kept too: they are computed again."""
+        """Reads or receives weights; the old ones' prefixes go, those of requests that are kept
+        too: they are computed again.
+        """
         self._version = None
-        method, said = ("receive", asdict(source)) if isinstance(source, Offer) else ("reload_from", str(source))
+        method, said = (
+            ("receive", asdict(source))
+            if isinstance(source, Offer)
+            else ("reload_from", str(source))
+        )
         await self.llm.collective_rpc(method, timeout=RELOAD_SECONDS, args=(said,))
         await self._reset_cache()
         self._version = version
@@ -127,7 +161,9 @@ class PushedEngine:
 
     async def _reset_cache(self) -> None:
         if not await self.llm.reset_prefix_cache(reset_running_requests=True):
-            raise RuntimeError("the prefix cache could not be reset: prefixes of the old weights would be read")
+            raise RuntimeError(
+                "the prefix cache could not be reset: prefixes of the old weights would be read"
+            )
 
 
 def _response(completion: Any, with_logprobs: bool) -> Response:
@@ -138,15 +174,21 @@ def _response(completion: Any, with_logprobs: bool) -> Response:
         raise RuntimeError(f"the engine ended a response with {completion.finish_reason!r}")
     logprobs = None
     if with_logprobs:
-        logprobs = [step[token].logprob for token, step in zip(ids, completion.logprobs or [], strict=True)]
+        logprobs = [
+            step[token].logprob for token, step in zip(ids, completion.logprobs or [], strict=True)
+        ]
     spans = [(int(span.version), span.start, span.end) for span in completion.weight_versions or []]
     ends = [0, *(end for _, _, end in spans)]
-    assert [start for _, start, _ in spans] == ends[:-1] and ends[-1] == len(ids), f"{spans} of {len(ids)} tokens"
+    assert [start for _, start, _ in spans] == ends[:-1] and ends[-1] == len(ids), (
+        f"{spans} of {len(ids)} tokens"
+    )
     return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, spans=spans)
 
 
 class ReloadingWorker:
-    """What vLLM mixes into the workers of a server's engine: a reload after which, if it fails, another one can work."""
+    """What vLLM mixes into the workers of a server's engine: a reload after which, if it fails,
+    another one can work.
+    """
 
     def reload_from(self, directory: str) -> None:
         """Reads a version from its directory."""
@@ -155,11 +197,15 @@ class ReloadingWorker:
     def receive(self, offer: dict[str, Any]) -> None:
         """Takes what a trainer sends to every worker; each cuts its own part out, as from files."""
         offer = Offer(**offer)
-        with receiving(offer, 1 + self.rank, "cpu" if offer.backend == "gloo" else self.device) as tensors:
+        with receiving(
+            offer, 1 + self.rank, "cpu" if offer.backend == "gloo" else self.device
+        ) as tensors:
             self._reload(weights_iterator=tensors)
 
     def _reload(self, **source) -> None:
-        """vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here it is forgotten."""
+        """vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here
+        it is forgotten.
+        """
         from vllm.model_executor.model_loader.reload import layerwise
 
         try:

@@ -1,6 +1,8 @@
-"""`python -m opd.servers.rollout_server --model M --weights_dir ROOT`: samples responses, with weights that a trainer pushes.
+"""`python -m opd.servers.rollout_server --model M --weights_dir ROOT`: samples responses, with
+weights that a trainer pushes.
 
-Our own routes around vLLM's engine, so that none of vLLM's development routes is ever open. docs/serving.md has them:
+Our own routes around vLLM's engine, so that none of vLLM's development routes is ever open.
+docs/serving.md has them:
 
 | route | answer |
 |---|---|
@@ -9,8 +11,9 @@ Our own routes around vLLM's engine, so that none of vLLM's development routes i
 | `POST /generate` | `{"request_id", "prompt_ids", "seed", "max_tokens", ...}` to token ids, log-probabilities and versions |
 | `GET /version`, `POST /pause`, `/update_weights`, `/resume`, `/lease` | see `opd.servers.control` |
 
-A server is stale until the first push is complete, unless `--serve_initial` says that M's own weights are version 0.
-"""
+A server is stale until the first push is complete, unless `--serve_initial` says that M's own
+weights are version 0.
+"""  # noqa: E501
 
 import argparse
 import asyncio
@@ -41,9 +44,13 @@ from opd.servers.control import Control, WeightsGate
 from opd.servers.rollout_engine import PushedEngine, Sampling
 from opd.weights.offer import Receivers, backend_of
 
-ANSWER_SECONDS = 3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
+ANSWER_SECONDS = (
+    3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
+)
 WARM_UP_SECONDS = 600.0  # for the engine to compile
-ROLLOUT_END_SECONDS = 1  # for answers under way when the server is told to end: their client asks again elsewhere
+ROLLOUT_END_SECONDS = (
+    1  # for answers under way when the server is told to end: their client asks again elsewhere
+)
 CHILD_SECONDS = 2.0  # for the engine's process to end by itself
 BYTES_PER_ID, BYTES_BESIDE_IDS = 12, 1 << 16
 
@@ -52,21 +59,37 @@ def rollout_arguments(argv: list[str]) -> argparse.Namespace:
     """ValueError with one line for a mistake."""
     parser = OneLineParser("python -m opd.servers.rollout_server", __doc__)
     parser.add_argument("--model", required=True, help="directory or hub id")
-    parser.add_argument("--weights_dir", required=True, type=Path, help="where the trainer publishes its weights")
+    parser.add_argument(
+        "--weights_dir", required=True, type=Path, help="where the trainer publishes its weights"
+    )
     parser.add_argument("--name", help="of the served model (default: the last part of --model)")
-    parser.add_argument("--serve_initial", action="store_true", help="M's own weights are version 0: no push is needed")
-    parser.add_argument("--host", default="127.0.0.1", help="another than loopback needs OPD_SERVER_TOKEN")
+    parser.add_argument(
+        "--serve_initial",
+        action="store_true",
+        help="M's own weights are version 0: no push is needed",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="another than loopback needs OPD_SERVER_TOKEN"
+    )
     parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
-    parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
+    parser.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto"
+    )
+    parser.add_argument(
+        "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
+    )
     parser.add_argument("--kv_cache_gib", type=float, default=1.0, help="per GPU")
     parser.add_argument("--tensor_parallel", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the engine; a request has its own")
-    parser.add_argument("--enforce_eager", action="store_true", help="no compilation, no CUDA graphs")
+    parser.add_argument(
+        "--enforce_eager", action="store_true", help="no compilation, no CUDA graphs"
+    )
     parser.add_argument("--trust_remote_code", action="store_true")
     args = parser.parse_args(argv)
     if not args.kv_cache_gib > 0 or args.tensor_parallel < 1 or (args.max_model_len or 1) < 1:
-        raise ValueError("--kv_cache_gib must be above 0, --tensor_parallel and --max_model_len at least 1")
+        raise ValueError(
+            "--kv_cache_gib must be above 0, --tensor_parallel and --max_model_len at least 1"
+        )
     args.name = args.name or Path(args.model).name
     return args
 
@@ -74,8 +97,15 @@ def rollout_arguments(argv: list[str]) -> argparse.Namespace:
 class RolloutService:
     """The routes of one engine."""
 
-    def __init__(self, engine: PushedEngine, control: Control, *, vocab_size: int, max_model_len: int):
-        self.engine, self.control, self.vocab_size, self.max_model_len = engine, control, vocab_size, max_model_len
+    def __init__(
+        self, engine: PushedEngine, control: Control, *, vocab_size: int, max_model_len: int
+    ):
+        self.engine, self.control, self.vocab_size, self.max_model_len = (
+            engine,
+            control,
+            vocab_size,
+            max_model_len,
+        )
 
     def app(self, token: str | None) -> Callable:
         """The ASGI application; with a token only /health is open."""
@@ -92,29 +122,43 @@ class RolloutService:
     async def metrics(self) -> HttpResponse:
         engine, version = self.engine, self.control.gate.version
         counters = {
-            "requests": engine.requests, "tokens": engine.tokens, "aborted": engine.aborted, "engine_steps": engine.steps,
-        }  # fmt: skip
+            "requests": engine.requests,
+            "tokens": engine.tokens,
+            "aborted": engine.aborted,
+            "engine_steps": engine.steps,
+        }
         gauges = {"running": engine.running, "waiting": engine.waiting}
         gauges["weights_version"] = -1 if version is None else version
         return http_service.metrics_text(counters, gauges)
 
     async def generate(self, request: Request) -> HttpResponse:
-        body = await http_service.read_json(request, BYTES_PER_ID * self.max_model_len + BYTES_BESIDE_IDS)
+        body = await http_service.read_json(
+            request, BYTES_PER_ID * self.max_model_len + BYTES_BESIDE_IDS
+        )
         try:
-            name, sampling = read_sampling(body, vocab_size=self.vocab_size, max_model_len=self.max_model_len)
+            name, sampling = read_sampling(
+                body, vocab_size=self.vocab_size, max_model_len=self.max_model_len
+            )
         except ValueError as error:
             raise HTTPException(400, one_line(error)) from None
         try:
             answer = asyncio.create_task(self._sample(name, sampling))
-            return JSONResponse(asdict(await http_service.unless_gone(request, answer, ANSWER_SECONDS)))
+            return JSONResponse(
+                asdict(await http_service.unless_gone(request, answer, ANSWER_SECONDS))
+            )
         except TimeoutError:
             return JSONResponse({"error": f"no answer within {ANSWER_SECONDS:g} s"}, 503)
         except (ClientDisconnect, HTTPException):
             raise
         except Exception as error:  # whatever the engine raises, the client hears of it
             if self.engine.dead:
-                print(f"the engine is dead: {type(error).__name__}: {one_line(error)}", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)  # a server that cannot compute must not look alive
+                print(
+                    f"the engine is dead: {type(error).__name__}: {one_line(error)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                # a server that cannot compute must not look alive
+                os.kill(os.getpid(), signal.SIGTERM)
             return JSONResponse({"error": f"{type(error).__name__}: {one_line(error)}"}, 500)
 
     async def _sample(self, name: str, sampling: Sampling):
@@ -127,7 +171,9 @@ def read_sampling(body: dict, *, vocab_size: int, max_model_len: int) -> tuple[s
     """(request id, what to sample) of a question. ValueError for one that makes no sense."""
     known = {"request_id", *Sampling.__dataclass_fields__}
     if unknown := sorted(set(body) - known):
-        raise ValueError(f"unknown: {', '.join(unknown)[:100]}; known are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown: {', '.join(unknown)[:100]}; known are {', '.join(sorted(known))}"
+        )
     name = body.get("request_id", "")
     if not isinstance(name, str) or len(name) > 200:
         raise ValueError("request_id: must be a text of at most 200 characters")
@@ -152,7 +198,9 @@ def read_sampling(body: dict, *, vocab_size: int, max_model_len: int) -> tuple[s
 
 def _ids(body: dict, key: str, vocab_size: int) -> list[int]:
     ids = body.get(key, [])
-    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+    if not isinstance(ids, list) or not all(
+        type(token) is int and 0 <= token < vocab_size for token in ids
+    ):
         raise ValueError(f"{key}: must be a list of token ids from 0 to {vocab_size - 1}")
     return ids
 
@@ -161,7 +209,10 @@ def _number(body: dict, key: str, default, kind: type, least, most):
     value = body.get(key, default)
     right = type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
     if not right or not least <= value <= most:
-        raise ValueError(f"{key}: {value!r}: must be {'an integer' if kind is int else 'a number'}, {least} to {most}")
+        raise ValueError(
+            f"{key}: {value!r}: must be {'an integer' if kind is int else 'a number'}, {least} to "
+            f"{most}"
+        )
     return kind(value)
 
 
@@ -176,7 +227,10 @@ def _end_children() -> None:
 
 
 def _rollout_facts(args: argparse.Namespace) -> tuple[int, int, Receivers]:
-    """(vocabulary, context, who takes weights). ValueError for a model that cannot be served; no weight is loaded."""
+    """(vocabulary, context, who takes weights).
+
+    ValueError for a model that cannot be served; no weight is loaded.
+    """
     model = read_checked("--model", args.model, args.trust_remote_code)
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
@@ -196,15 +250,26 @@ def serve_rollouts(argv: list[str], token: str | None) -> None:
 
 
 async def _serve(
-    args: argparse.Namespace, token: str | None, bound, vocab_size: int, max_model_len: int, receivers: Receivers
+    args: argparse.Namespace,
+    token: str | None,
+    bound,
+    vocab_size: int,
+    max_model_len: int,
+    receivers: Receivers,
 ) -> None:
     """vLLM's engine belongs to the event loop that asks it first."""
     version = 0 if args.serve_initial else None
     engine = PushedEngine(
-        args.model, version=version, dtype=str(resolve_dtype(args.dtype)).removeprefix("torch."),
-        max_model_len=max_model_len, kv_cache_gib=args.kv_cache_gib, seed=args.seed, enforce_eager=args.enforce_eager,
-        trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel,
-    )  # fmt: skip
+        args.model,
+        version=version,
+        dtype=str(resolve_dtype(args.dtype)).removeprefix("torch."),
+        max_model_len=max_model_len,
+        kv_cache_gib=args.kv_cache_gib,
+        seed=args.seed,
+        enforce_eager=args.enforce_eager,
+        trust_remote_code=args.trust_remote_code,
+        tensor_parallel_size=args.tensor_parallel,
+    )
     async with asyncio.timeout(WARM_UP_SECONDS):
         await engine.warm_up()
     control = Control(
@@ -216,7 +281,9 @@ async def _serve(
         receivers=receivers,
         max_model_len=max_model_len,
     )
-    app = RolloutService(engine, control, vocab_size=vocab_size, max_model_len=max_model_len).app(token)
+    app = RolloutService(engine, control, vocab_size=vocab_size, max_model_len=max_model_len).app(
+        token
+    )
     await http_service.serve_app(app, bound, args.name, ROLLOUT_END_SECONDS)
 
 

@@ -1,8 +1,9 @@
 """Questions from many clients, answered by the one thread that owns the engine.
 
-vLLM's engines are not made for threads, so one thread builds the engine, asks it and scores what it says; everybody else
-leaves questions in a queue. What waits there goes into a prefill together, up to a budget of tokens: questions with other
-supports, temperatures or payloads differ only behind the hidden states, where they are scored group by group.
+vLLM's engines are not made for threads, so one thread builds the engine, asks it and scores what it
+says; everybody else leaves questions in a queue. What waits there goes into a prefill together, up
+to a budget of tokens: questions with other supports, temperatures or payloads differ only behind
+the hidden states, where they are scored group by group.
 
 N response tokens of a group, L of one question, V vocabulary, H hidden size.
 """
@@ -40,11 +41,22 @@ class BatchLimits:
 
 
 def join_alone() -> None:
-    """Makes this process a world of its own, which vLLM wants, without a socket that other machines reach."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update(alone, GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", VLLM_HOST_IP="127.0.0.1")
+    """Makes this process a world of its own, which vLLM wants, without a socket that other machines
+    reach.
+    """
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    os.environ.update(
+        alone, GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo", VLLM_HOST_IP="127.0.0.1"
+    )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # a TCP store listens everywhere
+    # a TCP store listens everywhere
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 class Answering(Protocol):
@@ -58,7 +70,9 @@ class Answering(Protocol):
 
 
 class Scorer:
-    """An engine of hidden states with its head: what `TeacherPool` does with a teacher, for questions from the wire."""
+    """An engine of hidden states with its head: what `TeacherPool` does with a teacher, for
+    questions from the wire.
+    """
 
     def __init__(self, engine: HiddenStateEngine | HFEngine, head: OutputHead, dtype: torch.dtype):
         self.engine, self.head, self.dtype = engine, head, dtype
@@ -80,10 +94,14 @@ class Scorer:
             else:
                 head = self.head.cut(vocab)
                 scores = score_hidden(
-                    torch.cat([states[index] for index in members]), head.weight_VH,
+                    torch.cat([states[index] for index in members]),
+                    head.weight_VH,
                     torch.tensor(labels_N, device=head.weight_VH.device),
-                    support_k=support_k, bias_V=head.bias_V, form=head.form, temperature=temperature,
-                )  # fmt: skip
+                    support_k=support_k,
+                    bias_V=head.bias_V,
+                    form=head.form,
+                    temperature=temperature,
+                )
             lengths = [len(questions[index].response_ids) for index in members]
             for name, values in _fields(scores).items():
                 for index, value in zip(members, values.cpu().split(lengths), strict=True):
@@ -95,11 +113,15 @@ class Scorer:
         return encode_arrays(checked_scores(arrays, question))
 
     def _hidden_states(self, questions: Sequence[Question]) -> list[Tensor]:
-        """[L, H] of each: the state that predicts response token t is the one at its predecessor."""
+        """[L, H] of each: the state that predicts response token t is the one at its
+        predecessor.
+        """
         hidden_size = self.head.weight_VH.shape[1]
         states = [torch.empty(0, hidden_size, dtype=self.dtype)] * len(questions)
         asked = [index for index, question in enumerate(questions) if question.response_ids]
-        texts = [[*questions[index].prompt_ids, *questions[index].response_ids][:-1] for index in asked]
+        texts = [
+            [*questions[index].prompt_ids, *questions[index].response_ids][:-1] for index in asked
+        ]
         for index, state in zip(asked, self.engine.hidden_states(texts), strict=True):
             states[index] = state[len(questions[index].prompt_ids) - 1 :]
         return states
@@ -107,9 +129,12 @@ class Scorer:
 
 def _fields(scores: HiddenScores) -> dict[str, Tensor]:
     fields = {
-        "sampled_logprobs": scores.sampled_logprobs_N, "logsumexp": scores.logsumexp_N, "entropy": scores.entropy_N,
-        "topk_ids": scores.topk_ids_NK, "topk_logprobs": scores.topk_logprobs_NK,
-    }  # fmt: skip
+        "sampled_logprobs": scores.sampled_logprobs_N,
+        "logsumexp": scores.logsumexp_N,
+        "entropy": scores.entropy_N,
+        "topk_ids": scores.topk_ids_NK,
+        "topk_logprobs": scores.topk_logprobs_NK,
+    }
     return {name: values for name, values in fields.items() if values is not None}
 
 
@@ -132,7 +157,10 @@ class _Question:
 
 
 class ScoringThread:
-    """The thread that owns the engine, and the queue before it. `ready` holds its scorer, or why there is none."""
+    """The thread that owns the engine, and the queue before it.
+
+    `ready` holds its scorer, or why there is none.
+    """
 
     def __init__(self, build: Callable[[], Answering], limits: BatchLimits):
         self.limits = limits
@@ -152,7 +180,9 @@ class ScoringThread:
         return self._add(_Question(question))
 
     def do(self, act: Callable[[Any], Any]) -> Future:
-        """The future result of `act(scorer)`, alone: after every question that came before, ahead of those that come later."""
+        """The future result of `act(scorer)`, alone: after every question that came before, ahead
+        of those that come later.
+        """
         return self._add(_Question(act=act))
 
     def _add(self, job: _Question) -> Future:
@@ -194,7 +224,9 @@ class ScoringThread:
         return [job for job in batch if job.answer.set_running_or_notify_cancel()]
 
     def _is_full(self) -> bool:
-        """Whether waiting brings nothing to the next batch: its room is taken, or something else comes behind it."""
+        """Whether waiting brings nothing to the next batch: its room is taken, or something else
+        comes behind it.
+        """
         tokens = sum(job.num_tokens for job in self._jobs)
         acts = any(job.act is not None for job in self._jobs)
         return acts or len(self._jobs) >= self.limits.sequences or tokens >= self.limits.tokens

@@ -1,8 +1,10 @@
-"""`python -m opd.servers.scoring_server --model M`: a teacher behind a port, which scores from hidden states.
+"""`python -m opd.servers.scoring_server --model M`: a teacher behind a port, which scores from
+hidden states.
 
-An HTTP server on the loopback interface around one engine that returns hidden states (`--backend vllm` or `hf`), and the
-model's head. It says what a colocated teacher says, to the bit if `--max_sequences_per_batch` is 1: scores with the exact
-log-sum-exp, or the hidden states themselves, as raw arrays. docs/serving.md has the routes in detail:
+An HTTP server on the loopback interface around one engine that returns hidden states (`--backend
+vllm` or `hf`), and the model's head. It says what a colocated teacher says, to the bit if
+`--max_sequences_per_batch` is 1: scores with the exact log-sum-exp, or the hidden states
+themselves, as raw arrays. docs/serving.md has the routes in detail:
 
 | route | answer |
 |---|---|
@@ -13,13 +15,14 @@ log-sum-exp, or the hidden states themselves, as raw arrays. docs/serving.md has
 | `POST /tokenize` | `{"prompt": text, "add_special_tokens": false}` to `{"tokens": [...]}` |
 | `POST /score` | raw int32 ids to safetensors of the fields of `wire.Question.shapes` |
 
-`/score?prompt_length=&payload=&support_k=&temperature=&vocab=` takes the ids of prompt and response. `vocab` is the number
-of the head's rows that all models of a run share. A mistake is 400, a body that is too long 413, a queue that is full 429, a
-question that made the engine fail 500: each with `{"error": one line}`. The server lives on.
+`/score?prompt_length=&payload=&support_k=&temperature=&vocab=` takes the ids of prompt and
+response. `vocab` is the number of the head's rows that all models of a run share. A mistake is 400,
+a body that is too long 413, a queue that is full 429, a question that made the engine fail 500:
+each with `{"error": one line}`. The server lives on.
 
-It listens on the loopback interface only, unless OPD_SERVER_TOKEN holds a token; if it does, every route but `/health`
-wants `Authorization: Bearer TOKEN`. SIGTERM and SIGINT end it with status 0.
-"""
+It listens on the loopback interface only, unless OPD_SERVER_TOKEN holds a token; if it does, every
+route but `/health` wants `Authorization: Bearer TOKEN`. SIGTERM and SIGINT end it with status 0.
+"""  # noqa: E501
 
 import argparse
 import asyncio
@@ -73,20 +76,40 @@ def scoring_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="directory or hub id")
     parser.add_argument("--name", help="of the served model (default: the last part of --model)")
     parser.add_argument("--backend", choices=["vllm", "hf"], default="vllm")
-    parser.add_argument("--host", default="127.0.0.1", help=f"another than loopback needs a token in {TOKEN_VARIABLE}")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=f"another than loopback needs a token in {TOKEN_VARIABLE}",
+    )
     parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto")
-    parser.add_argument("--max_model_len", type=int, help="tokens of prompt and response (default: the model's)")
-    parser.add_argument("--kv_cache_gib", type=float, default=0.25, help="KV cache of a vllm engine, GiB")
+    parser.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto"
+    )
+    parser.add_argument(
+        "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
+    )
+    parser.add_argument(
+        "--kv_cache_gib", type=float, default=0.25, help="KV cache of a vllm engine, GiB"
+    )
     parser.add_argument("--max_support_k", type=int, default=1024)
     parser.add_argument("--max_tokens_per_batch", type=int, default=8192)
     parser.add_argument("--max_sequences_per_batch", type=int, default=64)
-    parser.add_argument("--batch_wait_ms", type=float, default=2.0, help="for others to join a prefill")
-    parser.add_argument("--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429")
+    parser.add_argument(
+        "--batch_wait_ms", type=float, default=2.0, help="for others to join a prefill"
+    )
+    parser.add_argument(
+        "--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429"
+    )
     parser.add_argument("--tokenizer", help="directory or hub id (default: --model)")
     parser.add_argument("--trust_remote_code", action="store_true")
     args = parser.parse_args(argv)
-    for flag in ("max_model_len", "max_support_k", "max_tokens_per_batch", "max_sequences_per_batch", "max_waiting"):
+    for flag in (
+        "max_model_len",
+        "max_support_k",
+        "max_tokens_per_batch",
+        "max_sequences_per_batch",
+        "max_waiting",
+    ):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
     if not args.batch_wait_ms >= 0 or not args.kv_cache_gib > 0:
@@ -99,9 +122,13 @@ def scoring_arguments(argv: list[str]) -> argparse.Namespace:
 def _read_model(args: argparse.Namespace) -> tuple[ModelFact, object]:
     """(facts, tokenizer). ValueError for a model that cannot be served; no weight is loaded."""
     check_path("--tokenizer", args.tokenizer)
-    load = functools.partial(AutoTokenizer.from_pretrained, args.tokenizer, trust_remote_code=args.trust_remote_code)
+    load = functools.partial(
+        AutoTokenizer.from_pretrained, args.tokenizer, trust_remote_code=args.trust_remote_code
+    )
     tokenizer = load_part("--tokenizer", args.tokenizer, "tokenizer", load)
-    fact = read_fact("--model", args.model, tokenizer, args.trust_remote_code, vllm=args.backend == "vllm")
+    fact = read_fact(
+        "--model", args.model, tokenizer, args.trust_remote_code, vllm=args.backend == "vllm"
+    )
     return fact, tokenizer
 
 
@@ -109,15 +136,23 @@ def build_scorer(args: argparse.Namespace, max_model_len: int) -> Scorer:
     """Engine and head, for the thread that will use them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype)
-    options = {"dtype": str(dtype).removeprefix("torch."), "trust_remote_code": args.trust_remote_code}
+    options = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "trust_remote_code": args.trust_remote_code,
+    }
     if args.backend == "hf":
         engine = HFEngine(args.name, args.model, device=device, residency="gpu", **options)
     else:
         join_alone()
         engine = HiddenStateEngine(
-            args.name, args.model, tokenizer=args.tokenizer, max_model_len=max_model_len,
-            kv_cache_gib=args.kv_cache_gib, residency="gpu", **options,
-        )  # fmt: skip
+            args.name,
+            args.model,
+            tokenizer=args.tokenizer,
+            max_model_len=max_model_len,
+            kv_cache_gib=args.kv_cache_gib,
+            residency="gpu",
+            **options,
+        )
     return Scorer(engine, load_head(args.model).to(device), dtype)
 
 
@@ -129,13 +164,19 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     bound = bind(args.host, args.port)
     fact, tokenizer = _read_model(args)
     max_model_len = served_length(args.model, fact.context, args.max_model_len)
-    limits = BatchLimits(args.max_tokens_per_batch, args.max_sequences_per_batch, args.batch_wait_ms / 1000)
+    limits = BatchLimits(
+        args.max_tokens_per_batch, args.max_sequences_per_batch, args.batch_wait_ms / 1000
+    )
     engine = ScoringThread(functools.partial(build_scorer, args, max_model_len), limits)
     engine.ready.result(timeout=LOAD_SECONDS)
     served = ModelInfo(
-        name=args.name, model=args.model, content=content_hash(args.model), eos_ids=fact.eos_ids,
-        max_model_len=max_model_len, max_support_k=min(args.max_support_k, fact.vocab_size),
-    )  # fmt: skip
+        name=args.name,
+        model=args.model,
+        content=content_hash(args.model),
+        eos_ids=fact.eos_ids,
+        max_model_len=max_model_len,
+        max_support_k=min(args.max_support_k, fact.vocab_size),
+    )
     app = ScoringService(served, engine, tokenizer, max_waiting=args.max_waiting).app(token)
     asyncio.run(serve_app(app, bound, args.name))
 
@@ -168,7 +209,12 @@ class ScoringService:
     """The routes of one model."""
 
     def __init__(self, served: ModelInfo, engine: ScoringThread, tokenizer, *, max_waiting: int):
-        self.served, self.engine, self.tokenizer, self.max_waiting = served, engine, tokenizer, max_waiting
+        self.served, self.engine, self.tokenizer, self.max_waiting = (
+            served,
+            engine,
+            tokenizer,
+            max_waiting,
+        )
         self.scorer = engine.ready.result(timeout=0)  # whoever serves has waited for it
         self.admitted = 0  # questions whose body is being read or whose answer is due
 
@@ -190,7 +236,12 @@ class ScoringService:
 
     async def models(self) -> dict[str, Any]:
         served = self.served
-        entry = {"id": served.name, "object": "model", "root": served.model, "max_model_len": served.max_model_len}
+        entry = {
+            "id": served.name,
+            "object": "model",
+            "root": served.model,
+            "max_model_len": served.max_model_len,
+        }
         return {"object": "list", "data": [entry]}
 
     async def info(self) -> dict[str, Any]:
@@ -216,7 +267,9 @@ class ScoringService:
 
     async def head(self) -> Response:
         head = self.scorer.head
-        arrays = {"weight_VH": head.weight_VH} | ({} if head.bias_V is None else {"bias_V": head.bias_V})
+        arrays = {"weight_VH": head.weight_VH} | (
+            {} if head.bias_V is None else {"bias_V": head.bias_V}
+        )
         length, blocks = stream_arrays(arrays)
         return StreamingResponse(blocks, media_type=BINARY, headers={"Content-Length": str(length)})
 
@@ -224,7 +277,9 @@ class ScoringService:
         content = await read_json(request, BYTES_PER_TOKEN_OF_TEXT * self.served.max_model_len)
         text, special = content.get("prompt"), content.get("add_special_tokens", False)
         if not isinstance(text, str) or not isinstance(special, bool):
-            raise HTTPException(400, 'expected {"prompt": text, "add_special_tokens": true or false}')
+            raise HTTPException(
+                400, 'expected {"prompt": text, "add_special_tokens": true or false}'
+            )
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=special)
         try:
             return {"tokens": await asyncio.to_thread(encode)}
@@ -232,16 +287,25 @@ class ScoringService:
             raise HTTPException(400, f"not a text: {one_line(error)}") from None
 
     async def score(
-        self, request: Request, prompt_length: int, payload: TeacherPayload, support_k: int = 0,
-        temperature: float = 1.0, vocab: int | None = None,
-    ) -> Response:  # fmt: skip
+        self,
+        request: Request,
+        prompt_length: int,
+        payload: TeacherPayload,
+        support_k: int = 0,
+        temperature: float = 1.0,
+        vocab: int | None = None,
+    ) -> Response:
         if self.admitted >= self.max_waiting:
-            raise HTTPException(429, f"{self.admitted} questions wait already", headers={"Retry-After": "1"})
+            raise HTTPException(
+                429, f"{self.admitted} questions wait already", headers={"Retry-After": "1"}
+            )
         self.admitted += 1
         try:
             body = await read_body(request, 4 * self.served.max_model_len)
             try:
-                question = self._question(body, prompt_length, payload, support_k, temperature, vocab)
+                question = self._question(
+                    body, prompt_length, payload, support_k, temperature, vocab
+                )
             except ValueError as error:
                 raise HTTPException(400, one_line(error)) from None
             return await answer_or_give_up(request, self.engine.submit(question))
@@ -249,8 +313,14 @@ class ScoringService:
             self.admitted -= 1
 
     def _question(
-        self, body: bytes, prompt_length: int, payload: TeacherPayload, support_k: int, temperature: float, vocab: int | None
-    ) -> Question:  # fmt: skip
+        self,
+        body: bytes,
+        prompt_length: int,
+        payload: TeacherPayload,
+        support_k: int,
+        temperature: float,
+        vocab: int | None,
+    ) -> Question:
         """Raises ValueError for what cannot be answered."""
         size, hidden_size = self.scorer.head.weight_VH.shape
         ids = decode_ids(body, vocab=size, most=self.served.max_model_len)
@@ -258,18 +328,29 @@ class ScoringService:
         if not 1 <= vocab <= size:
             raise ValueError(f"vocab={vocab}: must be 1 to {size}")
         if not 1 <= prompt_length <= len(ids):
-            raise ValueError(f"prompt_length={prompt_length}: must be 1 to the number of token ids, {len(ids)}")
+            raise ValueError(
+                f"prompt_length={prompt_length}: must be 1 to the number of token ids, {len(ids)}"
+            )
         if not LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE:
-            raise ValueError(f"temperature={temperature}: must be {LEAST_TEMPERATURE:g} to {1 / LEAST_TEMPERATURE:g}")
+            raise ValueError(
+                f"temperature={temperature}: must be {LEAST_TEMPERATURE:g} to "
+                f"{1 / LEAST_TEMPERATURE:g}"
+            )
         most = min(vocab, self.served.max_support_k)
         if "topk" in payload and not 1 <= support_k <= most:
             raise ValueError(f"support_k={support_k}: must be 1 to {most}")
         if "topk" not in payload and support_k:
-            raise ValueError(f"support_k={support_k}: payload {payload} has no support; leave it out")
+            raise ValueError(
+                f"support_k={support_k}: payload {payload} has no support; leave it out"
+            )
         response_ids = ids[prompt_length:]
         if response_ids and max(response_ids) >= vocab:
-            raise ValueError(f"response token {max(response_ids)} is outside the {vocab} tokens of vocab")
-        return Question(ids[:prompt_length], response_ids, payload, support_k, vocab, temperature, hidden_size)
+            raise ValueError(
+                f"response token {max(response_ids)} is outside the {vocab} tokens of vocab"
+            )
+        return Question(
+            ids[:prompt_length], response_ids, payload, support_k, vocab, temperature, hidden_size
+        )
 
 
 def binary(body: bytes) -> Response:
@@ -277,7 +358,9 @@ def binary(body: bytes) -> Response:
     return Response(body, media_type=BINARY)
 
 
-async def answer_or_give_up(request: Request, answer: Future, respond: Callable[[Any], Response] = binary) -> Response:
+async def answer_or_give_up(
+    request: Request, answer: Future, respond: Callable[[Any], Response] = binary
+) -> Response:
     """What `respond` makes of the answer. A question whose client has gone is taken back."""
     try:
         return respond(await unless_gone(request, asyncio.wrap_future(answer), SCORE_SECONDS))

@@ -5,9 +5,10 @@
     with serving("models/math", replicas=2) as replicas:
         print([replica.url for replica in replicas])
 
-A replica speaks one of four protocols. "binary" is `opd.servers.scoring_server` and "json" is vLLM's own OpenAI server: teachers. Those
-of PUSHED are servers of the student, whose weights a trainer pushes through `weights_dir`: they are ready before they have
-any. Each listens on the loopback interface, on a port that the kernel chooses, in a process group of which nothing is left
+A replica speaks one of four protocols. "binary" is `opd.servers.scoring_server` and "json" is
+vLLM's own OpenAI server: teachers. Those of PUSHED are servers of the student, whose weights a
+trainer pushes through `weights_dir`: they are ready before they have any. Each listens on the
+loopback interface, on a port that the kernel chooses, in a process group of which nothing is left
 when its starter ends.
 """
 
@@ -50,12 +51,26 @@ REAP_SECONDS = 30.0  # for the kernel to take a killed process away, on a machin
 LOOK_AGAIN_SECONDS = 0.1
 LOG_LINES = 15  # of a server that failed
 
-# Of a rank's environment, or for one engine in this process: nothing that a server of its own should hear.
+# Of a rank's environment, or for one engine in this process: nothing that a server of its own
+# should hear.
 NOT_INHERITED = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
-    "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_SERVER_DEV_MODE", "OPD_FAULT",
-)  # fmt: skip
-LOOPBACK_ONLY = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_SERVER_DEV_MODE",
+    "OPD_FAULT",
+)
+LOOPBACK_ONLY = {
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
 
 # Two tokens that every vocabulary has, and the one log-probability that follows.
 SCORE_PROBE = wire.Question([2], [3], payload="sampled", support_k=0, vocab=1 << 31)
@@ -80,41 +95,95 @@ class ServerOptions:
     extra: Sequence[str] = ()  # flags for the server itself
 
     def command(self, port: int = 0) -> list[str]:
-        """Of a server at `port`, 0: the kernel chooses. Ours come last, so that no extra flag opens what is closed."""
-        return [sys.executable, "-m", *self._program(), *self.extra, "--host", "127.0.0.1", "--port", str(port)]
+        """Of a server at `port`, 0: the kernel chooses.
+
+        Ours come last, so that no extra flag opens what is closed.
+        """
+        return [
+            sys.executable,
+            "-m",
+            *self._program(),
+            *self.extra,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
 
     def _program(self) -> list[str]:
         # vLLM's own "auto" is bfloat16 even for float32 files on a CPU
         dtype = str(resolve_dtype(self.dtype)).removeprefix("torch.")
-        assert self.protocol not in PUSHED or self.weights_dir is not None, f"protocol {self.protocol}: no weights_dir"
+        assert self.protocol not in PUSHED or self.weights_dir is not None, (
+            f"protocol {self.protocol}: no weights_dir"
+        )
         if self.protocol == "logprob":
             return [
-                "opd.servers.logprob_server", "--model", self.model, "--weights_dir", str(self.weights_dir), "--dtype", dtype,
-            ]  # fmt: skip
+                "opd.servers.logprob_server",
+                "--model",
+                self.model,
+                "--weights_dir",
+                str(self.weights_dir),
+                "--dtype",
+                dtype,
+            ]
         if self.protocol == "binary":
             return [
-                "opd.servers.scoring_server", "--model", self.model, "--name", self.name, "--dtype", dtype,
-                "--max_support_k", str(self.max_logprobs), "--kv_cache_gib", str(self.kv_cache_gib),
-            ]  # fmt: skip
+                "opd.servers.scoring_server",
+                "--model",
+                self.model,
+                "--name",
+                self.name,
+                "--dtype",
+                dtype,
+                "--max_support_k",
+                str(self.max_logprobs),
+                "--kv_cache_gib",
+                str(self.kv_cache_gib),
+            ]
         if self.protocol == "rollout":
             return [
-                "opd.servers.rollout_server", "--model", self.model, "--name", self.name, "--dtype", dtype,
-                "--weights_dir", str(self.weights_dir), "--kv_cache_gib", str(self.kv_cache_gib),
-                "--tensor_parallel", str(self.tensor_parallel),
-            ]  # fmt: skip
+                "opd.servers.rollout_server",
+                "--model",
+                self.model,
+                "--name",
+                self.name,
+                "--dtype",
+                dtype,
+                "--weights_dir",
+                str(self.weights_dir),
+                "--kv_cache_gib",
+                str(self.kv_cache_gib),
+                "--tensor_parallel",
+                str(self.tensor_parallel),
+            ]
         # the CPU package of vllm 0.32 has no metadata, without which `vllm serve` fails
         return [
-            "vllm.entrypoints.openai.api_server", "--model", self.model,
-            "--served-model-name", self.name, "--dtype", dtype, "--max-logprobs", str(self.max_logprobs),
-            "--kv-cache-memory-bytes", str(int(self.kv_cache_gib * GIB)), "--no-enable-prefix-caching",
-            "--tensor-parallel-size", str(self.tensor_parallel), "--disable-uvicorn-access-log",
-        ]  # fmt: skip
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            self.model,
+            "--served-model-name",
+            self.name,
+            "--dtype",
+            dtype,
+            "--max-logprobs",
+            str(self.max_logprobs),
+            "--kv-cache-memory-bytes",
+            str(int(self.kv_cache_gib * GIB)),
+            "--no-enable-prefix-caching",
+            "--tensor-parallel-size",
+            str(self.tensor_parallel),
+            "--disable-uvicorn-access-log",
+        ]
 
     def environment(self, gpus: Sequence[str]) -> dict[str, str]:
-        """This process's, closed and cut to `gpus`; vLLM's server takes the token of ours as its API key."""
+        """This process's, closed and cut to `gpus`; vLLM's server takes the token of ours as its
+        API key.
+        """
         env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
         env |= {**ENVIRONMENT, **LOOPBACK_ONLY}
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")]))
+        env["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(Path(__file__).parents[2]), env.get("PYTHONPATH")])
+        )
         if token := env.get(TOKEN_VARIABLE):
             env["VLLM_API_KEY"] = token
         if gpus:
@@ -124,13 +193,18 @@ class ServerOptions:
 
 @dataclass(slots=True)
 class ServerProcess:
-    """One server process. `url` is known once it answers, and stays what it is when the server is started again."""
+    """One server process.
+
+    `url` is known once it answers, and stays what it is when the server is started again.
+    """
 
     options: ServerOptions
     process: subprocess.Popen
     log: Path
     gpus: Sequence[str] = ()  # all that are visible if none is named
-    log_start: int = 0  # bytes of its log that others wrote, of an earlier run or the server that it stands for
+    log_start: int = (
+        0  # bytes of its log that others wrote, of an earlier run or the server that it stands for
+    )
     url: str | None = field(default=None)
 
     @property
@@ -147,10 +221,12 @@ class ServerProcess:
         stop_all([self])
 
     def restart(self) -> None:
-        """Starts the same server again, with the port and the GPUs that it had, without waiting for it.
+        """Starts the same server again, with the port and the GPUs that it had, without waiting for
+        it.
 
-        What lives of the old one is ended first. The new one knows nothing of it: a server of PUSHED is stale until the next
-        push. To be called in a thread that lives as long as the server is needed (`process_group.start`).
+        What lives of the old one is ended first. The new one knows nothing of it: a server of
+        PUSHED is stale until the next push. To be called in a thread that lives as long as the
+        server is needed (`process_group.start`).
         """
         self.stop()
         port = urllib.parse.urlsplit(self.url).port if self.url else None
@@ -161,19 +237,28 @@ class ServerProcess:
         return "\n".join(self._read_log().splitlines()[-LOG_LINES:])
 
     def _read_log(self) -> str:
-        """What this process wrote, and not one before it: an old URL would be waited for in vain."""
+        """What this process wrote, and not one before it: an old URL would be waited
+        for in vain.
+        """
         with suppress(FileNotFoundError), self.log.open("rb") as file:  # somebody tidied up
             file.seek(self.log_start)
             return file.read().decode(errors="replace")
         return ""
 
     def wait_until_ready(self, seconds: float = START_SECONDS) -> None:
-        """Returns when it has answered a question, and `url` is set. StartError if it ends before, or takes longer."""
+        """Returns when it has answered a question, and `url` is set.
+
+        StartError if it ends before, or takes longer.
+        """
         deadline = time.monotonic() + seconds
         error: str | None = "no time was given"
         while time.monotonic() < deadline:
             if not self.alive:
-                raise StartError(self._failure(f"ended with status {self.process.returncode} before it was ready"))
+                raise StartError(
+                    self._failure(
+                        f"ended with status {self.process.returncode} before it was ready"
+                    )
+                )
             error = self._try(min(FIRST_ANSWER_SECONDS, max(1.0, deadline - time.monotonic())))
             if error is None:
                 return
@@ -191,18 +276,25 @@ class ServerProcess:
             return "it does not listen yet"
         try:
             self._ask(url, seconds)
-        except (OSError, ValueError, HTTPException) as error:  # a refused connection, 4xx and 5xx, a bad or torn answer
+        except (
+            OSError,
+            ValueError,
+            HTTPException,
+        ) as error:  # a refused connection, 4xx and 5xx, a bad or torn answer
             return str(error)
         self.url = url
         return None
 
     def _failure(self, what: str) -> str:
         return (
-            f"server of {self.options.name} ({self.options.model}) {what}; the end of {self.log}:\n{self.last_lines()}"
+            f"server of {self.options.name} ({self.options.model}) {what}; the end of "
+            f"{self.log}:\n{self.last_lines()}"
         )
 
     def _find_url(self) -> str | None:
-        """vLLM does not say which port the kernel chose, and its server process listens on no other."""
+        """vLLM does not say which port the kernel chose, and its server process listens on no
+        other.
+        """
         if self.options.protocol != "json":
             found = re.search(r"^serving .* at (http://\S+)$", self._read_log(), re.M)
             return found and found[1]
@@ -213,10 +305,18 @@ class ServerProcess:
         return None
 
     def _ask(self, url: str, seconds: float) -> None:
-        """A question of two tokens, or what it is. OSError or ValueError for everything but a right answer."""
+        """A question of two tokens, or what it is.
+
+        OSError or ValueError for everything but a right answer.
+        """
         protocol = self.options.protocol
-        if protocol in PUSHED:  # it has computed before it listened, and serves nothing before the first push
-            path, body, decode = "/version", None, functools.partial(_check_protocol, PUSHED[protocol])
+        # it has computed before it listened, and serves nothing before the first push
+        if protocol in PUSHED:
+            path, body, decode = (
+                "/version",
+                None,
+                functools.partial(_check_protocol, PUSHED[protocol]),
+            )
         elif protocol == "binary":
             query = urllib.parse.urlencode(
                 {"prompt_length": len(SCORE_PROBE.prompt_ids), "payload": SCORE_PROBE.payload}
@@ -226,13 +326,16 @@ class ServerProcess:
         else:
             body = json.dumps(wire.completion_request(SCORE_PROBE, self.options.name)).encode()
             path, decode = "/v1/completions", wire.decode_completion
-        headers = {"Content-Type": "application/json" if protocol == "json" else "application/octet-stream"}
+        headers = {
+            "Content-Type": "application/json" if protocol == "json" else "application/octet-stream"
+        }
         if token := os.environ.get(TOKEN_VARIABLE):
             headers["Authorization"] = f"Bearer {token}"
-        direct = urllib.request.build_opener(
-            urllib.request.ProxyHandler({})
-        )  # no proxy stands before this machine itself
-        with direct.open(urllib.request.Request(url + path, body, headers), timeout=seconds) as answer:
+        # no proxy stands before this machine itself
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(
+            urllib.request.Request(url + path, body, headers), timeout=seconds
+        ) as answer:
             decode(answer.read(), SCORE_PROBE)
 
 
@@ -247,14 +350,22 @@ def start_replica(options: ServerOptions, log: Path, gpus: Sequence[str] = ()) -
     return ServerProcess(options, process, log, tuple(gpus), log_start)
 
 
-def _start_server(options: ServerOptions, log: Path, gpus: Sequence[str], port: int) -> tuple[int, subprocess.Popen]:
-    """(bytes that the log held before, the process). A log is appended to: it tells what led to a death."""
+def _start_server(
+    options: ServerOptions, log: Path, gpus: Sequence[str], port: int
+) -> tuple[int, subprocess.Popen]:
+    """(bytes that the log held before, the process).
+
+    A log is appended to: it tells what led to a death.
+    """
     written = log.stat().st_size if log.exists() else 0
     return written, processes.start(options.command(port), log=log, env=options.environment(gpus))
 
 
 def stop_all(replicas: Sequence[ServerProcess]) -> None:
-    """Ends them together: whatever they do, it takes less than 10 s. Those that have ended already are no error."""
+    """Ends them together: whatever they do, it takes less than 10 s.
+
+    Those that have ended already are no error.
+    """
     deadline = time.monotonic() + STOP_SECONDS
     for replica in replicas:
         if replica.alive:
@@ -264,29 +375,46 @@ def stop_all(replicas: Sequence[ServerProcess]) -> None:
             replica.process.wait(max(0.0, deadline - time.monotonic()))
     for replica in replicas:
         group = replica.process.pid
-        while processes.members(group) and replica.process.poll() is not None and time.monotonic() < deadline:
+        while (
+            processes.members(group)
+            and replica.process.poll() is not None
+            and time.monotonic() < deadline
+        ):
             time.sleep(LOOK_AGAIN_SECONDS)  # its guard ends the rest, in order
         replica.kill()
 
 
 @contextmanager
 def serving(
-    model: str, *, replicas: int = 1, gpus: Sequence[str] = (), log_dir: Path | None = None,
-    start_seconds: float = START_SECONDS, name: str | None = None, **options,
-) -> Iterator[list[ServerProcess]]:  # fmt: skip
+    model: str,
+    *,
+    replicas: int = 1,
+    gpus: Sequence[str] = (),
+    log_dir: Path | None = None,
+    start_seconds: float = START_SECONDS,
+    name: str | None = None,
+    **options,
+) -> Iterator[list[ServerProcess]]:
     """`replicas` servers of `model` that answer; at the end they are gone, whatever was raised.
 
-    `gpus` are dealt out, `tensor_parallel` to each. `options` are those of `ServerOptions`. Raises StartError.
+    `gpus` are dealt out, `tensor_parallel` to each. `options` are those of `ServerOptions`. Raises
+    StartError.
     """
     settings = ServerOptions(model=model, name=name or Path(model).name, **options)
     share = settings.tensor_parallel
-    assert not gpus or len(gpus) >= replicas * share, f"{len(gpus)} GPUs for {replicas} replicas of {share}"
+    assert not gpus or len(gpus) >= replicas * share, (
+        f"{len(gpus)} GPUs for {replicas} replicas of {share}"
+    )
     started: list[ServerProcess] = []
-    with TemporaryDirectory(prefix="opd_serve_") if log_dir is None else _made(log_dir) as directory:
+    with (
+        TemporaryDirectory(prefix="opd_serve_") if log_dir is None else _made(log_dir) as directory
+    ):
         try:
             for index in range(replicas):
                 log = Path(directory, f"server_{index}.log")
-                started.append(start_replica(settings, log, gpus[index * share : (index + 1) * share]))
+                started.append(
+                    start_replica(settings, log, gpus[index * share : (index + 1) * share])
+                )
             for replica in started:
                 replica.wait_until_ready(start_seconds)
             yield started

@@ -1,7 +1,8 @@
 """The weights of a run's servers, kept at the version that was pushed last.
 
-A push reaches every server that is there. One that was restarted or missed it is stale, serves nothing, and need not wait for
-the next push, which may be waiting for its answers: what was published lies on disk, and is pushed again to that server alone.
+A push reaches every server that is there. One that was restarted or missed it is stale, serves
+nothing, and need not wait for the next push, which may be waiting for its answers: what was
+published lies on disk, and is pushed again to that server alone.
 """
 
 import threading
@@ -27,12 +28,22 @@ AGAIN_SECONDS = 1.0  # between pushes to a role none of whose servers is there
 
 
 class WeightKeeper:
-    """Publishes to `root` and pushes to the servers of every role, role -> URLs. Of rank 0 alone."""
+    """Publishes to `root` and pushes to the servers of every role, role -> URLs.
+
+    Of rank 0 alone.
+    """
 
     def __init__(
-        self, roles: Mapping[str, Sequence[str]], root: Path, fence: int, token: str, *, mode: Literal["keep", "abort"],
-        wait_s: float, broadcast: bool = False,
-    ):  # fmt: skip
+        self,
+        roles: Mapping[str, Sequence[str]],
+        root: Path,
+        fence: int,
+        token: str,
+        *,
+        mode: Literal["keep", "abort"],
+        wait_s: float,
+        broadcast: bool = False,
+    ):
         self.roles, self.root, self.fence, self.token, self.mode = roles, root, fence, token, mode
         self.broadcast_from = root if broadcast else None
         self.wait_s = wait_s  # for the first server of a role, if all are being restarted
@@ -44,24 +55,35 @@ class WeightKeeper:
         self._thread = threading.Thread(target=self._look_after, name="weight keeper", daemon=True)
         self._thread.start()
 
-    def push(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:
-        """Bytes, seconds, and the longest pause of a server. Raises PushFailed if no server of a role takes the weights."""
+    def push(
+        self, named_parameters: Iterable[tuple[str, Tensor]], version: int
+    ) -> dict[str, float]:
+        """Bytes, seconds, and the longest pause of a server.
+
+        Raises PushFailed if no server of a role takes the weights.
+        """
         with self._turn:
             published = store.publish(self.root, named_parameters, version, self.fence)
             started, pauses = time.perf_counter(), []
             for role, urls in self.roles.items():
-                report = self._push_to_one_at_least(role, [url.rstrip("/") for url in urls], version)
+                report = self._push_to_one_at_least(
+                    role, [url.rstrip("/") for url in urls], version
+                )
                 self._missing.difference_update(replica.url for replica in report.replicas)
                 self._missing.update(replica.url for replica in report.failed)
                 pauses += [replica.pause_s for replica in report.replicas if replica.ok]
             self.version = version
         return {
-            "bytes": published.bytes, "publish_s": published.seconds, "s": time.perf_counter() - started,
+            "bytes": published.bytes,
+            "publish_s": published.seconds,
+            "s": time.perf_counter() - started,
             "pause_s": max(pauses),
-        }  # fmt: skip
+        }
 
     def _expected(self, urls: Sequence[str]) -> Sequence[str]:
-        """Without those that missed the last push, if there are others: `_look_after` brings them up to date."""
+        """Without those that missed the last push, if there are others: `_look_after` brings them
+        up to date.
+        """
         return [url for url in urls if url not in self._missing] or urls
 
     def close(self) -> None:
@@ -81,9 +103,16 @@ class WeightKeeper:
 
     def _push_to(self, urls: Sequence[str], version: int) -> PushReport:
         return push_to_servers(
-            urls, version, self.fence, self.token, mode=self.mode, lease_s=LEASE_SECONDS, deadline_s=PUSH_SECONDS,
-            say=self._warn_once, broadcast_from=self.broadcast_from,
-        )  # fmt: skip
+            urls,
+            version,
+            self.fence,
+            self.token,
+            mode=self.mode,
+            lease_s=LEASE_SECONDS,
+            deadline_s=PUSH_SECONDS,
+            say=self._warn_once,
+            broadcast_from=self.broadcast_from,
+        )
 
     def _warn_once(self, message: str) -> None:
         """A server that stays away is said once for each version."""
@@ -100,11 +129,14 @@ class WeightKeeper:
                         self._bring_up(client, url)
 
     def _bring_up(self, client: httpx.Client, url: str) -> None:
-        """Pushes the last version to one server; while the trainer pushes, the next look will do."""
+        """Pushes the last version to one server; while the trainer pushes, the next
+        look will do.
+        """
         if not self._turn.acquire(timeout=VERSION_SECONDS):
             return
         try:
-            if not self._over.is_set() and self._is_behind(client, url):  # it may have got it while we waited
+            # it may have got it while we waited
+            if not self._over.is_set() and self._is_behind(client, url):
                 with suppress(PushFailed):  # `push` has warned; the next look tries again
                     self._push_to([url], self.version)
                     self._missing.discard(url.rstrip("/"))
@@ -112,11 +144,17 @@ class WeightKeeper:
             self._turn.release()
 
     def _is_behind(self, client: httpx.Client, url: str) -> bool:
-        """Whether a server is there, serves nothing or something older, and nobody else's trainer has taken it over."""
+        """Whether a server is there, serves nothing or something older, and nobody else's trainer
+        has taken it over.
+        """
         if self.version is None:
             return False
         try:
             facts = client.get(f"{url.rstrip('/')}/version").json()
-            return facts["state"] != "paused" and facts["fence"] <= self.fence and facts["weights"] != self.version
+            return (
+                facts["state"] != "paused"
+                and facts["fence"] <= self.fence
+                and facts["weights"] != self.version
+            )
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return False

@@ -1,7 +1,9 @@
-"""What a trainer says of weights that it is about to broadcast, checked against the model before anything is allocated.
+"""What a trainer says of weights that it is about to broadcast, checked against the model before
+anything is allocated.
 
-Names, shapes, dtypes and hashes come in the control request, as JSON and behind the token (`server_control`). The bytes come
-over a group that knows no token (`weight_broadcast`), and are believed when they are what was said.
+Names, shapes, dtypes and hashes come in the control request, as JSON and behind the token
+(`server_control`). The bytes come over a group that knows no token (`weight_broadcast`), and are
+believed when they are what was said.
 """
 
 import math
@@ -26,7 +28,9 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class Receivers:
-    """The processes of a server that take weights, and the parameters of their model by name, tied ones under each."""
+    """The processes of a server that take weights, and the parameters of their model by name, tied
+    ones under each.
+    """
 
     workers: int
     backend: Backend
@@ -35,7 +39,10 @@ class Receivers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """Where a trainer waits, and what it is about to send. Plain values: it is handed on to other processes."""
+    """Where a trainer waits, and what it is about to send.
+
+    Plain values: it is handed on to other processes.
+    """
 
     host: str  # where the request came from; never what a request says
     port: int
@@ -43,7 +50,8 @@ class Offer:
     chunk_bytes: int
     workers: int
     backend: Backend
-    shards: list[dict[str, Any]]  # {"size", "sha256", "header"}: safetensors files, and the header of each
+    # {"size", "sha256", "header"}: safetensors files, and the header of each
+    shards: list[dict[str, Any]]
 
     @property
     def names(self) -> list[str]:
@@ -57,13 +65,20 @@ def backend_of(device: torch.device | str) -> Backend:
 
 
 def read_offer(body: Any, host: str, receivers: Receivers) -> Offer:
-    """What a control request says of a broadcast. ValueError for what cannot be, or does not fit the model."""
+    """What a control request says of a broadcast.
+
+    ValueError for what cannot be, or does not fit the model.
+    """
     try:
         offer = Offer(
-            host=host, port=_whole(body["port"], 1, 65535), seconds=_seconds(body["seconds"]),
-            chunk_bytes=_whole(body["chunk_bytes"], SMALLEST_CHUNK, LARGEST_CHUNK), workers=receivers.workers,
-            backend=receivers.backend, shards=[_checked_shard(shard) for shard in body["shards"]],
-        )  # fmt: skip
+            host=host,
+            port=_whole(body["port"], 1, 65535),
+            seconds=_seconds(body["seconds"]),
+            chunk_bytes=_whole(body["chunk_bytes"], SMALLEST_CHUNK, LARGEST_CHUNK),
+            workers=receivers.workers,
+            backend=receivers.backend,
+            shards=[_checked_shard(shard) for shard in body["shards"]],
+        )
         entries = [entry for shard in offer.shards for entry in entries_of(shard["header"])]
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"broadcast: {type(error).__name__}: {error}") from None
@@ -74,13 +89,18 @@ def read_offer(body: Any, host: str, receivers: Receivers) -> Offer:
         if shape != tuple(receivers.parameters[name].shape):
             expected = tuple(receivers.parameters[name].shape)
             raise ValueError(
-                f"{name}: {shape} was published, and the model has {expected}; --model must be the trainer's"
+                f"{name}: {shape} was published, and the model has {expected}; --model must be "
+                f"the trainer's"
             )
     return offer
 
 
-def entries_of(header: dict[str, Any]) -> list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, int]]]:
-    """(name, dtype, shape, where its bytes are) of the tensors of a safetensors header, by place."""
+def entries_of(
+    header: dict[str, Any],
+) -> list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, int]]]:
+    """(name, dtype, shape, where its bytes are) of the tensors of a safetensors header,
+    by place.
+    """
     entries = [
         (name, DTYPES[entry["dtype"]], tuple(entry["shape"]), tuple(entry["data_offsets"]))
         for name, entry in header.items()
@@ -95,8 +115,15 @@ def data_bytes(header: dict[str, Any]) -> int:
 
 
 def _checked_shard(shard: dict[str, Any]) -> dict[str, Any]:
-    """Its fields, if a file can have that header and size: tensors side by side from the first byte of data to the last."""
-    size, sha256, header, end = _whole(shard["size"], 8, 1 << 50), shard["sha256"], shard["header"], 0
+    """Its fields, if a file can have that header and size: tensors side by side from the first byte
+    of data to the last.
+    """
+    size, sha256, header, end = (
+        _whole(shard["size"], 8, 1 << 50),
+        shard["sha256"],
+        shard["header"],
+        0,
+    )
     for name, dtype, shape, (start, stop) in entries_of(header):
         length = math.prod(_whole(extent, 0, 1 << 40) for extent in shape) * dtype.itemsize
         if (start, stop) != (end, end + length):

@@ -1,8 +1,9 @@
-"""Published weights on their way into servers: half of them at a time, so that the others go on serving.
+"""Published weights on their way into servers: half of them at a time, so that the others go on
+serving.
 
-A push to one replica is a transaction: pause, update, resume. Whatever fails, resume is tried: a server whose weights are
-whole goes on with them, and one whose weights are half loaded says that it is stale. If this process dies in between, the
-lease that it leaves does the same.
+A push to one replica is a transaction: pause, update, resume. Whatever fails, resume is tried: a
+server whose weights are whole goes on with them, and one whose weights are half loaded says that it
+is stale. If this process dies in between, the lease that it leaves does the same.
 """
 
 import threading
@@ -21,7 +22,9 @@ from opd.log import warn
 from opd.weights.broadcast import sending
 
 CONNECT_SECONDS = 5.0
-ALIVE_SECONDS = 15.0  # to answer at all: a server that hangs must not keep the others from their weights
+ALIVE_SECONDS = (
+    15.0  # to answer at all: a server that hangs must not keep the others from their weights
+)
 PAUSE_SECONDS = 60.0  # nor one that does not pause
 RESUME_SECONDS = 30.0  # beyond the deadline: a server is not left paused
 RENEWALS = 3.0  # of a lease while it lasts
@@ -57,19 +60,30 @@ class PushFailed(RuntimeError):
 
 
 def push_to_servers(
-    urls: Sequence[str], version: int, fence: int, token: str, *, mode: Literal["keep", "abort"] = "keep",
-    lease_s: float = 30.0, deadline_s: float = 600.0, broadcast_from: Path | None = None,
+    urls: Sequence[str],
+    version: int,
+    fence: int,
+    token: str,
+    *,
+    mode: Literal["keep", "abort"] = "keep",
+    lease_s: float = 30.0,
+    deadline_s: float = 600.0,
+    broadcast_from: Path | None = None,
     say: Callable[[str], None] = warn,
-) -> PushReport:  # fmt: skip
-    """Makes the servers load a version that `weight_store.publish` has written: half of them, while the others serve, and these.
+) -> PushReport:
+    """Makes the servers load a version that `weight_store.publish` has written: half of them, while
+    the others serve, and these.
 
-    They read it in their own directory; with `broadcast_from` this process reads it there, and sends it to one after the other.
-    `keep` lets what is being sampled go on under the new weights; `abort` ends it. `deadline_s` is for one server. A server
-    that fails is reported, and said; PushFailed if all did.
+    They read it in their own directory; with `broadcast_from` this process reads it there, and
+    sends it to one after the other. `keep` lets what is being sampled go on under the new weights;
+    `abort` ends it. `deadline_s` is for one server. A server that fails is reported, and said;
+    PushFailed if all did.
     """
 
     def push_to(url: str) -> ReplicaPush:
-        return _push_one(url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s, broadcast_from)
+        return _push_one(
+            url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s, broadcast_from
+        )
 
     half = (len(urls) + 1) // 2
     waves = [urls[:half], urls[half:]] if broadcast_from is None else [[url] for url in urls]
@@ -107,30 +121,45 @@ class _Server:
             return
         address, receivers = self._way()
         left = max(0.1, deadline - time.monotonic())
-        with sending(broadcast_from, version, self.fence, address=address, seconds=left, **receivers) as offer:
+        with sending(
+            broadcast_from, version, self.fence, address=address, seconds=left, **receivers
+        ) as offer:
             self.ask("/update_weights", left, version=version, broadcast=offer)
 
     def _way(self) -> tuple[str, dict[str, Any]]:
-        """(the address of this process as the server sees it, what the server says of those who receive)."""
+        """(the address of this process as the server sees it, what the server says of those who
+        receive).
+        """
         answer = self.client.get("/version")
         try:
             facts = answer.json()["receivers"]
             receivers = {"workers": int(facts["workers"]), "backend": str(facts["backend"])}
         except (ValueError, KeyError, TypeError):
-            raise ValueError("/version: it takes no broadcast; use --weight_transfer directory") from None
+            raise ValueError(
+                "/version: it takes no broadcast; use --weight_transfer directory"
+            ) from None
         return answer.extensions["network_stream"].get_extra_info("client_addr")[0], receivers
 
 
 def _push_one(
-    url: str, version: int, fence: int, token: str, mode: str, lease_s: float, deadline_s: float,
+    url: str,
+    version: int,
+    fence: int,
+    token: str,
+    mode: str,
+    lease_s: float,
+    deadline_s: float,
     broadcast_from: Path | None,
-) -> ReplicaPush:  # fmt: skip
+) -> ReplicaPush:
     start = time.monotonic()
     headers, failure, answer, paused = {"Authorization": f"Bearer {token}"}, None, {}, None
-    with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS) as client:
+    with httpx.Client(
+        base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS
+    ) as client:
         server = _Server(client, fence)
         try:
-            client.get("/version", timeout=ALIVE_SECONDS)  # who hangs is found out before a pause is waited for
+            # who hangs is found out before a pause is waited for
+            client.get("/version", timeout=ALIVE_SECONDS)
             server.ask("/pause", min(deadline_s, PAUSE_SECONDS), lease_s=lease_s, mode=mode)
             paused = time.monotonic()
             fault_point("push.paused")
@@ -158,7 +187,9 @@ def _error_of(answer: httpx.Response) -> str:
 
 @contextmanager
 def _renewed(server: _Server, lease_s: float):
-    """Renews the lease inside: to read large weights takes longer than a server should wait for a dead trainer."""
+    """Renews the lease inside: to read large weights takes longer than a server should wait for a
+    dead trainer.
+    """
     over = threading.Event()
 
     def renew() -> None:

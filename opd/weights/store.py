@@ -1,12 +1,13 @@
-"""Weights on their way from a trainer to its servers: versions in a directory, each whole or absent.
+"""Weights on their way from a trainer to its servers: versions in a directory, each whole or
+absent.
 
     ROOT/v12/model-00001.safetensors ...    as in a Hugging Face checkpoint
             model.safetensors.index.json
-            manifest.json                   {"version", "fence", "files": [{"file", "size", "sha256"}]}, written last
+            manifest.json                   version, fence, sizes and hashes; written last
 
-A version appears by one rename. `verify` reads every byte again: what a server loads is what the trainer wrote. ROOT belongs
-to one user alone (mode 0700); links and other people's files are refused. It may lie in shared memory or in a folder that
-machines share.
+A version appears by one rename. `verify` reads every byte again: what a server loads is what the
+trainer wrote. ROOT belongs to one user alone (mode 0700); links and other people's files are
+refused. It may lie in shared memory or in a folder that machines share.
 """
 
 import hashlib
@@ -43,7 +44,9 @@ class Published:
 
 
 def default_root(run_dir: str | Path) -> Path:
-    """A directory in shared memory that is the run's own, also after a restart: what a killed trainer left is used again."""
+    """A directory in shared memory that is the run's own, also after a restart: what a killed
+    trainer left is used again.
+    """
     name = hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:16]
     parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
     return parent / f"opd_weights_{os.geteuid()}_{name}"
@@ -60,11 +63,16 @@ def claim(root: Path) -> None:
     _check_directory(root)
 
 
-def publish(root: Path, named_parameters: Iterable[tuple[str, Tensor]], version: int, fence: int) -> Published:
-    """Writes a version and removes all but the two newest. An older run's version of the same number gives way.
+def publish(
+    root: Path, named_parameters: Iterable[tuple[str, Tensor]], version: int, fence: int
+) -> Published:
+    """Writes a version and removes all but the two newest.
 
-    A tensor is copied before the next one is asked for. On ranks other than 0 a caller only exhausts its generator. Raises
-    ValueError if ROOT is not ours alone, or a trainer with a larger fence has published here.
+    An older run's version of the same number gives way.
+
+    A tensor is copied before the next one is asked for. On ranks other than 0 a caller only
+    exhausts its generator. Raises ValueError if ROOT is not ours alone, or a trainer with a larger
+    fence has published here.
     """
     start = time.monotonic()
     root = Path(root)
@@ -76,7 +84,9 @@ def publish(root: Path, named_parameters: Iterable[tuple[str, Tensor]], version:
     staging.mkdir(mode=0o700)
     try:
         files = _write_shards(staging, named_parameters)
-        manifest = json.dumps({"version": version, "fence": fence, "files": files}, indent=1).encode()
+        manifest = json.dumps(
+            {"version": version, "fence": fence, "files": files}, indent=1
+        ).encode()
         _write(staging, VERSION_MANIFEST, manifest)
         _check_fence(root, fence)  # gathering takes long enough for a successor to come
         if target.exists():
@@ -90,7 +100,9 @@ def publish(root: Path, named_parameters: Iterable[tuple[str, Tensor]], version:
 
 
 def verify(root: Path, version: int, fence: int | None = None) -> Path:
-    """The directory of a version, if every file is there, ours, and has its hash; and no other. Else ValueError.
+    """The directory of a version, if every file is there, ours, and has its hash; and no other.
+
+    Else ValueError.
 
     With a `fence` it must be the one of the trainer that published the version.
     """
@@ -98,35 +110,52 @@ def verify(root: Path, version: int, fence: int | None = None) -> Path:
     expected = {entry["file"]: entry for entry in manifest["files"]}
     found = {path.name for path in directory.iterdir()} - {VERSION_MANIFEST}
     if found != set(expected) or len(expected) != len(manifest["files"]):
-        raise ValueError(f"{directory}: its files are not those of its manifest: {sorted(found ^ set(expected))[:4]}")
+        raise ValueError(
+            f"{directory}: its files are not those of its manifest: "
+            f"{sorted(found ^ set(expected))[:4]}"
+        )
     for name, entry in expected.items():
         size, digest = _read_hash(directory / name)
         if (size, digest) != (entry["size"], entry["sha256"]):
-            raise ValueError(f"{directory / name}: not what was published: {size} bytes with SHA-256 {digest[:12]}...")
+            raise ValueError(
+                f"{directory / name}: not what was published: {size} bytes with SHA-256 "
+                f"{digest[:12]}..."
+            )
     return directory
 
 
 def read_manifest(root: Path, version: int, fence: int | None = None) -> tuple[Path, dict]:
-    """The directory of a version and what its manifest says, of files that nobody has looked at. ValueError as in `verify`."""
+    """The directory of a version and what its manifest says, of files that nobody has looked at.
+
+    ValueError as in `verify`.
+    """
     directory = Path(root, f"v{version}")
     _check_directory(Path(root))
     _check_directory(directory)
     manifest = _read_version_manifest(directory)
     if manifest["version"] != version or (fence is not None and manifest["fence"] != fence):
         raise ValueError(
-            f"{directory}: version {manifest['version']} of fence {manifest['fence']}, not version {version} of {fence}"
+            f"{directory}: version {manifest['version']} of fence {manifest['fence']}, not "
+            f"version {version} of {fence}"
         )
     return directory, manifest
 
 
 def check_names(published: Iterable[str], parameters: Mapping[str, Tensor]) -> None:
-    """ValueError unless every parameter is there under one of its names, and nothing else. Tied ones are one object."""
+    """ValueError unless every parameter is there under one of its names, and nothing else.
+
+    Tied ones are one object.
+    """
     published = set(published)
     if unknown := published - set(parameters):
-        raise ValueError(f"{len(unknown)} published tensors are none of the model's, {min(unknown)} first")
+        raise ValueError(
+            f"{len(unknown)} published tensors are none of the model's, {min(unknown)} first"
+        )
     there = {id(parameters[name]) for name in published}
     if missing := [name for name, parameter in parameters.items() if id(parameter) not in there]:
-        raise ValueError(f"{len(missing)} parameters of the model were not published, {missing[0]} first")
+        raise ValueError(
+            f"{len(missing)} parameters of the model were not published, {missing[0]} first"
+        )
 
 
 def _write_shards(directory: Path, named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict]:
@@ -163,7 +192,9 @@ def _write(directory: Path, name: str, content: bytes) -> dict:
 
 
 def _check_directory(path: Path) -> None:
-    """ValueError unless it is a directory, no link, of this user, that nobody else can write to or read."""
+    """ValueError unless it is a directory, no link, of this user, that nobody else can write to or
+    read.
+    """
     try:
         facts = path.lstat()
     except OSError as error:
@@ -171,7 +202,10 @@ def _check_directory(path: Path) -> None:
     if not stat.S_ISDIR(facts.st_mode):
         raise ValueError(f"{path}: not a directory, or a link to one")
     if facts.st_uid != os.geteuid() or stat.S_IMODE(facts.st_mode) & 0o077:
-        raise ValueError(f"{path}: must belong to this user with mode 0700 (chmod 700); others could put weights there")
+        raise ValueError(
+            f"{path}: must belong to this user with mode 0700 (chmod 700); others could put "
+            f"weights there"
+        )
 
 
 def open_own(path: Path):
@@ -202,16 +236,24 @@ def _read_version_manifest(directory: Path) -> dict:
         try:
             manifest = json.loads(file.read())
             int(manifest["version"]), int(manifest["fence"])
-            names = [str(entry["file"]) for entry in manifest["files"] if int(entry["size"]) >= 0 and entry["sha256"]]
+            names = [
+                str(entry["file"])
+                for entry in manifest["files"]
+                if int(entry["size"]) >= 0 and entry["sha256"]
+            ]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{directory / VERSION_MANIFEST}: torn: {type(error).__name__}: {error}") from None
+            raise ValueError(
+                f"{directory / VERSION_MANIFEST}: torn: {type(error).__name__}: {error}"
+            ) from None
     if not all(re.fullmatch(r"[\w.-]+", name) for name in names):
         raise ValueError(f"{directory / VERSION_MANIFEST}: a file outside its directory")
     return manifest
 
 
 def _versions(root: Path) -> list[tuple[int, int, Path]]:
-    """(fence, version, directory) of what was published, oldest first; what has no good manifest counts as the oldest."""
+    """(fence, version, directory) of what was published, oldest first; what has no good manifest
+    counts as the oldest.
+    """
     found = []
     for directory in root.glob("v*"):
         try:
@@ -225,7 +267,9 @@ def _versions(root: Path) -> list[tuple[int, int, Path]]:
 def _check_fence(root: Path, fence: int) -> None:
     newest = max((found for found, _, _ in _versions(root)), default=fence)
     if newest > fence:
-        raise ValueError(f"{root}: a trainer with fence {newest} has published here; this one has {fence}")
+        raise ValueError(
+            f"{root}: a trainer with fence {newest} has published here; this one has {fence}"
+        )
 
 
 def _prune(root: Path, newest: Path) -> None:

@@ -1,4 +1,5 @@
-"""How far a run of `scripts/demos/real_model.sh` came: KL per token, first and last answers to questions it has not seen.
+"""How far a run of `scripts/demos/real_model.sh` came: KL per token, first and last answers to
+questions it has not seen.
 
     python scripts/demos/before_after.py RUN_DIR --student DIR --teacher DIR --questions eval.jsonl
 
@@ -16,9 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from opd.inputs.rows import read_rows
 
-# In nats per token, on the student's own text: the full-vocabulary divergence that the optimizer minimised, and its estimate
-# from the sampled tokens alone.
-KEYS = {"loss/total": "reverse KL, full vocabulary", "distill/k1": "the same, estimated from the sampled tokens"}
+# In nats per token, on the student's own text: the full-vocabulary divergence that the optimizer
+# minimised, and its estimate from the sampled tokens alone.
+KEYS = {
+    "loss/total": "reverse KL, full vocabulary",
+    "distill/k1": "the same, estimated from the sampled tokens",
+}
 ENDS = 3  # steps whose mean is the first and the last KL
 WANTED_FALL = 0.6
 PER_DOMAIN = 1  # questions shown of each
@@ -60,7 +64,9 @@ def write_answers(model_dir: Path, questions: list[list[dict]]) -> list[str]:
         questions, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
     ids_BL = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
-    return tokenizer.batch_decode(ids_BL[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(
+        ids_BL[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
 def cell(text: str) -> str:
@@ -71,7 +77,10 @@ def cell(text: str) -> str:
 def show(run_dir: Path, student: Path, teacher: Path, questions: Path) -> bool:
     """Prints both tables; whether the KL fell far enough."""
     steps = read_steps(run_dir)
-    print(f"\n| nats per token | steps 1 to {ENDS} | last {ENDS} of {len(steps)} | fall |\n|---|---|---|---|")
+    print(
+        f"\n| nats per token | steps 1 to {ENDS} | last {ENDS} of {len(steps)} | fall "
+        f"|\n|---|---|---|---|"
+    )
     falls = []
     for key, meaning in KEYS.items():
         first, last = first_and_last(steps, key)
@@ -91,9 +100,13 @@ def show(run_dir: Path, student: Path, teacher: Path, questions: Path) -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, help="--output_dir of the run")
-    parser.add_argument("--student", required=True, type=Path, help="model directory of the student as it was")
+    parser.add_argument(
+        "--student", required=True, type=Path, help="model directory of the student as it was"
+    )
     parser.add_argument("--teacher", required=True, type=Path)
-    parser.add_argument("--questions", required=True, type=Path, help="prompt file; some of each domain are shown")
+    parser.add_argument(
+        "--questions", required=True, type=Path, help="prompt file; some of each domain are shown"
+    )
     args = parser.parse_args(argv)
     try:
         fell = show(args.run_dir, args.student, args.teacher, args.questions)

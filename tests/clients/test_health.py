@@ -1,4 +1,6 @@
-"""Who is in rotation, who is slow and what a retry costs: the rules alone, by a clock that the tests turn."""
+"""Who is in rotation, who is slow and what a retry costs: the rules alone, by a clock that the
+tests turn.
+"""
 
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ def replicas(count: int, **limits) -> list[Health]:
     return [Health(f"http://{i}", Limits(**limits)) for i in range(count)]
 
 
-# ---- Strikes ---------------------------------------------------------------------------------------------------------
+# ---- Strikes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strike", ["struck", "probe_struck"])
@@ -25,7 +27,9 @@ def test_the_third_strike_in_a_row_is_the_last(strike):
 
 @given(st.lists(st.sampled_from(["answered", "struck", "probed", "probe_struck"]), max_size=40))
 def test_requests_forgive_requests_and_probes_forgive_probes(events):
-    """A replica that fails every request, or says another model at every probe, is out whatever else it does well."""
+    """A replica that fails every request, or says another model at every probe, is out whatever
+    else it does well.
+    """
     (replica,) = replicas(1)
     in_a_row = {"struck": 0, "probe_struck": 0}
     for event in events:
@@ -47,7 +51,7 @@ def test_progress_of_long_ago_is_forgotten_with_a_good_probe():
     assert replica.engine_steps < 0
 
 
-# ---- In and out of rotation ------------------------------------------------------------------------------------------
+# ---- In and out of rotation ----------------------------------------------------------------------
 
 
 def test_it_stays_out_for_its_time_however_well_it_answers():
@@ -96,7 +100,7 @@ def test_it_takes_no_more_than_its_bound_nothing_while_suspect_and_nothing_while
     assert not replica.may_take(5.0)
 
 
-# ---- Slow ------------------------------------------------------------------------------------------------------------
+# ---- Slow ----------------------------------------------------------------------------------------
 
 
 def worked(replica: Health, seconds: float, size: int = 100, times: int = 20) -> None:
@@ -139,7 +143,11 @@ def test_one_that_answers_nothing_is_slow_by_the_age_of_what_it_holds():
     assert windows_until_slow(pool, 100.0) == {stuck.url: 4}  # older than 1.5 s at 102, 103 and 104
 
 
-@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=5), st.floats(0.0, 60.0), st.floats(1.0, 4.9))
+@given(
+    st.lists(st.floats(0.01, 100.0), min_size=1, max_size=5),
+    st.floats(0.0, 60.0),
+    st.floats(1.0, 4.9),
+)
 def test_nobody_is_slow_when_all_are_slow_alike(seconds, age, spread):
     base, pool = max(seconds), replicas(len(seconds))
     for place, replica in enumerate(pool):
@@ -156,7 +164,9 @@ def test_the_fastest_of_all_and_the_only_one_are_never_slow():
 
 
 def test_a_neighbour_that_answered_nothing_is_no_measure():
-    """The last request of a step, with the neighbour idle since it came back: it would be sent back and forth."""
+    """The last request of a step, with the neighbour idle since it came back: it would be sent back
+    and forth.
+    """
     busy, idle = pool = replicas(2)
     worked(busy, 2.0)
     busy.inflight["a"] = (100.0, 100)
@@ -175,7 +185,7 @@ def test_a_long_request_is_not_held_against_short_ones():
     assert found == {long.url: 63}  # more than five times 40 x 0.3 s: first at 61
 
 
-# ---- Retry budget ----------------------------------------------------------------------------------------------------
+# ---- Retry budget --------------------------------------------------------------------------------
 
 
 @given(st.lists(st.sampled_from(["earn", "spend", "ended"]), max_size=400))
@@ -195,7 +205,9 @@ def test_retries_are_a_tenth_and_a_reserve_and_then_one_at_a_time(events):
                 under_way = True
             paid += beyond is False
             assert paid <= LIMITS.retry_reserve + LIMITS.retry_share * earned + 1e-6
-    assert paid >= min(events.count("spend"), LIMITS.retry_reserve), "the reserve is there from the start"
+    assert paid >= min(events.count("spend"), LIMITS.retry_reserve), (
+        "the reserve is there from the start"
+    )
 
 
 def test_what_is_saved_up_is_bounded():
@@ -206,7 +218,7 @@ def test_what_is_saved_up_is_bounded():
     assert spent == [False] * 30 + [True] + [None] * 9
 
 
-# ---- Patience --------------------------------------------------------------------------------------------------------
+# ---- Patience ------------------------------------------------------------------------------------
 
 
 def test_patience_follows_the_answers_and_doubles_with_each_time_out():

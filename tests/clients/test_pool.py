@@ -1,4 +1,6 @@
-"""The pool of replicas against small servers that do what a test says: real sockets, real processes to stop and to kill."""
+"""The pool of replicas against small servers that do what a test says: real sockets, real processes
+to stop and to kill.
+"""
 
 import asyncio
 import contextlib
@@ -22,9 +24,17 @@ from opd.clients.wire import BadAnswer
 from tests.support.fault_proxy import Answer, Fault, HttpServer, Request, is_scoring
 
 QUICK = Limits(
-    wait_s=20.0, timeout_s=2.0, connect_s=1.0, max_inflight=8, probe_every_s=0.2, probe_timeout_s=0.3, shortest_out_s=0.1,
-    longest_out_s=1.0, slow_s=0.3, slow_window_s=0.2,
-)  # fmt: skip
+    wait_s=20.0,
+    timeout_s=2.0,
+    connect_s=1.0,
+    max_inflight=8,
+    probe_every_s=0.2,
+    probe_timeout_s=0.3,
+    shortest_out_s=0.1,
+    longest_out_s=1.0,
+    slow_s=0.3,
+    slow_window_s=0.2,
+)
 DEADLINE_S = 60.0
 
 
@@ -94,7 +104,7 @@ def echoes(count: int, start: int = 0) -> list[str]:
     return [f"echo {n}" for n in range(start, start + count)]
 
 
-# ---- Balance ---------------------------------------------------------------------------------------------------------
+# ---- Balance -------------------------------------------------------------------------------------
 
 
 def test_answers_come_in_order_from_all_replicas_and_never_more_at_once_than_allowed():
@@ -103,7 +113,10 @@ def test_answers_come_in_order_from_all_replicas_and_never_more_at_once_than_all
         stats = pool.take_stats()
     assert a.most_inflight == b.most_inflight == QUICK.max_inflight and stats.most_inflight == 16
     assert stats.requests == 200 == len(stats.latencies) and stats.retries == stats.ejections == 0
-    assert a.counts["/work"] + b.counts["/work"] == 200 and abs(a.counts["/work"] - b.counts["/work"]) < 30
+    assert (
+        a.counts["/work"] + b.counts["/work"] == 200
+        and abs(a.counts["/work"] - b.counts["/work"]) < 30
+    )
     assert stats.bytes_received >= sum(map(len, echoes(200))) and not stats.failures
 
 
@@ -139,7 +152,9 @@ def test_many_threads_and_two_pools_share_the_servers():
 
 
 def test_large_answers_are_read_beside_the_loop():
-    """Reading them takes longer than a probe may: probes would time out, and a good replica leave."""
+    """Reading them takes longer than a probe may: probes would time out, and a good
+    replica leave.
+    """
 
     async def answer(request: Request) -> Answer:
         return Answer(body=request.body if request.path == "/probe" else bytes(1 << 19))
@@ -163,13 +178,16 @@ def test_everyone_may_be_asked_directly():
     assert answers[a.url] == "echo 1" and "HTTP 500" in str(answers[b.url])
 
 
-# ---- Refused, busy, failing ------------------------------------------------------------------------------------------
+# ---- Refused, busy, failing ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_a_refusal_is_raised_at_once_names_pool_and_url_and_is_never_repeated(status):
     async def answer(request: Request) -> Answer:
-        return Answer(status if request.path == "/work" else 200, request.body if status < 422 else b"x" * 100_000)
+        return Answer(
+            status if request.path == "/work" else 200,
+            request.body if status < 422 else b"x" * 100_000,
+        )
 
     with servers(answer) as (server,), pool_of([server]) as pool:
         with pytest.raises(Rejected, match=f"teacher T: {server.url}/work: HTTP {status}"):
@@ -183,7 +201,10 @@ def test_the_key_is_sent_and_never_shown():
     async def answer(request: Request) -> Answer:  # as some servers do
         status = int(request.body.split()[-1]) if request.path == "/work" else 200
         return Answer(
-            status, f"wrong key: {request.headers['authorization']}".encode() if status > 200 else request.body
+            status,
+            f"wrong key: {request.headers['authorization']}".encode()
+            if status > 200
+            else request.body,
         )
 
     with servers(answer) as (server,), pool_of([server], limits(wait_s=0.5), api_key=key) as pool:
@@ -192,7 +213,9 @@ def test_the_key_is_sent_and_never_shown():
             with pytest.raises(error, match=f"HTTP {status}: wrong key: Bearer") as caught:
                 ask(pool, 1, start=status)
             assert key not in str(caught.value)
-        assert {request.headers["authorization"] for request in server.requests} == {f"Bearer {key}"}
+        assert {request.headers["authorization"] for request in server.requests} == {
+            f"Bearer {key}"
+        }
 
 
 def test_busy_waits_as_long_as_it_says_and_costs_no_strike():
@@ -207,7 +230,9 @@ def test_busy_waits_as_long_as_it_says_and_costs_no_strike():
     assert stats.failures == {"busy": 1} and stats.ejections == 0 and server.counts["/work"] == 3
 
 
-@pytest.mark.parametrize("retry_after", ["nan", "inf", "-5", "1e99", "soon", "Wed, 21 Oct 2015 07:28:00 GMT"])
+@pytest.mark.parametrize(
+    "retry_after", ["nan", "inf", "-5", "1e99", "soon", "Wed, 21 Oct 2015 07:28:00 GMT"]
+)
 def test_busy_for_an_odd_time_is_not_for_ever(retry_after, monkeypatch):
     monkeypatch.setattr(transport, "LONGEST_RETRY_AFTER_S", 1.5)
 
@@ -234,16 +259,22 @@ def test_failures_cost_at_most_a_tenth_more_requests_and_nothing_is_lost(strikes
         stats, sent = pool.take_stats(), sum(server.counts["/work"] for server in some)
     print(f"amplification {sent / 1000:.3f}, {stats.retries} retries, {stats.failovers} failovers")
     assert sent <= 1200
-    if strikes == 3:  # what an ejected replica was still to answer is asked elsewhere, and its failure not counted
+    # what an ejected replica was still to answer is asked elsewhere, and its failure not counted
+    if strikes == 3:
         assert stats.ejections >= 2
     else:
         assert stats.failures["status"] > 20
 
 
 def test_one_that_fails_every_request_and_answers_every_probe_is_out_most_of_the_time():
-    """Probes must not forgive: half of all requests would fail first, and the retries would go one at a time."""
+    """Probes must not forgive: half of all requests would fail first, and the retries would go one
+    at a time.
+    """
     for kind in ("500", "reset", "cut_json"):
-        with servers(echo(0.01), echo(0.01)) as (bad, good), pool_of([bad, good], limits(longest_out_s=30.0)) as pool:
+        with (
+            servers(echo(0.01), echo(0.01)) as (bad, good),
+            pool_of([bad, good], limits(longest_out_s=30.0)) as pool,
+        ):
             bad.fault = Fault(kind, only=is_scoring)
             assert ask(pool, 400) == echoes(400)
             stats = pool.take_stats()
@@ -251,18 +282,25 @@ def test_one_that_fails_every_request_and_answers_every_probe_is_out_most_of_the
             assert bad.counts["/probe"] < 100, "a storm of probes"
 
 
-# ---- Fail over -------------------------------------------------------------------------------------------------------
+# ---- Fail over -----------------------------------------------------------------------------------
 
 
 def test_a_dead_replica_is_out_at_once_and_comes_back():
-    with servers(echo(0.1), echo(0.1)) as (a, b), pool_of([a, b], limits(shortest_out_s=0.5)) as pool:
+    with (
+        servers(echo(0.1), echo(0.1)) as (a, b),
+        pool_of([a, b], limits(shortest_out_s=0.5)) as pool,
+    ):
         futures = [pool.submit(work(n)) for n in range(200)]
         until(lambda: a.counts["/work"] > 20 and a.inflight == 8)
         a.refuse()
         print(f"out after {until(lambda: not pool.replicas[0].in_rotation, 5.0):.2f} s")
         assert pool.collect(futures) == echoes(200)
         stats = pool.take_stats()
-        assert stats.failovers > 0 and stats.ejections == 1 and "connect" in pool.replicas[0].last_error
+        assert (
+            stats.failovers > 0
+            and stats.ejections == 1
+            and "connect" in pool.replicas[0].last_error
+        )
         before = a.counts["/work"]
         a.open()
         until(lambda: pool.replicas[0].in_rotation)
@@ -321,7 +359,10 @@ def test_a_saturated_replica_is_never_ejected_while_answers_come():
         return serial(0.08)
 
     answer = asyncio.run(make())
-    with servers(answer) as (server,), pool_of([server], limits(max_inflight=40, timeout_s=30.0)) as pool:
+    with (
+        servers(answer) as (server,),
+        pool_of([server], limits(max_inflight=40, timeout_s=30.0)) as pool,
+    ):
         assert ask(pool, 80) == echoes(80)
         stats = pool.take_stats()
     assert stats.ejections == stats.retries == 0, stats
@@ -346,17 +387,24 @@ def test_a_full_server_that_answers_nothing_is_alive_as_long_as_its_engine_moves
             assert (pool.take_stats().ejections > 0) == ejected
 
 
-# ---- Deadlines -------------------------------------------------------------------------------------------------------
+# ---- Deadlines -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["500", "reset", "cut_json", "hang", "slow_loris", "redirect", "endless", "refuse"])
+@pytest.mark.parametrize(
+    "kind", ["500", "reset", "cut_json", "hang", "slow_loris", "redirect", "endless", "refuse"]
+)
 def test_what_never_works_is_given_up_in_time_with_names_and_cause(kind):
-    with servers(echo(), echo()) as (server, elsewhere), pool_of([server], limits(wait_s=1.5, timeout_s=0.5)) as pool:
+    with (
+        servers(echo(), echo()) as (server, elsewhere),
+        pool_of([server], limits(wait_s=1.5, timeout_s=0.5)) as pool,
+    ):
         server.fault = Fault(kind, only=is_scoring, location=elsewhere.url + "/work")
         if kind == "refuse":
             server.refuse()
         start = time.monotonic()
-        with pytest.raises(Unanswered, match=f"teacher T: no answer for . s; last errors: {server.url}: ") as caught:
+        with pytest.raises(
+            Unanswered, match=f"teacher T: no answer for . s; last errors: {server.url}: "
+        ) as caught:
             ask(pool, 40)
         assert 1.4 <= time.monotonic() - start < 8.0
         assert "no error" not in str(caught.value) and not elsewhere.requests
@@ -371,11 +419,16 @@ def test_all_dead_waits_and_goes_on_when_one_comes_back():
         until(lambda: not any(replica.in_rotation for replica in pool.replicas))
         assert not any(future.done() for future in futures)
         b.open()
-        assert pool.collect(futures) == echoes(50) and pool.take_stats().failures.keys() <= {"refused", "connection"}
+        assert pool.collect(futures) == echoes(50) and pool.take_stats().failures.keys() <= {
+            "refused",
+            "connection",
+        }
 
 
 def test_servers_that_are_slow_are_waited_for_even_by_one_that_failed_once():
-    """Everything takes longer than `wait_s`, and one request failed at the start: its place is behind the others."""
+    """Everything takes longer than `wait_s`, and one request failed at the start: its place is
+    behind the others.
+    """
     limit = limits(wait_s=0.5, timeout_s=10.0, max_inflight=1, probe_timeout_s=5.0)
     with servers(echo(1.5)) as (server,), pool_of([server], limit) as pool:
         server.fault = Fault("500", only=is_scoring, first=1)
@@ -383,7 +436,10 @@ def test_servers_that_are_slow_are_waited_for_even_by_one_that_failed_once():
 
 
 def test_a_request_that_fails_while_others_are_answered_is_not_given_up():
-    with servers(echo(0.05)) as (server,), pool_of([server], limits(wait_s=0.5, max_inflight=2)) as pool:
+    with (
+        servers(echo(0.05)) as (server,),
+        pool_of([server], limits(wait_s=0.5, max_inflight=2)) as pool,
+    ):
         server.fault = Fault("500", only=lambda request: request.body == b"echo 0")
         futures = [pool.submit(work(n)) for n in range(60)]
         assert pool.collect(futures[1:]) == echoes(59, 1)
@@ -391,12 +447,15 @@ def test_a_request_that_fails_while_others_are_answered_is_not_given_up():
         assert pool.collect(futures[:1]) == echoes(1)
 
 
-# ---- Slow and stopped ------------------------------------------------------------------------------------------------
+# ---- Slow and stopped ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["delay", "hang", "slow_loris"])
 def test_one_far_slower_than_its_neighbour_is_out_and_everything_is_answered(kind):
-    with servers(echo(0.05), echo(0.05)) as (bad, good), pool_of([bad, good], limits(timeout_s=60.0)) as pool:
+    with (
+        servers(echo(0.05), echo(0.05)) as (bad, good),
+        pool_of([bad, good], limits(timeout_s=60.0)) as pool,
+    ):
         ask(pool, 20)
         bad.fault = Fault(kind, seconds=0.9, only=is_scoring)
         futures = [pool.submit(work(n)) for n in range(300)]
@@ -432,14 +491,20 @@ def process(seconds: float):
 
 @pytest.mark.parametrize("sig", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_stopped_or_killed_process_is_out_within_15_s_by_the_limits_of_a_run(sig):
-    with process(0.1) as (child, url), process(0.1) as (_, other), pool_of([url, other], Limits()) as pool:
+    with (
+        process(0.1) as (child, url),
+        process(0.1) as (_, other),
+        pool_of([url, other], Limits()) as pool,
+    ):
         futures = [pool.submit(work(n)) for n in range(40)]
         until(lambda: pool.replicas[0].answers > 3)
         os.kill(child.pid, sig)
         futures += [pool.submit(work(n)) for n in range(40, 120)]
         start = time.monotonic()
         until(lambda: not pool.replicas[0].in_rotation, 15.0)
-        print(f"{sig.name}: out after {time.monotonic() - start:.1f} s: {pool.replicas[0].last_error}")
+        print(
+            f"{sig.name}: out after {time.monotonic() - start:.1f} s: {pool.replicas[0].last_error}"
+        )
         assert pool.collect(futures) == echoes(120)
         if sig == signal.SIGSTOP:
             os.kill(child.pid, signal.SIGCONT)
@@ -453,7 +518,7 @@ def test_an_idle_pool_finds_a_stopped_process_within_15_s_by_its_probes():
         print(f"out after {until(lambda: not pool.replicas[0].in_rotation, 15.0):.1f} s")
 
 
-# ---- Cancelled, closed -----------------------------------------------------------------------------------------------
+# ---- Cancelled, closed ---------------------------------------------------------------------------
 
 
 def test_what_is_cancelled_is_cancelled_at_the_server_and_the_pool_goes_on():
@@ -489,7 +554,9 @@ def test_collect_ends_when_another_thread_cancels_or_closes():
             pool = pool_of([server], limits(timeout_s=60.0))
             futures = [pool.submit(work(n)) for n in range(20)]
             until(lambda: server.inflight == 8)
-            timer = threading.Timer(0.2, pool.close if end == "close" else lambda p=pool, f=futures: p.cancel(f))
+            timer = threading.Timer(
+                0.2, pool.close if end == "close" else lambda p=pool, f=futures: p.cancel(f)
+            )
             timer.start()
             start = time.monotonic()
             with pytest.raises(CancelledError):
@@ -523,7 +590,10 @@ def test_a_fault_of_this_program_is_raised_and_not_waited_for():
             pool.collect([pool.submit(Call("/work", b"x", read=broken))])
         assert ask(pool, 1) == echoes(1)
     probe = Call("/probe", b"x", read=broken)
-    with servers(echo(30.0)) as (server,), ReplicaPool("P", [server.url], probe=probe, limits=QUICK) as pool:  # noqa: SIM117
+    with (
+        servers(echo(30.0)) as (server,),
+        ReplicaPool("P", [server.url], probe=probe, limits=QUICK) as pool,
+    ):
         with pytest.raises(ZeroDivisionError, match="ours"):
             ask(pool, 1)
 
@@ -537,7 +607,9 @@ def sockets() -> Counter:
 
 
 def connections_to(port: int) -> int:
-    """Of this process's machine, open from the client's side (`rem_address`), in whatever state but TIME_WAIT."""
+    """Of this process's machine, open from the client's side (`rem_address`), in whatever state but
+    TIME_WAIT.
+    """
     rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
     return sum(row[2].endswith(f":{port:04X}") and row[3] != "06" for row in rows)
 
@@ -577,7 +649,9 @@ def test_the_only_replica_loses_requests_while_its_probes_are_answered():
     ):
         assert ask(pool, 20) == echoes(20)
         start = time.monotonic()
-        with pytest.raises(Unanswered, match=f"teacher T: no answer for .*{one.url}: no answer within"):
+        with pytest.raises(
+            Unanswered, match=f"teacher T: no answer for .*{one.url}: no answer within"
+        ):
             ask(pool, 3, start=20)
         seconds = time.monotonic() - start
     print(f"given up after {seconds:.1f} s")

@@ -1,4 +1,5 @@
-"""Teachers behind real vLLM servers: the same scores as from an engine in this process, whatever happens on the way.
+"""Teachers behind real vLLM servers: the same scores as from an engine in this process, whatever
+happens on the way.
 
 Two teachers with two replicas each, started once. L response length, K support.
 """
@@ -33,9 +34,16 @@ TOLERANCE = 1e-4
 START_S = 300.0  # the first request compiles
 LOSS = LossConfig(support="teacher_topk", support_k=SUPPORT)
 ROUTES = {"addition": (("addition", 1.0),), "reversal": (("reversal", 1.0),)}
-# One request at a time: an engine that adds up in other batches may round otherwise, and equal is to mean equal.
+# One request at a time: an engine that adds up in other batches may round otherwise, and equal is
+# to mean equal.
 ONE_BY_ONE = Limits(
-    wait_s=30.0, timeout_s=2.0, max_inflight=1, probe_every_s=0.5, probe_timeout_s=2.0, shortest_out_s=0.2, slow_s=3.0
+    wait_s=30.0,
+    timeout_s=2.0,
+    max_inflight=1,
+    probe_every_s=0.5,
+    probe_timeout_s=2.0,
+    shortest_out_s=0.2,
+    slow_s=3.0,
 )
 
 
@@ -48,12 +56,16 @@ def rollouts_of(domains: list[str], longest: int = 24) -> list[Rollout]:
     lengths = torch.randint(1, longest + 1, (2 * len(domains),), generator=generator).tolist()
     return [
         Rollout(
-            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain=domain, token_ids=ids(lengths[2 * i])),
-            source="dataset", response_ids=ids(lengths[2 * i + 1]), rollout_logprobs=None, finish_reason="length",
+            sample_id=f"0/{i}/0",
+            prompt=Prompt(prompt_id=i, domain=domain, token_ids=ids(lengths[2 * i])),
+            source="dataset",
+            response_ids=ids(lengths[2 * i + 1]),
+            rollout_logprobs=None,
+            finish_reason="length",
             policy_version=0,
         )
         for i, domain in enumerate(domains)
-    ]  # fmt: skip
+    ]
 
 
 MIXED = rollouts_of(["addition", "reversal"] * 6)
@@ -63,7 +75,9 @@ MIXED = rollouts_of(["addition", "reversal"] * 6)
 def models(served) -> dict[str, ServedModel]:
     """What the servers say of themselves."""
     return {
-        name: inspect_replicas(f"--teacher {name}", [s.url for s in some], name, None, timeout_s=START_S)
+        name: inspect_replicas(
+            f"--teacher {name}", [s.url for s in some], name, None, timeout_s=START_S
+        )
         for name, some in served.items()
     }
 
@@ -75,9 +89,14 @@ def colocated(device, tiny):
     for name in ROUTES:
         path = str(getattr(tiny, name))
         engine = HiddenStateEngine(
-            name, path, tokenizer=str(tiny.student), kv_cache_gib=0.03, dtype="float32", max_model_len=CONTEXT,
+            name,
+            path,
+            tokenizer=str(tiny.student),
+            kv_cache_gib=0.03,
+            dtype="float32",
+            max_model_len=CONTEXT,
             trust_remote_code=False,
-        )  # fmt: skip
+        )
         built[name] = ColocatedTeacher(TeacherSpec(name, path, (name,)), engine, load_head(path))
         built[name].sleep()
     yield built
@@ -85,7 +104,13 @@ def colocated(device, tiny):
 
 
 @contextmanager
-def teacher(name: str, model: ServedModel, urls: list[str], limits: Limits = ONE_BY_ONE, cfg: LossConfig = LOSS):
+def teacher(
+    name: str,
+    model: ServedModel,
+    urls: list[str],
+    limits: Limits = ONE_BY_ONE,
+    cfg: LossConfig = LOSS,
+):
     spec = TeacherSpec(name, name, (name,), backend="server", urls=tuple(urls))
     options = {"limits": limits, "api_key": None, "shared_vocab": VOCAB, "needs_head": False}
     built = ServedTeacher(spec, model, cfg, **options)
@@ -97,9 +122,16 @@ def teacher(name: str, model: ServedModel, urls: list[str], limits: Limits = ONE
 
 def pool_of(colocated=(), served=(), routes=ROUTES, payload="topk", streams=False) -> TeacherPool:
     return TeacherPool(
-        list(colocated), routes, LOSS, payload=payload, cache_bytes=1 << 30, shared_vocab=VOCAB,
-        device=torch.device("cpu"), served=list(served), streams=streams,
-    )  # fmt: skip
+        list(colocated),
+        routes,
+        LOSS,
+        payload=payload,
+        cache_bytes=1 << 30,
+        shared_vocab=VOCAB,
+        device=torch.device("cpu"),
+        served=list(served),
+        streams=streams,
+    )
 
 
 def score_in_one_step(served, name, models, urls, rollouts, limits=ONE_BY_ONE):
@@ -128,7 +160,7 @@ def assert_same(found, expected, tolerance: float | None = None) -> None:
                     assert a.dtype == b.dtype and (a - b).abs().max() < tolerance, name
 
 
-# ---- Scores ----------------------------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("payload", ["sampled", "topk"])
@@ -145,15 +177,22 @@ def test_served_scores_are_those_of_the_engine_in_this_process(served, models, c
         assert pool.score([]) == []
         assert set(pool.waited_s) == set(ROUTES) and not pool._under_way
     for name, servers in served.items():
-        assert stats[name].requests == 6 and stats[name].by_replica.keys() == {s.url for s in servers}
+        assert stats[name].requests == 6 and stats[name].by_replica.keys() == {
+            s.url for s in servers
+        }
         assert stats[name].tokens == sum(
             len(r.prompt.token_ids) + len(r.response_ids) for r in MIXED if r.prompt.domain == name
         )
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_one_served_and_one_colocated_with_mixture_weights_streamed_or_not(served, models, colocated, streams):
-    routes = {"addition": (("addition", 0.75), ("reversal", 0.25)), "reversal": (("reversal", 1.0),)}
+def test_one_served_and_one_colocated_with_mixture_weights_streamed_or_not(
+    served, models, colocated, streams
+):
+    routes = {
+        "addition": (("addition", 0.75), ("reversal", 0.25)),
+        "reversal": (("reversal", 1.0),),
+    }
     expected = pool_of(colocated.values(), routes=routes).score(MIXED)
     with teacher("reversal", models["reversal"], [s.url for s in served["reversal"]]) as one:
         pool = pool_of([colocated["addition"]], [one], routes, streams=streams)
@@ -172,11 +211,27 @@ def test_one_served_and_one_colocated_with_mixture_weights_streamed_or_not(serve
 
 def test_a_served_teacher_writes_what_it_was_asked_to(served, models):
     prompts = [rollout.prompt for rollout in MIXED[:4]]
-    spec = TeacherSpec("addition", "", ("addition",), backend="server", urls=tuple(s.url for s in served["addition"]))
-    options = {"limits": Limits(), "api_key": None, "seeds": range(4), "eos_ids": (1,), "max_tokens": 6, "vocab": VOCAB}
+    spec = TeacherSpec(
+        "addition",
+        "",
+        ("addition",),
+        backend="server",
+        urls=tuple(s.url for s in served["addition"]),
+    )
+    options = {
+        "limits": Limits(),
+        "api_key": None,
+        "seeds": range(4),
+        "eos_ids": (1,),
+        "max_tokens": 6,
+        "vocab": VOCAB,
+    }
     for temperature in (0.0, 1.0):
         first, again = (
-            write_with_servers(spec, models["addition"], prompts, temperature=temperature, **options) for _ in range(2)
+            write_with_servers(
+                spec, models["addition"], prompts, temperature=temperature, **options
+            )
+            for _ in range(2)
         )
         assert [s.token_ids for s in first] == [s.token_ids for s in again]
         assert all(1 <= len(s.token_ids) <= 6 for s in first)
@@ -186,11 +241,14 @@ def test_a_served_teacher_writes_what_it_was_asked_to(served, models):
 RENAMED = {b'"model": "addition"': b'"model": "reversal"', b'"id":"reversal"': b'"id":"addition"'}
 
 
-# ---- Asked at start --------------------------------------------------------------------------------------------------
+# ---- Asked at start ------------------------------------------------------------------------------
 
 
 def test_what_servers_say(served, models):
-    assert all(m.protocol == "json" and m.name == name and m.context == CONTEXT for name, m in models.items())
+    assert all(
+        m.protocol == "json" and m.name == name and m.context == CONTEXT
+        for name, m in models.items()
+    )
     assert (
         models["addition"].tokens == models["reversal"].tokens
         and models["addition"].canary != models["reversal"].canary
@@ -199,17 +257,25 @@ def test_what_servers_say(served, models):
 
 def test_replicas_that_do_not_fit_together(served, models):
     (a, _), (c, _) = served["addition"], served["reversal"]
-    with pytest.raises(ValueError, match=r"^F: http://127.0.0.1:9 cannot be reached: cannot connect: .*"):
+    with pytest.raises(
+        ValueError, match=r"^F: http://127.0.0.1:9 cannot be reached: cannot connect: .*"
+    ):
         inspect_replicas("F", [a.url, "http://127.0.0.1:9"], "", None)
-    with pytest.raises(ValueError, match=r"^F: the replicas differ in their model: addition at .*, reversal at .*"):
+    with pytest.raises(
+        ValueError, match=r"^F: the replicas differ in their model: addition at .*, reversal at .*"
+    ):
         inspect_replicas("F", [a.url, c.url], "", None)
     with FaultProxy(c.url) as renamed:  # another model under the same name
         renamed.rewrite = RENAMED
-        with pytest.raises(ValueError, match=f"^F: {renamed.url} has another model than {a.url}: .*canary"):
+        with pytest.raises(
+            ValueError, match=f"^F: {renamed.url} has another model than {a.url}: .*canary"
+        ):
             inspect_replicas("F", [a.url, renamed.url], "", None)
     with FaultProxy(a.url) as shorter:
         shorter.rewrite = {b'"max_model_len":512': b'"max_model_len":256'}
-        with pytest.raises(ValueError, match=r"^F: the replicas differ in their context length: 512 at .*, 256 at"):
+        with pytest.raises(
+            ValueError, match=r"^F: the replicas differ in their context length: 512 at .*, 256 at"
+        ):
             inspect_replicas("F", [a.url, shorter.url], "", None)
     with FaultProxy(a.url) as other:
         other.rewrite = {b'"tokens":[': b'"tokens":[3,'}
@@ -220,10 +286,15 @@ def test_replicas_that_do_not_fit_together(served, models):
 def checked(tiny, served, *flags: str, urls: list[str] | None = None):
     urls = urls or [server.url for server in served["addition"]]
     required = {
-        "--student_model": str(tiny.student), "--teacher": f"addition={','.join(urls)}", "--data": str(tiny.train),
-        "--output_dir": "unused", "--support": "teacher_topk", "--support_k": "5", "--max_prompt_tokens": "64",
+        "--student_model": str(tiny.student),
+        "--teacher": f"addition={','.join(urls)}",
+        "--data": str(tiny.train),
+        "--output_dir": "unused",
+        "--support": "teacher_topk",
+        "--support_k": "5",
+        "--max_prompt_tokens": "64",
         "--max_response_tokens": "32",
-    }  # fmt: skip
+    }
     required |= dict(zip(flags[::2], flags[1::2], strict=True))
     config = parse(train_mopd.Config, [word for pair in required.items() for word in pair])
     return check_served(config, load_tokenizer(str(tiny.student)), check_models(config))
@@ -231,7 +302,9 @@ def checked(tiny, served, *flags: str, urls: list[str] | None = None):
 
 def test_a_run_that_fits(tiny, served, models):
     facts, found = checked(tiny, served)
-    assert found == {"addition": dataclasses.replace(models["addition"], canary=found["addition"].canary)}
+    assert found == {
+        "addition": dataclasses.replace(models["addition"], canary=found["addition"].canary)
+    }
     assert found["addition"].canary == pytest.approx(models["addition"].canary, abs=TOLERANCE)
     assert facts.shared_vocab == VOCAB
 
@@ -243,8 +316,14 @@ def test_a_run_that_fits(tiny, served, models):
             ("--max_prompt_tokens", "480"),
             r"--max_prompt_tokens 480 \+ --max_response_tokens 32 \+ 1: over the context of",
         ),
-        (("--support", "full"), "--support full: --teacher addition is served by vLLM .* sends no hidden states"),
-        (("--loss_temperature", "1.5"), "--loss_temperature 1.5: --teacher addition is served by vLLM"),
+        (
+            ("--support", "full"),
+            "--support full: --teacher addition is served by vLLM .* sends no hidden states",
+        ),
+        (
+            ("--loss_temperature", "1.5"),
+            "--loss_temperature 1.5: --teacher addition is served by vLLM",
+        ),
     ],
 )
 def test_a_run_that_does_not_fit(tiny, served, models, flags, message):
@@ -255,7 +334,9 @@ def test_a_run_that_does_not_fit(tiny, served, models, flags, message):
 def test_the_longest_that_fits_is_scored(tiny, served, models):
     """prompt + response + 1 is the context; one more is refused by the server itself."""
     (rollout,) = rollouts_of(["addition"])
-    fits = dataclasses.replace(rollout, response_ids=[5] * (CONTEXT - 1 - len(rollout.prompt.token_ids)))
+    fits = dataclasses.replace(
+        rollout, response_ids=[5] * (CONTEXT - 1 - len(rollout.prompt.token_ids))
+    )
     with teacher("addition", models["addition"], [served["addition"][0].url], Limits()) as one:
         pool = pool_of(served=[one])
         ((score,),) = pool.score([fits])
@@ -267,20 +348,27 @@ def test_the_longest_that_fits_is_scored(tiny, served, models):
 def test_another_tokenizer_is_found_out(tiny, served, models):
     with FaultProxy(served["addition"][0].url) as other:
         other.rewrite = {b'"tokens":[': b'"tokens":[3,'}
-        with pytest.raises(ValueError, match=r"its tokenizer is not the student's: .* the first to differ is number 0"):
+        with pytest.raises(
+            ValueError,
+            match=r"its tokenizer is not the student's: .* the first to differ is number 0",
+        ):
             checked(tiny, served, urls=[other.url])
 
 
 def test_a_server_that_gives_fewer_candidates_is_found_out(tiny, served, models):
     with FaultProxy(served["addition"][0].url) as fewer:
-        fewer.fault = Fault("limit_4", only=lambda r: r.path == "/v1/completions" and b'"prompt_logprobs": 5' in r.body)
+        fewer.fault = Fault(
+            "limit_4",
+            only=lambda r: r.path == "/v1/completions" and b'"prompt_logprobs": 5' in r.body,
+        )
         with pytest.raises(
-            ValueError, match=r"^--support_k: --teacher addition: .* not give 5 candidates .* --max-logprobs 5"
+            ValueError,
+            match=r"^--support_k: --teacher addition: .* not give 5 candidates .* --max-logprobs 5",
         ):
             checked(tiny, served, urls=[fewer.url])
 
 
-# ---- Faults on the way -----------------------------------------------------------------------------------------------
+# ---- Faults on the way ---------------------------------------------------------------------------
 
 SHORT_FAULTS = [kind for kind in FAULTS if kind not in ("delay", "limit_4")]
 TWELVE = rollouts_of(["addition"] * 12)
@@ -289,7 +377,9 @@ TWELVE = rollouts_of(["addition"] * 12)
 @pytest.fixture(scope="module")
 def fault_free(served, models):
     urls = [server.url for server in served["addition"]]
-    first, again = (score_in_one_step(served, "addition", models, urls, TWELVE)[0] for _ in range(2))
+    first, again = (
+        score_in_one_step(served, "addition", models, urls, TWELVE)[0] for _ in range(2)
+    )
     assert_same(first, again)
     return first
 
@@ -305,7 +395,11 @@ def proxies(served):
 def test_a_fault_of_one_replica_changes_no_bit(served, models, fault_free, kind, everything):
     """For good, at one of two."""
     with proxies(served) as (bad, good):
-        bad.fault = Fault(kind, location=good.url + "/v1/completions", **({} if everything else {"only": is_scoring}))
+        bad.fault = Fault(
+            kind,
+            location=good.url + "/v1/completions",
+            **({} if everything else {"only": is_scoring}),
+        )
         scores, stats = score_in_one_step(served, "addition", models, [bad.url, good.url], TWELVE)
     assert_same(scores, fault_free)
     assert bad.fault.struck and stats.requests == 12 and stats.by_replica == {good.url: 12}
@@ -323,7 +417,9 @@ def test_a_fault_of_the_only_replica_that_passes_changes_no_bit(served, models, 
 
 
 @pytest.mark.parametrize("kind", SHORT_FAULTS)
-def test_a_fault_that_never_ends_is_an_error_with_teacher_url_and_cause(served, models, fault_free, kind):
+def test_a_fault_that_never_ends_is_an_error_with_teacher_url_and_cause(
+    served, models, fault_free, kind
+):
     limits = dataclasses.replace(ONE_BY_ONE, wait_s=1.0, timeout_s=0.5)
     with proxies(served) as (alone, other):
         alone.fault = Fault(kind, only=is_scoring, location=other.url + "/v1/completions")
@@ -372,13 +468,15 @@ def test_another_model_behind_a_url_is_out_before_it_is_believed(served, models)
             assert "another model: its canary" in one.pool.replicas[0].last_error
 
 
-# ---- Many at once ----------------------------------------------------------------------------------------------------
+# ---- Many at once --------------------------------------------------------------------------------
 
 
 def rate(served, models, urls: list[str], count: int) -> tuple[float, dict[str, int]]:
     """Requests per second, and who answered how many."""
     start = time.monotonic()
-    _, stats = score_in_one_step(served, "addition", models, urls, rollouts_of(["addition"] * count), Limits())
+    _, stats = score_in_one_step(
+        served, "addition", models, urls, rollouts_of(["addition"] * count), Limits()
+    )
     return count / (time.monotonic() - start), stats.by_replica
 
 
@@ -398,7 +496,9 @@ def test_a_replica_killed_in_the_middle_loses_nothing(served, models):
     rollouts = rollouts_of(["reversal"] * 200)
     killed, left = served["reversal"]
     expected, _ = score_in_one_step(served, "reversal", models, [left.url], rollouts, Limits())
-    with teacher("reversal", models["reversal"], [killed.url, left.url], Limits(max_inflight=8)) as one:
+    with teacher(
+        "reversal", models["reversal"], [killed.url, left.url], Limits(max_inflight=8)
+    ) as one:
         pool = pool_of(served=[one])
         for rollout in rollouts:
             pool._submit(rollout)
@@ -409,5 +509,10 @@ def test_a_replica_killed_in_the_middle_loses_nothing(served, models):
         killed.kill()
         scores, stats = pool.score(rollouts), one.pool.take_stats()
     assert_same(scores, expected, TOLERANCE)
-    assert stats.requests == 200 and stats.ejections == 1 and stats.failovers + stats.retries > 0, stats
-    print(f"{stats.by_replica}, {stats.failovers} failovers, {stats.retries} retries, {stats.failures}")
+    assert stats.requests == 200 and stats.ejections == 1 and stats.failovers + stats.retries > 0, (
+        stats
+    )
+    print(
+        f"{stats.by_replica}, {stats.failovers} failovers, {stats.retries} retries, "
+        f"{stats.failures}"
+    )

@@ -1,6 +1,8 @@
-"""The engine that runs ahead: order, the bound on staleness, what is done with text that is cut off or too old.
+"""The engine that runs ahead: order, the bound on staleness, what is done with text that is cut off
+or too old.
 
-The server here is scripted: real sockets, responses that are a function of the seed, delays of the test's choosing.
+The server here is scripted: real sockets, responses that are a function of the seed, delays of the
+test's choosing.
 """
 
 import json
@@ -17,7 +19,17 @@ from opd.clients.logprob_servers import LogprobServers
 from opd.clients.rollout_servers import RolloutServers
 from opd.config import AsyncConfig, RolloutConfig
 from opd.rollout import sample_seed
-from tests.support.scripted_server import EOS, VOCAB, G, P, Scripted, ids_of, prompts_of, serving, until
+from tests.support.scripted_server import (
+    EOS,
+    VOCAB,
+    G,
+    P,
+    Scripted,
+    ids_of,
+    prompts_of,
+    serving,
+    until,
+)
 
 
 @pytest.fixture
@@ -33,9 +45,15 @@ def server_forever():
 
 
 def engine_of(
-    script: Scripted, *, num_steps: int = 6, max_staleness: int = 1, sync_every: int = 1, with_logprobs: bool = False,
-    longest: int = 6, **ahead,
-):  # fmt: skip
+    script: Scripted,
+    *,
+    num_steps: int = 6,
+    max_staleness: int = 1,
+    sync_every: int = 1,
+    with_logprobs: bool = False,
+    longest: int = 6,
+    **ahead,
+):
     pushed = []
 
     def push(named_parameters, version):
@@ -47,10 +65,15 @@ def engine_of(
     ahead = AsyncConfig(max_staleness=max_staleness, sync_every=sync_every, **ahead)
     limits = Limits(wait_s=ahead.rollout_wait_s, max_inflight=ahead.max_inflight)
     engine = AsyncRolloutEngine(
-        RolloutServers([script.url], cfg, ahead, eos_ids=(EOS,), vocab=VOCAB, token=None), cfg, ahead, seed=7,
-        num_steps=num_steps, prompts_of=prompts_of, push=push,
+        RolloutServers([script.url], cfg, ahead, eos_ids=(EOS,), vocab=VOCAB, token=None),
+        cfg,
+        ahead,
+        seed=7,
+        num_steps=num_steps,
+        prompts_of=prompts_of,
+        push=push,
         logprob_servers=LogprobServers([script.url], None, limits) if with_logprobs else None,
-    )  # fmt: skip
+    )
     engine.pushed = pushed
     return engine
 
@@ -73,7 +96,8 @@ def test_samples_come_in_the_order_and_with_the_seeds_of_the_synchronous_engine(
     rollouts = [r for step in train(engine, range(6), heard.append) for r in step]
     engine.close()
     assert [r.sample_id for r in rollouts] == ids_of(range(6))
-    assert sorted(r.sample_id for r in heard) == sorted(ids_of(range(6)))  # each once, those that came early too
+    # each once, those that came early too
+    assert sorted(r.sample_id for r in heard) == sorted(ids_of(range(6)))
     for rollout in rollouts:
         step, place, g = map(int, rollout.sample_id.split("/"))
         body = server.bodies[rollout.sample_id.replace("/", "-")]
@@ -92,19 +116,25 @@ def test_nothing_runs_ahead_without_staleness(server):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    max_staleness=st.integers(0, 3), sync_every=st.integers(1, 3), steps=st.integers(1, 7),
+    max_staleness=st.integers(0, 3),
+    sync_every=st.integers(1, 3),
+    steps=st.integers(1, 7),
     slow=st.dictionaries(st.sampled_from(ids_of(range(7))), st.floats(0, 0.15), max_size=8),
-)  # fmt: skip
+)
 def test_the_bound_holds_and_nothing_is_lost_whatever_the_delays(
     server_forever, max_staleness, sync_every, steps, slow
 ):
     max_staleness = max(max_staleness, sync_every - 1)
     server_forever.delays = {name.replace("/", "-"): seconds for name, seconds in slow.items()}
-    engine = engine_of(server_forever, num_steps=steps, max_staleness=max_staleness, sync_every=sync_every)
+    engine = engine_of(
+        server_forever, num_steps=steps, max_staleness=max_staleness, sync_every=sync_every
+    )
     try:
         rollouts = [r for step in train(engine, range(steps)) for r in step]  # asserts the bound
         assert [r.sample_id for r in rollouts] == ids_of(range(steps))
-        assert engine.pushed == [v for v in range(steps + 1) if v == 0 or v % sync_every == 0 or v == steps]
+        assert engine.pushed == [
+            v for v in range(steps + 1) if v == 0 or v % sync_every == 0 or v == steps
+        ]
     finally:
         engine.close()
 
@@ -114,13 +144,17 @@ def long_tailed(rng: random.Random, most: int) -> int:
 
 
 def test_lengths_that_are_trained_on_are_those_that_were_sampled(server):
-    """Long responses take long here; with any-finished-first they would come late or never, and short ones twice as often."""
+    """Long responses take long here; with any-finished-first they would come late or never, and
+    short ones twice as often.
+    """
     server.length, server.seconds_per_token = long_tailed, 0.005
     trained = {}
     for max_staleness in (0, 3):
         server.lengths.clear()
         engine = engine_of(server, max_staleness=max_staleness, longest=60)
-        trained[max_staleness] = [[len(r.response_ids) for r in step] for step in train(engine, range(6))]
+        trained[max_staleness] = [
+            [len(r.response_ids) for r in step] for step in train(engine, range(6))
+        ]
         finished, _ = engine.servers.flow.take()
         engine.close()
         flat = sorted(length for step in trained[max_staleness] for length in step)
@@ -130,13 +164,19 @@ def test_lengths_that_are_trained_on_are_those_that_were_sampled(server):
 
 
 def test_text_that_a_push_cut_off_is_written_again(server):
-    server.first_answers["0-1-0"] = {"finish_reason": "aborted", "token_ids": [5], "spans": [[0, 0, 1]]}
+    server.first_answers["0-1-0"] = {
+        "finish_reason": "aborted",
+        "token_ids": [5],
+        "spans": [[0, 0, 1]],
+    }
     engine = engine_of(server, num_steps=2)
     rollouts = [r for step in train(engine, range(2)) for r in step]
     engine.close()
     assert [name for name, _ in server.log].count("0-1-0") == 2
     again = rollouts[2]
-    assert again.sample_id == "0/1/0" and again.finish_reason == "length" and again.response_ids != [5]
+    assert (
+        again.sample_id == "0/1/0" and again.finish_reason == "length" and again.response_ids != [5]
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,7 +254,9 @@ def test_a_server_that_is_gone_is_named(server):
     gone = engine_of(server, rollout_wait_s=1.0)
     engine.close()
     gone.load_weights([], 0)
-    with pytest.raises(RuntimeError, match=r"rollout: no answer for .* http://127.0.0.1:1: cannot connect"):
+    with pytest.raises(
+        RuntimeError, match=r"rollout: no answer for .* http://127.0.0.1:1: cannot connect"
+    ):
         gone.generate(prompts_of(0), 0)
     gone.close()
 
@@ -222,11 +264,15 @@ def test_a_server_that_is_gone_is_named(server):
 def is_judged(rollout) -> bool:
     L = len(rollout.response_ids)
     old = rollout.old_policy
-    return old.logprobs == [-t - 1.0 for t in range(L)] and old.entropy == [float(t) for t in range(L)]
+    return old.logprobs == [-t - 1.0 for t in range(L)] and old.entropy == [
+        float(t) for t in range(L)
+    ]
 
 
 def test_the_old_policy_is_part_of_a_sample(server):
-    """Asked for as soon as a response is finished; not older than the sampler; once for each sample."""
+    """Asked for as soon as a response is finished; not older than the sampler; once for each
+    sample.
+    """
     server.late["logprobs-2-0-0"] = 2  # a server that missed pushes
     engine, heard = engine_of(server, num_steps=3, with_logprobs=True), []
     rollouts = [r for step in train(engine, range(3), heard.append) for r in step]
@@ -235,7 +281,9 @@ def test_the_old_policy_is_part_of_a_sample(server):
     assert [r.sample_id for r in rollouts] == ids_of(range(3)) and all(map(is_judged, rollouts))
     assert all(r.old_policy.version >= r.policy_version for r in rollouts)
     assert {r.sample_id for r in heard} == set(ids_of(range(3)))
-    assert sorted(server.judged) == sorted([name.replace("/", "-") for name in ids_of(range(3))] + ["2-0-0"])
+    assert sorted(server.judged) == sorted(
+        [name.replace("/", "-") for name in ids_of(range(3))] + ["2-0-0"]
+    )
     assert stats.failures == {"answer": 1}
 
 
@@ -251,8 +299,11 @@ def test_a_checkpoint_keeps_the_old_policy(server):
     resumed.restore(state)
     rollouts = [r for step in train(resumed, range(1, 3)) for r in step]
     resumed.close()
-    assert all(map(is_judged, rollouts)) and [r.old_policy.version for r in rollouts[: P * G - 1]] == [0] * (P * G - 1)
-    assert len(server.judged) - asked_before == P * G + 1  # the next step's, and the one that was not finished
+    assert all(map(is_judged, rollouts)) and [
+        r.old_policy.version for r in rollouts[: P * G - 1]
+    ] == [0] * (P * G - 1)
+    # the next step's, and the one that was not finished
+    assert len(server.judged) - asked_before == P * G + 1
 
 
 def test_log_prob_servers_that_are_gone_are_named(server):
@@ -261,7 +312,9 @@ def test_log_prob_servers_that_are_gone_are_named(server):
     engine.logprob_servers = LogprobServers(["http://127.0.0.1:1"], None, Limits(wait_s=1.0))
     engine.pools[1] = engine.logprob_servers.pool
     engine.load_weights([], 0)
-    with pytest.raises(RuntimeError, match=r"log-prob servers: no answer for .* http://127.0.0.1:1: cannot connect"):
+    with pytest.raises(
+        RuntimeError, match=r"log-prob servers: no answer for .* http://127.0.0.1:1: cannot connect"
+    ):
         engine.generate(prompts_of(0), 0)
     engine.close()
 

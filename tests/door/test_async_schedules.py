@@ -1,7 +1,8 @@
-"""The bound on staleness, and that nothing is lost or waited for in vain, over schedules of a clock that is not real.
+"""The bound on staleness, and that nothing is lost or waited for in vain, over schedules of a clock
+that is not real.
 
-Neither sockets nor threads: servers are a heap of events. What is asked gets its answer after a delay of hypothesis' choosing, in
-which weights may have been pushed; the trainer takes time too.
+Neither sockets nor threads: servers are a heap of events. What is asked gets its answer after a
+delay of hypothesis' choosing, in which weights may have been pushed; the trainer takes time too.
 """
 
 import heapq
@@ -41,10 +42,19 @@ class Clock:
 
 
 class Servers:
-    """Rollout servers and their pool in one. Of a response, each token is of the weights of its moment."""
+    """Rollout servers and their pool in one.
+
+    Of a response, each token is of the weights of its moment.
+    """
 
     def __init__(self, clock: Clock, delays, cut_off: set[str]):
-        self.clock, self.delays, self.cut_off, self.flow, self.oldest = clock, delays, cut_off, Flow(), 0
+        self.clock, self.delays, self.cut_off, self.flow, self.oldest = (
+            clock,
+            delays,
+            cut_off,
+            Flow(),
+            0,
+        )
         self.pool, self.excused, self.asked = self, False, []
 
     def submit(self, name, prompt_ids, *, seed, temperature, with_logprobs, oldest) -> Future:
@@ -94,12 +104,17 @@ class LogprobServers(Servers):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    data=st.data(), max_staleness=st.integers(0, 4), sync_every=st.integers(1, 4), steps=st.integers(1, 8),
+    data=st.data(),
+    max_staleness=st.integers(0, 4),
+    sync_every=st.integers(1, 4),
+    steps=st.integers(1, 8),
     judged=st.booleans(),
-)  # fmt: skip
+)
 def test_the_bound_holds_whatever_takes_how_long(data, max_staleness, sync_every, steps, judged):
     max_staleness = max(max_staleness, sync_every - 1)
-    slow = data.draw(st.dictionaries(st.sampled_from(ids_of(range(steps))), st.floats(0, 50), max_size=10))
+    slow = data.draw(
+        st.dictionaries(st.sampled_from(ids_of(range(steps))), st.floats(0, 50), max_size=10)
+    )
     busy = data.draw(st.lists(st.floats(0, 5), min_size=steps, max_size=steps))
     cut_off = set(data.draw(st.lists(st.sampled_from(ids_of(range(steps))), max_size=3)))
     clock = Clock()
@@ -114,24 +129,39 @@ def test_the_bound_holds_whatever_takes_how_long(data, max_staleness, sync_every
 
     servers = Servers(clock, delays, {name.replace("/", "-") for name in cut_off})
     engine = AsyncRolloutEngine(
-        servers, RolloutConfig(num_generations=G, max_response_tokens=L),
-        AsyncConfig(max_staleness=max_staleness, sync_every=sync_every), seed=0, num_steps=steps, prompts_of=prompts_of,
-        push=push, logprob_servers=LogprobServers(clock, delays, set()) if judged else None,
-    )  # fmt: skip
+        servers,
+        RolloutConfig(num_generations=G, max_response_tokens=L),
+        AsyncConfig(max_staleness=max_staleness, sync_every=sync_every),
+        seed=0,
+        num_steps=steps,
+        prompts_of=prompts_of,
+        push=push,
+        logprob_servers=LogprobServers(clock, delays, set()) if judged else None,
+    )
     heard, trained = set(), []
     engine.load_weights([], 0)
     for step in range(steps):
-        rollouts = engine.generate(prompts_of(step), step, on_finished=lambda rollout: heard.add(rollout.sample_id))
+        rollouts = engine.generate(
+            prompts_of(step), step, on_finished=lambda rollout: heard.add(rollout.sample_id)
+        )
         for rollout in rollouts:
-            assert all(0 <= step - version <= max_staleness for version, _, _ in rollout.policy_spans)
+            assert all(
+                0 <= step - version <= max_staleness for version, _, _ in rollout.policy_spans
+            )
             assert rollout.sample_id in heard, "its teachers have not been asked"
             if judged:
                 assert rollout.policy_version <= rollout.old_policy.version <= step
         trained += rollouts
         clock.run(seconds=busy[step])
         engine.load_weights([], step + 1)
-    assert [rollout.sample_id for rollout in trained] == ids_of(range(steps)) and engine.in_flight == engine.ready == 0
+    assert [rollout.sample_id for rollout in trained] == ids_of(
+        range(steps)
+    ) and engine.in_flight == engine.ready == 0
     times = [name for name, _ in servers.asked]
-    assert len(times) == steps * P * G + len(cut_off - {name.replace("-", "/") for name in servers.cut_off})
+    assert len(times) == steps * P * G + len(
+        cut_off - {name.replace("-", "/") for name in servers.cut_off}
+    )
     if max_staleness == 0:
-        assert [int(name.split("-")[0]) for name, _ in servers.asked] == [version for _, version in servers.asked]
+        assert [int(name.split("-")[0]) for name, _ in servers.asked] == [
+            version for _, version in servers.asked
+        ]

@@ -1,7 +1,8 @@
-"""The phase table: who is awake when, which orders are refused, and what an exception leaves behind.
+"""The phase table: who is awake when, which orders are refused, and what an exception leaves
+behind.
 
-The participants are plain objects that keep books; real engines follow the same calls in test_engines.py and in the runs
-of test_trainers.py.
+The participants are plain objects that keep books; real engines follow the same calls in
+test_engines.py and in the runs of test_trainers.py.
 """
 
 import itertools
@@ -31,7 +32,10 @@ class Boom(Exception):
 
 
 class Engine:
-    """Starts asleep, as the trainers build it; wakes by tag. Raises when `house.fuse` burns down."""
+    """Starts asleep, as the trainers build it; wakes by tag.
+
+    Raises when `house.fuse` burns down.
+    """
 
     can_sleep = True
 
@@ -92,9 +96,13 @@ class House:
     def __init__(self, path=None, rank=0, **options):
         self.events, self.fuse = [], None
         self.rollout, self.student = Engine("rollout", self), Student(self)
-        self.teachers = [Engine(name, self, size) for name, size in zip(TEACHERS, (100, 50, 200), strict=True)]
+        self.teachers = [
+            Engine(name, self, size) for name, size in zip(TEACHERS, (100, 50, 200), strict=True)
+        ]
         self.ledger = Ledger(path, rank)
-        self.colocation = Colocation(self.rollout, self.student, self.teachers, self.ledger, **options)
+        self.colocation = Colocation(
+            self.rollout, self.student, self.teachers, self.ledger, **options
+        )
 
     def note(self, *event) -> None:
         self.events.append(event)
@@ -107,7 +115,9 @@ class House:
                 raise Boom
 
     def check_caches(self) -> None:
-        caches = [engine.name for engine in (self.rollout, *self.teachers) if "kv_cache" in engine.up]
+        caches = [
+            engine.name for engine in (self.rollout, *self.teachers) if "kv_cache" in engine.up
+        ]
         assert len(caches) <= 1, f"two KV caches awake: {caches}"
 
     def run(self, *phases: str, names=TEACHERS) -> None:
@@ -146,7 +156,7 @@ def everyone(step: int) -> tuple[str, ...]:
     return TEACHERS
 
 
-# ---- The table -------------------------------------------------------------------------------------------------------
+# ---- The table -----------------------------------------------------------------------------------
 
 
 def test_the_table_over_steps_and_evaluations():
@@ -158,19 +168,37 @@ def test_the_table_over_steps_and_evaluations():
     house.run(*STEP)
     assert house.of("student").count(("place", True, True)) == 4
     for name in TEACHERS:
-        assert house.of(name) == [("wake", "kv_cache", "weights"), ("sleep",)] * 4, "each wakes once per step"
+        assert house.of(name) == [("wake", "kv_cache", "weights"), ("sleep",)] * 4, (
+            "each wakes once per step"
+        )
 
 
 def test_score_may_come_in_parts_and_sync_may_come_early():
     house = House()
-    house.run("sync", "rollout", "rollout", "score", "score", "train", "sync", "score", "sync", "rollout", "sync")
+    house.run(
+        "sync",
+        "rollout",
+        "rollout",
+        "score",
+        "score",
+        "train",
+        "sync",
+        "score",
+        "sync",
+        "rollout",
+        "sync",
+    )
     for name in TEACHERS:
-        assert house.of(name).count(("sleep",)) == 3, "each score phase wakes it once, and lets it sleep"
+        assert house.of(name).count(("sleep",)) == 3, (
+            "each score phase wakes it once, and lets it sleep"
+        )
 
 
 @pytest.mark.parametrize("order", list(itertools.product(PHASES, repeat=3)), ids="-".join)
 def test_every_order_of_three_phases_is_legal_or_refused(order):
-    """Never a state outside the table; a phase that would sample from dropped weights is refused before it begins."""
+    """Never a state outside the table; a phase that would sample from dropped weights is refused
+    before it begins.
+    """
     house, last = House(), "start"
     for phase in ("sync", *order):
         if last not in ALLOWED[phase]:
@@ -185,11 +213,20 @@ def test_every_order_of_three_phases_is_legal_or_refused(order):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from(PHASES), st.sets(st.sampled_from(TEACHERS)), st.none() | st.integers(0, 8)), max_size=25),
+    st.lists(
+        st.tuples(
+            st.sampled_from(PHASES),
+            st.sets(st.sampled_from(TEACHERS)),
+            st.none() | st.integers(0, 8),
+        ),
+        max_size=25,
+    ),
     st.sampled_from([0, 60, 150, 1000]),
-)  # fmt: skip
+)
 def test_random_sequences_with_failures(actions, spare):
-    """Whatever is asked and whatever fails: the table holds, a failure leaves all asleep, and only a push heals it."""
+    """Whatever is asked and whatever fails: the table holds, a failure leaves all asleep, and only
+    a push heals it.
+    """
     house, last, step = House(spare=roomy(spare) if spare else None, needs=everyone), "start", 0
     for phase, names, fuse in actions:
         house.ledger.step, house.fuse = step, fuse
@@ -218,14 +255,19 @@ def test_a_push_comes_first():
 
 
 def test_a_phase_that_is_not_there():
-    with pytest.raises(RuntimeError, match="phase dream: there are only rollout, score, train, sync"):
+    with pytest.raises(
+        RuntimeError, match="phase dream: there are only rollout, score, train, sync"
+    ):
         House().run("dream")
 
 
 def test_no_phase_inside_another():
     house = House()
     with house.colocation.phase("sync"):
-        with pytest.raises(RuntimeError, match="phase rollout inside sync"), house.colocation.phase("rollout"):
+        with (
+            pytest.raises(RuntimeError, match="phase rollout inside sync"),
+            house.colocation.phase("rollout"),
+        ):
             pass
         assert house.rollout.up == {"weights"}, "the outer phase goes on"
     house.run("rollout")
@@ -268,7 +310,7 @@ def test_optimizer_states_leave_while_the_engine_wakes_if_both_fit():
     ]
 
 
-# ---- Turns -----------------------------------------------------------------------------------------------------------
+# ---- Turns ---------------------------------------------------------------------------------------
 
 
 def steps(house: House, count: int, names=TEACHERS) -> None:
@@ -367,27 +409,37 @@ def test_ranks_that_share_a_teacher_wake_it_in_the_same_order():
     for mine in (["math", "code"], ["code", "law"]):
         house = House(needs=everyone, spare=roomy(250))
         steps(house, 3, names=mine)
-        orders.append([event[0] for event in house.events if event[0] in TEACHERS and event[1] == "wake"])
+        orders.append(
+            [event[0] for event in house.events if event[0] in TEACHERS and event[1] == "wake"]
+        )
         assert [name for name, *event in house.events if event == ["rest"]].count("code") <= 3
     both = [[name for name in order if name == "code"] for order in orders]
     assert both[0] == both[1] == ["code"] * 3
 
 
-# ---- Failures --------------------------------------------------------------------------------------------------------
+# ---- Failures ------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sets(st.sampled_from(TEACHERS), min_size=1), *[st.sets(st.sampled_from(TEACHERS))] * 2), max_size=8
+        st.tuples(
+            st.sets(st.sampled_from(TEACHERS), min_size=1),
+            *[st.sets(st.sampled_from(TEACHERS))] * 2,
+        ),
+        max_size=8,
     )
 )
 def test_ranks_agree_on_a_shared_teacher(schedule):
-    """Whatever else has work on a rank: `code` is woken, from sleep or from rest, by both ranks or by none."""
+    """Whatever else has work on a rank: `code` is woken, from sleep or from rest, by both ranks or
+    by none.
+    """
     seen = []
     for rank in (0, 1):
         house = House(
-            needs=lambda step: [n for n in TEACHERS if step < len(schedule) and n in schedule[step][0]],
+            needs=lambda step: [
+                n for n in TEACHERS if step < len(schedule) and n in schedule[step][0]
+            ],
             spare=roomy(250),
         )
         house.run("sync")
@@ -455,7 +507,7 @@ def test_one_that_cannot_sleep_does_not_keep_the_others_awake():
     assert not any(teacher.up for teacher in house.teachers)
 
 
-# ---- The ledger ------------------------------------------------------------------------------------------------------
+# ---- The ledger ----------------------------------------------------------------------------------
 
 
 def test_ledger(tmp_path):
@@ -466,7 +518,9 @@ def test_ledger(tmp_path):
         with house.colocation.step(step):
             house.run(*STEP, names=["math"])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    events = {phase: ("enter", "exit") for phase in PHASES} | {"score": ("enter", "wake math", "done math", "exit")}
+    events = {phase: ("enter", "exit") for phase in PHASES} | {
+        "score": ("enter", "wake math", "done math", "exit")
+    }
     assert [(x["step"], x["phase"], x["event"]) for x in lines] == [
         (step, phase, event)
         for step, phases in ((-1, ("sync",)), (0, STEP), (1, STEP))
@@ -481,11 +535,19 @@ def test_ledger(tmp_path):
     for line in lines:
         assert line["seconds"] == 0 if line["event"] == "enter" else line["seconds"] >= 0
         assert line["host_peak_rss"] >= line["host_rss"] > 1 << 20
-        assert {"gpu_allocated", "gpu_reserved", "gpu_peak", "gpu_held", "host_pinned"} <= line.keys()
+        assert {
+            "gpu_allocated",
+            "gpu_reserved",
+            "gpu_peak",
+            "gpu_held",
+            "host_pinned",
+        } <= line.keys()
 
 
 def test_the_ledger_sees_what_a_phase_holds_and_compares(tmp_path):
-    """On this machine's CPU: a phase that holds 200 MB more shows it, and it is gone in the next."""
+    """On this machine's CPU: a phase that holds 200 MB more shows it, and it is gone in
+    the next.
+    """
     house = House(tmp_path / "ledger.jsonl")
     house.run("sync", "rollout", "score")
     with house.colocation.phase("train"):
@@ -498,7 +560,9 @@ def test_the_ledger_sees_what_a_phase_holds_and_compares(tmp_path):
     assert house.ledger.take_peaks() == {}
     measured = house.ledger.peaks["train"] - house.ledger.base
     result = house.ledger.compare({"train": 2 * measured, "eval": 5})
-    assert result["train"]["measured"] == measured and result["train"]["error"] == pytest.approx(1.0)
+    assert result["train"]["measured"] == measured and result["train"]["error"] == pytest.approx(
+        1.0
+    )
     assert list(result) == ["train"], "only what was both predicted and measured"
     last = json.loads((tmp_path / "ledger.jsonl").read_text().splitlines()[-1])
     assert last == {"rank": 0, "event": "predicted and measured", "phases": result}

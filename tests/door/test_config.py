@@ -79,7 +79,15 @@ def test_every_flag_has_help():
 
 def test_defaults_are_valid_and_flags_become_values():
     config = validated(
-        "--learning_rate", "1e-3", "--num-steps", "7", "--dry_run", "--jsd_beta=0.25", "--eval_data", "a", "b"
+        "--learning_rate",
+        "1e-3",
+        "--num-steps",
+        "7",
+        "--dry_run",
+        "--jsd_beta=0.25",
+        "--eval_data",
+        "a",
+        "b",
     )
     assert (config.optim.learning_rate, config.run.num_steps, config.run.dry_run) == (1e-3, 7, True)
     assert config.loss.jsd_beta == 0.25 and config.data.eval_data == ["a", "b"]
@@ -89,14 +97,22 @@ def test_defaults_are_valid_and_flags_become_values():
 def test_the_command_line_wins_over_yaml(tmp_path):
     path = write_yaml(
         tmp_path / "c.yaml",
-        "seed: 3\nlearning_rate: 1e-4\ndata: [x, y]\ngradient_checkpointing: true\nadvantage_clip: null\n"
+        "seed: 3\nlearning_rate: 1e-4\ndata: [x, y]\ngradient_checkpointing: "
+        "true\nadvantage_clip: null\n"
         "teachers: [{name: math, model: m}]\n",
     )
     config = parse(Config, ["--config", path, "--seed", "5"])
     assert (config.run.seed, config.optim.learning_rate, config.data.data) == (5, 1e-4, ["x", "y"])
     assert config.model.gradient_checkpointing and config.loss.advantage_clip is None
-    config = parse(Config, [f"--config={path}", "--data", "z", "--gradient_checkpointing", "false", "--teacher", "t"])
-    assert config.data.data == ["z"] and not config.model.gradient_checkpointing and config.run.seed == 3
+    config = parse(
+        Config,
+        [f"--config={path}", "--data", "z", "--gradient_checkpointing", "false", "--teacher", "t"],
+    )
+    assert (
+        config.data.data == ["z"]
+        and not config.model.gradient_checkpointing
+        and config.run.seed == 3
+    )
     assert config.teachers == (TeacherSpec("default", "t", "*"),)
 
 
@@ -154,7 +170,9 @@ BAD_TEACHERS = {
     ],
     "a: backend must be vllm, hf or server, got 7": [{"name": "a", "model": "m", "backend": 7}],
     "a: urls must be a list": [{"name": "a", "backend": "server", "urls": "http://h"}],
-    "`api_key`: no secret may stand in a file": [{"name": "a", "backend": "server", "api_key": "hush"}],
+    "`api_key`: no secret may stand in a file": [
+        {"name": "a", "backend": "server", "api_key": "hush"}
+    ],
     "`Token`: no secret may stand in a file": [{"name": "a", "model": "m", "Token": "hush"}],
 }
 
@@ -167,16 +185,22 @@ def test_bad_teachers_in_yaml(tmp_path, message):
 
 
 def test_backends_of_teachers(tmp_path):
-    """An entry's own, else that of the flag, wherever the flag stands; the run directory's file says it in full."""
+    """An entry's own, else that of the flag, wherever the flag stands; the run directory's file
+    says it in full.
+    """
     entries = [{"name": "a", "model": "m"}, {"name": "b", "model": "m", "backend": "vllm"}]
     path = write_yaml(tmp_path / "c.yaml", {"teachers": entries, "teacher_backend": "hf"})
     config = parse(Config, [*REQUIRED[:-2], "--config", path])
     assert [spec.backend for spec in config.teachers] == ["hf", "vllm"]
-    again = parse(Config, ["--config", write_yaml(tmp_path / "d.yaml", to_dict(config)), "--teacher_backend", "vllm"])
+    again = parse(
+        Config,
+        ["--config", write_yaml(tmp_path / "d.yaml", to_dict(config)), "--teacher_backend", "vllm"],
+    )
     assert again.teachers == config.teachers
-    assert [spec.backend for spec in parse(Config, ["--config", path, "--teacher_backend", "vllm"]).teachers] == [
-        "vllm"
-    ] * 2
+    assert [
+        spec.backend
+        for spec in parse(Config, ["--config", path, "--teacher_backend", "vllm"]).teachers
+    ] == ["vllm"] * 2
     flags = ["--teacher", "a=m", "--teacher", "rest", "--teacher_backend=hf"]
     assert [spec.backend for spec in parse(Config, flags).teachers] == ["hf", "hf"]
     assert [spec.backend for spec in validated().teachers] == ["vllm"]
@@ -184,7 +208,9 @@ def test_backends_of_teachers(tmp_path):
 
 
 def test_teacher_and_teachers_in_one_file(tmp_path):
-    path = write_yaml(tmp_path / "c.yaml", {"teachers": [{"name": "a", "model": "m"}], "teacher": ["b=n"]})
+    path = write_yaml(
+        tmp_path / "c.yaml", {"teachers": [{"name": "a", "model": "m"}], "teacher": ["b=n"]}
+    )
     assert "both `teacher` and `teachers`" in error(parse, Config, ["--config", path])
 
 
@@ -197,7 +223,15 @@ def test_teacher_and_teachers_in_one_file(tmp_path):
     ],
 )
 def test_teachers_that_do_not_go_together(specs, message):
-    argv = ["--student_model", "s", "--data", "d", "--output_dir", "o", *(x for s in specs for x in ("--teacher", s))]
+    argv = [
+        "--student_model",
+        "s",
+        "--data",
+        "d",
+        "--output_dir",
+        "o",
+        *(x for s in specs for x in ("--teacher", s)),
+    ]
     assert message in error(validate_common, parse(Config, argv))
 
 
@@ -206,16 +240,21 @@ def test_only_one_teacher_takes_the_rest():
         TeacherSpec("a", "m", "*"), TeacherSpec("b", "m", "*")
     )
     for weight in (-1.0, float("inf"), float("nan")):
-        assert f"a: weight {weight}: must be finite and at least 0" in refused(TeacherSpec("a", "m", "*", weight))
+        assert f"a: weight {weight}: must be finite and at least 0" in refused(
+            TeacherSpec("a", "m", "*", weight)
+        )
 
 
-# ---- Served teachers and mixtures ------------------------------------------------------------------------------------
+# ---- Served teachers and mixtures ----------------------------------------------------------------
 
 A, B = "http://127.0.0.1:8000", "http://127.0.0.1:8001"
 
 
 def refused(*specs: TeacherSpec, argv: str = "") -> str:
-    return error(validate_common, dataclasses.replace(parse(Config, [*REQUIRED, *words(argv)]), teachers=specs))
+    return error(
+        validate_common,
+        dataclasses.replace(parse(Config, [*REQUIRED, *words(argv)]), teachers=specs),
+    )
 
 
 def served(name: str, *urls: str, model: str = "", **more) -> TeacherSpec:
@@ -223,7 +262,10 @@ def served(name: str, *urls: str, model: str = "", **more) -> TeacherSpec:
 
 
 def test_urls_on_the_command_line():
-    config = parse(Config, ["--teacher", f"math=HTTP://LocalHost:8000/v1/,{B}", "--teacher", "https://far.org/Q=3/"])
+    config = parse(
+        Config,
+        ["--teacher", f"math=HTTP://LocalHost:8000/v1/,{B}", "--teacher", "https://far.org/Q=3/"],
+    )
     assert config.teachers == (
         served("math", "http://localhost:8000", B),
         TeacherSpec("default", "", "*", backend="server", urls=("https://far.org/Q=3",)),
@@ -234,16 +276,36 @@ def test_urls_on_the_command_line():
 def test_a_served_teacher_in_yaml_comes_back_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", "hush")
     entries = [
-        {"name": "math", "backend": "server", "urls": [A + "/", B], "api_key_env": "TEACHER_KEY", "weight": 1},
-        {"name": "code", "model": "big", "backend": "server", "urls": [A], "domains": ["code", "math"], "weight": 0.5},
+        {
+            "name": "math",
+            "backend": "server",
+            "urls": [A + "/", B],
+            "api_key_env": "TEACHER_KEY",
+            "weight": 1,
+        },
+        {
+            "name": "code",
+            "model": "big",
+            "backend": "server",
+            "urls": [A],
+            "domains": ["code", "math"],
+            "weight": 0.5,
+        },
         {"name": "rest", "model": "m", "domains": "*", "weight": None},
     ]
-    flags = {"teacher_mode": "standalone", "teacher_wait_s": 5, "teacher_timeout_s": 2.5, "teacher_max_inflight": 4}
+    flags = {
+        "teacher_mode": "standalone",
+        "teacher_wait_s": 5,
+        "teacher_timeout_s": 2.5,
+        "teacher_max_inflight": 4,
+    }
     path = write_yaml(tmp_path / "c.yaml", {"teachers": entries, **flags})
     config = parse(Config, [*REQUIRED[:-2], "--config", path])
     validate_common(config)
     assert config.teachers[0] == served("math", A, B, weight=1.0, api_key_env="TEACHER_KEY")
-    assert [spec.share for spec in config.teachers] == [1.0, 0.5, 1.0] and config.teachers[2].weight is None
+    assert [spec.share for spec in config.teachers] == [1.0, 0.5, 1.0] and config.teachers[
+        2
+    ].weight is None
     again = parse(Config, ["--config", write_yaml(tmp_path / "d.yaml", to_dict(config))])
     assert again == config and "hush" not in (tmp_path / "d.yaml").read_text()
 
@@ -252,25 +314,52 @@ def test_a_served_teacher_in_yaml_comes_back_whole(tmp_path, monkeypatch):
     ("specs", "message"),
     [
         ([served("a")], "teachers: a: no replicas; give `urls`"),
-        ([TeacherSpec("a", "m", "*", urls=(A,))], "teachers: a: urls given for backend vllm; set `backend: server`"),
-        ([TeacherSpec("a", "m", "*", backend="hf", api_key_env="K")], "teachers: a: api_key_env given for backend hf"),
+        (
+            [TeacherSpec("a", "m", "*", urls=(A,))],
+            "teachers: a: urls given for backend vllm; set `backend: server`",
+        ),
+        (
+            [TeacherSpec("a", "m", "*", backend="hf", api_key_env="K")],
+            "teachers: a: api_key_env given for backend hf",
+        ),
         ([served("a", A, B, A)], f"teachers: a: duplicate URL {A}; list each replica once"),
-        ([served("a", A), served("b", B, A)], f"teachers: b: duplicate URL {A}, teacher a has it too; give each its own"),
-        ([served("a", "ftp://h:1")], "teachers: a: urls[0] 'ftp://h:1': not an http(s) URL; write http://HOST:PORT"),
+        (
+            [served("a", A), served("b", B, A)],
+            f"teachers: b: duplicate URL {A}, teacher a has it too; give each its own",
+        ),
+        (
+            [served("a", "ftp://h:1")],
+            "teachers: a: urls[0] 'ftp://h:1': not an http(s) URL; write http://HOST:PORT",
+        ),
         ([served("a", A, "")], "teachers: a: urls[1] '': not an http(s) URL"),
         ([served("a", "http://")], "not an http(s) URL"),
         ([served("a", "http://h:port")], "not an http(s) URL"),
         ([served("a", "http://[h")], "not an http(s) URL"),
         ([served("a", "http://h 1:80")], "not an http(s) URL"),
-        ([served("a", "http://me:hush@h:1")], "teachers: a: urls[0]: user info in a URL; put the key into an environment"),
-        ([served("a", A + "?key=hush")], f"urls[0] '{A}': a query or fragment does not belong to a server's address"),
+        (
+            [served("a", "http://me:hush@h:1")],
+            "teachers: a: urls[0]: user info in a URL; put the key into an environment",
+        ),
+        (
+            [served("a", A + "?key=hush")],
+            f"urls[0] '{A}': a query or fragment does not belong to a server's address",
+        ),
         ([served("a", A + "#hush")], "a query or fragment does not belong"),
-        ([served("a", A, tensor_parallel_size=2)], "a: tensor_parallel_size 2: backend server cannot split a model here"),
-        ([served("a", A, api_key_env="UNSET_KEY")], "a: api_key_env UNSET_KEY: this variable is not set; export it"),
-        ([served("a", A, api_key_env="sk-hush")], "a: api_key_env must be the NAME of an environment variable"),
+        (
+            [served("a", A, tensor_parallel_size=2)],
+            "a: tensor_parallel_size 2: backend server cannot split a model here",
+        ),
+        (
+            [served("a", A, api_key_env="UNSET_KEY")],
+            "a: api_key_env UNSET_KEY: this variable is not set; export it",
+        ),
+        (
+            [served("a", A, api_key_env="sk-hush")],
+            "a: api_key_env must be the NAME of an environment variable",
+        ),
         ([served("a", A, weight=float("nan"))], "a: weight nan: must be finite and at least 0"),
     ],
-)  # fmt: skip
+)
 def test_served_teachers_that_cannot_be(specs, message, monkeypatch):
     monkeypatch.delenv("UNSET_KEY", raising=False)
     found = refused(*specs)
@@ -282,7 +371,8 @@ def test_one_server_may_serve_two_teachers_by_their_models():
         return [served(name, A, model=model) for name, model in zip("ab", models, strict=True)]
 
     assert "duplicate URL" in refused(*both("one", "one"))
-    validate_common(dataclasses.replace(validated(), teachers=tuple(both("one", "two"))))  # raises nothing
+    # raises nothing
+    validate_common(dataclasses.replace(validated(), teachers=tuple(both("one", "two"))))
 
 
 def test_standalone_needs_a_served_teacher():
@@ -294,9 +384,15 @@ def test_standalone_needs_a_served_teacher():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ((None, None), "the domain x is claimed by a and b without weights; give each a `weight`, or x to one"),
+        (
+            (None, None),
+            "the domain x is claimed by a and b without weights; give each a `weight`, or x to one",
+        ),
         ((1.0, None), "the domain x is claimed by a and b without weights"),
-        ((0.0, 0.0), "the weights of the domain x sum to 0 (a and b); give one of them a weight above 0"),
+        (
+            (0.0, 0.0),
+            "the weights of the domain x sum to 0 (a and b); give one of them a weight above 0",
+        ),
         ((1.0, -0.5), "b: weight -0.5: must be finite and at least 0"),
         ((0.0, 2.0), None),
     ],
@@ -369,7 +465,9 @@ def test_bad_yaml(tmp_path, content):
 
 def test_missing_yaml(tmp_path):
     assert "no such file" in error(parse, Config, ["--config", str(tmp_path / "no.yaml")])
-    assert "c.yaml" in error(parse, Config, ["--config", write_yaml(tmp_path / "c.yaml", "") + "/x"])
+    assert "c.yaml" in error(
+        parse, Config, ["--config", write_yaml(tmp_path / "c.yaml", "") + "/x"]
+    )
 
 
 BAD_VALUES = [
@@ -398,9 +496,18 @@ BAD_VALUES = [
     ("--loss reverse_kl_pg --clip_low 0.2 --dual_clip 1", "--dual_clip 1.0: must be above 1"),
     ("--is_low 3 --is_high 2", "--is_low 3.0"),
     ("--reward_weight 0.5", "--num_generations"),
-    ("--max_tokens_per_micro_batch 100", "--max_tokens_per_micro_batch 100: one sequence can have 2047 tokens"),
-    ("--inner_updates 2 --loss reverse_kl_pg", "--inner_updates 2: after the first, a policy gradient is off-policy"),
-    ("--inner_updates 2 --reward_weight 1 --num_generations 2", "--inner_updates 2: after the first"),
+    (
+        "--max_tokens_per_micro_batch 100",
+        "--max_tokens_per_micro_batch 100: one sequence can have 2047 tokens",
+    ),
+    (
+        "--inner_updates 2 --loss reverse_kl_pg",
+        "--inner_updates 2: after the first, a policy gradient is off-policy",
+    ),
+    (
+        "--inner_updates 2 --reward_weight 1 --num_generations 2",
+        "--inner_updates 2: after the first",
+    ),
     (
         "--inner_updates 2 --loss reverse_kl_pg --clip_low 0.2 --is_mode mask",
         "--inner_updates 2: --clip_low and --is_mode",
@@ -409,25 +516,41 @@ BAD_VALUES = [
         "--inner_updates 2 --loss reverse_kl_pg --is_mode mask --old_logprobs recompute",
         "--inner_updates 2: with --old_logprobs recompute --is_mode does not see",
     ),
-    ("--inner_updates 2 --loss reverse_kl_pg --reject_level sequence", "--inner_updates 2: after the first"),
+    (
+        "--inner_updates 2 --loss reverse_kl_pg --reject_level sequence",
+        "--inner_updates 2: after the first",
+    ),
     ("--old_logprobs recompute", "--old_logprobs recompute: nothing reads them"),
-    ("--old_logprobs server --is_mode mask", "--old_logprobs server: log-prob servers get the weights of --mode async"),
-    ("--reject_level geometric --reject_low 1.1 --reject_high 2", "--reject_low 1.1: must be at most 1"),
+    (
+        "--old_logprobs server --is_mode mask",
+        "--old_logprobs server: log-prob servers get the weights of --mode async",
+    ),
+    (
+        "--reject_level geometric --reject_low 1.1 --reject_high 2",
+        "--reject_low 1.1: must be at most 1",
+    ),
     ("--reject_level geometric --reject_high 0.9", "--reject_high 0.9: must be at least 1"),
     *(
         (f"--{name} -1", f"--{name} -1")
         for name in words(
-            "prompts_per_step num_generations max_prompt_tokens max_response_tokens micro_batch_size keep_checkpoints "
-            "loss_chunk_bytes inner_updates overlap_k max_tokens_per_micro_batch teacher_cache_bytes "
+            "prompts_per_step num_generations max_prompt_tokens max_response_tokens "
+            "micro_batch_size keep_checkpoints "
+            "loss_chunk_bytes inner_updates overlap_k max_tokens_per_micro_batch "
+            "teacher_cache_bytes "
             "teacher_wait_s teacher_timeout_s teacher_max_inflight "
             "num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
-            "rollout_samples warmup_steps learning_rate weight_decay max_grad_norm min_lr_ratio top_k reward_weight "
-            "rollout_kv_cache_gib teacher_kv_cache_gib advantage_clip clip_low clip_high is_low is_high adam_eps "
+            "rollout_samples warmup_steps learning_rate weight_decay max_grad_norm min_lr_ratio "
+            "top_k reward_weight "
+            "rollout_kv_cache_gib teacher_kv_cache_gib advantage_clip clip_low clip_high is_low "
+            "is_high adam_eps "
             "reject_low reject_high "
             "adam_beta1 adam_beta2"
         )
     ),
-    *((f"--{n} 0", f"--{n} 0") for n in words("prompts_per_step num_generations max_response_tokens micro_batch_size")),
+    *(
+        (f"--{n} 0", f"--{n} 0")
+        for n in words("prompts_per_step num_generations max_response_tokens micro_batch_size")
+    ),
 ]
 
 
@@ -445,9 +568,11 @@ def test_bad_values(argv, message):
         "--loss jsd --jsd_beta 0.9 --support teacher_topk --support_k 1 --tail generalized",
         "--support sampled --estimator k2",
         "--reward_weight 0.5 --num_generations 2 --clip_low 0.2",
-        "--loss reverse_kl_pg --old_logprobs recompute --clip_low 0.2 --is_mode truncate --inner_updates 2",
+        "--loss reverse_kl_pg --old_logprobs recompute --clip_low 0.2 --is_mode truncate "
+        "--inner_updates 2",
         "--loss reverse_kl_pg --clip_low 0.2 --inner_updates 2 --reject_level sequence",
-        "--loss jsd --old_logprobs recompute --is_mode mask --reject_level geometric --inner_updates 3",
+        "--loss jsd --old_logprobs recompute --is_mode mask --reject_level geometric "
+        "--inner_updates 3",
     ],
 )
 def test_good_values(argv):
@@ -457,27 +582,39 @@ def test_good_values(argv):
 
 
 BAD_AHEAD = {
-    "--sync_every 2 --eval_every 3": "--eval_every 3: the servers that are evaluated get weights every --sync_every 2",
+    "--sync_every 2 --eval_every 3": "--eval_every 3: the servers that are evaluated get weights "
+                                     "every --sync_every 2",
     "--rollout_servers ftp://a": "--rollout_servers ftp://a: not an http(s) URL",
-    "--rollout_servers http://a:99999 --weights_dir w": "--rollout_servers http://a:99999: not an http(s) URL",
+    "--rollout_servers http://a:99999 --weights_dir w": "--rollout_servers http://a:99999: not an "
+                                                        "http(s) URL",
     "--rollout_servers http://a:1": "--weights_dir is required with servers of your own",
-    "--logprob_servers http://a:1 --old_logprobs server --is_mode mask": "--weights_dir is required with servers of your own",
+    "--logprob_servers http://a:1 --old_logprobs server --is_mode mask": "--weights_dir is "
+                                                                         "required with servers "
+                                                                         "of your own",
     "--loss reverse_kl_pg --is_mode truncate --old_logprobs server --logprob_servers auto":
         "--max_staleness 1: with --old_logprobs server --is_mode does not see",
-    "--loss reverse_kl_pg --is_mode truncate --clip_low 0.2": "--max_staleness 1: --clip_low and --is_mode would both weigh",
-    "--max_staleness 0 --sync_every 2": "--max_staleness 0: with --sync_every 2 the step before a push is 1",
+    "--loss reverse_kl_pg --is_mode truncate --clip_low 0.2": "--max_staleness 1: --clip_low and "
+                                                              "--is_mode would both weigh",
+    "--max_staleness 0 --sync_every 2": "--max_staleness 0: with --sync_every 2 the step before a "
+                                        "push is 1",
     "--rollout_servers auto http://a:1": "--rollout_servers: auto stands alone",
-    "--weights_dir w --rollout_servers http://a:1 http://A:1/": "--rollout_servers http://a:1: it stands there twice",
+    "--weights_dir w --rollout_servers http://a:1 http://A:1/": "--rollout_servers http://a:1: it "
+                                                                "stands there twice",
     "--loss reverse_kl_pg": "--max_staleness 1: a policy gradient on stale responses",
-    "--reward_weight 1 --num_generations 2": "--max_staleness 1: a policy gradient on stale responses",
+    "--reward_weight 1 --num_generations 2": "--max_staleness 1: a policy gradient on stale "
+                                             "responses",
     "--logprob_servers auto": "--old_logprobs server and --logprob_servers need each other",
-    "--old_logprobs server --is_mode mask": "--old_logprobs server and --logprob_servers need each other",
-    "--weights_dir w --old_logprobs server --is_mode mask --rollout_servers http://a:1 --logprob_servers http://a:1":
+    "--old_logprobs server --is_mode mask": "--old_logprobs server and --logprob_servers need "
+                                            "each other",
+    "--weights_dir w --old_logprobs server --is_mode mask --rollout_servers http://a:1 "
+    "--logprob_servers http://a:1":
         "--logprob_servers http://a:1: it is also one of --rollout_servers",
     "--rollout_gpus 1 --rollout_replicas 2": "--rollout_gpus 1: 2 GPUs are needed, each named once",
     "--rollout_gpus 1,1 --rollout_replicas 2": "--rollout_gpus 1,1: 2 GPUs are needed",
     "--rollout_gpus 1 --rollout_tensor_parallel_size 2": "--rollout_gpus 1: 2 GPUs are needed",
-    "--weights_dir w --rollout_gpus 1 --rollout_servers http://a:1": "--rollout_gpus 1: only for servers that are started here",
+    "--weights_dir w --rollout_gpus 1 --rollout_servers http://a:1": "--rollout_gpus 1: only for "
+                                                                     "servers that are started "
+                                                                     "here",
     "--logprob_gpus 1": "--logprob_gpus 1: only for servers that are started here",
     "--sync_every 0": "--sync_every 0: must be at least 1",
     "--rollout_replicas 0": "--rollout_replicas 0: must be at least 1",
@@ -495,24 +632,34 @@ def test_what_the_asynchronous_mode_refuses(argv):
 @pytest.mark.parametrize(
     "argv",
     [
-        "--loss reverse_kl_pg --is_mode truncate --clip_low 0.2 --old_logprobs server --logprob_servers auto --logprob_gpus 3",
+        "--loss reverse_kl_pg --is_mode truncate --clip_low 0.2 --old_logprobs server "
+        "--logprob_servers auto --logprob_gpus 3",
         "--loss reverse_kl_pg --is_mode truncate --old_logprobs recompute",
         "--rollout_servers http://a:1 --weight_transfer broadcast --sync_every 2 --eval_every 4",
         "--loss reverse_kl_pg --max_staleness 0",
-        "--rollout_gpus 4,5,6,7 --rollout_replicas 2 --rollout_tensor_parallel_size 2 --max_staleness 3 --sync_every 4",
+        "--rollout_gpus 4,5,6,7 --rollout_replicas 2 --rollout_tensor_parallel_size 2 "
+        "--max_staleness 3 --sync_every 4",
     ],
 )
 def test_what_the_asynchronous_mode_takes(argv):
     arguments = [*REQUIRED, "--mode", "async", *words(argv)]
     config = parse(train_mopd.Config, arguments)
     config.validate()
-    assert to_dict(config) == to_dict(parse(train_mopd.Config, arguments)), "a check changes nothing"
+    assert to_dict(config) == to_dict(parse(train_mopd.Config, arguments)), (
+        "a check changes nothing"
+    )
 
 
 def test_round_trip_through_yaml(tmp_path):
     config = validated(
-        *words("--teacher math=m --domain_weights math=1 default=2 --adam_eps 1e-9 --eval_data e --dry_run"),
-        *words("--loss reverse_kl_pg --clip_low 0.2 --temperature 0.7 --loss_temperature 0.7 --trust_remote_code"),
+        *words(
+            "--teacher math=m --domain_weights math=1 default=2 --adam_eps 1e-9 --eval_data e "
+            "--dry_run"
+        ),
+        *words(
+            "--loss reverse_kl_pg --clip_low 0.2 --temperature 0.7 --loss_temperature 0.7 "
+            "--trust_remote_code"
+        ),
     )
     path = write_yaml(tmp_path / "c.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     again = parse(Config, ["--config", path])

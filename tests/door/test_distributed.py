@@ -27,7 +27,13 @@ def torchrun() -> list[str]:
 
 
 def deepspeed() -> list[str]:
-    return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(distributed.free_port())]
+    return [
+        str(BIN / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(distributed.free_port()),
+    ]
 
 
 LAUNCHERS = {"torchrun": torchrun, "deepspeed": deepspeed}
@@ -37,7 +43,7 @@ def environment() -> dict[str, str]:
     return worker_environment(PATH=os.pathsep.join([str(BIN), os.environ["PATH"]]))
 
 
-# ---- Agreement -------------------------------------------------------------------------------------------------------
+# ---- Agreement -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,11 @@ def agreed(tmp_path_factory):
     """What both ranks saw."""
     out = tmp_path_factory.mktemp("agree")
     result = subprocess.run(
-        [*torchrun(), str(WORKER), "agree", str(out)], env=environment(), capture_output=True, text=True, timeout=START
+        [*torchrun(), str(WORKER), "agree", str(out)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=START,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return out
@@ -56,11 +66,17 @@ def seen(out: Path, name: str, key: str) -> list:
 
 
 def test_an_error_on_one_rank_is_raised_on_all_with_its_cause(agreed):
-    assert seen(agreed, "agree", "one") == ["RankError: the work failed on rank 1: RuntimeError: engine lost"] * 2
+    assert (
+        seen(agreed, "agree", "one")
+        == ["RankError: the work failed on rank 1: RuntimeError: engine lost"] * 2
+    )
 
 
 def test_the_first_cause_is_named_on_all(agreed):
-    assert seen(agreed, "agree", "both") == ["RankError: the work failed on rank 0: OSError: disk 0"] * 2
+    assert (
+        seen(agreed, "agree", "both")
+        == ["RankError: the work failed on rank 0: OSError: disk 0"] * 2
+    )
 
 
 def test_a_users_mistake_stays_one(agreed):
@@ -84,7 +100,7 @@ def test_unequal_ranks_run_equally_many_micro_batches(agreed):
     assert seen(agreed, "micro_batches", "total") == [22, 22]
 
 
-# ---- Ends ------------------------------------------------------------------------------------------------------------
+# ---- Ends ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.e2e
@@ -92,9 +108,12 @@ def test_a_crash_inside_a_collective_ends_all_ranks(tmp_path):
     """The worker's orderly shutdown would take ten minutes."""
     started = time.time()
     result = subprocess.run(
-        [*torchrun(), str(WORKER), "crash", str(tmp_path)], env=environment(), capture_output=True, text=True,
+        [*torchrun(), str(WORKER), "crash", str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
         timeout=START + CRASH,
-    )  # fmt: skip
+    )
     assert result.returncode != 0
     assert "RuntimeError: lost in the forward pass" in result.stderr
     crashed_at = float((tmp_path / "crashed_at").read_text())
@@ -116,7 +135,9 @@ def test_no_rank_outlives_a_killed_launcher(launcher, tmp_path):
     pid_files = [tmp_path / "pid_0", tmp_path / "pid_1"]
     ranks: list[int] = []
     try:
-        wait_until(lambda: all(f.exists() for f in pid_files) or process.poll() is not None, START, log)
+        wait_until(
+            lambda: all(f.exists() for f in pid_files) or process.poll() is not None, START, log
+        )
         ranks = [int(f.read_text()) for f in pid_files]
         assert all(is_running(pid) for pid in ranks)
         process.send_signal(signal.SIGKILL)
@@ -132,11 +153,13 @@ def test_no_rank_outlives_a_killed_launcher(launcher, tmp_path):
 def wait_until(condition, seconds: float, log: Path) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} seconds: {log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, (
+            f"not within {seconds} seconds: {log.read_text()[-3000:]}"
+        )
         time.sleep(0.05)
 
 
-# ---- One process -----------------------------------------------------------------------------------------------------
+# ---- One process ---------------------------------------------------------------------------------
 
 
 def test_one_rank_without_a_process_group():
@@ -155,6 +178,10 @@ def test_one_rank_without_a_process_group():
 def test_seeds_are_stable():
     """A resumed run, or one on another machine, samples the same."""
     assert distributed.fold_seed(0, 1, 2, "rollout") == 4589816770443911565
-    assert distributed.fold_seed(0, 12) != distributed.fold_seed(0, 1, 2) != distributed.fold_seed(1, 0, 2)
+    assert (
+        distributed.fold_seed(0, 12)
+        != distributed.fold_seed(0, 1, 2)
+        != distributed.fold_seed(1, 0, 2)
+    )
     seeds = {distributed.fold_seed(0, step, prompt) for step in range(50) for prompt in range(50)}
     assert len(seeds) == 2500 and all(0 <= seed < 2**63 for seed in seeds)

@@ -1,4 +1,6 @@
-"""Fault points: each name is known and used, each action strikes where and when it is told, and a typo is refused."""
+"""Fault points: each name is known and used, each action strikes where and when it is told, and a
+typo is refused.
+"""
 
 import ast
 import os
@@ -13,7 +15,11 @@ import pytest
 from opd import faults
 from tests.support.processes import ROOT, worker_environment
 
-SOURCES = [*sorted((ROOT / "opd").glob("*.py")), *ROOT.glob("train_*.py"), *sorted((ROOT / "scripts").glob("*.py"))]
+SOURCES = [
+    *sorted((ROOT / "opd").glob("*.py")),
+    *ROOT.glob("train_*.py"),
+    *sorted((ROOT / "scripts").glob("*.py")),
+]
 
 CHILD = """
 from opd.faults import fault_point
@@ -26,8 +32,12 @@ print("survived", flush=True)
 
 def points_in(source: str) -> list[str]:
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    named = [c for c in calls if getattr(c.func, "id", getattr(c.func, "attr", "")) == "fault_point"]
-    assert all(len(c.args) == 1 and isinstance(c.args[0], ast.Constant) for c in named), "a point is a literal"
+    named = [
+        c for c in calls if getattr(c.func, "id", getattr(c.func, "attr", "")) == "fault_point"
+    ]
+    assert all(len(c.args) == 1 and isinstance(c.args[0], ast.Constant) for c in named), (
+        "a point is a literal"
+    )
     return [c.args[0].value for c in named]
 
 
@@ -40,7 +50,9 @@ def test_every_point_is_registered_and_every_name_has_a_place():
 
 def child(fault: str, **env) -> subprocess.CompletedProcess:
     environment = worker_environment(OPD_FAULT=fault, **env)
-    return subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +79,9 @@ def test_actions_strike_where_and_when_they_are_told(fault, env, status, reached
 
 
 def test_a_stopped_process_lives_and_does_not_answer():
-    started = subprocess.Popen([sys.executable, "-c", CHILD], env=worker_environment(OPD_FAULT="backward:stop"))
+    started = subprocess.Popen(
+        [sys.executable, "-c", CHILD], env=worker_environment(OPD_FAULT="backward:stop")
+    )
     try:
         deadline = time.monotonic() + 60
         pid, status = 0, 0
@@ -123,7 +137,9 @@ def test_a_typo_is_refused_at_start(fault, rank, message, monkeypatch):
 
 @pytest.mark.parametrize("point", faults.POINTS)
 def test_every_point_may_be_struck(point, monkeypatch):
-    """What `check` lets pass strikes: the second time, there and nowhere else, on the ranks that are named."""
+    """What `check` lets pass strikes: the second time, there and nowhere else, on the ranks that
+    are named.
+    """
     other = next(name for name in faults.POINTS if name != point)
     for rank, strikes in (("0", True), ("7", False), ("all", True)):
         monkeypatch.setattr(faults, "_last", ("", 0))
@@ -133,5 +149,9 @@ def test_every_point_may_be_struck(point, monkeypatch):
         faults.check()
         for name in (point, other, other):
             faults.fault_point(name)
-        with pytest.raises(RuntimeError, match=f"fault injected at {point}$") if strikes else nullcontext():
+        with (
+            pytest.raises(RuntimeError, match=f"fault injected at {point}$")
+            if strikes
+            else nullcontext()
+        ):
             faults.fault_point(point)

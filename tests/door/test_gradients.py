@@ -1,7 +1,8 @@
 """One optimizer step of the real student under DeepSpeed against plain autograd on the whole batch.
 
-Whatever the padding, the order, the micro-batches, the chunks, the ranks and the ZeRO stage: the same loss, the same
-gradient norm, the same change of every parameter. Each case is compared with the same reference, so all are equal.
+Whatever the padding, the order, the micro-batches, the chunks, the ranks and the ZeRO stage: the
+same loss, the same gradient norm, the same change of every parameter. Each case is compared with
+the same reference, so all are equal.
 
 L response length, V vocabulary.
 """
@@ -19,7 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from opd import distributed
 from tests.support.processes import ROOT, worker_environment
-from tests.support.workers.gradient_worker import ADAM_EPS, LEARNING_RATE, LOSSES, Case, heads, make_batch
+from tests.support.workers.gradient_worker import (
+    ADAM_EPS,
+    LEARNING_RATE,
+    LOSSES,
+    Case,
+    heads,
+    make_batch,
+)
 
 WORKER = ROOT / "tests" / "support" / "workers" / "gradient_worker.py"
 DEADLINE = 300  # seconds for all cases of one launch
@@ -39,7 +47,13 @@ ONE_RANK = (
     Case(name="zero3", stage=3, micro_batch_size=3, chunk_tokens=7),
     Case(name="packed", micro_batch_size=3, packing=True, chunk_tokens=5),
     Case(name="packed_whole", packing=True),
-    Case(name="zero3_packed_recomputed", stage=3, micro_batch_size=3, packing=True, gradient_checkpointing=True),
+    Case(
+        name="zero3_packed_recomputed",
+        stage=3,
+        micro_batch_size=3,
+        packing=True,
+        gradient_checkpointing=True,
+    ),
     Case(name="zero3_recomputed", stage=3, micro_batch_size=2, gradient_checkpointing=True),
     Case(name="tied", model="tied", micro_batch_size=3),
     Case(name="zero2_tied", stage=2, model="tied", micro_batch_size=3),
@@ -59,7 +73,13 @@ TWO_RANKS = (
     Case(name="zero2_only_fillers", stage=2, deal=(0, 8), micro_batch_size=3),
     Case(name="zero3", stage=3, micro_batch_size=3),
     Case(name="zero3_filler", stage=3, deal=(7, 1), micro_batch_size=2, chunk_tokens=3),
-    Case(name="zero3_only_fillers", stage=3, deal=(8, 0), micro_batch_size=3, gradient_checkpointing=True),
+    Case(
+        name="zero3_only_fillers",
+        stage=3,
+        deal=(8, 0),
+        micro_batch_size=3,
+        gradient_checkpointing=True,
+    ),
     Case(name="zero3_packed_only_fillers", stage=3, deal=(8, 0), micro_batch_size=3, packing=True),
     Case(name="zero3_clipped", stage=3, micro_batch_size=3, max_grad_norm=0.1),
     Case(name="tied", model="tied", micro_batch_size=3),
@@ -67,19 +87,26 @@ TWO_RANKS = (
     Case(name="zero3_tied", stage=3, model="tied", deal=(5, 3), micro_batch_size=2),
     Case(name="zero2_task", stage=2, loss="task", micro_batch_size=3),
     Case(name="pg", loss="pg", micro_batch_size=3),
-    Case(name="zero3_pg_filler", stage=3, loss="pg", deal=(3, 5), micro_batch_size=2, chunk_tokens=3),
+    Case(
+        name="zero3_pg_filler", stage=3, loss="pg", deal=(3, 5), micro_batch_size=2, chunk_tokens=3
+    ),
 )
 REFRESHED = (
     Case(name="refreshed_ppo", loss="ppo", micro_batch_size=3, inner_updates=2, learning_rate=0.02),
     Case(name="refreshed_pg", loss="pg", micro_batch_size=3, inner_updates=3, learning_rate=0.02),
     Case(
-        name="refreshed_decoupled", loss="decoupled", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3
+        name="refreshed_decoupled",
+        loss="decoupled",
+        micro_batch_size=3,
+        inner_updates=3,
+        learning_rate=0.02,
+        stage=3,
     ),
     Case(name="refreshed_full", micro_batch_size=3, inner_updates=3, learning_rate=0.02, stage=3),
 )
 
 
-# ---- The reference: every response by itself, no padding, no shift, no chunks ----------------------------------------
+# ---- The reference: every response by itself, no padding, no shift, no chunks --------------------
 
 
 @torch.no_grad()
@@ -87,7 +114,10 @@ def sampled_logprobs(model) -> list[torch.Tensor]:
     """log p(y) of each response's tokens, [L]."""
     found = []
     for rollout, _ in make_batch():
-        raw, first = torch.tensor([rollout.prompt.token_ids + rollout.response_ids]), len(rollout.prompt.token_ids)
+        raw, first = (
+            torch.tensor([rollout.prompt.token_ids + rollout.response_ids]),
+            len(rollout.prompt.token_ids),
+        )
         s_LV = model(raw).logits[0, first - 1 : -1].log_softmax(-1)
         found.append(s_LV[torch.arange(len(s_LV)), torch.tensor(rollout.response_ids)])
     return found
@@ -101,25 +131,45 @@ def decoupled_weights(old_L, sampler_L, cfg) -> torch.Tensor:
 
 
 def naive_loss(model, cfg, old=None) -> torch.Tensor:
-    """The mean over all response tokens of the batch, from the definitions; `old` are the old policy's [L], if not sampler's."""
+    """The mean over all response tokens of the batch, from the definitions; `old` are the old
+    policy's [L], if not sampler's.
+    """
     losses, count = [], 0
     for i, (rollout, scores) in enumerate(make_batch()):
-        raw, first = torch.tensor([rollout.prompt.token_ids + rollout.response_ids]), len(rollout.prompt.token_ids)
+        raw, first = (
+            torch.tensor([rollout.prompt.token_ids + rollout.response_ids]),
+            len(rollout.prompt.token_ids),
+        )
         s_LV = model(raw).logits[0, first - 1 : -1].log_softmax(-1)
         s_L = torch.stack([s_LV[t, token] for t, token in enumerate(rollout.response_ids)])
-        t_LVs = [(score.weight, (score.hidden @ heads()[score.teacher].T).log_softmax(-1)) for score in scores]
+        t_LVs = [
+            (score.weight, (score.hidden @ heads()[score.teacher].T).log_softmax(-1))
+            for score in scores
+        ]
         if cfg.loss == "reverse_kl_pg":
-            t_L = sum(w * torch.stack([t_LV[t, y] for t, y in enumerate(rollout.response_ids)]) for w, t_LV in t_LVs)
+            t_L = sum(
+                w * torch.stack([t_LV[t, y] for t, y in enumerate(rollout.response_ids)])
+                for w, t_LV in t_LVs
+            )
             if cfg.clip_low is not None:
                 advantage_L = (t_L - s_L).detach() + cfg.reward_weight * rollout.task_advantage
                 sampler_L = torch.tensor(rollout.rollout_logprobs)
                 ratio_L = (s_L - (sampler_L if old is None else old[i])).exp()
                 clipped_L = ratio_L.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
                 weights_L = 1.0 if old is None else decoupled_weights(old[i], sampler_L, cfg)
-                losses.append(-(weights_L * torch.minimum(advantage_L * ratio_L, advantage_L * clipped_L)).sum())
+                losses.append(
+                    -(
+                        weights_L * torch.minimum(advantage_L * ratio_L, advantage_L * clipped_L)
+                    ).sum()
+                )
                 count += len(rollout.response_ids)
                 continue
-            ratio = (s_L.detach() - torch.tensor(rollout.rollout_logprobs)).mean().exp().clamp(max=cfg.is_high)
+            ratio = (
+                (s_L.detach() - torch.tensor(rollout.rollout_logprobs))
+                .mean()
+                .exp()
+                .clamp(max=cfg.is_high)
+            )
             advantage_L = (t_L - s_L).detach() + cfg.reward_weight * rollout.task_advantage
             loss_L = -ratio * advantage_L * s_L
         else:
@@ -145,13 +195,16 @@ def reference(models):
             network = AutoModelForCausalLM.from_pretrained(models[model], dtype=torch.float32)
             value = naive_loss(network, LOSSES[loss])
             value.backward()
-            known[model, loss] = value.item(), {name: p.grad for name, p in network.named_parameters()}
+            known[model, loss] = (
+                value.item(),
+                {name: p.grad for name, p in network.named_parameters()},
+            )
         return known[model, loss]
 
     return of
 
 
-# ---- The real thing --------------------------------------------------------------------------------------------------
+# ---- The real thing ------------------------------------------------------------------------------
 
 
 def launch(cases, models, out: Path, command: list[str]) -> Path:
@@ -160,7 +213,11 @@ def launch(cases, models, out: Path, command: list[str]) -> Path:
     rows = [dataclasses.asdict(case) for case in cases]
     job.write_text(json.dumps({"models": models, "out": str(out), "cases": rows}))
     result = subprocess.run(
-        [*command, str(WORKER), str(job)], env=worker_environment(), capture_output=True, text=True, timeout=DEADLINE
+        [*command, str(WORKER), str(job)],
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return out
@@ -168,12 +225,22 @@ def launch(cases, models, out: Path, command: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(models, tmp_path_factory):
-    return launch((*ONE_RANK, *REFRESHED), models, tmp_path_factory.mktemp("one_rank"), [sys.executable])
+    return launch(
+        (*ONE_RANK, *REFRESHED), models, tmp_path_factory.mktemp("one_rank"), [sys.executable]
+    )
 
 
 @pytest.fixture(scope="module")
 def two_ranks(models, tmp_path_factory):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+    ]
     torchrun += ["--master-port", str(distributed.free_port())]
     return launch(
         (*TWO_RANKS, *(dataclasses.replace(case, name=f"two_{case.name}") for case in REFRESHED)),
@@ -215,13 +282,17 @@ def test_two_ranks(case, two_ranks, reference):
     record = check(case, two_ranks, reference)
     first, second = record["loss_tokens"]
     most = max(case.deal or (4, 4))
-    assert len(first) == len(second) == -(-most // case.micro_batch_size), "every rank runs as many micro-batches"
+    assert len(first) == len(second) == -(-most // case.micro_batch_size), (
+        "every rank runs as many micro-batches"
+    )
     assert (0 in first + second) == (case.deal is not None), "a filler where a rank has fewer"
 
 
 @pytest.mark.parametrize("case", REFRESHED, ids=lambda case: case.name)
 def test_inner_updates_refresh_the_reward(case, one_rank, two_ranks, models):
-    """Each update has the loss, advantage and importance weights of the student it finds, from scores that never change."""
+    """Each update has the loss, advantage and importance weights of the student it finds, from
+    scores that never change.
+    """
     network = AutoModelForCausalLM.from_pretrained(models[case.model], dtype=torch.float32)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     optimizer = torch.optim.AdamW(
@@ -237,7 +308,9 @@ def test_inner_updates_refresh_the_reward(case, one_rank, two_ranks, models):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert len({round(a, 4) for a in advantages}) == case.inner_updates, "the reward is another one after each update"
+    assert len({round(a, 4) for a in advantages}) == case.inner_updates, (
+        "the reward is another one after each update"
+    )
     for stem in (one_rank / case.name, two_ranks / f"two_{case.name}"):
         record = json.loads(stem.with_suffix(".json").read_text())
         assert record["losses"] == pytest.approx(losses, rel=1e-5, abs=1e-5)
@@ -252,11 +325,15 @@ def mean_advantage(model) -> float:
     """Mean over tokens of |sum_i w_i log q_i(y) - log p(y)|."""
     values = []
     for rollout, scores in make_batch():
-        raw, first = torch.tensor([rollout.prompt.token_ids + rollout.response_ids]), len(rollout.prompt.token_ids)
+        raw, first = (
+            torch.tensor([rollout.prompt.token_ids + rollout.response_ids]),
+            len(rollout.prompt.token_ids),
+        )
         s_LV = model(raw).logits[0, first - 1 : -1].log_softmax(-1)
         for t, token in enumerate(rollout.response_ids):
             theirs = sum(
-                score.weight * (score.hidden[t] @ heads()[score.teacher].T).log_softmax(-1)[token] for score in scores
+                score.weight * (score.hidden[t] @ heads()[score.teacher].T).log_softmax(-1)[token]
+                for score in scores
             )
             values.append(abs(theirs - s_LV[t, token]).item())
     return sum(values) / len(values)

@@ -1,4 +1,5 @@
-"""How far sampler and trainer are apart: against numpy over all tokens at once, for any split and on two ranks.
+"""How far sampler and trainer are apart: against numpy over all tokens at once, for any split and
+on two ranks.
 
 N tokens of all responses that the student wrote.
 """
@@ -28,28 +29,47 @@ DEADLINE = 300  # seconds
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """ranks -> the directory with the metrics of every configuration and split."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+    ]
     commands = {1: [sys.executable], 2: [*launcher, str(distributed.free_port())]}
     found = {}
     for ranks, command in commands.items():
         found[ranks] = tmp_path_factory.mktemp(f"ranks_{ranks}")
         done = subprocess.run(
-            [*command, str(WORKER), str(found[ranks])], env=worker_environment(), capture_output=True, text=True,
-            timeout=DEADLINE, check=False,
-        )  # fmt: skip
+            [*command, str(WORKER), str(found[ranks])],
+            env=worker_environment(),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     return found
 
 
 def expected(cfg: LossConfig) -> dict[str, float]:
     """Every key from its formula in docs/metrics.md."""
-    own = [(r, np.array(r.rollout_logprobs), np.array(x)) for r, x in responses() if r.source == "student"]
+    own = [
+        (r, np.array(r.rollout_logprobs), np.array(x))
+        for r, x in responses()
+        if r.source == "student"
+    ]
     b_N, r_N = (np.concatenate([entry[i] for entry in own]) for i in (1, 2))
     whole = np.array([(r - b).sum() for _, b, r in own])
     mean = np.array([(r - b).mean() for _, b, r in own])
     length = [len(b) for _, b, _ in own]
     rho_N = np.exp(r_N - b_N)
-    levels = {"token": rho_N, "sequence": np.exp(whole).repeat(length), "geometric": np.exp(mean).repeat(length)}
+    levels = {
+        "token": rho_N,
+        "sequence": np.exp(whole).repeat(length),
+        "geometric": np.exp(mean).repeat(length),
+    }
     ratio_N = levels[cfg.is_level]
     outside_N = (ratio_N < cfg.is_low) | (ratio_N > cfg.is_high)
     weights_N = {
@@ -75,7 +95,9 @@ def expected(cfg: LossConfig) -> dict[str, float]:
         weights_N = np.where(rejected.repeat(length), 0, weights_N)
         row["mismatch/rejected"] = rejected.mean()
         for domain in DOMAINS:
-            row[f"mismatch/rejected/{domain}"] = rejected[[r.prompt.domain == domain for r, _, _ in own]].mean()
+            row[f"mismatch/rejected/{domain}"] = rejected[
+                [r.prompt.domain == domain for r, _, _ in own]
+            ].mean()
         assert 0 < rejected.sum() < len(rejected)
     assert 0 < outside_N.sum() < len(outside_N)
     row["mismatch/ess"] = weights_N.sum() ** 2 / (len(weights_N) * (weights_N**2).sum())
@@ -96,12 +118,16 @@ def test_all_of_it_against_numpy(runs, name, size, ranks):
 def test_no_split_changes_a_number(runs, name):
     """Sums of float64 are the same to 1e-12; k1, k3 and abs are sums of float32."""
     rows = [
-        json.loads((runs[ranks] / f"{name}_{size}" / "metrics.jsonl").read_text()) for ranks in runs for size in SPLITS
+        json.loads((runs[ranks] / f"{name}_{size}" / "metrics.jsonl").read_text())
+        for ranks in runs
+        for size in SPLITS
     ]
     for row in rows[1:]:
         assert row.keys() == rows[0].keys()
         for key, value in row.items():
-            tolerance = 1e-6 if key in ("mismatch/k1", "mismatch/k3", "mismatch/abs_mean") else 1e-12
+            tolerance = (
+                1e-6 if key in ("mismatch/k1", "mismatch/k3", "mismatch/abs_mean") else 1e-12
+            )
             assert value == pytest.approx(rows[0][key], rel=tolerance, abs=tolerance), key
 
 
@@ -134,7 +160,9 @@ def test_policies_that_disagree_about_everything_stay_finite(tmp_path):
     row = flushed(tmp_path, lambda r: [-1000.0] * len(r.response_ids))
     assert all(map(math.isfinite, row.values()))
     assert row["mismatch/rejected"] == row["mismatch/out_of_bounds"] == 1
-    assert "mismatch/ess" not in row and "mismatch/pearson" not in row, "nothing has weight, and one side does not vary"
+    assert "mismatch/ess" not in row and "mismatch/pearson" not in row, (
+        "nothing has weight, and one side does not vary"
+    )
 
 
 def test_a_step_without_own_responses_has_no_mismatch(tmp_path):

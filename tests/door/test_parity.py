@@ -1,4 +1,6 @@
-"""The judge of the sampler: with real engines, whole and broken on purpose, in float32 and bfloat16. N tokens of responses."""
+"""The judge of the sampler: with real engines, whole and broken on purpose, in float32 and
+bfloat16. N tokens of responses.
+"""
 
 import contextlib
 import functools
@@ -25,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CUT = functools.partial(make_micro_batches, micro_batch_size=8, pad_id=0, domains=["d"])
 
 
-# ---- The verdict, by numbers ------------------------------------------------------------------------------------------
+# ---- The verdict, by numbers ---------------------------------------------------------------------
 
 
 def judge(dtype="float32", every=10, **rollout) -> Parity:
@@ -34,7 +36,11 @@ def judge(dtype="float32", every=10, **rollout) -> Parity:
 
 def test_the_first_two_steps_are_checked_and_every_so_many():
     parity = judge()
-    assert [step for step in range(7, 10) if parity.is_due(step)] == [7, 8, 9]  # after a resume, too
+    assert [step for step in range(7, 10) if parity.is_due(step)] == [
+        7,
+        8,
+        9,
+    ]  # after a resume, too
     parity.decide(1e-6, 1e-5, 100, 7)
     assert parity.is_due(8)
     parity.decide(1e-6, 1e-5, 100, 8)
@@ -53,7 +59,9 @@ def test_float32_has_one_limit_and_one_line(mean):
     assert "\n" not in message and message.startswith(
         "step 2: the sampler is not the student: after weights were pushed"
     )
-    assert "100 tokens" in message and "docs/metrics.md" in message and "--parity_every 0" in message
+    assert (
+        "100 tokens" in message and "docs/metrics.md" in message and "--parity_every 0" in message
+    )
 
 
 def test_bfloat16_measures_its_floor_before_any_update_and_bounds_it():
@@ -82,7 +90,7 @@ def test_what_was_sampled_from_the_likeliest_tokens_alone_is_likelier_by_their_s
     assert judge().excess(trainer_N, trainer_N * math.nan).min() == math.inf
 
 
-# ---- Real engines -----------------------------------------------------------------------------------------------------
+# ---- Real engines --------------------------------------------------------------------------------
 
 
 class Pair:
@@ -91,13 +99,18 @@ class Pair:
     def __init__(self, path, dtype: str, device):
         options = {"dtype": dtype, "trust_remote_code": False}
         self.student = Student(
-            ModelConfig(student_model=str(path), dtype=dtype), OptimConfig(), load_ds_config("ds_configs/zero3.json"),
-            settings=LossSettings(), device=device,
-        )  # fmt: skip
+            ModelConfig(student_model=str(path), dtype=dtype),
+            OptimConfig(),
+            load_ds_config("ds_configs/zero3.json"),
+            settings=LossSettings(),
+            device=device,
+        )
         self.cfg = RolloutConfig(
             num_generations=1, max_response_tokens=24, rollout_kv_cache_gib=0.05, enforce_eager=True
         )
-        self.engine = RolloutEngine(str(path), self.cfg, eos_ids=(1,), seed=0, max_model_len=64, **options)
+        self.engine = RolloutEngine(
+            str(path), self.cfg, eos_ids=(1,), seed=0, max_model_len=64, **options
+        )
         self.dtype, self.step = DTYPES[dtype], 0
 
     def judge(self) -> Parity:
@@ -111,7 +124,10 @@ class Pair:
         self.step += 1
         generator = torch.Generator().manual_seed(self.step)
         parameters = [p for _, p in self.student.model.named_parameters()]
-        with self.student.sharded._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+        with (
+            self.student.sharded._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0),
+            torch.no_grad(),
+        ):
             for p in parameters:
                 p.add_(scale * p.abs().mean() * torch.randn(p.shape, generator=generator))
 
@@ -120,17 +136,29 @@ class Pair:
         parity.check(self.student, self.engine.fresh(rollouts, self.step), self.step)
 
 
-PROMPTS = [Prompt(prompt_id=i, domain="d", token_ids=list(range(2 + i, 8 + 2 * i))) for i in range(8)]
+PROMPTS = [
+    Prompt(prompt_id=i, domain="d", token_ids=list(range(2 + i, 8 + 2 * i))) for i in range(8)
+]
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("deep")
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, initializer_range=0.1, tie_word_embeddings=True, dtype="float32",
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        dtype="float32",
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
@@ -170,7 +198,8 @@ def test_silent_in_clean_runs(pair):
             pair.push()
             pair.check(parity)
         assert parity.checks == 3
-    assert 0 < worst < (1e-5 if pair.dtype == torch.float32 else FIRST_LIMIT)  # measured: 4e-7 and .006
+    # measured: 4e-7 and .006
+    assert 0 < worst < (1e-5 if pair.dtype == torch.float32 else FIRST_LIMIT)
 
 
 @contextlib.contextmanager
@@ -188,7 +217,10 @@ def old_head(pair):
 @contextlib.contextmanager
 def no_push(pair):
     """The sampler says that it has the version, and has not."""
-    load, pair.engine.engine.load_weights = pair.engine.engine.load_weights, lambda named: list(named)
+    load, pair.engine.engine.load_weights = (
+        pair.engine.engine.load_weights,
+        lambda named: list(named),
+    )
     yield
     pair.engine.engine.load_weights = load
 
@@ -197,7 +229,9 @@ def no_push(pair):
 def changed(pair, change):
     """What is pushed is not what the student has."""
     load = pair.engine.engine.load_weights
-    pair.engine.engine.load_weights = lambda named: load(list(change([(n, t.clone()) for n, t in named])))
+    pair.engine.engine.load_weights = lambda named: load(
+        list(change([(n, t.clone()) for n, t in named]))
+    )
     yield
     pair.engine.engine.load_weights = load
 
@@ -249,7 +283,9 @@ def stopped_within_two_checks(pair, broken) -> None:
     with broken(pair):
         pair.update(scale=0.3)
         pair.push()
-        with pytest.raises(distributed.Stop, match="the sampler is not the student: after weights were pushed"):
+        with pytest.raises(
+            distributed.Stop, match="the sampler is not the student: after weights were pushed"
+        ):
             pair.check(parity)
     pair.push()
     pair.check(pair.judge())  # whole again

@@ -1,4 +1,7 @@
-"""Log-probabilities on a support: top-k, gather, tail mass, overlap, union. Runs on CPU in seconds."""
+"""Log-probabilities on a support: top-k, gather, tail mass, overlap, union.
+
+Runs on CPU in seconds.
+"""
 
 import math
 
@@ -51,14 +54,18 @@ def test_half_precision_is_computed_in_float32(logits_NV):
 
 
 def test_log_tail_is_the_exact_rest():
-    logprobs_NK = torch.tensor([[0.5, 0.25], [0.01, 0.01], [0.6, 0.4 - 1e-9]], dtype=torch.float64).log()
+    logprobs_NK = torch.tensor(
+        [[0.5, 0.25], [0.01, 0.01], [0.6, 0.4 - 1e-9]], dtype=torch.float64
+    ).log()
     expected_N = torch.tensor([math.log(0.25), math.log(0.98), math.log(1e-9)], dtype=torch.float64)
     torch.testing.assert_close(log_tail(logprobs_NK), expected_N, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_log_tail_of_mass_one_or_more_is_finite_both_ways(dtype):
-    logprobs_NK = torch.tensor([[0.0, -200.0], [math.log(0.5), math.log(0.5)], [1e-3, -50.0]], dtype=dtype)
+    logprobs_NK = torch.tensor(
+        [[0.0, -200.0], [math.log(0.5), math.log(0.5)], [1e-3, -50.0]], dtype=dtype
+    )
     logprobs_NK.requires_grad_(True)
     tail_N = log_tail(logprobs_NK)
     (grad_NK,) = torch.autograd.grad(tail_N.sum(), logprobs_NK)
@@ -80,6 +87,8 @@ def test_overlap_counts_ids_in_both_whatever_their_order():
 
 
 def test_union_support_marks_an_id_that_both_have_once():
-    ids_NM, is_duplicate_NM = union_support(torch.tensor([[1, 2], [4, 3]]), torch.tensor([[2, 5], [6, 7]]))
+    ids_NM, is_duplicate_NM = union_support(
+        torch.tensor([[1, 2], [4, 3]]), torch.tensor([[2, 5], [6, 7]])
+    )
     assert ids_NM.tolist() == [[1, 2, 2, 5], [4, 3, 6, 7]]
     assert is_duplicate_NM.tolist() == [[False, False, True, False], [False] * 4]

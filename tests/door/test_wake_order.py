@@ -12,20 +12,33 @@ NAMES = "abcdef"
 
 
 def wakes(orders, cost, awake):
-    """What the wakes of these orders cost, if whoever ends a step and begins the next stays awake between them."""
+    """What the wakes of these orders cost, if whoever ends a step and begins the next stays awake
+    between them.
+    """
     total = 0.0
     for place, order in enumerate(orders):
-        total += sum(cost.get(name, 1000) for name in order) - (cost[awake] if order and order[0] == awake else 0)
+        total += sum(cost.get(name, 1000) for name in order) - (
+            cost[awake] if order and order[0] == awake else 0
+        )
         following = orders[place + 1] if place + 1 < len(orders) else []
-        awake = order[-1] if order and following and order[-1] == following[0] and order[-1] in cost else None
+        awake = (
+            order[-1]
+            if order and following and order[-1] == following[0] and order[-1] in cost
+            else None
+        )
     return total
 
 
 def cheapest(needs, cost, awake):
-    return min(wakes(orders, cost, awake) for orders in itertools.product(*(itertools.permutations(n) for n in needs)))
+    return min(
+        wakes(orders, cost, awake)
+        for orders in itertools.product(*(itertools.permutations(n) for n in needs))
+    )
 
 
-NEEDS = st.lists(st.lists(st.sampled_from(NAMES[:4]), unique=True, max_size=4), min_size=1, max_size=3)
+NEEDS = st.lists(
+    st.lists(st.sampled_from(NAMES[:4]), unique=True, max_size=4), min_size=1, max_size=3
+)
 COSTS = st.dictionaries(st.sampled_from(NAMES), st.integers(1, 100), max_size=6)
 
 
@@ -34,7 +47,9 @@ COSTS = st.dictionaries(st.sampled_from(NAMES), st.integers(1, 100), max_size=6)
 def test_no_order_is_cheaper(needs, cost, data):
     awake = data.draw(st.sampled_from([None, *cost]))
     orders = wake_orders(needs, cost, awake=awake)
-    assert [sorted(order) for order in orders] == [sorted(needed) for needed in needs], "each wakes once per step"
+    assert [sorted(order) for order in orders] == [sorted(needed) for needed in needs], (
+        "each wakes once per step"
+    )
     assert wakes(orders, cost, awake) == cheapest(needs, cost, awake)
 
 

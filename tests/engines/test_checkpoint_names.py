@@ -1,4 +1,6 @@
-"""A running model's tensors under the names of its checkpoint: what `save_pretrained` writes, and views to load into."""
+"""A running model's tensors under the names of its checkpoint: what `save_pretrained` writes, and
+views to load into.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,17 @@ from opd.engines.checkpoint_names import (
 from opd.weights.store import check_names
 from scripts.families import BY_NAME, make_config, make_model
 
-FAMILIES = ("llama", "qwen3", "qwen3_moe", "mixtral", "granitemoe", "olmoe", "glm4_moe", "gpt2", "gemma4")
+FAMILIES = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "granitemoe",
+    "olmoe",
+    "glm4_moe",
+    "gpt2",
+    "gemma4",
+)
 
 
 def build(name: str, seed: int):
@@ -41,7 +53,10 @@ def test_who_writes_into_a_view_has_changed_the_model(name):
     check_names(pushed, views)
     for key, value in pushed.items():
         views[key].copy_(value)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_on_the_meta_device_there_are_shapes():
@@ -49,4 +64,6 @@ def test_on_the_meta_device_there_are_shapes():
     with torch.device("meta"):
         meta = make_model(family, make_config(family, 0, 1), 0)
     shapes = {name: view.shape for name, view in checkpoint_views(meta).items()}
-    assert shapes == {name: view.shape for name, view in checkpoint_views(build("qwen3_moe", 0)).items()}
+    assert shapes == {
+        name: view.shape for name, view in checkpoint_views(build("qwen3_moe", 0)).items()
+    }

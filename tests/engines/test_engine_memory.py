@@ -1,8 +1,9 @@
 """The memory of one engine among three, on a stand-in for a GPU under vLLM's own allocator.
 
-The stand-in is the C side of vLLM's allocator: reserved addresses, bytes that are there while they are mapped, copies
-that happen when they are waited for, and the error that a second unmap leaves behind. What is tested on top of it is
-vLLM's `CuMemAllocator` with its own callbacks, and `EngineMemory`.
+The stand-in is the C side of vLLM's allocator: reserved addresses, bytes that are there while they
+are mapped, copies that happen when they are waited for, and the error that a second unmap leaves
+behind. What is tested on top of it is vLLM's `CuMemAllocator` with its own callbacks, and
+`EngineMemory`.
 """
 
 import itertools
@@ -28,8 +29,8 @@ DRIVER_CALLS = ("map", "unmap", "host_buffer", "copy_to_host", "copy_from_host",
 class Gpu:
     """Bytes behind addresses, and a driver to them.
 
-    `fail_at` names the call that fails next, and how many come before; `free_at` the call in which garbage collection
-    frees an address.
+    `fail_at` names the call that fails next, and how many come before; `free_at` the call in which
+    garbage collection frees an address.
     """
 
     def __init__(self):
@@ -96,7 +97,9 @@ class Gpu:
             copy()
 
     def _assert_no_copy_under_way(self, address: int) -> None:
-        assert address not in [a for a, _ in self.pending], f"{address} goes while a copy reads or writes it"
+        assert address not in [a for a, _ in self.pending], (
+            f"{address} goes while a copy reads or writes it"
+        )
 
     def _call(self, name: str) -> None:
         self.calls.append(name)
@@ -146,7 +149,10 @@ class Engine:
 
     def holds(self, *addresses: int) -> bool:
         """Whether these are mapped with what was written to them."""
-        return all(a in self.gpu.mapped and torch.equal(self.gpu.mapped[a], self.content[a]) for a in addresses)
+        return all(
+            a in self.gpu.mapped and torch.equal(self.gpu.mapped[a], self.content[a])
+            for a in addresses
+        )
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -203,7 +209,9 @@ def test_the_cache_is_dropped_and_the_rest_kept(engines):
 def test_level_2_drops_the_weights(engines):
     engine = engines[0]
     engine.memory.suspend(2)
-    assert engine.memory.host_bytes == PAGE, "what is neither weights nor cache is kept at any level"
+    assert engine.memory.host_bytes == PAGE, (
+        "what is neither weights nor cache is kept at any level"
+    )
     engine.memory.resume()
     assert engine.holds(engine.runtime) and not engine.holds(engine.weights[0])
 
@@ -239,7 +247,9 @@ def test_host_buffers_are_allocated_once_and_filled_again(gpu, engines):
         for address in engine.content:
             engine.write(address)
         engine.memory.suspend(1)
-        assert [gpu.allocator.pointer_to_data[a].cpu_backup_tensor.data_ptr() for a in engine.kept] == first
+        assert [
+            gpu.allocator.pointer_to_data[a].cpu_backup_tensor.data_ptr() for a in engine.kept
+        ] == first
     engine.memory.resume()
     assert engine.holds(*engine.kept)
 
@@ -265,7 +275,9 @@ def test_prefetch_starts_and_resume_waits(gpu, engines):
     engine.memory.prefetch()
     assert "synchronize" not in gpu.calls and gpu.calls.count("copy_from_host") == 3
     assert engine.memory.mapped_bytes == engine.memory.size(WEIGHTS, RUNTIME)
-    assert all(gpu.allocator.pointer_to_data[a].is_asleep for a in engine.content), "not awake before resume"
+    assert all(gpu.allocator.pointer_to_data[a].is_asleep for a in engine.content), (
+        "not awake before resume"
+    )
     gpu.calls.clear()
     engine.memory.prefetch()
     assert gpu.calls == [], "it is on its way"
@@ -274,7 +286,9 @@ def test_prefetch_starts_and_resume_waits(gpu, engines):
 
 
 def test_a_prefetch_may_be_slept_on(gpu, engines):
-    """The teacher turned out not to be needed: nothing is copied back, and the host still knows everything."""
+    """The teacher turned out not to be needed: nothing is copied back, and the host still knows
+    everything.
+    """
     engine = engines[1]
     engine.memory.suspend(1)
     engine.memory.prefetch()
@@ -292,7 +306,7 @@ def test_there_is_nothing_to_prefetch_after_level_2(engines):
     assert engine.memory.mapped_bytes <= PAGE
 
 
-# ---- Frees -----------------------------------------------------------------------------------------------------------
+# ---- Frees ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", ["awake", "asleep", "arriving"])
@@ -315,7 +329,9 @@ def test_a_free_may_come_at_any_time(gpu, engines, state):
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("call", DRIVER_CALLS)
 def test_a_free_may_come_in_the_middle(gpu, engines, call, prefetch):
-    """Garbage is collected whenever Python likes, here of an allocation that the loop has still to reach."""
+    """Garbage is collected whenever Python likes, here of an allocation that the loop has still to
+    reach.
+    """
     engine, other = engines[0], engines[1]
     gone = engine.weights[1]
     gpu.free_at = (call, gone)
@@ -325,7 +341,11 @@ def test_a_free_may_come_in_the_middle(gpu, engines, call, prefetch):
     engine.memory.resume()
     assert gpu.free_at is None and gone not in gpu.mapped and not gpu.poisoned
     assert engine.holds(engine.weights[0], engine.runtime) and other.holds(*other.content)
-    assert engine.memory.mapped_bytes == engine.memory.size() == engine.bytes - len(engine.content[gone])
+    assert (
+        engine.memory.mapped_bytes
+        == engine.memory.size()
+        == engine.bytes - len(engine.content[gone])
+    )
 
 
 def test_a_free_may_come_while_a_prefetch_is_slept_on(gpu, engines):
@@ -335,7 +355,9 @@ def test_a_free_may_come_while_a_prefetch_is_slept_on(gpu, engines):
     gpu.free_at = ("synchronize", engine.weights[1])
     engine.memory.suspend(1)
     engine.memory.resume()
-    assert gpu.free_at is None and engine.holds(engine.weights[0], engine.runtime) and not gpu.poisoned
+    assert (
+        gpu.free_at is None and engine.holds(engine.weights[0], engine.runtime) and not gpu.poisoned
+    )
 
 
 def test_a_free_during_the_copy_leaves_no_copy(gpu, engines):
@@ -404,11 +426,13 @@ def test_activity_nests_and_ends_with_an_exception(engines):
     assert EngineMemory.current is None
 
 
-# ---- Failures --------------------------------------------------------------------------------------------------------
+# ---- Failures ------------------------------------------------------------------------------------
 
 
 def assert_defined(gpu, engine) -> None:
-    """Each allocation is mapped and awake, unmapped and asleep, or mapped for a wake that has not come."""
+    """Each allocation is mapped and awake, unmapped and asleep, or mapped for a wake that has not
+    come.
+    """
     for address in engine.content.keys() - engine.memory._arriving:
         assert gpu.allocator.pointer_to_data[address].is_asleep == (address not in gpu.mapped)
 
@@ -480,19 +504,23 @@ def test_a_sleep_that_fails_halfway_copies_again(gpu, engines):
     assert engine.holds(*engine.kept)
 
 
-# ---- Any sequence ----------------------------------------------------------------------------------------------------
+# ---- Any sequence --------------------------------------------------------------------------------
 
 NAMES = st.integers(0, 2)
 FAULT = st.none() | st.tuples(st.sampled_from(DRIVER_CALLS), st.integers(0, 5))
 
 
 class AnySequence(RuleBasedStateMachine):
-    """Three engines against a model of three facts per allocation: its owner, whether it is awake, what it holds."""
+    """Three engines against a model of three facts per allocation: its owner, whether it is awake,
+    what it holds.
+    """
 
     def __init__(self):
         super().__init__()
         self.gpu = Gpu()
-        self.memories = [EngineMemory(str(i), self.gpu.allocator, self.gpu, frozen=i == 2) for i in range(3)]
+        self.memories = [
+            EngineMemory(str(i), self.gpu.allocator, self.gpu, frozen=i == 2) for i in range(3)
+        ]
         self.known: dict[int, SimpleNamespace] = {}
 
     @rule(i=NAMES, tag=st.sampled_from([WEIGHTS, KV_CACHE, RUNTIME]), pages=st.integers(1, 3))
@@ -513,7 +541,9 @@ class AnySequence(RuleBasedStateMachine):
     @precondition(lambda self: any(e.awake for e in self.known.values()))
     @rule(data=st.data())
     def write(self, data):
-        awake = [a for a, e in self.known.items() if e.awake and not (e.owner == 2 and e.tag == WEIGHTS)]
+        awake = [
+            a for a, e in self.known.items() if e.awake and not (e.owner == 2 and e.tag == WEIGHTS)
+        ]
         for address in awake and [data.draw(st.sampled_from(sorted(awake)))]:
             entry = self.known[address]
             entry.content = _garbage(len(self.gpu.mapped[address]))
@@ -560,12 +590,18 @@ class AnySequence(RuleBasedStateMachine):
         for i, memory in enumerate(self.memories):
             mine = {a: e for a, e in self.known.items() if e.owner == i}
             assert memory.size() == sum(self.gpu.reserved[a][1] for a in mine)
-            assert memory.mapped_bytes == sum(self.gpu.mapped[a].numel() for a in mine if a in self.gpu.mapped)
+            assert memory.mapped_bytes == sum(
+                self.gpu.mapped[a].numel() for a in mine if a in self.gpu.mapped
+            )
         assert not self.gpu.poisoned
 
 
 TestAnySequence = AnySequence.TestCase
 TestAnySequence.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None,
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)

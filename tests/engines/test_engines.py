@@ -1,7 +1,8 @@
-"""Real vLLM engines against Hugging Face, in float32: what they sample, what they say, what they forget.
+"""Real vLLM engines against Hugging Face, in float32: what they sample, what they say, what they
+forget.
 
-One process with one generator and four teachers, started once. G samples, L response length, K support, V vocabulary,
-H hidden size.
+One process with one generator and four teachers, started once. G samples, L response length, K
+support, V vocabulary, H hidden size.
 """
 
 import dataclasses
@@ -38,14 +39,19 @@ OPTIONS = {"dtype": "float32", "max_model_len": MAX_LEN, "trust_remote_code": Fa
 TOLERANCE = 1e-4  # measured: below 1e-6
 
 
-# ---- One start for all -----------------------------------------------------------------------------------------------
+# ---- One start for all ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def reference(tiny, tiny_tied):
     """Hugging Face models by name, on the host."""
-    paths = {name: getattr(tiny, name) for name in ("student", "addition", "reversal", "padded")} | {"tied": tiny_tied}
-    return {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
+    paths = {
+        name: getattr(tiny, name) for name in ("student", "addition", "reversal", "padded")
+    } | {"tied": tiny_tied}
+    return {
+        name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for name, path in paths.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,10 @@ def process(device):
     """This process as a rank; vLLM's own groups go with it."""
     yield device
     gc.collect()
-    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+    from vllm.distributed.parallel_state import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+    )
 
     destroy_model_parallel()
     destroy_distributed_environment()
@@ -62,14 +71,19 @@ def process(device):
 @pytest.fixture(scope="module")
 def rollout_engine(process, tiny):
     cfg = RolloutConfig(
-        num_generations=2, max_response_tokens=MAX_TOKENS, rollout_kv_cache_gib=KV_GIB, enforce_eager=True
+        num_generations=2,
+        max_response_tokens=MAX_TOKENS,
+        rollout_kv_cache_gib=KV_GIB,
+        enforce_eager=True,
     )
     return RolloutEngine(str(tiny.student), cfg, eos_ids=(EOS, OTHER_STOP), seed=SEED, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def beside_mistrals_files(tiny, tmp_path_factory):
-    """The padded teacher in shards, beside files as Mistral writes them: other weights, which nobody must read."""
+    """The padded teacher in shards, beside files as Mistral writes them: other weights, which
+    nobody must read.
+    """
     path = shutil.copytree(tiny.padded, tmp_path_factory.mktemp("both") / "padded")
     (path / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(tiny.padded).save_pretrained(path, max_shard_size="60KB")
@@ -82,11 +96,20 @@ def beside_mistrals_files(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def teachers(process, tiny, tiny_tied, beside_mistrals_files):
     """Every teacher's engine and head, asleep, by name."""
-    paths = {"addition": tiny.addition, "reversal": tiny.reversal, "padded": beside_mistrals_files, "tied": tiny_tied}
+    paths = {
+        "addition": tiny.addition,
+        "reversal": tiny.reversal,
+        "padded": beside_mistrals_files,
+        "tied": tiny_tied,
+    }
     built = {}
     for name, path in paths.items():
-        engine = HiddenStateEngine(name, str(path), tokenizer=str(tiny.student), kv_cache_gib=KV_GIB, **OPTIONS)
-        built[name] = ColocatedTeacher(TeacherSpec(name, str(path), (name,)), engine, load_head(str(path)))
+        engine = HiddenStateEngine(
+            name, str(path), tokenizer=str(tiny.student), kv_cache_gib=KV_GIB, **OPTIONS
+        )
+        built[name] = ColocatedTeacher(
+            TeacherSpec(name, str(path), (name,)), engine, load_head(str(path))
+        )
         built[name].sleep()
     return built
 
@@ -113,11 +136,15 @@ def written(prompts, *, longest=9) -> list[Rollout]:
         length = int(torch.randint(1, longest + 1, (), generator=generator))
         rollouts.append(
             Rollout(
-                sample_id=f"0/{len(rollouts)}/0", prompt=prompt, source="dataset", rollout_logprobs=None,
-                finish_reason="length", policy_version=0,
+                sample_id=f"0/{len(rollouts)}/0",
+                prompt=prompt,
+                source="dataset",
+                rollout_logprobs=None,
+                finish_reason="length",
+                policy_version=0,
                 response_ids=torch.randint(VOCAB, (length,), generator=generator).tolist(),
             )
-        )  # fmt: skip
+        )
     return rollouts
 
 
@@ -137,22 +164,26 @@ def logprobs_of(model, rollout, temperature=1.0) -> torch.Tensor:
 def gap(rollouts, model, temperature=1.0) -> float:
     """Largest distance between what the sampler said and what the model says."""
     return max(
-        float((torch.tensor(r.rollout_logprobs) - logprobs_of(model, r, temperature)).abs().max()) for r in rollouts
+        float((torch.tensor(r.rollout_logprobs) - logprobs_of(model, r, temperature)).abs().max())
+        for r in rollouts
     )
 
 
 def new_weights(model, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in model.named_parameters()
+        name: value + 0.05 * torch.randn(value.shape, generator=generator)
+        for name, value in model.named_parameters()
     }
 
 
-# ---- The generator ---------------------------------------------------------------------------------------------------
+# ---- The generator -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_logprobs_are_the_models(rollout_engine, reference, prompts, temperature, monkeypatch):
+def test_sampled_logprobs_are_the_models(
+    rollout_engine, reference, prompts, temperature, monkeypatch
+):
     monkeypatch.setattr(rollout_engine, "cfg", replace(rollout_engine.cfg, temperature=temperature))
     rollouts = rollout_engine.generate(prompts, step=0)
     assert len(rollouts) == 2 * len(prompts)
@@ -161,9 +192,13 @@ def test_sampled_logprobs_are_the_models(rollout_engine, reference, prompts, tem
 
 
 def test_new_weights_are_used_and_old_prefixes_forgotten(rollout_engine, reference, tiny, prompts):
-    """The long prompt fills whole cache blocks, so an old prefix that stayed would speak for the new weights."""
+    """The long prompt fills whole cache blocks, so an old prefix that stayed would speak for the
+    new weights.
+    """
     student = AutoModelForCausalLM.from_pretrained(tiny.student, dtype=torch.float32)
-    long_prompt = replace(prompts[0], token_ids=[3, *(i % 35 + 5 for i in range(300 - MAX_TOKENS)), 4])
+    long_prompt = replace(
+        prompts[0], token_ids=[3, *(i % 35 + 5 for i in range(300 - MAX_TOKENS)), 4]
+    )
     before = rollout_engine.generate([long_prompt, *prompts], step=0)
     assert gap(before, student) < TOLERANCE
     assert {r.policy_version for r in before} == {rollout_engine.policy_version}
@@ -258,7 +293,9 @@ def test_greedy_is_the_argmax(rollout_engine, reference, prompts):
     for r in rollouts:
         assert logits_of(reference["student"], r).argmax(-1).tolist() == r.response_ids
         assert r.rollout_logprobs is None, "nothing reads them"
-    assert [r.response_ids for r in rollout_engine.generate_greedily(prompts)] == [r.response_ids for r in rollouts]
+    assert [r.response_ids for r in rollout_engine.generate_greedily(prompts)] == [
+        r.response_ids for r in rollouts
+    ]
 
 
 def test_sleep_and_wake_keep_their_books(rollout_engine, reference, prompts):
@@ -273,7 +310,7 @@ def test_sleep_and_wake_keep_their_books(rollout_engine, reference, prompts):
     assert gap(rollout_engine.generate(prompts, 0), reference["student"]) < TOLERANCE
 
 
-# ---- The teachers ----------------------------------------------------------------------------------------------------
+# ---- The teachers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["addition", "reversal", "padded", "tied"])
@@ -305,7 +342,9 @@ def test_hidden_states_do_not_depend_on_the_batch(teachers, prompts):
 
 def test_a_sleeping_engine_refuses_work(teachers, rollout_engine, prompts):
     """vLLM itself would wait for ever."""
-    with pytest.raises(AssertionError, match="addition: kv_cache and weights asleep; wake it first"):
+    with pytest.raises(
+        AssertionError, match="addition: kv_cache and weights asleep; wake it first"
+    ):
         teachers["addition"].hidden_states(written(prompts))
     rollout_engine.sleep()
     rollout_engine.wake(["weights"])
@@ -321,7 +360,9 @@ def test_weights_come_back_from_the_files(teachers, prompts):
     before = teacher.hidden_states(rollouts)
     noise = [(name, torch.randn_like(value)) for name, value in teacher_parameters(teacher)]
     teacher.engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(noise)})
-    assert (teacher.hidden_states(rollouts)[0] - before[0]).abs().max() > 0.1, "the weights did change"
+    assert (teacher.hidden_states(rollouts)[0] - before[0]).abs().max() > 0.1, (
+        "the weights did change"
+    )
     teacher.engine.reload()
     after = teacher.hidden_states(rollouts)
     teacher.sleep()
@@ -331,7 +372,9 @@ def test_weights_come_back_from_the_files(teachers, prompts):
 def teacher_parameters(teacher):
     """Under their names in the checkpoint; the pooling engine has no use for the `lm_head`."""
     model = AutoModelForCausalLM.from_pretrained(teacher.spec.model, dtype=torch.float32)
-    return [(name, value.data) for name, value in model.named_parameters() if name != "lm_head.weight"]
+    return [
+        (name, value.data) for name, value in model.named_parameters() if name != "lm_head.weight"
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU cannot do")
@@ -398,7 +441,9 @@ def test_a_half_awake_engine_sleeps_and_wakes_whole(rollout_engine, prompts):
 
 
 def test_vllm_knows_every_option_of_an_engine(teachers, monkeypatch):
-    """Those that only a GPU gets too, and the way in which an engine's worker is told its sleep backend."""
+    """Those that only a GPU gets too, and the way in which an engine's worker is told its sleep
+    backend.
+    """
     import inspect
 
     import vllm
@@ -418,7 +463,9 @@ def test_vllm_knows_every_option_of_an_engine(teachers, monkeypatch):
         patch.setattr(vllm, "LLM", llm)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(
-            vllm_engine, "engine_memory", lambda name, frozen: EngineMemory(name, allocator, driver=None, frozen=frozen)
+            vllm_engine,
+            "engine_memory",
+            lambda name, frozen: EngineMemory(name, allocator, driver=None, frozen=frozen),
         )
         with pytest.raises(Stop):
             HiddenStateEngine(
@@ -430,7 +477,9 @@ def test_vllm_knows_every_option_of_an_engine(teachers, monkeypatch):
                 kv_cache_gib=0.1,
                 trust_remote_code=False,
             )
-    known = {f.name for f in dataclasses.fields(EngineArgs)} | set(inspect.signature(vllm.LLM.__init__).parameters)
+    known = {f.name for f in dataclasses.fields(EngineArgs)} | set(
+        inspect.signature(vllm.LLM.__init__).parameters
+    )
     assert {"enable_sleep_mode", "gpu_memory_utilization"} <= set(seen) <= known
 
     engine = teachers["addition"].engine
@@ -456,9 +505,12 @@ def test_the_rollout_engines_canary(rollout_engine, reference, monkeypatch):
 
     try:
         wake_with(weights, 21)
-        wake_with(weights, 21)  # the same weights, the same version: an evaluation between two steps
+        # the same weights, the same version: an evaluation between two steps
+        wake_with(weights, 21)
         wake_with(new_weights(reference["student"], 3), 22)  # a push changes both
-        with pytest.raises(RuntimeError, match=r"rollout engine woke up with other weights.*version 22"):
+        with pytest.raises(
+            RuntimeError, match=r"rollout engine woke up with other weights.*version 22"
+        ):
             wake_with(weights, 22)
         with pytest.raises(RuntimeError, match="rollout engine woke up without weights"):
             wake_with({name: torch.zeros_like(value) for name, value in weights.items()}, 23)
@@ -469,7 +521,9 @@ def test_the_rollout_engines_canary(rollout_engine, reference, monkeypatch):
 
 
 class Recorder:
-    """Calls the real vLLM and notes, for each call, whose memory and whose workspace it would have used."""
+    """Calls the real vLLM and notes, for each call, whose memory and whose workspace it would have
+    used.
+    """
 
     def __init__(self, llm):
         self.llm, self.seen = llm, []
@@ -484,7 +538,9 @@ class Recorder:
         return call
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there the engines have a memory of their own")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there the engines have a memory of their own"
+)
 def test_vllm_is_called_inside_the_engines_memory_alone(teachers, monkeypatch):
     from vllm.v1.worker import workspace
 
@@ -507,7 +563,12 @@ def test_vllm_is_called_inside_the_engines_memory_alone(teachers, monkeypatch):
     engine.prefetch()
     engine.sleep()
     assert calls == [("prefetch",), ("suspend", 1)], "what was prefetched in vain goes"
-    assert {name for name, *_ in engine.llm.seen} == {"wake_up", "encode", "collective_rpc", "sleep"}
+    assert {name for name, *_ in engine.llm.seen} == {
+        "wake_up",
+        "encode",
+        "collective_rpc",
+        "sleep",
+    }
     assert all(current is memory and manager is mine for _, current, manager in engine.llm.seen)
     assert EngineMemory.current is None and workspace._manager is others
 
@@ -528,14 +589,19 @@ def test_the_sleep_backend_serves_the_engine_that_is_active():
         vllm_process.EngineSleep()
 
 
-# ---- The pool --------------------------------------------------------------------------------------------------------
+# ---- The pool ------------------------------------------------------------------------------------
 
 
 def pool_of(members, routes, payload="hidden", cache_bytes=1 << 30, **loss) -> TeacherPool:
     return TeacherPool(
-        members, {domain: tuple(route) for domain, route in routes.items()}, LossConfig(**loss), payload=payload,
-        cache_bytes=cache_bytes, shared_vocab=VOCAB, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )  # fmt: skip
+        members,
+        {domain: tuple(route) for domain, route in routes.items()},
+        LossConfig(**loss),
+        payload=payload,
+        cache_bytes=cache_bytes,
+        shared_vocab=VOCAB,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
 
 
 BY_DOMAIN = {"addition": [("addition", 1.0)], "reversal": [("reversal", 1.0)]}
@@ -543,9 +609,15 @@ BY_DOMAIN = {"addition": [("addition", 1.0)], "reversal": [("reversal", 1.0)]}
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("payload", ["sampled", "topk"])
-def test_scores_are_the_teachers_full_vocabulary_logprobs(teachers, reference, prompts, payload, temperature):
+def test_scores_are_the_teachers_full_vocabulary_logprobs(
+    teachers, reference, prompts, payload, temperature
+):
     pool = pool_of(
-        [teachers["addition"], teachers["reversal"]], BY_DOMAIN, payload, support_k=5, loss_temperature=temperature
+        [teachers["addition"], teachers["reversal"]],
+        BY_DOMAIN,
+        payload,
+        support_k=5,
+        loss_temperature=temperature,
     )
     rollouts = written(prompts)
     for rollout, (score,) in zip(rollouts, pool.score(rollouts), strict=True):
@@ -597,23 +669,35 @@ def test_every_teacher_wakes_at_most_once_and_alone(teachers, prompts, monkeypat
 
 
 def test_a_teacher_that_fails_is_put_to_sleep(teachers, prompts, monkeypatch):
-    monkeypatch.setattr(teachers["addition"], "hidden_states", lambda rollouts: [torch.full((1, 96), float("nan"))] * 8)
-    with pytest.raises(FloatingPointError, match="teacher addition: prompt 0: hidden states are not finite"):
-        pool_of([teachers["addition"]], {d: [("addition", 1.0)] for d in BY_DOMAIN}).score(written(prompts))
+    monkeypatch.setattr(
+        teachers["addition"],
+        "hidden_states",
+        lambda rollouts: [torch.full((1, 96), float("nan"))] * 8,
+    )
+    with pytest.raises(
+        FloatingPointError, match="teacher addition: prompt 0: hidden states are not finite"
+    ):
+        pool_of([teachers["addition"]], {d: [("addition", 1.0)] for d in BY_DOMAIN}).score(
+            written(prompts)
+        )
 
     def fails(rollouts):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(teachers["addition"], "hidden_states", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
-        pool_of([teachers["addition"]], {d: [("addition", 1.0)] for d in BY_DOMAIN}).score(written(prompts))
+        pool_of([teachers["addition"]], {d: [("addition", 1.0)] for d in BY_DOMAIN}).score(
+            written(prompts)
+        )
     assert not teachers["addition"].awake
 
 
 def test_a_token_beyond_the_shared_vocabulary_is_refused(teachers, prompts):
     rollouts = written(prompts)
     rollouts[2] = replace(rollouts[2], response_ids=[3, VOCAB])
-    with pytest.raises(RuntimeError, match=r"prompt 2: the student wrote token 40, .* beyond the 40 tokens"):
+    with pytest.raises(
+        RuntimeError, match=r"prompt 2: the student wrote token 40, .* beyond the 40 tokens"
+    ):
         pool_of([teachers["padded"]], {d: [("padded", 1.0)] for d in BY_DOMAIN}).score(rollouts)
 
 
@@ -627,17 +711,21 @@ def test_one_head_is_resident(teachers):
     assert pool._resident is None
 
 
-# ---- From teachers to the loss ---------------------------------------------------------------------------------------
+# ---- From teachers to the loss -------------------------------------------------------------------
 
 
 def loss_and_gradient(members, routes, rollouts, payload, student, **loss):
-    """The summed loss of `rollouts` and its gradient with respect to the student's final hidden states [N, H]."""
+    """The summed loss of `rollouts` and its gradient with respect to the student's final hidden
+    states [N, H].
+    """
     cfg = LossConfig(**loss)
     pool = pool_of(members, routes, payload, **loss)
     scored = list(zip(rollouts, pool.score(rollouts), strict=True))
     mb = collate(scored, pad_id=0, domains=list(routes))
     with torch.no_grad():
-        states_BSH = student.base_model(mb.input_ids_BS, attention_mask=mb.attention_mask_BS).last_hidden_state
+        states_BSH = student.base_model(
+            mb.input_ids_BS, attention_mask=mb.attention_mask_BS
+        ).last_hidden_state
     hidden_NH = states_BSH[mb.loss_mask_BS].to(pool.device).requires_grad_()
     mb = mb.to(pool.device)
 
@@ -647,9 +735,13 @@ def loss_and_gradient(members, routes, rollouts, payload, student, **loss):
 
     head = OutputHead(student.get_output_embeddings().weight.detach().to(pool.device))
     loss_sum, stats = fused_linear_loss(
-        hidden_NH, head, token_loss,
-        temperature=cfg.loss_temperature, vocab=VOCAB, chunk_bytes=VOCAB * 4 * LIVE_BUFFERS * 7,
-    )  # fmt: skip
+        hidden_NH,
+        head,
+        token_loss,
+        temperature=cfg.loss_temperature,
+        vocab=VOCAB,
+        chunk_bytes=VOCAB * 4 * LIVE_BUFFERS * 7,
+    )
     loss_sum.backward()
     return loss_sum.detach(), hidden_NH.grad, stats["teacher"]
 
@@ -669,32 +761,53 @@ def assert_same(one, two, tolerance):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_a_union_of_whole_vocabularies_is_the_full_support(teachers, reference, prompts, temperature):
-    """The teacher's log-probabilities at the student's tokens come from its hidden states, not from a guess."""
-    rollouts, options = written(prompts), {"loss": "jsd", "loss_temperature": temperature, "overlap_k": 0}
+def test_a_union_of_whole_vocabularies_is_the_full_support(
+    teachers, reference, prompts, temperature
+):
+    """The teacher's log-probabilities at the student's tokens come from its hidden states, not from
+    a guess.
+    """
+    rollouts, options = (
+        written(prompts),
+        {"loss": "jsd", "loss_temperature": temperature, "overlap_k": 0},
+    )
     routes = {"addition": [("addition", 0.3), ("reversal", 0.7)], "reversal": [("reversal", 1.0)]}
     members = [teachers["addition"], teachers["reversal"]]
     full = loss_and_gradient(members, routes, rollouts, "hidden", reference["student"], **options)
     union = {"support": "union_topk", "support_k": VOCAB // 2, "tail": "truncate"}
-    half = loss_and_gradient(members, routes, rollouts, "topk+hidden", reference["student"], **options, **union)
+    half = loss_and_gradient(
+        members, routes, rollouts, "topk+hidden", reference["student"], **options, **union
+    )
     union["support_k"] = VOCAB
-    whole = loss_and_gradient(members, routes, rollouts, "topk+hidden", reference["student"], **options, **union)
+    whole = loss_and_gradient(
+        members, routes, rollouts, "topk+hidden", reference["student"], **options, **union
+    )
     assert_same(full, whole, 1e-5)
     assert abs(full[0] - half[0]) > 1e-4 * abs(full[0])
 
 
 def test_a_full_cache_spills_to_the_top_k_and_says_so(teachers, reference, prompts, capsys):
-    """Each teacher keeps its share in full; the rest is scored on the spot, and no token is lost."""
+    """Each teacher keeps its share in full; the rest is scored on the spot, and no
+    token is lost.
+    """
     rollouts = written(prompts)
-    members, options = [teachers["addition"], teachers["reversal"]], {"support_k": 3, "tail": "bucket"}
+    members, options = (
+        [teachers["addition"], teachers["reversal"]],
+        {"support_k": 3, "tail": "bucket"},
+    )
     bytes_of = {
-        t.name: sum(len(r.response_ids) for r in rollouts if r.prompt.domain == t.name) * t.head.weight_VH.shape[1] * 4
+        t.name: sum(len(r.response_ids) for r in rollouts if r.prompt.domain == t.name)
+        * t.head.weight_VH.shape[1]
+        * 4
         for t in members
     }
     pool = pool_of(members, BY_DOMAIN, cache_bytes=sum(bytes_of.values()) // 2, **options)
     scores = pool.score(rollouts)
     warning = capsys.readouterr().err
-    assert "--teacher_cache_bytes" in warning and "top 3 tokens (--tail bucket) instead of --support full" in warning
+    assert (
+        "--teacher_cache_bytes" in warning
+        and "top 3 tokens (--tail bucket) instead of --support full" in warning
+    )
     everything = pool_of(members, BY_DOMAIN, **options).score(rollouts)
     topk = pool_of(members, BY_DOMAIN, "topk", **options).score(rollouts)
     for name, whole in bytes_of.items():
@@ -718,7 +831,9 @@ def test_a_full_cache_spills_to_the_top_k_and_says_so(teachers, reference, promp
     calls = []
     for member in members:
         real = member.hidden_states
-        member.hidden_states = lambda rollouts, real=real: calls.append(len(rollouts)) or real(rollouts)
+        member.hidden_states = lambda rollouts, real=real: (
+            calls.append(len(rollouts)) or real(rollouts)
+        )
     assert all(s.hidden is None and s.topk_ids is not None for (s,) in none.score(rollouts))
     for member in members:
         del member.hidden_states
@@ -728,7 +843,10 @@ def test_a_full_cache_spills_to_the_top_k_and_says_so(teachers, reference, promp
 @pytest.mark.parametrize(("payload", "loss"), LOSSES, ids=LOSS_IDS)
 def test_one_teacher_listed_twice_equals_one_teacher(teachers, reference, prompts, payload, loss):
     addition = teachers["addition"]
-    first, second = (ColocatedTeacher(replace(addition.spec, name=n), addition.engine, addition.head) for n in "ab")
+    first, second = (
+        ColocatedTeacher(replace(addition.spec, name=n), addition.engine, addition.head)
+        for n in "ab"
+    )
     once = {domain: [("addition", 1.0)] for domain in BY_DOMAIN}
     twice = {"addition": [("a", 1.0)], "reversal": [("b", 1.0)]}
     rollouts = written(prompts)
@@ -759,27 +877,47 @@ def test_mixtures(teachers, reference, prompts, payload, loss):
 
 @pytest.mark.parametrize(("payload", "loss"), LOSSES, ids=LOSS_IDS)
 def test_a_padded_vocabulary_changes_nothing(teachers, reference, prompts, payload, loss):
-    """24 random rows more in the teacher's head; left in, they would take most of its probability."""
+    """24 random rows more in the teacher's head; left in, they would take most of its
+    probability.
+    """
     rollouts = written(prompts)
     plain, padded = (
         loss_and_gradient(
-            [teachers[name]], {d: [(name, 1.0)] for d in BY_DOMAIN}, rollouts, payload, reference["student"], **loss
+            [teachers[name]],
+            {d: [(name, 1.0)] for d in BY_DOMAIN},
+            rollouts,
+            payload,
+            reference["student"],
+            **loss,
         )
         for name in ("addition", "padded")
     )
     assert_same(plain, padded, 1e-5)
 
 
-# ---- Teachers of both backends ---------------------------------------------------------------------------------------
+# ---- Teachers of both backends -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def hf_teachers(process, tiny, tiny_tied):
     """The same teachers as transformers models, asleep on the disk."""
     built = {}
-    for name, path in {"addition": tiny.addition, "reversal": tiny.reversal, "tied": tiny_tied}.items():
-        engine = HFEngine(name, str(path), dtype="float32", trust_remote_code=False, device=process, residency="disk")
-        built[name] = ColocatedTeacher(TeacherSpec(name, str(path), (name,)), engine, map_head(str(path)))
+    for name, path in {
+        "addition": tiny.addition,
+        "reversal": tiny.reversal,
+        "tied": tiny_tied,
+    }.items():
+        engine = HFEngine(
+            name,
+            str(path),
+            dtype="float32",
+            trust_remote_code=False,
+            device=process,
+            residency="disk",
+        )
+        built[name] = ColocatedTeacher(
+            TeacherSpec(name, str(path), (name,)), engine, map_head(str(path))
+        )
         built[name].sleep()
     return built
 
@@ -803,10 +941,20 @@ def test_backends_mix(teachers, hf_teachers, reference, prompts, payload, loss):
     routes = {"addition": [("addition", 0.5), ("reversal", 0.5)], "reversal": [("reversal", 1.0)]}
     assert_same(
         loss_and_gradient(
-            [teachers["addition"], teachers["reversal"]], routes, rollouts, payload, reference["student"], **loss
+            [teachers["addition"], teachers["reversal"]],
+            routes,
+            rollouts,
+            payload,
+            reference["student"],
+            **loss,
         ),
         loss_and_gradient(
-            [teachers["addition"], hf_teachers["reversal"]], routes, rollouts, payload, reference["student"], **loss
+            [teachers["addition"], hf_teachers["reversal"]],
+            routes,
+            rollouts,
+            payload,
+            reference["student"],
+            **loss,
         ),
         TOLERANCE,
     )

@@ -1,4 +1,5 @@
-"""Teachers of the hf backend: right for every family, whatever the batch; and a sleeping one gives back what it says.
+"""Teachers of the hf backend: right for every family, whatever the batch; and a sleeping one gives
+back what it says.
 
 L length of a sequence, V vocabulary, H hidden size.
 """
@@ -29,7 +30,9 @@ from tests.support.launch import Models, command, metrics_of, succeed
 
 FLOAT32 = {"dtype": "float32", "trust_remote_code": False}
 MIB = 1 << 20
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="host memory is the device's on a CPU")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="host memory is the device's on a CPU"
+)
 
 
 def sequences_of(lengths: list[int], vocab: int) -> list[list[int]]:
@@ -47,12 +50,14 @@ def assert_close(found, wanted, tolerance):
         assert a.shape == b.shape and (a.float() - b.float()).abs().max() <= tolerance
 
 
-# ---- What it says ----------------------------------------------------------------------------------------------------
+# ---- What it says --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_states_and_head_give_the_models_logits_in_every_family(name, tmp_path):
-    """Only the base model is loaded, under names that differ from family to family; none may stay random."""
+    """Only the base model is loaded, under names that differ from family to family; none may stay
+    random.
+    """
     model_type, changes, _ = CASES[name]
     model = make_model(model_type, changes)
     model.save_pretrained(tmp_path)
@@ -83,7 +88,13 @@ def test_batches_are_neighbours_in_length_within_the_budget():
     lengths = [3, 9, 4, 100, 4, 1, 9, 2]
     found = list(batches(lengths, 16))
     assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
-    assert [[lengths[index] for index in batch] for batch in found] == [[1, 2, 3, 4], [4], [9], [9], [100]]
+    assert [[lengths[index] for index in batch] for batch in found] == [
+        [1, 2, 3, 4],
+        [4],
+        [9],
+        [9],
+        [100],
+    ]
     assert list(batches([], 16)) == []
 
 
@@ -100,11 +111,14 @@ def test_weights_that_are_missing_are_not_made_up(tiny, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"teacher reversal: .* lacks 1 weights of its base model, first .*up_proj"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"teacher reversal: .* lacks 1 weights of its base model, first .*up_proj",
+    ):
         HFEngine("reversal", str(tmp_path), **FLOAT32)
 
 
-# ---- Sleep and wake --------------------------------------------------------------------------------------------------
+# ---- Sleep and wake ------------------------------------------------------------------------------
 
 
 def test_a_teacher_on_the_gpu_never_sleeps(tiny):
@@ -140,7 +154,9 @@ def test_the_books_of_sleep_and_wake(tiny, residency):
 
 def test_bytes_awake_are_those_of_the_base_model(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny.addition, dtype=torch.float32)
-    expected = sum(t.numel() * t.element_size() for t in (*model.model.parameters(), *model.model.buffers()))
+    expected = sum(
+        t.numel() * t.element_size() for t in (*model.model.parameters(), *model.model.buffers())
+    )
     engine = HFEngine("addition", str(tiny.addition), residency="disk", **FLOAT32)
     assert engine.bytes_awake == expected, "without the head"
     engine.sleep()
@@ -150,11 +166,15 @@ def test_bytes_awake_are_those_of_the_base_model(tiny):
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
     "llama3": {
-        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
     "dynamic": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -163,10 +183,17 @@ def test_rotary_tables_are_right_after_every_wake(tmp_path, rope):
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=32, rope_parameters=ROPES[rope], initializer_range=0.5,
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            rope_parameters=ROPES[rope],
+            initializer_range=0.5,
         )
-    ).save_pretrained(tmp_path)  # fmt: skip
+    ).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     short, long = sequences_of([9, 60], 40)
     expected = reference_states(model, [short]) + reference_states(model, [long])
@@ -182,7 +209,12 @@ def heavy(tmp_path_factory) -> Path:
     """80 MiB in float32: far more than the noise of a process."""
     path = tmp_path_factory.mktemp("heavy")
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+    shape = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).save_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     model.save_pretrained(path / "half")
@@ -215,7 +247,9 @@ def test_a_teacher_on_the_disk_really_leaves(heavy, files):
 
 
 def test_a_waking_teacher_is_mapped_and_never_there_twice(heavy, device):
-    """On the device of a rank, as the trainers build it: a copy of the weights beside their pages would double the peak."""
+    """On the device of a rank, as the trainers build it: a copy of the weights beside their pages
+    would double the peak.
+    """
     engine = HFEngine("heavy", str(heavy), residency="disk", device=device, **FLOAT32)
     sequences = sequences_of([40, 30], 64)
     engine.hidden_states(sequences)
@@ -286,7 +320,9 @@ def test_a_teacher_that_wakes_as_another_stops_the_run_by_name(tiny, tmp_path):
     teacher.sleep()
     weights = load_file(path / "model.safetensors")
     for broken in ("zero", "nan"):
-        values = {k: torch.full_like(v, float(broken == "nan") and torch.nan) for k, v in weights.items()}
+        values = {
+            k: torch.full_like(v, float(broken == "nan") and torch.nan) for k, v in weights.items()
+        }
         head = {"lm_head.weight": weights["lm_head.weight"]}  # the head did not sleep
         save_file({**values, **head}, path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(RuntimeError, match="teacher addition woke up with other weights"):
@@ -296,7 +332,7 @@ def test_a_teacher_that_wakes_as_another_stops_the_run_by_name(tiny, tmp_path):
     teacher.wake()
 
 
-# ---- The head --------------------------------------------------------------------------------------------------------
+# ---- The head ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "tied", "bias", "gemma2"])
@@ -323,7 +359,7 @@ def test_a_mapped_head_lies_in_memory_only_while_it_is_used(tmp_path):
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-# ---- What it writes --------------------------------------------------------------------------------------------------
+# ---- What it writes ------------------------------------------------------------------------------
 
 EOS, OTHER_STOP = 1, 20
 
@@ -336,21 +372,29 @@ def generator(tiny) -> HFGenerator:
 def test_greedy_responses_are_the_argmax_and_keep_their_stop_token(generator, tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny.addition, dtype=torch.float32)
     prompts = sequences_of([4, 9, 1, 6, 3, 12], 40)
-    samples = generator.generate(prompts, [0] * 6, (EOS, OTHER_STOP), max_tokens=12, temperature=0.0)
+    samples = generator.generate(
+        prompts, [0] * 6, (EOS, OTHER_STOP), max_tokens=12, temperature=0.0
+    )
     for prompt, sample in zip(prompts, samples, strict=True):
         ids = sample.token_ids
         with torch.no_grad():
             logits_SV = model(torch.tensor([prompt + ids])).logits[0]
-        assert logits_SV[len(prompt) - 1 : -1].argmax(-1).tolist() == ids and sample.logprobs is None
+        assert (
+            logits_SV[len(prompt) - 1 : -1].argmax(-1).tolist() == ids and sample.logprobs is None
+        )
         assert not {EOS, OTHER_STOP} & set(ids[:-1])
-        assert sample.stopped == (ids[-1] in (EOS, OTHER_STOP)) and (sample.stopped or len(ids) == 12)
+        assert sample.stopped == (ids[-1] in (EOS, OTHER_STOP)) and (
+            sample.stopped or len(ids) == 12
+        )
 
 
 def test_a_sampled_response_is_a_function_of_its_seed(generator):
     prompts = [[5, 6, 7]] * 6 + [[8, 9]]
 
     def sample(chosen, seeds):
-        samples = generator.generate([prompts[i] for i in chosen], seeds, (EOS,), max_tokens=12, temperature=1.0)
+        samples = generator.generate(
+            [prompts[i] for i in chosen], seeds, (EOS,), max_tokens=12, temperature=1.0
+        )
         return [s.token_ids for s in samples]
 
     together = sample(range(7), list(range(7)))
@@ -367,27 +411,38 @@ def test_sampled_responses_follow_the_model_and_not_its_generation_config(tiny, 
     samples = HFGenerator(str(tmp_path), **FLOAT32).generate(
         [[5, 6, 7]] * 150, list(range(150)), (EOS,), max_tokens=1, temperature=1.3
     )
-    share, expected = sum(s.token_ids == [likeliest.indices] for s in samples) / 150, float(likeliest.values)
+    share, expected = (
+        sum(s.token_ids == [likeliest.indices] for s in samples) / 150,
+        float(likeliest.values),
+    )
     assert expected < 0.7 and abs(share - expected) < 4 * (expected * (1 - expected) / 150) ** 0.5
 
 
-# ---- Runs ------------------------------------------------------------------------------------------------------------
+# ---- Runs ----------------------------------------------------------------------------------------
 
 
 def test_residency_and_backend_may_change_under_a_resumed_run(tiny):
     """They decide what fits and what runs a teacher, not what it says."""
     argv = ["--student_model", str(tiny.student), "--data", str(tiny.train), "--output_dir", "o"]
     prints = []
-    for flags in ([], ["--teacher_residency", "gpu"], ["--teacher_residency", "disk", "--teacher_backend", "hf"]):
+    for flags in (
+        [],
+        ["--teacher_residency", "gpu"],
+        ["--teacher_residency", "disk", "--teacher_backend", "hf"],
+    ):
         cfg = parse(train_mopd.Config, [*argv, "--teacher", f"addition={tiny.addition}", *flags])
-        prints.append(json.dumps(_fingerprint(cfg, {"addition": "its hash"}, "data"), sort_keys=True))
+        prints.append(
+            json.dumps(_fingerprint(cfg, {"addition": "its hash"}, "data"), sort_keys=True)
+        )
     assert prints[0] == prints[1] == prints[2]
 
 
 @pytest.mark.e2e
 def test_a_run_with_hf_teachers_on_the_disk_is_the_run_with_vllm(tiny, tmp_path):
     """ZeRO-3, so that a teacher that is loaded beside the student must not be sharded."""
-    models = Models(tiny.student, {d: getattr(tiny, d) for d in tiny.domains}, (str(tiny.train),), tiny.eval)
+    models = Models(
+        tiny.student, {d: getattr(tiny, d) for d in tiny.domains}, (str(tiny.train),), tiny.eval
+    )
     hf = ("--teacher_backend", "hf", "--teacher_residency", "disk")
     runs = {"hf": command(models, tmp_path / "hf", *hf), "vllm": command(models, tmp_path / "vllm")}
     with ThreadPoolExecutor(2) as pool:

@@ -1,7 +1,7 @@
 """The student's states leave the GPU and come back: what may leave, and that nothing else changes.
 
-Real DeepSpeed engines on one and two ranks. On a CPU the moves are from host memory to host memory; that they are made at
-all, and undone, is the same code.
+Real DeepSpeed engines on one and two ranks. On a CPU the moves are from host memory to host memory;
+that they are made at all, and undone, is the same code.
 """
 
 import json
@@ -21,7 +21,11 @@ DEADLINE = 600  # seconds for all cases of one launch
 CASES = {
     "zero3_float32": {"ds_config": "zero3", "dtype": "float32", "offloads": ["states"]},
     "zero3_bfloat16": {"ds_config": "zero3", "dtype": "bfloat16", "offloads": ["states"]},
-    "zero3_parameters": {"ds_config": "zero3", "dtype": "bfloat16", "offloads": ["states", "parameters"]},
+    "zero3_parameters": {
+        "ds_config": "zero3",
+        "dtype": "bfloat16",
+        "offloads": ["states", "parameters"],
+    },
     "zero2_bfloat16": {"ds_config": "zero2", "dtype": "bfloat16", "offloads": ["states"]},
     "zero1_float32": {"ds_config": "zero1", "dtype": "float32", "offloads": ["states"]},
 }
@@ -34,10 +38,21 @@ def records(request, tiny, tmp_path_factory):
     job.write_text(json.dumps({"model": str(tiny.student), "out": str(out), "cases": CASES}))
     command = [sys.executable]
     if request.param == 2:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-addr",
+            "127.0.0.1",
+        ]
         command += ["--master-port", str(distributed.free_port())]
     result = subprocess.run(
-        [*command, str(WORKER), str(job)], env=worker_environment(), capture_output=True, text=True, timeout=DEADLINE
+        [*command, str(WORKER), str(job)],
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return request.param, {name: json.loads((out / f"{name}.json").read_text()) for name in CASES}
@@ -49,7 +64,8 @@ def test_training_is_the_same_bit_for_bit(records, name):
     record = found[name]
     assert record["difference"] == 0.0
     assert record["lost"] == 0.0, "a checkpoint of states that are away is whole"
-    if name.startswith("zero3"):  # masters and two moments, 4 bytes each; the others move by DeepSpeed's own hand
+    # masters and two moments, 4 bytes each; the others move by DeepSpeed's own hand
+    if name.startswith("zero3"):
         share = record["numel"] // ranks
         assert all(12 * share <= left <= 12.2 * share + 4096 for left in record["left"]), record
 
@@ -65,7 +81,9 @@ def test_a_host_copy_is_made_once_and_reused():
     assert not set(hosts) & set(places)
     copy.back()
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
-    assert not {t.data_ptr() for t in tensors} & set(hosts), "what is back does not write to the host's copy"
+    assert not {t.data_ptr() for t in tensors} & set(hosts), (
+        "what is back does not write to the host's copy"
+    )
     tensors[0] += 1
     copy.out()
     copy.settle()
@@ -91,7 +109,10 @@ def test_what_leaves(ds_config, asked, dtype, leaves, why):
     found, reason = what_leaves(config, asked, dtype=getattr(torch, dtype), use_cuda=True)
     assert found == leaves
     assert why in reason and bool(why) == bool(reason)
-    assert what_leaves(config, asked, dtype=getattr(torch, dtype), use_cuda=False) == (frozenset(), "")
+    assert what_leaves(config, asked, dtype=getattr(torch, dtype), use_cuda=False) == (
+        frozenset(),
+        "",
+    )
 
 
 def test_offloaded_parameters_stay_where_they_are():

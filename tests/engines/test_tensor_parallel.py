@@ -1,4 +1,5 @@
-"""Two real ranks that share vLLM engines: the models' own numbers, whoever asks what, and no rank that waits for a lost one.
+"""Two real ranks that share vLLM engines: the models' own numbers, whoever asks what, and no rank
+that waits for a lost one.
 
 L response length, H hidden size, V vocabulary.
 """
@@ -34,20 +35,41 @@ def paths(tiny, tokenizer, tmp_path_factory) -> dict[str, Path]:
     experts = tmp_path_factory.mktemp("experts")
     torch.manual_seed(3)
     config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_experts=4,
-        num_experts_per_tok=2, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=512, initializer_range=0.2, dtype="float32", tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        dtype="float32",
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
     Qwen3MoeForCausalLM(config).save_pretrained(experts)
     tokenizer.save_pretrained(experts)
-    return {"student": tiny.student, "addition": tiny.addition, "reversal": tiny.reversal, "experts": experts}
+    return {
+        "student": tiny.student,
+        "addition": tiny.addition,
+        "reversal": tiny.reversal,
+        "experts": experts,
+    }
 
 
 @pytest.fixture(scope="module")
 def reference(tiny, paths):
     """Hugging Face models by name; `reloaded` is the student with other weights."""
-    models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in paths.items()}
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for name, path in paths.items()
+    }
     models["reloaded"] = AutoModelForCausalLM.from_pretrained(tiny.student, dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -59,18 +81,26 @@ def reference(tiny, paths):
 @pytest.fixture(scope="module")
 def prompts(tiny, tokenizer) -> list[list[int]]:
     rows = [json.loads(line) for line in tiny.train.read_text().splitlines()][:6]
-    return [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False) for row in rows]
+    return [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")
 def make_job(paths, reference, prompts, tmp_path_factory):
     def make() -> Path:
         out = tmp_path_factory.mktemp("job")
-        save_file({k: v.detach() for k, v in reference["reloaded"].named_parameters()}, out / "weights.safetensors")
+        save_file(
+            {k: v.detach() for k, v in reference["reloaded"].named_parameters()},
+            out / "weights.safetensors",
+        )
         job = {
-            "models": {name: str(path) for name, path in paths.items()}, "prompts": prompts,
-            "weights": str(out / "weights.safetensors"), "out": str(out),
-        }  # fmt: skip
+            "models": {name: str(path) for name, path in paths.items()},
+            "prompts": prompts,
+            "weights": str(out / "weights.safetensors"),
+            "out": str(out),
+        }
         (out / "job.json").write_text(json.dumps(job))
         return out / "job.json"
 
@@ -82,9 +112,12 @@ def seen(make_job):
     """What both ranks report, and the tensors they got: lists by rank."""
     job = make_job()
     result = subprocess.run(
-        [*torchrun(), str(WORKER), "both_sizes", str(job)], env=worker_environment(), capture_output=True, text=True,
+        [*torchrun(), str(WORKER), "both_sizes", str(job)],
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
         timeout=DEADLINE,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr[-6000:]
     reports = [json.loads((job.parent / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     return reports, [load_file(job.parent / f"rank_{rank}.safetensors") for rank in (0, 1)]
@@ -103,14 +136,16 @@ def logprobs_of(model, sample: dict) -> torch.Tensor:
 
 
 def gap(samples: list[dict], model) -> float:
-    return max(float((torch.tensor(s["logprobs"]) - logprobs_of(model, s)).abs().max()) for s in samples)
+    return max(
+        float((torch.tensor(s["logprobs"]) - logprobs_of(model, s)).abs().max()) for s in samples
+    )
 
 
 def mine_of(seen, part: str, key: str) -> list[dict]:
     return [sample for report in seen[0] for sample in report[part][key]]
 
 
-# ---- The engines -----------------------------------------------------------------------------------------------------
+# ---- The engines ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("part", ["unequal", "none_on_one", "none"])
@@ -141,7 +176,11 @@ def test_hidden_states_of_shared_and_own_teachers(seen, reference, prompts, teac
     """addition has an engine on each rank; reversal, and experts after dense models, are shared."""
     start = 0
     for tensors, count in zip(seen[1], DEAL[part], strict=True):
-        found = {key: state_LH for key, state_LH in tensors.items() if key.startswith(f"{part}/{teacher}/")}
+        found = {
+            key: state_LH
+            for key, state_LH in tensors.items()
+            if key.startswith(f"{part}/{teacher}/")
+        }
         assert len(found) == count
         for i, ids in enumerate(prompts[start : start + count]):
             expected_LH = states_of(reference[teacher], ids)
@@ -150,8 +189,13 @@ def test_hidden_states_of_shared_and_own_teachers(seen, reference, prompts, teac
 
 
 def test_ranks_with_different_work_for_a_pool_stay_in_step(seen):
-    """Rank 1 has no prompt for the shared teacher, and without a cache every response is a call of its own."""
-    whole, spilled = ([{k for k in t if k.startswith(f"{part}/")} for t in seen[1]] for part in ("whole", "spilled"))
+    """Rank 1 has no prompt for the shared teacher, and without a cache every response is a call of
+    its own.
+    """
+    whole, spilled = (
+        [{k for k in t if k.startswith(f"{part}/")} for t in seen[1]]
+        for part in ("whole", "spilled")
+    )
     assert [sum("reversal" in key for key in keys) for keys in whole] == [2, 0]
     assert [sum("addition" in key for key in keys) for keys in whole] == [3, 1]
     assert all(key.startswith("whole/hidden/") for keys in whole for key in keys)
@@ -159,19 +203,24 @@ def test_ranks_with_different_work_for_a_pool_stay_in_step(seen):
     assert [len(keys) for keys in whole] == [len(keys) for keys in spilled] == list(DEAL["unequal"])
 
 
-# ---- Errors ----------------------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 
 def test_nobody_waits_for_a_rank_that_failed_before_the_call(seen):
     for report in seen[0]:
-        assert report["failure"]["error"] == "RankError: the work failed on rank 1: RuntimeError: no prompts here"
+        assert (
+            report["failure"]["error"]
+            == "RankError: the work failed on rank 1: RuntimeError: no prompts here"
+        )
         assert report["failure"]["seconds"] < 30, "found by word, not by a timeout"
 
 
 def test_ranks_that_come_for_different_work_are_told(seen):
     for report in seen[0]:
         error = report["different_work"]["error"]
-        assert "ranks [0, 1] of one group came for different work: ['teacher A', 'teacher B']" in error
+        assert (
+            "ranks [0, 1] of one group came for different work: ['teacher A', 'teacher B']" in error
+        )
 
 
 @pytest.mark.e2e
@@ -179,9 +228,12 @@ def test_a_rank_lost_inside_the_engine_ends_the_run(make_job):
     """The other rank waits in a reduction of vLLM's, where it cannot be asked."""
     job = make_job()
     result = subprocess.run(
-        [*torchrun(), str(WORKER), "lost_inside", str(job)], env=worker_environment(), capture_output=True, text=True,
+        [*torchrun(), str(WORKER), "lost_inside", str(job)],
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
         timeout=DEADLINE,
-    )  # fmt: skip
+    )
     assert result.returncode != 0
     assert "RuntimeError: out of memory in the second layer" in result.stderr
     assert time.time() - float((job.parent / "failed_at").read_text()) < 60

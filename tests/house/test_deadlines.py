@@ -1,7 +1,8 @@
 """No wait without a deadline: what waits for another process, thread, socket or task says how long.
 
-The test reads syntax, not types, so it goes by names and by missing arguments: `x.get()` without an argument is a queue's,
-`x.join()` a thread's. It does not see a lock in a `with` (held for lines, not for answers) or a loop that polls.
+The test reads syntax, not types, so it goes by names and by missing arguments: `x.get()` without an
+argument is a queue's, `x.join()` a thread's. It does not see a lock in a `with` (held for lines,
+not for answers) or a loop that polls.
 """
 
 import ast
@@ -10,11 +11,18 @@ import pytest
 
 from tests.support.processes import ROOT
 
-SOURCES = [path for pattern in ("opd/*.py", "train_*.py", "scripts/*.py") for path in sorted(ROOT.glob(pattern))]
+SOURCES = [
+    path
+    for pattern in ("opd/*.py", "train_*.py", "scripts/*.py")
+    for path in sorted(ROOT.glob(pattern))
+]
 
 # (file, the function that waits) -> why it may wait as long as it takes
 ALLOWED = {
-    ("rollout.py", "subprocess.run"): "a child writes responses as long as that takes, and dies with this process",
+    (
+        "rollout.py",
+        "subprocess.run",
+    ): "a child writes responses as long as that takes, and dies with this process",
     ("servers.py", "task.result"): "a callback of that task: it is done",
     (
         "bench_recovery.py",
@@ -28,13 +36,31 @@ ALLOWED = {
 }
 
 HTTP_LIBRARIES = {"httpx", "requests"}
-HTTP_CALLS = {"get", "post", "put", "patch", "delete", "head", "options", "request", "stream", "Client", "AsyncClient"}
+HTTP_CALLS = {
+    "get",
+    "post",
+    "put",
+    "patch",
+    "delete",
+    "head",
+    "options",
+    "request",
+    "stream",
+    "Client",
+    "AsyncClient",
+}
 CHILD_CALLS = {"run", "call", "check_call", "check_output"}
 
 
 def name_of(node: ast.expr) -> str:
     """The last name of a call's function: `wait` of `a.b.wait`."""
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return (
+        node.attr
+        if isinstance(node, ast.Attribute)
+        else node.id
+        if isinstance(node, ast.Name)
+        else ""
+    )
 
 
 def owner_of(node: ast.expr) -> str:
@@ -62,21 +88,29 @@ def is_deadline(node: ast.expr) -> bool:
     name = name_of(node.func)
     if name == "wait_for":
         return len(arguments) > 1 or says(node, "timeout")
-    return name in ("timeout", "timeout_at") and (bool(arguments) or says(node, "delay") or says(node, "when"))
+    return name in ("timeout", "timeout_at") and (
+        bool(arguments) or says(node, "delay") or says(node, "when")
+    )
 
 
 class Waits(ast.NodeVisitor):
-    """Collects the waits without a deadline of one source: (line, the function or future that is waited for)."""
+    """Collects the waits without a deadline of one source: (line, the function or future that is
+    waited for).
+    """
 
     def __init__(self):
         self.found: list[tuple[int, str]] = []
         self.from_subprocess: set[str] = set()
-        self.bounded = False  # inside `asyncio.timeout` or `wait_for`: a bound for what is awaited, not for what blocks
-        self.awaited: set[int] = set()  # calls that are awaited or handed to `wait_for`: they return at once themselves
+        # inside `asyncio.timeout` or `wait_for`: a bound for what is awaited, not for what blocks
+        self.bounded = False
+        # calls that are awaited or handed to `wait_for`: they return at once themselves
+        self.awaited: set[int] = set()
 
     def visit_ImportFrom(self, node):
         if node.module == "subprocess":
-            self.from_subprocess |= {alias.asname or alias.name for alias in node.names} & CHILD_CALLS
+            self.from_subprocess |= {
+                alias.asname or alias.name for alias in node.names
+            } & CHILD_CALLS
 
     def _in_a_new_function(self, node):
         outer, self.bounded = self.bounded, False  # it runs at another time
@@ -92,7 +126,11 @@ class Waits(ast.NodeVisitor):
             call = item.context_expr
             if is_deadline(call):
                 self.bounded = True
-            elif isinstance(call, ast.Call) and name_of(call.func) == "TaskGroup" and not self.bounded:
+            elif (
+                isinstance(call, ast.Call)
+                and name_of(call.func) == "TaskGroup"
+                and not self.bounded
+            ):
                 self._report(call)
         for statement in node.body:
             self.visit(statement)
@@ -102,7 +140,10 @@ class Waits(ast.NodeVisitor):
         value = node.value
         if isinstance(value, ast.Call):
             self.awaited.add(id(value))
-            endless = self._waits(value, awaited=True) or name_of(value.func) in ("gather", "shield")
+            endless = self._waits(value, awaited=True) or name_of(value.func) in (
+                "gather",
+                "shield",
+            )
         else:
             endless = True  # a future or a task
         if endless and not self.bounded:
@@ -111,17 +152,27 @@ class Waits(ast.NodeVisitor):
 
     def visit_Call(self, node):
         if is_deadline(node) and name_of(node.func) == "wait_for":
-            self.awaited |= {id(a) for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Call)}
+            self.awaited |= {
+                id(a)
+                for a in [*node.args, *(k.value for k in node.keywords)]
+                if isinstance(a, ast.Call)
+            }
         elif id(node) not in self.awaited and self._waits(node, awaited=False):
             self._report(node)
         self.generic_visit(node)
 
     def _waits(self, call: ast.Call, *, awaited: bool) -> bool:
         """Whether a call waits, and nothing in it says how long."""
-        name, owner, positional = name_of(call.func), owner_of(call.func), [a for a in call.args if not is_none(a)]
+        name, owner, positional = (
+            name_of(call.func),
+            owner_of(call.func),
+            [a for a in call.args if not is_none(a)],
+        )
         if says(call, "timeout"):
             return False
-        if name in CHILD_CALLS and (owner == "subprocess" or (not owner and name in self.from_subprocess)):
+        if name in CHILD_CALLS and (
+            owner == "subprocess" or (not owner and name in self.from_subprocess)
+        ):
             return True
         if name == "urlopen":
             return len(positional) < 3
@@ -140,7 +191,9 @@ class Waits(ast.NodeVisitor):
         return name == "communicate"
 
     def _report(self, node: ast.expr) -> None:
-        self.found.append((node.lineno, ast.unparse(node.func if isinstance(node, ast.Call) else node)))
+        self.found.append(
+            (node.lineno, ast.unparse(node.func if isinstance(node, ast.Call) else node))
+        )
 
 
 def waits_in(source: str) -> list[tuple[int, str]]:
@@ -164,12 +217,29 @@ def test_nothing_waits_without_a_deadline():
 ENDLESS = [
     *("child.wait()", "event.wait()", "event.wait(None)", "child.wait(timeout=None)", "os.wait()"),
     *("future.result()", "future.result(timeout=None)", "thread.join()", "self.queue.join()"),
-    *("lock.acquire()", "lock.acquire(True)", "queue.get()", "queue.get(True)", "queue.get(block=True)"),
+    *(
+        "lock.acquire()",
+        "lock.acquire(True)",
+        "queue.get()",
+        "queue.get(True)",
+        "queue.get(block=True)",
+    ),
     *("child.communicate()", "child.communicate(text)", "futures.wait(all_of_them)"),
-    *("subprocess.run(['ls'])", "subprocess.check_output(['ls'], timeout=None)", "subprocess.check_call(['ls'])"),
-    *("from subprocess import run\nrun(['ls'])", "from subprocess import check_output as co\nsubprocess.call(['ls'])"),
+    *(
+        "subprocess.run(['ls'])",
+        "subprocess.check_output(['ls'], timeout=None)",
+        "subprocess.check_call(['ls'])",
+    ),
+    *(
+        "from subprocess import run\nrun(['ls'])",
+        "from subprocess import check_output as co\nsubprocess.call(['ls'])",
+    ),
     *("urlopen(url)", "urllib.request.urlopen(url, data)", "httpx.get(url)", "httpx.Client()"),
-    *("httpx.AsyncClient(timeout=None)", "requests.post(url, json=body)", "aiohttp.ClientSession()"),
+    *(
+        "httpx.AsyncClient(timeout=None)",
+        "requests.post(url, json=body)",
+        "aiohttp.ClientSession()",
+    ),
     "async def f():\n    await event.wait()",
     "async def f():\n    await self.queue.get()",
     "async def f():\n    await asyncio.gather(a(), b())",
@@ -182,21 +252,55 @@ ENDLESS = [
     "async def f():\n    async with asyncio.TaskGroup() as group:\n        pass",
     "async def f():\n    async with asyncio.timeout(3):\n        future.result()",
     "async def f():\n    async with asyncio.timeout(3):\n        pass\n    await task",
-    "async def f():\n    async with asyncio.timeout(3):\n        async def g():\n            await task",
+    "async def f():\n    async with asyncio.timeout(3):\n        async def g():\n            "
+    "await task",
     "async def f():\n    await limiter.acquire()",
 ]
 
 BOUNDED = [
-    *("child.wait(3)", "event.wait(timeout=3)", "future.result(left)", "thread.join(timeout=3)", "', '.join(words)"),
-    *("os.path.join('a', 'b')", "lock.acquire(timeout=3)", "lock.acquire(False)", "lock.acquire(blocking=False)"),
-    *("queue.get(timeout=3)", "queue.get(block=False)", "queue.get_nowait()", "mapping.get('key')", "sizes.get(1)"),
-    *("child.communicate(timeout=3)", "futures.wait(all_of_them, timeout=3)", "run(['ls'])", "engine.run(3)"),
-    *("subprocess.run(['ls'], timeout=3)", "urlopen(url, timeout=3)", "httpx.get(url, timeout=3)", "client.get(url)"),
-    *("httpx.AsyncClient(timeout=3)", "requests.get(url, timeout=(1, 3))", "aiohttp.ClientSession(timeout=limits)"),
+    *(
+        "child.wait(3)",
+        "event.wait(timeout=3)",
+        "future.result(left)",
+        "thread.join(timeout=3)",
+        "', '.join(words)",
+    ),
+    *(
+        "os.path.join('a', 'b')",
+        "lock.acquire(timeout=3)",
+        "lock.acquire(False)",
+        "lock.acquire(blocking=False)",
+    ),
+    *(
+        "queue.get(timeout=3)",
+        "queue.get(block=False)",
+        "queue.get_nowait()",
+        "mapping.get('key')",
+        "sizes.get(1)",
+    ),
+    *(
+        "child.communicate(timeout=3)",
+        "futures.wait(all_of_them, timeout=3)",
+        "run(['ls'])",
+        "engine.run(3)",
+    ),
+    *(
+        "subprocess.run(['ls'], timeout=3)",
+        "urlopen(url, timeout=3)",
+        "httpx.get(url, timeout=3)",
+        "client.get(url)",
+    ),
+    *(
+        "httpx.AsyncClient(timeout=3)",
+        "requests.get(url, timeout=(1, 3))",
+        "aiohttp.ClientSession(timeout=limits)",
+    ),
     "async def f():\n    await asyncio.wait_for(event.wait(), 3)",
     "async def f():\n    await asyncio.wait_for(timeout=3, fut=queue.get())",
-    "async def f():\n    async with asyncio.timeout(3):\n        await event.wait()\n        await task",
-    "async def f():\n    async with asyncio.timeout_at(then), asyncio.TaskGroup() as group:\n        await queue.get()",
+    "async def f():\n    async with asyncio.timeout(3):\n        await event.wait()\n        "
+    "await task",
+    "async def f():\n    async with asyncio.timeout_at(then), asyncio.TaskGroup() as group:\n     "
+    "   await queue.get()",
     "async def f():\n    async with asyncio.timeout(3):\n        await asyncio.gather(a(), b())",
     "async def f():\n    await asyncio.wait(tasks, timeout=3)",
     "async def f():\n    await asyncio.sleep(3)\n    await self.ask(url)",

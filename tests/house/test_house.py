@@ -1,5 +1,5 @@
-"""The house rules that a machine can check: who imports whom, the frozen flags, files that parse, pages that are true.
-
+"""The house rules that a machine can check: who imports whom, the frozen flags, files that parse,
+pages that are true.
 """
 
 import ast
@@ -26,10 +26,16 @@ SOURCES = [*PACKAGE, *(ROOT / name for name in SCRIPTS)]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MAIN_LINES = 500, 60, 45
-ONLY_IMPORTER = {"deepspeed": "opd/engines/deepspeed_engine.py", "vllm": "opd/engines/vllm_process.py"}
+ONLY_IMPORTER = {
+    "deepspeed": "opd/engines/deepspeed_engine.py",
+    "vllm": "opd/engines/vllm_process.py",
+}
 
-# The flags are a contract: a name that changes breaks somebody's command line. Add here, never rename.
-MOPD_FLAGS = re.findall(r"\w+", """
+# The flags are a contract: a name that changes breaks somebody's command line. Add here, never
+# rename.
+MOPD_FLAGS = re.findall(
+    r"\w+",
+    """
 student_model dtype gradient_checkpointing attn_implementation trust_remote_code
 teacher teacher_backend teacher_residency allow_template_mismatch
 teacher_mode teacher_wait_s teacher_timeout_s teacher_max_inflight
@@ -44,26 +50,31 @@ micro_batch_size max_tokens_per_micro_batch packing inner_updates offload_studen
 learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm
 output_dir num_steps seed ds_config eval_every eval_max_prompts save_every keep_checkpoints parity_every rollout_samples
 rollout_every resume plan dry_run local_rank
-""")  # fmt: skip
+""",  # noqa: E501
+)
 AHEAD_FLAGS = re.findall(
     r"\w+",
     """
 mode max_staleness sync_every partial_rollout rollout_servers rollout_replicas max_inflight rollout_timeout_s rollout_wait_s
 weights_dir weight_transfer rollout_gpus logprob_servers logprob_replicas logprob_gpus
-""",
+""",  # noqa: E501
 )
 GKD_FLAGS = [*MOPD_FLAGS, "lmbda", "seq_kd", "seq_kd_temperature", "sft_alpha"]
 
 
 def flags_of(config_class) -> set[str]:
-    return {name for group in config.groups_of(config_class).values() for name in get_type_hints(group)}
+    return {
+        name for group in config.groups_of(config_class).values() for name in get_type_hints(group)
+    }
 
 
-# ---- Who imports whom: import-linter's contracts in pyproject.toml, and these ----------------------------------------
+# ---- Who imports whom: import-linter's contracts in pyproject.toml, and these --------------------
 
 
 def imports_of(source: str) -> set[str]:
-    """Everything that a source imports, inside functions too, with dots: `vllm.config.PoolerConfig`."""
+    """Everything that a source imports, inside functions too, with dots:
+    `vllm.config.PoolerConfig`.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -75,12 +86,18 @@ def imports_of(source: str) -> set[str]:
 
 
 def importers_of(library: str, sources: dict[str, str]) -> set[str]:
-    return {name for name, text in sources.items() if library in {item.split(".")[0] for item in imports_of(text)}}
+    return {
+        name
+        for name, text in sources.items()
+        if library in {item.split(".")[0] for item in imports_of(text)}
+    }
 
 
 def test_the_contracts_of_import_linter_hold():
     command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
     assert run.returncode == 0, run.stdout
 
 
@@ -88,7 +105,11 @@ def test_the_contracts_of_import_linter_hold():
 def test_an_engine_library_has_one_importer(library, importer):
     sources = {str(path.relative_to(ROOT)): path.read_text() for path in SOURCES}
     assert importers_of(library, sources) == {importer}
-    for line in ("import vllm", "from vllm.config import PoolerConfig", "def f():\n    import vllm.envs as e"):
+    for line in (
+        "import vllm",
+        "from vllm.config import PoolerConfig",
+        "def f():\n    import vllm.envs as e",
+    ):
         assert importers_of("vllm", {"a": line}) == {"a"}
 
 
@@ -106,7 +127,12 @@ def defined_in(source: str) -> set[str]:
             found.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+            found |= {
+                part.id
+                for target in targets
+                for part in ast.walk(target)
+                if isinstance(part, ast.Name)
+            }
     return found
 
 
@@ -119,14 +145,25 @@ def test_a_name_is_defined_in_one_file():
 
 
 def test_whoever_joins_the_ranks_ends_in_one_place():
-    """Elsewhere the interpreter would take the groups down, and now and then abort a program that has done its work."""
+    """Elsewhere the interpreter would take the groups down, and now and then abort a program that
+    has done its work.
+    """
     helpers = {  # called by programs that end there, or by pytest
-        "opd/distributed.py", "opd/run/prepare.py", "opd/servers/scoring_engine.py", "scripts/gpu_check_engines.py", "scripts/gpu_check_training.py",
+        "opd/distributed.py",
+        "opd/run/prepare.py",
+        "opd/servers/scoring_engine.py",
+        "scripts/gpu_check_engines.py",
+        "scripts/gpu_check_training.py",
         "tests/conftest.py",
-    }  # fmt: skip
+    }
     joins = re.compile(r"(distributed\.init|init_process_group|join_alone)\(")
-    files = [path for folder in ("opd", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
-    texts = {str(path.relative_to(ROOT)): path.read_text() for path in [*files, *(ROOT / name for name in SCRIPTS)]}
+    files = [
+        path for folder in ("opd", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
+    texts = {
+        str(path.relative_to(ROOT)): path.read_text()
+        for path in [*files, *(ROOT / name for name in SCRIPTS)]
+    }
     joining = {name for name, text in texts.items() if joins.search(text)}
     assert joining >= helpers
     assert not [name for name in joining - helpers if "exit_together(" not in texts[name]]
@@ -134,14 +171,22 @@ def test_whoever_joins_the_ranks_ends_in_one_place():
 
 def test_a_loss_needs_no_engine():
     assert (ROOT / "opd" / "__init__.py").read_text() == ""
-    code = "import sys, opd.losses; print([name for name in ('vllm', 'deepspeed') if name in sys.modules])"
+    code = (
+        "import sys, opd.losses; print([name for name in ('vllm', 'deepspeed') if name in "
+        "sys.modules])"
+    )
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     assert run.stdout.strip() == "[]"
 
 
-# ---- Size and words --------------------------------------------------------------------------------------------------
+# ---- Size and words ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -152,7 +197,9 @@ def test_files_and_functions_stay_small(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             is_main = node.name == "main" and path.name in SCRIPTS
             length = node.end_lineno - node.lineno + 1
-            assert length <= (MAX_MAIN_LINES if is_main else MAX_FUNCTION_LINES), f"{node.name}: {length} lines"
+            assert length <= (MAX_MAIN_LINES if is_main else MAX_FUNCTION_LINES), (
+                f"{node.name}: {length} lines"
+            )
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
@@ -160,16 +207,21 @@ def test_public_functions_and_classes_say_what_they_do(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "the module"
     definitions = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     ]
-    assert not [d.name for d in definitions if not d.name.startswith("_") and not ast.get_docstring(d)]
+    assert not [
+        d.name for d in definitions if not d.name.startswith("_") and not ast.get_docstring(d)
+    ]
 
 
-# ---- Flags -----------------------------------------------------------------------------------------------------------
+# ---- Flags ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("script", "flags"), [("train_mopd.py", [*MOPD_FLAGS, *AHEAD_FLAGS]), ("train_gkd.py", GKD_FLAGS)]
+    ("script", "flags"),
+    [("train_mopd.py", [*MOPD_FLAGS, *AHEAD_FLAGS]), ("train_gkd.py", GKD_FLAGS)],
 )
 def test_flags_are_frozen(script, flags):
     assert flags_of(SCRIPTS[script]) == set(flags)
@@ -191,7 +243,7 @@ def test_choices_of_the_flags_are_those_of_the_losses():
         distillation.payload_of(config.LossConfig(support=support))
 
 
-# ---- Files that a reader copies --------------------------------------------------------------------------------------
+# ---- Files that a reader copies ------------------------------------------------------------------
 
 
 def parsed(script: str, argv: list[str]):
@@ -206,13 +258,20 @@ def script_of_yaml(content: dict) -> str:
     return "train_gkd.py" if set(content) & only_gkd else "train_mopd.py"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_yaml_files_of_scripts_are_valid_configurations(path):
     content = yaml.safe_load(path.read_text())
-    assert parsed(script_of_yaml(content), ["--config", str(path)]).model.student_model == content["student_model"]
+    assert (
+        parsed(script_of_yaml(content), ["--config", str(path)]).model.student_model
+        == content["student_model"]
+    )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name
+)
 def test_ds_configs_hold_sharding_only(path):
     assert "zero_optimization" in validation.load_ds_config(str(path))
 
@@ -234,11 +293,13 @@ def launches(text: str) -> list[tuple[str, list[str]]]:
 
 def shell_texts() -> dict[str, str]:
     texts = {path.name: path.read_text() for path in sorted((ROOT / "scripts").rglob("*.sh"))}
-    return texts | {path.name: "\n".join(code_blocks(path.read_text(), "(?:bash|sh)")) for path in PAGES}
+    return texts | {
+        path.name: "\n".join(code_blocks(path.read_text(), "(?:bash|sh)")) for path in PAGES
+    }
 
 
 def test_launch_lines_are_found():
-    text = 'deepspeed --num_gpus 8 train_mopd.py \\\n  --loss jsd "$@"  # why\n# torchrun train_gkd.py --old\nls'
+    text = 'deepspeed --num_gpus 8 train_mopd.py \\\n  --loss jsd "$@"  # why\n# torchrun train_gkd.py --old\nls'  # noqa: E501
     assert launches(text) == [("train_mopd.py", ["--loss", "jsd", "$@"])]
     assert launches(shell_texts()["README.md"]) and launches(shell_texts()["quickstart.sh"])
 
@@ -246,7 +307,11 @@ def test_launch_lines_are_found():
 @pytest.mark.parametrize(("source", "text"), shell_texts().items(), ids=shell_texts())
 def test_every_flag_behind_a_trainer_exists(source, text):
     for script, arguments in launches(text):
-        flags = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+        flags = {
+            word[2:].partition("=")[0].replace("-", "_")
+            for word in arguments
+            if word.startswith("--")
+        }
         assert flags <= {"config", *flags_of(SCRIPTS[script])}, f"{source}: {script}"
         if "config" not in flags and "$@" not in arguments:
             parsed(script, arguments)  # a whole command: its values are right too
@@ -259,7 +324,10 @@ def test_yaml_on_a_page_is_a_valid_configuration(path, tmp_path):
         content = required | yaml.safe_load(block)
         file = tmp_path / "page.yaml"
         file.write_text(yaml.safe_dump(content))
-        assert parsed(script_of_yaml(content), ["--config", str(file)]).run.output_dir == content["output_dir"]
+        assert (
+            parsed(script_of_yaml(content), ["--config", str(file)]).run.output_dir
+            == content["output_dir"]
+        )
 
 
 def test_the_page_of_flags_is_up_to_date():

@@ -1,4 +1,6 @@
-"""Every mistake of a user through the door that users take: one line on stderr, status 2, and no weight loaded."""
+"""Every mistake of a user through the door that users take: one line on stderr, status 2, and no
+weight loaded.
+"""
 
 import dataclasses
 import json
@@ -56,7 +58,11 @@ FLAGS = {
     "--max_response_tokens -8": ["--max_response_tokens -8"],
     "--num_steps -1": ["--num_steps -1"],
     "--reward_weight 1": ["--reward_weight", "--num_generations"],
-    "--max_response_tokens 4096": ["--max_prompt_tokens 16 + --max_response_tokens 4096", "--student_model", "512"],
+    "--max_response_tokens 4096": [
+        "--max_prompt_tokens 16 + --max_response_tokens 4096",
+        "--student_model",
+        "512",
+    ],
     "--data nowhere.jsonl": ["--data", "nowhere.jsonl"],
     "--domain_key topic": ["--domain_key", "topic", "data_source"],
     "--domain_weights addition=1": ["--domain_weights", "reversal"],
@@ -78,7 +84,9 @@ def test_flags(tiny, tmp_path, capsys, flags):
 
 def test_no_teacher_and_a_domain_without_one(tiny, tmp_path, capsys):
     argv = arguments(tiny, tmp_path / "run")
-    assert "--teacher NAME=PATH" in mistake(capsys, [a for a in argv if not a.startswith("--teacher")])
+    assert "--teacher NAME=PATH" in mistake(
+        capsys, [a for a in argv if not a.startswith("--teacher")]
+    )
     line = mistake(capsys, [a for a in argv if not a.startswith("--teacher=reversal")])
     assert "reversal (32 rows)" in line and "addition" in line
 
@@ -89,8 +97,14 @@ def test_no_teacher_and_a_domain_without_one(tiny, tmp_path, capsys):
         ("", ["empty"]),
         ('{"prompt": "a"\n', ["line 1", "not JSON"]),
         ('{"x": 1}\n', ["line 1", "data_source", "--domain_key"]),
-        ('{"data_source": "\\ud800", "prompt": "a"}\n', ["line 1", "data_source", "half a surrogate"]),
-        ('{"data_source": "m", "prompt": "a", "tools": [{"name": "f"}]}\n', ["line 1", "leaves out the tools"]),
+        (
+            '{"data_source": "\\ud800", "prompt": "a"}\n',
+            ["line 1", "data_source", "half a surrogate"],
+        ),
+        (
+            '{"data_source": "m", "prompt": "a", "tools": [{"name": "f"}]}\n',
+            ["line 1", "leaves out the tools"],
+        ),
         ("version https://git-lfs.github.com/spec/v1\n", ["git-lfs pointer", "git lfs pull"]),
     ],
 )
@@ -145,13 +159,29 @@ def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
 
 
 WEIGHTS = {
-    "git-lfs pointer": (lambda path: (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
-                        "model.safetensors is a git-lfs pointer"),
-    "truncated": (lambda path: (path / "model.safetensors").write_bytes(b"\0" * 100), "is not a whole safetensors file"),
-    "quantised": (lambda path: edit_config(path, quantization_config={"quant_method": "gptq"}), "are quantised"),
-    "another shape": (lambda path: edit_config(path, intermediate_size=64), "have another shape than config.json says"),
-    "no class of vLLM's": (lambda path: edit_config(path, architectures=["Qwen3Model"]), "architectures ['Qwen3Model']"),
-}  # fmt: skip
+    "git-lfs pointer": (
+        lambda path: (path / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\n"
+        ),
+        "model.safetensors is a git-lfs pointer",
+    ),
+    "truncated": (
+        lambda path: (path / "model.safetensors").write_bytes(b"\0" * 100),
+        "is not a whole safetensors file",
+    ),
+    "quantised": (
+        lambda path: edit_config(path, quantization_config={"quant_method": "gptq"}),
+        "are quantised",
+    ),
+    "another shape": (
+        lambda path: edit_config(path, intermediate_size=64),
+        "have another shape than config.json says",
+    ),
+    "no class of vLLM's": (
+        lambda path: edit_config(path, architectures=["Qwen3Model"]),
+        "architectures ['Qwen3Model']",
+    ),
+}
 
 
 def edit_config(path, **changes) -> None:
@@ -167,7 +197,9 @@ def test_model_directories_that_do_not_hold_the_model(tiny, tmp_path, capsys, wh
     path = tmp_path / "model"
     shutil.copytree(getattr(tiny, who), path)
     change(path)
-    argv = [a.replace(str(getattr(tiny, who)), str(path)) for a in arguments(tiny, tmp_path / "run")]
+    argv = [
+        a.replace(str(getattr(tiny, who)), str(path)) for a in arguments(tiny, tmp_path / "run")
+    ]
     line = mistake(capsys, [*argv, "--dry_run"])
     assert says in line and str(path) in line
     assert ("--student_model" if who == "student" else "--teacher addition") in line
@@ -180,16 +212,24 @@ def test_an_output_directory_that_cannot_be(tiny, capsys):
 def test_an_output_directory_of_another_run(tiny, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     cfg = parse(train_mopd.Config, arguments(tiny, tmp_path / "run"))
-    (tmp_path / "run" / "config.yaml").write_text(json.dumps({**config.to_dict(cfg), "student_model": "another"}))
+    (tmp_path / "run" / "config.yaml").write_text(
+        json.dumps({**config.to_dict(cfg), "student_model": "another"})
+    )
     line = mistake(capsys, arguments(tiny, tmp_path / "run"))
     assert "--output_dir" in line and "another run" in line
 
 
 def test_what_a_resume_may_change(tiny, tmp_path, device):
-    """Memory settings may: they are what somebody changes after running out of it. The held-out question may not."""
+    """Memory settings may: they are what somebody changes after running out of it.
+
+    The held-out question may not.
+    """
 
     def identity(*flags):
-        cfg = parse(train_mopd.Config, [*arguments(tiny, tmp_path / "run"), "--eval_data", str(tiny.eval), *flags])
+        cfg = parse(
+            train_mopd.Config,
+            [*arguments(tiny, tmp_path / "run"), "--eval_data", str(tiny.eval), *flags],
+        )
         inputs = _read_inputs(cfg, device, need_response=False)
         return _fingerprint(cfg, {"addition": "a", "reversal": "r"}, "data"), asked(inputs)
 
@@ -204,7 +244,10 @@ def test_what_a_resume_may_change(tiny, tmp_path, device):
         "--enforce_eager",
     )
     assert identity(*memory) == first
-    assert identity("--eval_max_prompts", "2")[1] != first[1] and identity("--learning_rate", "1")[0] != first[0]
+    assert (
+        identity("--eval_max_prompts", "2")[1] != first[1]
+        and identity("--learning_rate", "1")[0] != first[0]
+    )
 
 
 GKD = {
@@ -226,12 +269,18 @@ def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, capsys):
     """It shows only in what the model computes, so its weights are loaded first."""
     path = tmp_path / "mamba"
     MambaForCausalLM(
-        MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, state_size=4, initializer_range=0.3)
+        MambaConfig(
+            vocab_size=40, hidden_size=32, num_hidden_layers=1, state_size=4, initializer_range=0.3
+        )
     ).save_pretrained(path)
     argv = [*arguments(tiny, tmp_path / "run"), "--packing", "--attn_implementation", "eager"]
     ready = prepare(parse(train_mopd.Config, argv))
-    cfg = dataclasses.replace(ready.cfg, model=dataclasses.replace(ready.cfg.model, student_model=str(path)))
-    run_of_mamba = dataclasses.replace(ready, cfg=cfg, ds_config={"zero_optimization": {"stage": 0}})
+    cfg = dataclasses.replace(
+        ready.cfg, model=dataclasses.replace(ready.cfg.model, student_model=str(path))
+    )
+    run_of_mamba = dataclasses.replace(
+        ready, cfg=cfg, ds_config={"zero_optimization": {"stage": 0}}
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         build_student(run_of_mamba)
@@ -239,7 +288,7 @@ def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, capsys):
     assert "error: --packing: mamba mixes sequences that lie in one row" in capsys.readouterr().err
 
 
-# ---- Chat templates --------------------------------------------------------------------------------------------------
+# ---- Chat templates ------------------------------------------------------------------------------
 
 
 def with_template(tiny, path, template: str) -> list[str]:
@@ -269,14 +318,18 @@ def test_dataset_responses_end_as_the_template_ends_a_turn(tiny, tmp_path, token
     argv = with_template(tiny, tmp_path, "{% for m in messages %}{{ m.content }}z{% endfor %}")
     generation = tmp_path / "student" / "generation_config.json"
     generation.write_text(
-        json.dumps(json.loads(generation.read_text()) | {"eos_token_id": [tokenizer.eos_token_id, letter]})
+        json.dumps(
+            json.loads(generation.read_text()) | {"eos_token_id": [tokenizer.eos_token_id, letter]}
+        )
     )
     rows = [json.loads(line) | {"response": "ab"} for line in tiny.train.read_text().splitlines()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv[argv.index(str(tiny.train))] = str(tmp_path / "rows.jsonl")
     argv = [*(a for a in argv if not a.startswith("--teacher=")), f"--teacher={tiny.addition}"]
     ready = prepare(parse(train_gkd.Config, argv), need_response=True)
-    assert {tuple(p.target_ids) for p in ready.train_set.prompts} == {tuple(tokenizer.convert_tokens_to_ids([*"abz"]))}
+    assert {tuple(p.target_ids) for p in ready.train_set.prompts} == {
+        tuple(tokenizer.convert_tokens_to_ids([*"abz"]))
+    }
 
 
 def test_a_run_whose_template_writes_the_date_goes_on_another_day(tiny, tmp_path, monkeypatch):
@@ -288,12 +341,20 @@ def test_a_run_whose_template_writes_the_date_goes_on_another_day(tiny, tmp_path
         return prepare(parse(train_mopd.Config, [*argv, *flags]))
 
     argv = with_template(
-        tiny, tmp_path, "{{ strftime_now('%d%m%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        tiny,
+        tmp_path,
+        "{{ strftime_now('%d%m%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}",
     )
     first = start(datetime(2026, 2, 28, 23, 59, 59, 5))
     assert first.fingerprint["first_start"] == "2026-02-28T23:59:59"
     state = LoopState(step=1)
-    checkpoint.save(first.run_dir, state, lambda path: (path / "shard").write_bytes(b"s"), first.fingerprint, keep=1)
+    checkpoint.save(
+        first.run_dir,
+        state,
+        lambda path: (path / "shard").write_bytes(b"s"),
+        first.fingerprint,
+        keep=1,
+    )
     for flags in ((), ("--resume", str(first.run_dir / "checkpoints" / "step_1"))):
         again = start(datetime(2026, 3, 1), *flags)
         assert again.resume_from.name == "step_1" and again.fingerprint == first.fingerprint

@@ -72,7 +72,8 @@ from opd.plan.view import table
 from tests.support.processes import ROOT
 
 TEMPLATE = (
-    "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt "
+    "%}<assistant>{% endif %}"
 )
 SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>")
 VOCABULARY = (*SPECIAL, *string.ascii_lowercase, "?")
@@ -92,7 +93,9 @@ class Config:
 
 
 def save_tokenizer(path: Path, tokens=VOCABULARY, eos="<eos>", chat_template=TEMPLATE) -> None:
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="?"))
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="?")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL))
@@ -146,8 +149,14 @@ def student(tmp_path_factory) -> str:
 
 def make_config(student: str, teacher: str, *argv: str) -> Config:
     ds_config = ROOT / "ds_configs" / "zero3.json"
-    required = f"--data d --output_dir o --ds_config {ds_config} --max_prompt_tokens 24 --max_response_tokens 40"
-    return parse(Config, ["--student_model", student, "--teacher", f"math={teacher}", *required.split(), *argv])
+    required = (
+        f"--data d --output_dir o --ds_config {ds_config} --max_prompt_tokens 24 "
+        f"--max_response_tokens 40"
+    )
+    return parse(
+        Config,
+        ["--student_model", student, "--teacher", f"math={teacher}", *required.split(), *argv],
+    )
 
 
 def error(call, *args) -> str:
@@ -162,17 +171,24 @@ def refusal(student: str, teacher: str, *argv: str) -> str:
     return error(check_models, make_config(student, teacher, *argv))
 
 
-# ------------------------------------------------------------------------------------------- facts of good pairs
+# ------------------------------------------------------------------------------ facts of good pairs
 
 
 def test_facts(student, tmp_path):
     """The teacher is wider, deeper and has a padded vocabulary."""
     teacher = save_model(
-        tmp_path / "t", hidden_size=32, num_hidden_layers=2, vocab_size=64, max_position_embeddings=128
+        tmp_path / "t",
+        hidden_size=32,
+        num_hidden_layers=2,
+        vocab_size=64,
+        max_position_embeddings=128,
     )
     facts = check_models(make_config(student, teacher))
     assert facts.student.eos_ids == facts.teachers["math"].eos_ids == (1,)
-    assert facts.pad_id == 0 and facts.num_tokens == facts.shared_vocab == facts.student.vocab_size == len(VOCABULARY)
+    assert (
+        facts.pad_id == 0
+        and facts.num_tokens == facts.shared_vocab == facts.student.vocab_size == len(VOCABULARY)
+    )
     math = facts.teachers["math"]
     assert (math.vocab_size, math.hidden_size, math.context) == (64, 32, 128)
     assert (facts.student.hidden_size, facts.student.context) == (16, 64)
@@ -192,12 +208,14 @@ def test_tied_embeddings_count_once(tmp_path):
     ("generation", "model", "eos_ids"),
     [([1, 5], 1, (1, 5)), (None, [1, 6], (1, 6)), (None, 7, (7,)), (None, None, (1,))],
 )
-def test_eos_from_generation_config_then_config_then_tokenizer(tmp_path, generation, model, eos_ids):
+def test_eos_from_generation_config_then_config_then_tokenizer(
+    tmp_path, generation, model, eos_ids
+):
     path = save_model(tmp_path / "m", eos=generation, eos_token_id=model)
     assert check_models(make_config(path, path)).student.eos_ids == eos_ids
 
 
-# ------------------------------------------------------------------------------------------------ bad pairs
+# ---------------------------------------------------------------------------------------- bad pairs
 
 
 def test_another_tokenizer_of_the_same_size(student, tmp_path):
@@ -205,7 +223,10 @@ def test_another_tokenizer_of_the_same_size(student, tmp_path):
     swapped[10], swapped[11] = swapped[11], swapped[10]
     teacher = save_model(tmp_path / "t", tokenizer={"tokens": swapped})
     message = refusal(student, teacher, "--allow_template_mismatch")
-    assert "--teacher math" in message and "2 tokens differ, first 'g' (id 11, the student's 10)" in message
+    assert (
+        "--teacher math" in message
+        and "2 tokens differ, first 'g' (id 11, the student's 10)" in message
+    )
 
 
 def test_an_added_token(student, tmp_path):
@@ -251,11 +272,13 @@ def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
     ],
 )
 def test_an_eos_that_is_no_token(tmp_path, eos, message):
-    path = save_model(tmp_path / "m", eos=eos, eos_token_id=None, tokenizer={"eos": None} if eos == [] else None)
+    path = save_model(
+        tmp_path / "m", eos=eos, eos_token_id=None, tokenizer={"eos": None} if eos == [] else None
+    )
     assert message in refusal(path, path)
 
 
-# ------------------------------------------------------------------------------------- models that cannot be used
+# ----------------------------------------------------------------------- models that cannot be used
 
 SMALL = {
     "vocab_size": len(VOCABULARY),
@@ -284,7 +307,9 @@ ENCODER = {key: value for key, value in SMALL.items() if key != "num_key_value_h
     ids=lambda config: config.model_type,
 )
 def test_heads_with_a_bias_a_scale_or_a_soft_cap_are_fine(student, tmp_path, config):
-    """What the head and its form express, in student and teacher; tests/test_heads.py shows that they do."""
+    """What the head and its form express, in student and teacher; tests/test_heads.py shows that
+    they do.
+    """
     shutil.copytree(student, tmp_path / "m")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     facts = check_models(make_config(str(tmp_path / "m"), str(tmp_path / "m")))
@@ -313,7 +338,9 @@ def test_logits_that_hidden_states_and_head_do_not_give(student, tmp_path, confi
 @pytest.mark.parametrize(
     "config",
     [
-        BloomConfig(vocab_size=len(VOCABULARY), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1),
+        BloomConfig(
+            vocab_size=len(VOCABULARY), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1
+        ),
         GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
     ],
     ids=lambda config: config.model_type,
@@ -324,7 +351,9 @@ def test_families_without_the_attention_that_is_asked_for(student, tmp_path, con
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     odd = str(tmp_path / "m")
     message = refusal(odd, odd, "--attn_implementation", "sdpa", "--allow_template_mismatch")
-    assert message.startswith(f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager")
+    assert message.startswith(
+        f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager"
+    )
     for attention in ("auto", "eager"):
         read_fact("--student_model", odd, load_tokenizer(odd), False, attn_implementation=attention)
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
@@ -337,7 +366,10 @@ def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     odd = str(tmp_path / "m")
     message = refusal(odd, odd, "--attn_implementation", "sdpa")
-    assert "leaves out the soft-cap of gemma2 (attn_logit_softcapping = 50.0)" in message and "choose auto" in message
+    assert (
+        "leaves out the soft-cap of gemma2 (attn_logit_softcapping = 50.0)" in message
+        and "choose auto" in message
+    )
     assert attention_for(config) == "eager" and attention_for(config, "eager") == "eager"
     assert attention_for(Gemma2Config(attn_logit_softcapping=None)) is None
     check_models(make_config(odd, odd))
@@ -346,9 +378,23 @@ def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
 @pytest.mark.parametrize(
     ("config", "flags", "message"),
     [
-        (BloomConfig(vocab_size=len(VOCABULARY), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1), [], "bfloat16"),
-        (GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1), [], "it can be a teacher"),
-        (Cohere2Config(**SMALL, head_dim=8, sliding_window=16), ["--max_prompt_tokens", "16"], "window of 16 tokens"),
+        (
+            BloomConfig(
+                vocab_size=len(VOCABULARY), hidden_size=16, n_layer=1, n_head=2, eos_token_id=1
+            ),
+            [],
+            "bfloat16",
+        ),
+        (
+            GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+            [],
+            "it can be a teacher",
+        ),
+        (
+            Cohere2Config(**SMALL, head_dim=8, sliding_window=16),
+            ["--max_prompt_tokens", "16"],
+            "window of 16 tokens",
+        ),
     ],
     ids=["bloom", "gpt_oss", "cohere2"],
 )
@@ -367,7 +413,11 @@ def test_teachers_that_vllm_computes_otherwise(student, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     odd = str(tmp_path / "m")
     found = refusal(student, odd)
-    assert found.startswith("--teacher math") and "without its dynamic mask" in found and "`backend: hf`" in found
+    assert (
+        found.startswith("--teacher math")
+        and "without its dynamic mask" in found
+        and "`backend: hf`" in found
+    )
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
     options = {"is_student": False, "exact": True, "tokens": 8}
     config = AutoConfig.for_model("gemma3n_text")
@@ -384,17 +434,21 @@ def test_a_path_that_vllm_takes_for_a_pattern(student, tmp_path):
     odd = str(shutil.copytree(student, tmp_path / "m[1]"))
     assert (
         refusal(odd, student)
-        == f"--student_model {odd}: vLLM takes [, * and ? in a path for a pattern; rename the directory"
+        == f"--student_model {odd}: vLLM takes [, * and ? in a path for a pattern; rename the "
+        f"directory"
     )
     check_models(make_config(student, odd, "--teacher_backend", "hf"))
 
 
 def test_an_attention_that_nobody_has(student):
     message = refusal(student, student, "--attn_implementation", "quick")
-    assert message.startswith("--attn_implementation quick: not for --student_model") and "choose" in message
+    assert (
+        message.startswith("--attn_implementation quick: not for --student_model")
+        and "choose" in message
+    )
 
 
-# -------------------------------------------------------------------------------------- models that vLLM cannot run
+# ---------------------------------------------------------------------- models that vLLM cannot run
 
 
 def test_architectures_of_the_configuration(student, tmp_path):
@@ -404,7 +458,9 @@ def test_architectures_of_the_configuration(student, tmp_path):
     for names in (["Qwen3Model"], ["Qwen3ForSequenceClassification"], ["QwenForCausalLM"]):
         edit_json(tmp_path / "m" / "config.json", architectures=names)
         for message in (refusal(path, student), refusal(student, path)):
-            assert f"architectures {names}" in message and 'set it to ["Qwen3ForCausalLM"]' in message
+            assert (
+                f"architectures {names}" in message and 'set it to ["Qwen3ForCausalLM"]' in message
+            )
         check_models(make_config(student, path, "--teacher_backend", "hf"))
     for names in (["Qwen3ForCausalLM"], ["Qwen3Model", "Qwen3ForCausalLM"], None, []):
         edit_json(tmp_path / "m" / "config.json", architectures=names)
@@ -413,36 +469,54 @@ def test_architectures_of_the_configuration(student, tmp_path):
 
 def test_a_family_that_vllm_does_not_know(student, tmp_path):
     config = XGLMConfig(
-        vocab_size=len(VOCABULARY), d_model=16, ffn_dim=32, num_layers=1, attention_heads=2, eos_token_id=1, pad_token_id=0,
-        bos_token_id=0, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=len(VOCABULARY),
+        d_model=16,
+        ffn_dim=32,
+        num_layers=1,
+        attention_heads=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=0,
+        max_position_embeddings=64,
+    )
     shutil.copytree(student, tmp_path / "m")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     path, eager = str(tmp_path / "m"), ("--attn_implementation", "eager")
-    assert "vLLM does not run XGLMForCausalLM; choose another model" in refusal(path, student, *eager)
+    assert "vLLM does not run XGLMForCausalLM; choose another model" in refusal(
+        path, student, *eager
+    )
     assert "or `backend: hf` in its entry" in refusal(student, path)
     check_models(make_config(student, path, "--teacher_backend", "hf"))
 
 
 def test_reasons_why_vllm_cannot_run_a_class_here():
-    """A module is imported, in another process, only if it reads images and what they need is not installed."""
+    """A module is imported, in another process, only if it reads images and what they need is not
+    installed.
+    """
     needs = importlib.util.find_spec("torchvision") is None
     started = time.monotonic()
     assert vllm_models._why_not_importable("qwen3", "Qwen3ForCausalLM") is None
     assert vllm_models._why_not_importable("transformers", "TransformersForCausalLM") is None
     assert time.monotonic() - started < 2, "no import"
     if needs:
-        assert "No module named 'torchvision'" in vllm_models._why_not_importable("qwen3_5", "Qwen3_5ForCausalLM")
+        assert "No module named 'torchvision'" in vllm_models._why_not_importable(
+            "qwen3_5", "Qwen3_5ForCausalLM"
+        )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="what it needs is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None, reason="what it needs is installed"
+)
 def test_a_class_whose_imports_fail_is_refused_with_the_reason(student, tmp_path):
     shutil.copytree(student, tmp_path / "m")
-    config = Qwen3_5TextConfig(**SMALL, head_dim=8, layer_types=["full_attention"], max_position_embeddings=64)
+    config = Qwen3_5TextConfig(
+        **SMALL, head_dim=8, layer_types=["full_attention"], max_position_embeddings=64
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     message = refusal(str(tmp_path / "m"), student)
     assert message.startswith(
-        f"--student_model {tmp_path / 'm'}: vLLM cannot run Qwen3_5ForCausalLM here (ModuleNotFoundError: "
+        f"--student_model {tmp_path / 'm'}: vLLM cannot run Qwen3_5ForCausalLM here "
+        f"(ModuleNotFoundError: "
     )
     assert "'torchvision'" in message and "choose another model" in message
     check_models(make_config(student, str(tmp_path / "m"), "--teacher_backend", "hf"))
@@ -453,7 +527,10 @@ def test_code_in_a_checkpoint_is_refused(student, tmp_path, file):
     shutil.copytree(student, tmp_path / "t")
     edit_json(tmp_path / "t" / file, auto_map={"AutoModelForCausalLM": "evil.Model"})
     (tmp_path / "t" / "evil.py").write_text("raise SystemExit('ran')\n")
-    for call in (lambda: refusal(student, str(tmp_path / "t")), lambda: error(load_tokenizer, str(tmp_path / "t"))):
+    for call in (
+        lambda: refusal(student, str(tmp_path / "t")),
+        lambda: error(load_tokenizer, str(tmp_path / "t")),
+    ):
         assert "auto_map" in (message := call()) and "--trust_remote_code" in message
 
 
@@ -491,7 +568,9 @@ def break_no_weights(path: Path) -> None:
 
 
 def break_shard(path: Path) -> None:
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-2-of-2.safetensors"}})
+    )
 
 
 def break_weights(path: Path) -> None:
@@ -541,7 +620,10 @@ def break_link(path: Path) -> None:
         (wrong("generation_config.json", "null"), "generation_config.json"),
         (wrong("generation_config.json", '{"eos_token_id": ["1"]}'), "its eos_token_id is ['1']"),
         (wrong("generation_config.json", '{"eos_token_id": 1.0}'), "its eos_token_id is 1.0"),
-        (wrong("generation_config.json", '{"eos_token_id": [1, null]}'), "its eos_token_id is [1, None]"),
+        (
+            wrong("generation_config.json", '{"eos_token_id": [1, null]}'),
+            "its eos_token_id is [1, None]",
+        ),
         (wrong("tokenizer_config.json", "null"), "tokenizer"),
         (wrong_key("tokenizer_config.json", model_max_length="x"), "tokenizer"),
         (break_vocabulary, "tokenizer"),
@@ -562,7 +644,11 @@ def test_teachers_that_sleep_on_the_disk(student, tmp_path, monkeypatch):
     disk, hf = ("--teacher_residency", "disk"), ("--teacher_backend", "hf")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     found = refusal(student, student, *disk)
-    assert "--teacher_residency disk" in found and "teacher math" in found and "--teacher_backend hf" in found
+    assert (
+        "--teacher_residency disk" in found
+        and "teacher math" in found
+        and "--teacher_backend hf" in found
+    )
     check_models(make_config(student, student, *disk, *hf))
     check_models(make_config(student, student, "--teacher_residency", "gpu"))
     shutil.copytree(student, tmp_path / "t")
@@ -589,7 +675,9 @@ def test_hub_ids_are_checked_when_their_files_are_there(student, tmp_path, monke
     break_weights(snapshot)
     for flag, config in by_flag.items():
         check_models(config)
-        assert error(check_downloads, config).startswith(f"{flag} group/model: 1 of 14 weights are not in its files")
+        assert error(check_downloads, config).startswith(
+            f"{flag} group/model: 1 of 14 weights are not in its files"
+        )
 
 
 def test_tensor_parallel_divides_every_layer(student, tmp_path):
@@ -598,9 +686,13 @@ def test_tensor_parallel_divides_every_layer(student, tmp_path):
     config.per_layer_config = {1: {"num_key_value_heads": 6, "intermediate_size": 48}}
     fact = dataclasses.replace(
         check_models(make_config(student, student)).student,
-        kv_heads=math.gcd(*layer_values(config, "num_key_value_heads")), divided=_divided(config),
-    )  # fmt: skip
-    assert fact.kv_heads == 2 and fact.divided == {"attention heads": 12, "intermediate channels": 16}
+        kv_heads=math.gcd(*layer_values(config, "num_key_value_heads")),
+        divided=_divided(config),
+    )
+    assert fact.kv_heads == 2 and fact.divided == {
+        "attention heads": 12,
+        "intermediate channels": 16,
+    }
 
 
 def test_a_file_is_not_a_model(student, tmp_path):
@@ -609,14 +701,18 @@ def test_a_file_is_not_a_model(student, tmp_path):
     assert "--teacher x" in error(lambda: load_tokenizer(str(tmp_path / "f"), flag="--teacher x"))
 
 
-# ---------------------------------------------------------------------------------------------------- dry run
+# ------------------------------------------------------------------------------------------ dry run
 
 
 def write_header(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Weights of which the disk holds the header alone: the rest of the file is a hole."""
     header, end = {}, 0
     for name, shape in shapes.items():
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [end, end := end + 2 * math.prod(shape)],
+        }
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -627,13 +723,25 @@ def test_dry_run_report_loads_no_weights(student, tmp_path):
     """Of a model of 800 GB, which is more than this machine can load."""
     model = tmp_path / "m"
     shutil.copytree(student, model)
-    large = tiny(hidden_size=65536, intermediate_size=262144, num_hidden_layers=8, num_attention_heads=8, head_dim=2048)
+    large = tiny(
+        hidden_size=65536,
+        intermediate_size=262144,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        head_dim=2048,
+    )
     large.architectures = ["Qwen3ForCausalLM"]
     large.save_pretrained(model)
-    shapes = {name: tuple(p.shape) for name, p in read_model("--student_model", str(model)).named_parameters()}
+    shapes = {
+        name: tuple(p.shape)
+        for name, p in read_model("--student_model", str(model)).named_parameters()
+    }
     write_header(model / "model.safetensors", shapes)
     assert (model / "model.safetensors").stat().st_size > 800e9
-    rows = [{"data_source": d, "prompt": p} for d, p in (("math", "abc"), ("math", "def"), ("code", "xyz"))]
+    rows = [
+        {"data_source": d, "prompt": p}
+        for d, p in (("math", "abc"), ("math", "def"), ("code", "xyz"))
+    ]
     rows[1]["chat_template_kwargs"] = {"thinking": False}
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(str(model), str(model), "--teacher", f"code={model}")
@@ -643,14 +751,22 @@ def test_dry_run_report_loads_no_weights(student, tmp_path):
     machine = Machine(gpus=2, device_bytes=GIB, host_bytes=GIB, pcie=1e9, is_gpu=True)
     memory = table(make_plan(read_job(config, machine)))
     report = dry_run_report(config, prompts, tokenizer, facts, memory=memory)
-    assert "[<user>]abc[<assistant>]<< the response starts here and ends with EOS: <eos> (1) >>" in report
+    assert (
+        "[<user>]abc[<assistant>]<< the response starts here and ends with EOS: <eos> (1) >>"
+        in report
+    )
     assert "[<user>]xyz[<assistant>]" in report and "def" not in report.split("Prompts:")[1]
-    assert yaml.safe_load(report.split("\n\n")[0].removeprefix("Configuration\n")) == to_dict(config)
-    assert "1 rows set 'thinking' in `chat_template_kwargs`, which the chat template does not mention" in report
+    assert yaml.safe_load(report.split("\n\n")[0].removeprefix("Configuration\n")) == to_dict(
+        config
+    )
+    assert (
+        "1 rows set 'thinking' in `chat_template_kwargs`, which the chat template does not mention"
+        in report
+    )
     assert "math 2 (0 over-long)" in report and "2 ranks" in report and "total" in report
 
 
-# -------------------------------------------------------------------------------------------- output directory
+# --------------------------------------------------------------------------------- output directory
 
 
 def test_output_dir(student, tmp_path):
@@ -666,15 +782,22 @@ def test_output_dir(student, tmp_path):
     check_output_dir(run, "auto")
     longer = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=999))
     check_output_dir(run, "auto", longer)
-    for flags in (("--teacher_backend", "hf"), ("--teacher_residency", "disk")):  # what runs it, not what it says
+    for flags in (
+        ("--teacher_backend", "hf"),
+        ("--teacher_residency", "disk"),
+    ):  # what runs it, not what it says
         check_output_dir(run, "auto", make_config(student, student, *flags))
     old = to_dict(config)
     del old["teachers"][0]["backend"]  # of a run that knew one backend only
     (run / "config.yaml").write_text(yaml.safe_dump(old))
     check_output_dir(run, "auto", config)
-    moved = dataclasses.replace(config.teachers[0], backend="server", urls=("http://h:1",), api_key_env="KEY")
+    moved = dataclasses.replace(
+        config.teachers[0], backend="server", urls=("http://h:1",), api_key_env="KEY"
+    )
     check_output_dir(run, "auto", dataclasses.replace(config, teachers=(moved,)))
-    heavier = dataclasses.replace(config, teachers=(dataclasses.replace(config.teachers[0], weight=2.0),))
+    heavier = dataclasses.replace(
+        config, teachers=(dataclasses.replace(config.teachers[0], weight=2.0),)
+    )
     assert "holds another run (teachers differ)" in error(check_output_dir, run, "auto", heavier)
     other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
     assert "holds another run (seed differ)" in error(check_output_dir, run, "auto", other)

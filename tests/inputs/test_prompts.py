@@ -14,7 +14,7 @@ from opd.inputs.prompts import prompt_batch, routes
 from tests.support.processes import ROOT
 from tests.support.prompts import ids, load, make_tokenizer, row, write
 
-# ------------------------------------------------------------------------------------------------ rendering
+# ---------------------------------------------------------------------------------------- rendering
 
 
 def test_text_and_messages_render_alike_with_special_tokens_once(tmp_path):
@@ -68,13 +68,16 @@ def test_a_domain_that_loses_every_prompt_is_refused(tmp_path):
         load(path, max_prompt_tokens=5)
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_jsonl_json_parquet_and_directory_agree(tmp_path):
     # A column store gives every message every key: the null must not reach the template.
     messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b", "name": "c"}]
-    rows = [row(messages, answer="1"), row([{"role": "user", "content": "z"}], domain="code", answer="2")]
+    rows = [
+        row(messages, answer="1"),
+        row([{"role": "user", "content": "z"}], domain="code", answer="2"),
+    ]
     folder = tmp_path / "folder"
     folder.mkdir()
     jsonl = load(write(folder / "b.jsonl", rows))
@@ -92,7 +95,10 @@ def test_content_hash_sees_everything(tmp_path):
     variants = [base, base[::-1]]
     for change in ({"prompt": "c"}, {"data_source": "code"}, {"answer": "3"}, {"response": "z"}):
         variants.append([{**base[0], **change}, base[1]])
-    hashes = [load(write(tmp_path / "a.jsonl", rows), need_response=True).content_hash for rows in variants]
+    hashes = [
+        load(write(tmp_path / "a.jsonl", rows), need_response=True).content_hash
+        for rows in variants
+    ]
     assert len(set(hashes)) == len(variants)
     assert load(write(tmp_path / "b.jsonl", base), need_response=True).content_hash == hashes[0]
 
@@ -114,8 +120,12 @@ BROKEN = {
     "line 1: column `prompt` must be text or a list": [row([])],
     "line 1: column `prompt`: every message needs": [row([{"role": "user"}])],
     "line 1: column `prompt`: the prompt is empty": [row([{"role": "user", "content": ""}])],
-    "line 1: column `prompt` ends with an assistant": [row([{"role": "assistant", "content": "b"}])],
-    "line 1: column `prompt`: the chat template refuses it: no system": [row([{"role": "system", "content": "b"}])],
+    "line 1: column `prompt` ends with an assistant": [
+        row([{"role": "assistant", "content": "b"}])
+    ],
+    "line 1: column `prompt`: the chat template refuses it: no system": [
+        row([{"role": "system", "content": "b"}])
+    ],
     "empty, no rows": [],
 }
 
@@ -153,7 +163,11 @@ def test_missing_and_broken_files(tmp_path):
     for name, message in cases.items():
         with pytest.raises(ValueError) as caught:
             load(str(tmp_path / name))
-        assert message in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            message in str(caught.value)
+            and name in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
     with pytest.raises(ValueError, match="--data is required"):
         load()
 
@@ -166,7 +180,7 @@ def test_one_teacher_for_everything_needs_no_domain_column(tmp_path):
         load(mixed, default_domain="default")
 
 
-# -------------------------------------------------------------------------------------- the prompts of a step
+# ---------------------------------------------------------------------------- the prompts of a step
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +189,9 @@ def prompt_set(tmp_path_factory):
     return load(write(tmp_path_factory.mktemp("data") / "a.jsonl", rows))
 
 
-def batch(prompt_set, step, *, seed=0, prompts_per_step=8, domain_weights=None, rank=0, world_size=1) -> list[int]:
+def batch(
+    prompt_set, step, *, seed=0, prompts_per_step=8, domain_weights=None, rank=0, world_size=1
+) -> list[int]:
     prompts = prompt_batch(
         prompt_set,
         step,
@@ -200,14 +216,19 @@ def test_a_step_is_a_function_of_seed_and_step(prompt_set, weights):
 
 
 def test_another_process_picks_the_same_prompts(prompt_set, tmp_path):
-    """A resume is another process: hashes of strings differ there, and nothing was picked before step 12."""
+    """A resume is another process: hashes of strings differ there, and nothing was picked before
+    step 12.
+    """
     path = write(tmp_path / "a.jsonl", [row(f"{i}", domain="abc"[i % 7 // 3]) for i in range(37)])
     code = (
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}\n"
+        f"import sys; sys.path[:0] = "
+        f"{[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}\n"
         f"import test_data as t\ns = t.load({path!r})\n"
         f"print(t.batch(s, 12), t.batch(s, 12, domain_weights={WEIGHTS!r}))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
     assert out.strip() == f"{batch(prompt_set, 12)} {batch(prompt_set, 12, domain_weights=WEIGHTS)}"
 
 
@@ -216,7 +237,8 @@ def test_another_process_picks_the_same_prompts(prompt_set, tmp_path):
 def test_the_step_does_not_know_how_many_ranks_there_are(prompt_set, weights, world_size):
     for step in range(6):
         parts = [
-            batch(prompt_set, step, domain_weights=weights, rank=r, world_size=world_size) for r in range(world_size)
+            batch(prompt_set, step, domain_weights=weights, rank=r, world_size=world_size)
+            for r in range(world_size)
         ]
         interleaved = [part[i] for i in range(8 // world_size) for part in parts]
         assert interleaved == batch(prompt_set, step, domain_weights=weights)
@@ -235,7 +257,8 @@ def test_epochs_drop_and_repeat_nothing(prompt_set, prompts_per_step):
 
 @pytest.mark.parametrize("prompts_per_step", [1, 2, 7, 8])
 @pytest.mark.parametrize(
-    "weights", [WEIGHTS, {"a": 1, "b": 1, "c": 1}, {"a": 40, "b": 5, "c": 55}, {"a": 1e-3, "b": 0, "c": 7}]
+    "weights",
+    [WEIGHTS, {"a": 1, "b": 1, "c": 1}, {"a": 40, "b": 5, "c": 55}, {"a": 1e-3, "b": 0, "c": 7}],
 )
 def test_domain_counts_follow_the_weights_at_every_step(prompt_set, prompts_per_step, weights):
     seen, total = collections.Counter(), sum(weights.values())
@@ -244,13 +267,17 @@ def test_domain_counts_follow_the_weights_at_every_step(prompt_set, prompts_per_
         assert len(ids) == prompts_per_step
         seen.update(prompt_set.prompts[i].domain for i in ids)
         for domain, weight in weights.items():
-            assert abs(seen[domain] - (step + 1) * prompts_per_step * weight / total) < 1 + 1e-9, (step, domain)
+            assert abs(seen[domain] - (step + 1) * prompts_per_step * weight / total) < 1 + 1e-9, (
+                step,
+                domain,
+            )
 
 
 def test_each_domain_walks_its_own_epochs(prompt_set):
     walk = [i for s in range(40) for i in batch(prompt_set, s, domain_weights=WEIGHTS)]
     for domain, size in prompt_set.counts.items():
-        # Without repeats inside an epoch no row can be two ahead of another; a step's order is shuffled, so count.
+        # Without repeats inside an epoch no row can be two ahead of another; a step's order is
+        # shuffled, so count.
         ids = collections.Counter(i for i in walk if prompt_set.prompts[i].domain == domain)
         assert len(ids) == size and max(ids.values()) - min(ids.values()) <= 1, domain
 
@@ -274,7 +301,9 @@ def test_many_uneven_domains(tmp_path, weights, prompts_per_step):
         seen.update(many.prompts[i].domain for i in ids)
         total += prompts_per_step
         assert len(ids) == prompts_per_step
-        assert all(abs(seen[name] - total * share) < 1 + 1e-9 for name, share in shares.items()), step
+        assert all(abs(seen[name] - total * share) < 1 + 1e-9 for name, share in shares.items()), (
+            step
+        )
 
 
 def test_bad_batches(prompt_set):
@@ -287,7 +316,7 @@ def test_bad_batches(prompt_set):
         batch(prompt_set, 0, domain_weights={"a": 0, "b": 0, "c": 0})
 
 
-# -------------------------------------------------------------------------------------------------- routing
+# ------------------------------------------------------------------------------------------ routing
 
 
 def teacher(name, *domains, weight=1.0) -> TeacherSpec:
@@ -297,7 +326,9 @@ def teacher(name, *domains, weight=1.0) -> TeacherSpec:
 def test_routes(prompt_set):
     one = (("t", 1.0),)
     assert routes((teacher("t"),), [prompt_set]) == {"a": one, "b": one, "c": one}
-    table = routes((teacher("x", "a"), teacher("y", "a", "b", weight=3), teacher("rest")), [prompt_set])
+    table = routes(
+        (teacher("x", "a"), teacher("y", "a", "b", weight=3), teacher("rest")), [prompt_set]
+    )
     assert table == {"a": (("x", 0.25), ("y", 0.75)), "b": (("y", 1.0),), "c": (("rest", 1.0),)}
     with pytest.raises(ValueError, match=r"--teacher x: never used, .* or its weight is 0"):
         routes((teacher("x", "a", weight=0), teacher("y", "a", "b", "c")), [prompt_set])
@@ -305,56 +336,83 @@ def test_routes(prompt_set):
 
 def test_a_domain_only_in_the_held_out_set_needs_a_teacher_too(prompt_set, tmp_path):
     held_out = load(write(tmp_path / "e.jsonl", [row(domain="extra")]))
-    with pytest.raises(ValueError, match=r"no teacher for the domains extra \(1 rows\); the teachers take x: a, b, c"):
+    with pytest.raises(
+        ValueError,
+        match=r"no teacher for the domains extra \(1 rows\); the teachers take x: a, b, c",
+    ):
         routes((teacher("x", "a", "b", "c"),), [prompt_set, held_out])
 
 
 def test_nothing_is_dropped_in_silence(prompt_set):
     with pytest.raises(ValueError, match=r"no teacher for the domains b \(15 rows\), c \(5 rows\)"):
         routes((teacher("x", "a"),), [prompt_set])
-    with pytest.raises(ValueError, match=r"--teacher y: no row has the domain mth; the data has a \(17 rows\), b"):
+    with pytest.raises(
+        ValueError, match=r"--teacher y: no row has the domain mth; the data has a \(17 rows\), b"
+    ):
         routes((teacher("x"), teacher("y", "mth")), [prompt_set])
     with pytest.raises(ValueError, match="--teacher rest: never used"):
         routes((teacher("x", "a", "b", "c"), teacher("rest")), [prompt_set])
 
 
-# ----------------------------------------------------------------------------------------------- prepare_data
+# ------------------------------------------------------------------------------------- prepare_data
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
 
 def prepare(*argv) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, argv)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, argv)], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_prepare_gsm8k(tmp_path):
-    rows = [{"question": f"what is {i} + 1000?", "answer": f"add\n#### {i + 1000:,}"} for i in range(60)]
+    rows = [
+        {"question": f"what is {i} + 1000?", "answer": f"add\n#### {i + 1000:,}"} for i in range(60)
+    ]
     source = write(tmp_path / "g.jsonl", rows)
     for order, name in ((rows, "one"), (rows[::-1], "two")):
         source = write(tmp_path / "g.jsonl", order)
-        done = prepare("gsm8k", "--source", source, "--output_dir", tmp_path / name, "--eval_fraction", 0.3)
+        done = prepare(
+            "gsm8k", "--source", source, "--output_dir", tmp_path / name, "--eval_fraction", 0.3
+        )
         assert done.returncode == 0, done.stderr
     one, two = (
-        {p: (tmp_path / n / f"{p}.jsonl").read_text().splitlines() for p in ("train", "eval")} for n in ("one", "two")
+        {p: (tmp_path / n / f"{p}.jsonl").read_text().splitlines() for p in ("train", "eval")}
+        for n in ("one", "two")
     )
     assert len(one["train"]) + len(one["eval"]) == 60 and 8 <= len(one["eval"]) <= 30
-    assert {p: sorted(lines) for p, lines in one.items()} == {p: sorted(lines) for p, lines in two.items()}
+    assert {p: sorted(lines) for p, lines in one.items()} == {
+        p: sorted(lines) for p, lines in two.items()
+    }
     prompt = json.loads(one["train"][0])
     number = int(prompt["answer"].replace(",", ""))
-    assert prompt["data_source"] == "gsm8k" and f"what is {number - 1000} +" in prompt["prompt"][0]["content"]
+    assert (
+        prompt["data_source"] == "gsm8k"
+        and f"what is {number - 1000} +" in prompt["prompt"][0]["content"]
+    )
     assert prompt["response"] == f"add\n#### {number:,}"
     assert load(str(tmp_path / "one"), need_answer=True, need_response=True).counts == {"gsm8k": 60}
 
 
 def test_prepare_humaneval(tmp_path):
-    rows = [{"prompt": f"def f{i}():\n", "canonical_solution": f"    return {i}\n"} for i in range(20)]
+    rows = [
+        {"prompt": f"def f{i}():\n", "canonical_solution": f"    return {i}\n"} for i in range(20)
+    ]
     done = prepare(
-        "humaneval", "--source", write(tmp_path / "h.jsonl", rows), "--output_dir", tmp_path, "--eval_fraction", 0.3
+        "humaneval",
+        "--source",
+        write(tmp_path / "h.jsonl", rows),
+        "--output_dir",
+        tmp_path,
+        "--eval_fraction",
+        0.3,
     )
     assert done.returncode == 0, done.stderr
     prompt = json.loads((tmp_path / "eval.jsonl").read_text().splitlines()[0])
     name = prompt["answer"].split()[-1]
-    assert f"def f{name}()" in prompt["prompt"][0]["content"] and prompt["data_source"] == "humaneval"
+    assert (
+        f"def f{name}()" in prompt["prompt"][0]["content"] and prompt["data_source"] == "humaneval"
+    )
 
 
 def test_prepare_says_what_is_wrong_in_one_line(tmp_path):

@@ -12,7 +12,9 @@ def prompt(answer: str | None) -> Prompt:
     return Prompt(prompt_id=7, domain="math", token_ids=[1], answer=answer)
 
 
-@pytest.mark.parametrize(("text", "reward"), [("231", 1), (" 231\n", 1), ("2310", 0), ("", 0), ("2 31", 0)])
+@pytest.mark.parametrize(
+    ("text", "reward"), [("231", 1), (" 231\n", 1), ("2310", 0), ("", 0), ("2 31", 0)]
+)
 def test_exact_match(text, reward):
     assert exact_match(prompt("231 "), text) == reward
 
@@ -34,7 +36,11 @@ def test_exact_match(text, reward):
         ("#### 12", "1,2,12", 1),
         ("#### -5", "-$5", 1),
         ("#### 72", "", 0),
-        ("#### 10000000000000000001", "10000000000000000000", 0),  # not equal, though it is as floats
+        (
+            "#### 10000000000000000001",
+            "10000000000000000000",
+            0,
+        ),  # not equal, though it is as floats
     ],
 )
 def test_last_number(answer, text, reward):

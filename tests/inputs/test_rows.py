@@ -35,7 +35,7 @@ def parquet(path, **columns) -> str:
     return str(path)
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
@@ -49,7 +49,9 @@ def test_marks_and_space_before_the_first_row(tmp_path, mark, space, name):
     assert [p.answer for p in load(str(tmp_path / "list.json")).prompts] == ["1", "2"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_other_encodings_are_named(tmp_path, encoding, name):
     (tmp_path / name).write_text(json.dumps(ROWS), encoding=encoding)
@@ -57,7 +59,9 @@ def test_other_encodings_are_named(tmp_path, encoding, name):
     assert encoding.upper() in line and "save it as UTF-8" in line
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json", "list.json", "blank.jsonl", "mark.json", "folder"])
+@pytest.mark.parametrize(
+    "name", ["a.parquet", "a.jsonl", "a.json", "list.json", "blank.jsonl", "mark.json", "folder"]
+)
 def test_no_rows(tmp_path, capfd, name):
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "a.parquet")
     (tmp_path / "list.json").write_text(" [ ] ")
@@ -66,7 +70,9 @@ def test_no_rows(tmp_path, capfd, name):
     for empty in ("a.jsonl", "a.json"):
         (tmp_path / empty).touch()
     (tmp_path / "folder").mkdir()
-    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "folder" / "a.parquet")
+    pq.write_table(
+        pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "folder" / "a.parquet"
+    )
     (tmp_path / "folder" / "b.jsonl").touch()
     assert refused(tmp_path / name) == ": empty, no rows"
     assert capfd.readouterr() == ("", "")
@@ -127,16 +133,36 @@ def test_any_damage_to_a_parquet_file_is_one_line_or_none(tmp_path):
     assert noticed > 100
 
 
-# ---- Values ----------------------------------------------------------------------------------------------------------
+# ---- Values --------------------------------------------------------------------------------------
 
 SECOND = dt.datetime(2024, 2, 29, 12, 30, 1)
 TEXTS = {
-    "decimal": (pa.array([Decimal("72.50"), Decimal("-1000.00")], pa.decimal128(20, 2)), "72.50", "-1000.00"),
-    "wide decimal": (pa.array([Decimal("1e30"), Decimal(0)], pa.decimal256(60, 3)), f"1{'0' * 30}.000", "0.000"),
-    "small decimal": (pa.array([Decimal(0), Decimal("1e-10")], pa.decimal128(20, 10)), "0.0000000000", "0.0000000001"),
+    "decimal": (
+        pa.array([Decimal("72.50"), Decimal("-1000.00")], pa.decimal128(20, 2)),
+        "72.50",
+        "-1000.00",
+    ),
+    "wide decimal": (
+        pa.array([Decimal("1e30"), Decimal(0)], pa.decimal256(60, 3)),
+        f"1{'0' * 30}.000",
+        "0.000",
+    ),
+    "small decimal": (
+        pa.array([Decimal(0), Decimal("1e-10")], pa.decimal128(20, 10)),
+        "0.0000000000",
+        "0.0000000001",
+    ),
     "date": (pa.array([SECOND.date(), dt.date(1, 1, 1)]), "2024-02-29", "0001-01-01"),
-    "datetime": (pa.array([SECOND, SECOND], pa.timestamp("ms")), "2024-02-29T12:30:01", "2024-02-29T12:30:01"),
-    "nanoseconds": (pa.array([1, 10**9], pa.timestamp("ns")), "1970-01-01T00:00:00.000000001", "1970-01-01T00:00:01"),
+    "datetime": (
+        pa.array([SECOND, SECOND], pa.timestamp("ms")),
+        "2024-02-29T12:30:01",
+        "2024-02-29T12:30:01",
+    ),
+    "nanoseconds": (
+        pa.array([1, 10**9], pa.timestamp("ns")),
+        "1970-01-01T00:00:00.000000001",
+        "1970-01-01T00:00:01",
+    ),
     "zone": (
         pa.array([0, 0], pa.timestamp("s", "Asia/Tokyo")),
         "1970-01-01T09:00:00+09:00",
@@ -144,9 +170,17 @@ TEXTS = {
     ),
     "time": (pa.array([SECOND.time(), dt.time(0)]), "12:30:01", "00:00:00"),
     "duration": (pa.array([9000, 90061], pa.duration("s")), "2:30:00", "1 day, 1:01:01"),
-    "fine duration": (pa.array([9 * 10**12, 10**3], pa.duration("ns")), "2:30:00", "0:00:00.000001"),
+    "fine duration": (
+        pa.array([9 * 10**12, 10**3], pa.duration("ns")),
+        "2:30:00",
+        "0:00:00.000001",
+    ),
     "bytes": (pa.array([b"seven", "ü".encode()]), "seven", "ü"),
-    "uuid": (pa.array([uuid.UUID(int=7).bytes] * 2, pa.uuid()), str(uuid.UUID(int=7)), str(uuid.UUID(int=7))),
+    "uuid": (
+        pa.array([uuid.UUID(int=7).bytes] * 2, pa.uuid()),
+        str(uuid.UUID(int=7)),
+        str(uuid.UUID(int=7)),
+    ),
     "whole floats": (pa.array([72.0, -0.0]), "72", "0"),
     "floats": (pa.array([0.5, 1e300]), "0.5", "1e+300"),
     "half floats": (pa.array([0.5, 3.0], pa.float16()), "0.5", "3"),
@@ -184,14 +218,23 @@ NO_TEXT = {
     "nan": (pa.array([float("nan"), 1.0]), "nan is no value"),
     "infinity": (pa.array([float("-inf"), 1.0]), "-inf is no value"),
     "text that is not UTF-8": (BROKEN_TEXT, "cannot be read: 'utf-8' codec"),
-    "a zone that there is not": (pa.array([0, 0], pa.timestamp("s", "Mars/Olympus")), "cannot be read"),
+    "a zone that there is not": (
+        pa.array([0, 0], pa.timestamp("s", "Mars/Olympus")),
+        "cannot be read",
+    ),
     "a year after 9999": (pa.array([2**52, 0], pa.timestamp("ms")), "cannot be read"),
     "a duration of ages": (pa.array([2**52, 0], pa.duration("s")), "cannot be read"),
     "json that is none": (pa.array(["{", "1"], pa.json_()), "cannot be read"),
     "nan in a list": (pa.array([[float("nan")], []]), "JSON compliant"),
     "bytes in a struct": (pa.array([{"b": b"\xff"}, None]), "are not UTF-8"),
-    "keys that are no text": (pa.array([[(b"k", 1)], []], pa.map_(pa.binary(), pa.int64())), "keys must be str"),
-    "keys that occur twice": (pa.array([[("k", 1), ("k", 2)], []], pa.map_(pa.string(), pa.int64())), "cannot be read"),
+    "keys that are no text": (
+        pa.array([[(b"k", 1)], []], pa.map_(pa.binary(), pa.int64())),
+        "keys must be str",
+    ),
+    "keys that occur twice": (
+        pa.array([[("k", 1), ("k", 2)], []], pa.map_(pa.string(), pa.int64())),
+        "cannot be read",
+    ),
 }
 
 
@@ -218,7 +261,9 @@ def test_numbers_that_json_does_not_have(tmp_path, value):
 
 def test_a_whole_number_names_one_domain(tmp_path):
     """A column store with a missing value turns 3 into 3.0."""
-    path = write(tmp_path / "a.jsonl", [row(domain=3), row(domain=3.0), row(domain="3"), row(domain=3e0)])
+    path = write(
+        tmp_path / "a.jsonl", [row(domain=3), row(domain=3.0), row(domain="3"), row(domain=3e0)]
+    )
     assert load(path).counts == {"3": 4}
     path = parquet(tmp_path / "a.parquet", data_source=pa.array([1.0, None]))
     assert ", row 2: column `data_source` is null" in refused(path)
@@ -235,19 +280,28 @@ def test_half_a_surrogate_pair_is_refused_where_it_is_used(tmp_path, column, esc
     needs = {"need_answer": True, "need_response": True}
     for text in (f"x{escape}", f"{escape} "):
         path = write(
-            tmp_path / "a.jsonl", [good, json.dumps(json.loads(good) | {column: "HERE"}).replace("HERE", text)]
+            tmp_path / "a.jsonl",
+            [good, json.dumps(json.loads(good) | {column: "HERE"}).replace("HERE", text)],
         )
-        assert refused(path, **needs).startswith(f", line 2: column `{column}`: half a surrogate pair")
+        assert refused(path, **needs).startswith(
+            f", line 2: column `{column}`: half a surrogate pair"
+        )
     if column in ("answer", "response"):
         assert len(load(path).prompts) == 2
     nested = json.dumps(json.loads(good) | {"answer": {"k": ["HERE"]}}).replace("HERE", escape)
-    assert "column `answer`: half" in refused(write(tmp_path / "b.jsonl", [nested]), need_answer=True)
+    assert "column `answer`: half" in refused(
+        write(tmp_path / "b.jsonl", [nested]), need_answer=True
+    )
 
 
 def test_whole_surrogate_pairs_and_nul_are_characters(tmp_path):
-    line = '{"data_source": "m\\u0000", "prompt": "a\\u0000", "answer": "\\ud83d\\ude00", "response": "\\u0000"}'
-    (prompt,) = load(write(tmp_path / "a.jsonl", [line]), need_answer=True, need_response=True).prompts
-    assert (prompt.domain, prompt.answer) == ("m\0", "\U0001f600") and prompt.target_ids == ids("\0<eos>")
+    line = '{"data_source": "m\\u0000", "prompt": "a\\u0000", "answer": "\\ud83d\\ude00", "response": "\\u0000"}'  # noqa: E501
+    (prompt,) = load(
+        write(tmp_path / "a.jsonl", [line]), need_answer=True, need_response=True
+    ).prompts
+    assert (prompt.domain, prompt.answer) == ("m\0", "\U0001f600") and prompt.target_ids == ids(
+        "\0<eos>"
+    )
 
 
 def test_what_lies_too_deep_is_refused(tmp_path):
@@ -261,7 +315,7 @@ def test_what_lies_too_deep_is_refused(tmp_path):
     assert "inside each other" in refused(write(tmp_path / "a.jsonl", [row(tools=deep)]))
 
 
-# ---- Anything --------------------------------------------------------------------------------------------------------
+# ---- Anything ------------------------------------------------------------------------------------
 
 KEYS = st.sampled_from(
     [
@@ -282,16 +336,32 @@ TEXT = st.text(st.characters(), max_size=6) | st.sampled_from(
     ["user", "assistant", "a", "[]", "{}", "[{}]", "null", "<eos>"]
 )
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
-VALUE = st.recursive(LEAF, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=4), max_leaves=8)
+VALUE = st.recursive(
+    LEAF, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=4), max_leaves=8
+)
 MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": TEXT | st.none()},
-                          optional={"tool_calls": VALUE, "name": VALUE}), max_size=3,
-)  # fmt: skip
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["user", "assistant", "system", "tool"]),
+            "content": TEXT | st.none(),
+        },
+        optional={"tool_calls": VALUE, "name": VALUE},
+    ),
+    max_size=3,
+)
 ROW = st.fixed_dictionaries(
     {"prompt": MESSAGES | TEXT | VALUE, "data_source": TEXT | VALUE},
-    optional={"answer": VALUE, "response": TEXT | VALUE, "tools": VALUE, "chat_template_kwargs": VALUE, "x": VALUE},
+    optional={
+        "answer": VALUE,
+        "response": TEXT | VALUE,
+        "tools": VALUE,
+        "chat_template_kwargs": VALUE,
+        "x": VALUE,
+    },
 )
-SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def one_line_or_none(path, **needs) -> None:
@@ -320,14 +390,21 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path, content, name):
 
 
 ARROW = st.sampled_from(
-    [*(c for c, *_ in TEXTS.values()), *(c for c, _ in NO_TEXT.values()), pa.nulls(2), pa.array(["a", "b"])]
+    [
+        *(c for c, *_ in TEXTS.values()),
+        *(c for c, _ in NO_TEXT.values()),
+        pa.nulls(2),
+        pa.array(["a", "b"]),
+    ]
 )
 
 
 @SETTINGS
 @given(st.dictionaries(KEYS, ARROW), st.booleans())
 def test_any_columns_of_arrow_are_read_or_refused_in_one_line(tmp_path, columns, needs):
-    one_line_or_none(parquet(tmp_path / "a.parquet", **columns), need_answer=needs, need_response=needs)
+    one_line_or_none(
+        parquet(tmp_path / "a.parquet", **columns), need_answer=needs, need_response=needs
+    )
 
 
 def test_a_map_an_object_and_json_are_alike(tmp_path):
@@ -337,7 +414,8 @@ def test_a_map_an_object_and_json_are_alike(tmp_path):
         "map": pa.array([[list(message.items())]] * 2, pa.list_(pa.map_(pa.string(), pa.string()))),
         "json": pa.array([json.dumps([message])] * 2, pa.json_()),
         "list of json": pa.ListArray.from_arrays(
-            [0, 1, 2], pa.ExtensionArray.from_storage(pa.json_(), pa.array([json.dumps(message)] * 2))
+            [0, 1, 2],
+            pa.ExtensionArray.from_storage(pa.json_(), pa.array([json.dumps(message)] * 2)),
         ),
     }
     for kind, column in columns.items():

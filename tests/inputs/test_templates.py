@@ -1,4 +1,6 @@
-"""Chat templates that fail, leave out, want another form, end a turn in their own way, or write the date."""
+"""Chat templates that fail, leave out, want another form, end a turn in their own way, or write the
+date.
+"""
 
 import json
 import string
@@ -20,16 +22,19 @@ PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# Models that see images: a content is a list of parts, and a text is a list of letters, none of which is a part.
+# Models that see images: a content is a list of parts, and a text is a list of letters, none of
+# which is a part.
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>"
-    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == 'image' %}[image]{% endif %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == "
+    "'image' %}[image]{% endif %}"
     "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 WITH_TOOLS = "{% if tools %}<system>{{ tools | tojson }}{% endif %}" + PLAIN
 WITH_CALLS = (
     "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{% for c in m.tool_calls %}"
-    "{{ c.function.name + '=' + ARGUMENTS }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}<assistant>"
+    "{{ c.function.name + '=' + ARGUMENTS }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% "
+    "endfor %}<assistant>"
 )
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
@@ -40,7 +45,9 @@ def make_tokenizer(chat_template: str | dict | None) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     tokenizer.add_special_tokens(list(SPECIAL))
     special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=chat_template, **special
+    )
 
 
 @pytest.fixture
@@ -52,7 +59,9 @@ def load(tmp_path):
         path.write_text("".join(json.dumps({"data_source": "d", **row}) + "\n" for row in rows))
         tokenizer = make_tokenizer(chat_template)
         prompt_set = load_prompts([str(path)], tokenizer, DataConfig(), flag="--data", **options)
-        return ["".join(tokenizer.convert_ids_to_tokens(p.token_ids)) for p in prompt_set.prompts], prompt_set
+        return [
+            "".join(tokenizer.convert_ids_to_tokens(p.token_ids)) for p in prompt_set.prompts
+        ], prompt_set
 
     return load
 
@@ -75,19 +84,23 @@ def turn(role: str, content: str | None, **more) -> dict:
     return {"role": role, "content": content, **more}
 
 
-# ---- Failures --------------------------------------------------------------------------------------------------------
+# ---- Failures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
         ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: maximum recursion depth exceeded"),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "RecursionError: maximum recursion depth exceeded",
+        ),
         ("{{ messages[7].content + 'a' }}", "list object has no element 7"),
         ("{{ messages.pop(3) }}", "'pop' of 'list' object is unsafe"),
         ("{{ messages[0].content | no_such_filter }}", "No filter named 'no_such_filter'"),
         (
-            "{% if 1 > 2 %}{{ 'a' | no_such_filter }}{% else %}{{ 'a' | sum(start=[]) }}{% endif %}",
+            "{% if 1 > 2 %}{{ 'a' | no_such_filter }}{% else %}{{ 'a' | sum(start=[]) }}{% endif "
+            "%}",
             "can only concatenate",
         ),
         ("{{ messages[0].content.index('~') }}", "substring not found"),
@@ -105,32 +118,45 @@ def turn(role: str, content: str | None, **more) -> dict:
     ],
 )
 def test_whatever_a_template_does_wrong_is_one_line_with_its_words(refusal, template, said):
-    template = template.replace("\\ud800", "{{ '\\ud800' }}") if isinstance(template, str) else template
+    template = (
+        template.replace("\\ud800", "{{ '\\ud800' }}") if isinstance(template, str) else template
+    )
     line = refusal(template, {"prompt": "hello"})
-    assert line.startswith("line 1: column `prompt`: the chat template refuses it: ") and said in line, line
+    assert (
+        line.startswith("line 1: column `prompt`: the chat template refuses it: ") and said in line
+    ), line
 
 
 def test_a_template_that_does_not_end(refusal, monkeypatch):
     monkeypatch.setattr(templates, "TIME_LIMIT_S", 0.2)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    assert "refuses it: TimeoutError: it takes more than 0.2 s" in refusal(loops, {"prompt": "hello"})
+    assert "refuses it: TimeoutError: it takes more than 0.2 s" in refusal(
+        loops, {"prompt": "hello"}
+    )
 
 
 def test_the_row_that_a_template_fails_at_is_named(refusal):
-    template = "{% for m in messages %}{{ m.content }}{{ 6 // (m.content | length - 3) }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m.content }}{{ 6 // (m.content | length - 3) }}{% endfor %}"
+    )
     assert refusal(template, {"prompt": "four"}, {"prompt": "six"}, {"prompt": "a"}).startswith(
         "line 2: column `prompt`"
     )
 
 
-# ---- Leaving out -----------------------------------------------------------------------------------------------------
+# ---- Leaving out ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", ["hello", "a", "user", "[image]", "xx", " xxx ", "type text"])
 def test_templates_of_models_that_see_images_get_parts(load, prompt):
     """Whatever the text is, also if the template itself contains it."""
-    texts, _ = load(PARTS, {"prompt": prompt}, {"prompt": [turn("system", "be"), turn("user", prompt)]})
-    assert texts == [f"<user>{prompt}<|end|><assistant>", f"<system>be<|end|><user>{prompt}<|end|><assistant>"]
+    texts, _ = load(
+        PARTS, {"prompt": prompt}, {"prompt": [turn("system", "be"), turn("user", prompt)]}
+    )
+    assert texts == [
+        f"<user>{prompt}<|end|><assistant>",
+        f"<system>be<|end|><user>{prompt}<|end|><assistant>",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -139,17 +165,24 @@ def test_templates_of_models_that_see_images_get_parts(load, prompt):
         "<user> <assistant>",
         "{% for m in messages %}<{{ m.role }}>{{ m.contents }}{% endfor %}",
         # one token for every letter that is no text: not the same for all texts, but never the text
-        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'word' %}{{ c.text }}{% else %}?{% endif %}"
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'word' %}{{ c.text }}{% "
+        "else %}?{% endif %}"
         "{% endfor %}{% endfor %}<assistant>",
-        "{% for m in messages %}{% for c in m.content if c.type == 'image' %}<image>{% endfor %}{% endfor %}<assistant>",
+        "{% for m in messages %}{% for c in m.content if c.type == 'image' %}<image>{% endfor "
+        "%}{% endfor %}<assistant>",
     ],
 )
 def test_a_template_that_renders_no_text_is_refused(refusal, template):
-    assert "the chat template leaves out the text of message 1, of role user" in refusal(template, {"prompt": "user"})
+    assert "the chat template leaves out the text of message 1, of role user" in refusal(
+        template, {"prompt": "user"}
+    )
 
 
 def test_a_role_that_the_template_does_not_know_is_refused(refusal, load):
-    template = "{% for m in messages if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template = (
+        "{% for m in messages if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ "
+        "m.content }}{% endfor %}"
+    )
     for role in ("system", "tool", "developer", "a\nb"):
         prompt = [turn("user", "one"), turn(role, "one"), turn("user", "two")]
         said = refusal(template, {"prompt": prompt})
@@ -179,8 +212,10 @@ def test_a_template_may_change_a_text(load, expression, prompt, text):
 
 def test_a_template_may_drop_thinking_and_old_answers(load):
     template = (
-        "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% elif loop.last %}{{ m.content }}"
-        "{% else %}<assistant>{{ m.content.split('</t>')[-1] if '</t>' in m.content }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% elif loop.last "
+        "%}{{ m.content }}"
+        "{% else %}<assistant>{{ m.content.split('</t>')[-1] if '</t>' in m.content }}{% endif "
+        "%}{% endfor %}"
     )
     prompt = [
         turn("user", "a"),
@@ -194,20 +229,29 @@ def test_a_template_may_drop_thinking_and_old_answers(load):
 
 def test_a_template_of_texts_never_gets_parts(refusal):
     """It would write them as Python does."""
-    template = "{% for m in messages %}{{ raise_exception('no') if m.content == 'bad' else m.content }}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ raise_exception('no') if m.content == 'bad' else "
+        "m.content }}{% endfor %}"
+    )
     line = refusal(template, {"prompt": "good"}, {"prompt": "bad"})
     assert line == "line 2: column `prompt`: the chat template refuses it: no"
 
 
-# ---- Tools and variables ---------------------------------------------------------------------------------------------
+# ---- Tools and variables -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "tools", [[WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER)], [{**WEATHER, "strict": None}]]
+    "tools",
+    [[WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER)], [{**WEATHER, "strict": None}]],
 )
 def test_tools_reach_the_template(load, tools):
-    texts, _ = load(WITH_TOOLS, {"prompt": "a", "tools": tools}, {"prompt": "a", "tools": None}, {"prompt": "a"})
-    assert texts == [f"<system>{json.dumps([WEATHER])}<user>a<|end|><assistant>", *["<user>a<|end|><assistant>"] * 2]
+    texts, _ = load(
+        WITH_TOOLS, {"prompt": "a", "tools": tools}, {"prompt": "a", "tools": None}, {"prompt": "a"}
+    )
+    assert texts == [
+        f"<system>{json.dumps([WEATHER])}<user>a<|end|><assistant>",
+        *["<user>a<|end|><assistant>"] * 2,
+    ]
 
 
 def test_tools_as_text_keep_their_nulls(load):
@@ -245,8 +289,16 @@ def test_tools_that_no_prompt_would_show_are_refused(refusal):
         ("chat_template_kwargs", ["a"], "text that is not JSON"),
         ("chat_template_kwargs", 1, "must be an object of names and values"),
         ("chat_template_kwargs", False, "must be an object of names and values"),
-        ("chat_template_kwargs", {"add_generation_prompt": False}, "add_generation_prompt is not the row's to choose"),
-        ("chat_template_kwargs", {"chat_template": "a"}, "chat_template is not the row's to choose"),
+        (
+            "chat_template_kwargs",
+            {"add_generation_prompt": False},
+            "add_generation_prompt is not the row's to choose",
+        ),
+        (
+            "chat_template_kwargs",
+            {"chat_template": "a"},
+            "chat_template is not the row's to choose",
+        ),
         ("chat_template_kwargs", {"messages": []}, "messages is not the row's to choose"),
         ("chat_template_kwargs", {"strftime_now": "a"}, "strftime_now is not the row's to choose"),
         ("chat_template_kwargs", {"tokenize": True}, "tokenize is not the row's to choose"),
@@ -259,7 +311,9 @@ def test_tools_and_variables_of_a_wrong_kind(refusal, column, value, said):
 
 
 def test_variables_reach_the_template(load, refusal):
-    template = PLAIN + "{% if enable_thinking is defined and not enable_thinking %}<t></t>{% endif %}"
+    template = (
+        PLAIN + "{% if enable_thinking is defined and not enable_thinking %}<t></t>{% endif %}"
+    )
     rows = [
         {"prompt": "a", "chat_template_kwargs": v}
         for v in ({"enable_thinking": False}, '{"enable_thinking": true}', None)
@@ -273,7 +327,8 @@ def test_variables_reach_the_template(load, refusal):
 def test_variables_that_the_template_does_not_mention_are_said(load):
     rows = [{"prompt": "a", "chat_template_kwargs": {"enable_thinkin": False}}] * 2
     assert load(PLAIN, *rows)[1].summary == (
-        "d 2; 2 rows set 'enable_thinkin' in `chat_template_kwargs`, which the chat template does not mention"
+        "d 2; 2 rows set 'enable_thinkin' in `chat_template_kwargs`, which the chat template does "
+        "not mention"
     )
 
 
@@ -303,13 +358,15 @@ def test_a_content_of_null_beside_tool_calls(load, refusal):
     absent = [{k: v for k, v in m.items() if v is not None} for m in messages]
     for template in (
         WITH_CALLS.replace("ARGUMENTS", "'1'"),
-        "{% for m in messages %}{{ m.content + (m.tool_calls | string) }}{% endfor %}",  # wants an empty text
+        # wants an empty text
+        "{% for m in messages %}{{ m.content + (m.tool_calls | string) }}{% endfor %}",
         "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}",
     ):
         texts, _ = load(template, {"prompt": messages}, {"prompt": absent})
         assert texts[0] == texts[1] and "weather" in texts[0] and "None" not in texts[0]
     template = (
-        "{% for m in messages %}{{ '[' ~ m.content ~ ']' if 'content' in m else m.tool_calls[0].type }}{% endfor %}"
+        "{% for m in messages %}{{ '[' ~ m.content ~ ']' if 'content' in m else "
+        "m.tool_calls[0].type }}{% endfor %}"
     )
     assert load(template, {"prompt": messages})[0] == ["[a]function[b]"]
     assert "every message needs a role and a content" in refusal(
@@ -319,12 +376,19 @@ def test_a_content_of_null_beside_tool_calls(load, refusal):
 
 
 def test_half_a_surrogate_anywhere_in_a_message(refusal):
-    for message in (turn("us\ud83der", "a"), turn("user", "a", name="\ude00"), turn("user", "a", **{"\ud83d": 1})):
+    for message in (
+        turn("us\ud83der", "a"),
+        turn("user", "a", name="\ude00"),
+        turn("user", "a", **{"\ud83d": 1}),
+    ):
         line = refusal(PLAIN, {"prompt": [message]})
-        assert line == "line 1: column `prompt`: half a surrogate pair, which is no character; mend the row"
+        assert (
+            line
+            == "line 1: column `prompt`: half a surrogate pair, which is no character; mend the row"
+        )
 
 
-# ---- The end of a turn -----------------------------------------------------------------------------------------------
+# ---- The end of a turn ---------------------------------------------------------------------------
 
 ANSWER = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}BEHIND"
@@ -332,8 +396,12 @@ ANSWER = (
 )
 
 
-def ends(load, template: str | None, *, eos_ids=(EOS, END, TURN), response="yes", prompt="a?") -> list[int]:
-    _, prompt_set = load(template, {"prompt": prompt, "response": response}, need_response=True, eos_ids=eos_ids)
+def ends(
+    load, template: str | None, *, eos_ids=(EOS, END, TURN), response="yes", prompt="a?"
+) -> list[int]:
+    _, prompt_set = load(
+        template, {"prompt": prompt, "response": response}, need_response=True, eos_ids=eos_ids
+    )
     return prompt_set.prompts[0].target_ids
 
 
@@ -350,10 +418,17 @@ YES = [VOCAB[c] for c in "yes"]
         (ANSWER.replace("BEHIND", "<pad>"), EOS),  # the sampler does not stop there
         (ANSWER.replace("BEHIND", "{% if not loop.last %}<|end|>{% endif %}"), END),
         (
-            ANSWER.replace("BEHIND", "<turn|>").replace("m.content }}<turn|>", "m.content | upper | trim }}<turn|>"),
+            ANSWER.replace("BEHIND", "<turn|>").replace(
+                "m.content }}<turn|>", "m.content | upper | trim }}<turn|>"
+            ),
             TURN,
         ),
-        (ANSWER.replace("BEHIND", "{{ '<turn|>' if messages[0].role == 'user' else raise_exception('no') }}"), TURN),
+        (
+            ANSWER.replace(
+                "BEHIND", "{{ '<turn|>' if messages[0].role == 'user' else raise_exception('no') }}"
+            ),
+            TURN,
+        ),
         (ANSWER.replace("BEHIND", "{{ raise_exception('no answers') }}"), EOS),
         (PARTS, END),
         (None, EOS),
@@ -365,8 +440,10 @@ def test_a_response_ends_as_the_template_ends_a_turn(load, template, end):
 
 def test_a_conversation_that_may_not_be_answered_does_not_hide_the_end(load):
     template = (
-        "{% if messages | length > 1 and messages[0].role != 'user' %}{{ raise_exception('no question') }}{% endif %}"
-        "{% for m in messages %}{{ m.content + ('<turn|>' if m.role == 'assistant' else '<|end|>') }}{% endfor %}"
+        "{% if messages | length > 1 and messages[0].role != 'user' %}{{ raise_exception('no "
+        "question') }}{% endif %}"
+        "{% for m in messages %}{{ m.content + ('<turn|>' if m.role == 'assistant' else "
+        "'<|end|>') }}{% endfor %}"
     )
     assert ends(load, template, prompt=[turn("system", "a")]) == [*YES, TURN]
 
@@ -395,7 +472,7 @@ def test_a_response_that_is_cut_has_no_end(load):
     assert [p.target_ids for p in prompt_set.prompts] == [YES, [*YES[:2], END]]
 
 
-# ---- The date --------------------------------------------------------------------------------------------------------
+# ---- The date ------------------------------------------------------------------------------------
 
 DATED = "<system>{{ strftime_now('%d %B %Y, %H:%M') }}" + PLAIN
 
@@ -403,7 +480,10 @@ DATED = "<system>{{ strftime_now('%d %B %Y, %H:%M') }}" + PLAIN
 def test_a_template_writes_the_time_that_the_run_began(load):
     day, later = datetime(2024, 2, 29, 23, 59, 58), datetime(2024, 3, 1, 0, 0, 1)
     texts, first = load(DATED, {"prompt": "a"}, moment=day)
-    assert texts == ["<system>29 February 2024, 23:59<user>a<|end|><assistant>"] and first.moment == day
+    assert (
+        texts == ["<system>29 February 2024, 23:59<user>a<|end|><assistant>"]
+        and first.moment == day
+    )
     assert load(DATED, {"prompt": "a"}, moment=day)[1].content_hash == first.content_hash
     assert load(DATED, {"prompt": "a"}, moment=later)[1].content_hash != first.content_hash
     today = load(DATED, {"prompt": "a"})[1].moment

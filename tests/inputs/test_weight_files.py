@@ -1,4 +1,6 @@
-"""Files of weights that are broken, incomplete, of another model or quantised: one line, before a weight is loaded."""
+"""Files of weights that are broken, incomplete, of another model or quantised: one line, before a
+weight is loaded.
+"""
 
 import json
 import re
@@ -50,11 +52,15 @@ def rewrite(path: Path, change) -> None:
 
 
 def renamed(change):
-    return lambda path: rewrite(path, lambda weights: {change(name): tensor for name, tensor in weights.items()})
+    return lambda path: rewrite(
+        path, lambda weights: {change(name): tensor for name, tensor in weights.items()}
+    )
 
 
 def without(*names: str):
-    return lambda path: rewrite(path, lambda weights: {k: v for k, v in weights.items() if k not in names})
+    return lambda path: rewrite(
+        path, lambda weights: {k: v for k, v in weights.items() if k not in names}
+    )
 
 
 def with_more(**shapes):
@@ -87,7 +93,7 @@ def refusal(path: Path, flag: str = "--student_model", **options) -> str:
     return message
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def git_lfs_pointer(path: Path) -> None:
@@ -156,7 +162,9 @@ def index_that_is_wrong(path: Path) -> None:
 
 
 def index_of_more_than_there_is(path: Path) -> None:
-    shard(path, [UP], listed={"model.layers.7.mlp.up_proj.weight": "model-00001-of-00002.safetensors"})
+    shard(
+        path, [UP], listed={"model.layers.7.mlp.up_proj.weight": "model-00001-of-00002.safetensors"}
+    )
 
 
 def missing_shard(path: Path) -> None:
@@ -197,7 +205,10 @@ def nothing(path: Path) -> None:
 
 
 FILES = [
-    (git_lfs_pointer, "model.safetensors is a git-lfs pointer, not weights; fetch it with git lfs pull"),
+    (
+        git_lfs_pointer,
+        "model.safetensors is a git-lfs pointer, not weights; fetch it with git lfs pull",
+    ),
     (empty, "model.safetensors is empty; fetch it again"),
     (truncated, "model.safetensors is not a whole safetensors file"),
     (cut_in_the_header, "model.safetensors is not a whole safetensors file"),
@@ -206,12 +217,21 @@ FILES = [
     (header_that_is_no_json, "model.safetensors is not a whole safetensors file"),
     (header_of_something_else, "model.safetensors is not a whole safetensors file"),
     (a_directory, "no .safetensors weights"),
-    (lone_shard, f"model-00001-of-00001.safetensors, which no {INDEX} names; rename it to model.safetensors"),
-    (shards_without_an_index, f"2 weight files and no {INDEX} that names them, first model-00001-of-00002.safetensors"),
+    (
+        lone_shard,
+        f"model-00001-of-00001.safetensors, which no {INDEX} names; rename it to model.safetensors",
+    ),
+    (
+        shards_without_an_index,
+        f"2 weight files and no {INDEX} that names them, first model-00001-of-00002.safetensors",
+    ),
     (broken_index, f"cannot load its {INDEX}"),
     (index_that_is_a_list, f"cannot load its {INDEX}"),
     (index_of_nothing, f"its {INDEX} names no files"),
-    (index_that_is_wrong, f"names 1 tensors that are not where it says, first {UP} in model-00002-of-00002"),
+    (
+        index_that_is_wrong,
+        f"names 1 tensors that are not where it says, first {UP} in model-00002-of-00002",
+    ),
     (
         index_of_more_than_there_is,
         "names 1 tensors that are not where it says, first model.layers.7.mlp.up_proj.weight",
@@ -220,8 +240,15 @@ FILES = [
     (broken_shard, "model-00002-of-00002.safetensors is not a whole safetensors file"),
     (tensor_in_two_shards, f"{UP} is in a.safetensors and in model-00001-of-00002.safetensors"),
     (older_export_beside_shards, f"holds both model.safetensors and {INDEX}"),
-    (another_file_beside, "consolidated.safetensors lies beside model.safetensors, and vLLM would load both"),
-    (only_gguf, "no .safetensors weights in the directory; give the checkpoint from which the .gguf file was made"),
+    (
+        another_file_beside,
+        "consolidated.safetensors lies beside model.safetensors, and vLLM would load both",
+    ),
+    (
+        only_gguf,
+        "no .safetensors weights in the directory; give the checkpoint from which the .gguf file "
+        "was made",
+    ),
     (nothing, "no .safetensors weights in the directory"),
 ]
 
@@ -231,9 +258,8 @@ FILES = [
 def test_broken_files(model, damage, message, flag):
     damage(model)
     assert message in refusal(model, flag)
-    with pytest.raises(
-        ValueError, match=re.escape(str(model))
-    ):  # whoever reads a head without a preflight hears it too
+    # whoever reads a head without a preflight hears it too
+    with pytest.raises(ValueError, match=re.escape(str(model))):
         load_head(str(model))
 
 
@@ -241,7 +267,9 @@ def test_whole_models_pass_in_one_file_and_in_shards(model):
     expected = fact_of(model)
     shard(model, [UP], ["lm_head.weight"])
     assert fact_of(model) == expected
-    assert len(read_headers(model)) == len(load_file(model / "model-00003-of-00003.safetensors")) + 2
+    assert (
+        len(read_headers(model)) == len(load_file(model / "model-00003-of-00003.safetensors")) + 2
+    )
 
 
 def test_an_index_of_the_one_file_is_fine(model):
@@ -250,7 +278,7 @@ def test_an_index_of_the_one_file_is_fine(model):
     fact_of(model)
 
 
-# ---- Names and shapes ------------------------------------------------------------------------------------------------
+# ---- Names and shapes ----------------------------------------------------------------------------
 
 
 def of_type(dtype: torch.dtype, *names: str):
@@ -269,40 +297,105 @@ def other_vocabulary(path: Path) -> None:
 
 
 def unmerged_adapter(path: Path) -> None:
-    renamed(lambda n: "base_model.model." + n.replace("q_proj.weight", "q_proj.base_layer.weight"))(path)
+    renamed(lambda n: "base_model.model." + n.replace("q_proj.weight", "q_proj.base_layer.weight"))(
+        path
+    )
 
 
 WEIGHTS = {
-    "one weight less": (without(UP), f"1 of 25 weights are not in its files, first {UP}; export the model again"),
-    "no head": (without("lm_head.weight"), "first lm_head.weight; export the model with its lm_head, or set tie_word"),
-    "no embedding": (without("model.embed_tokens.weight"), "first model.embed_tokens.weight; export the model again"),
-    "student.": (renamed("student.{}".format), "25 of 25 weights are not in its files, first model.embed_tokens.weight; "
-                 "names in its files have `student.` too many"),
+    "one weight less": (
+        without(UP),
+        f"1 of 25 weights are not in its files, first {UP}; export the model again",
+    ),
+    "no head": (
+        without("lm_head.weight"),
+        "first lm_head.weight; export the model with its lm_head, or set tie_word",
+    ),
+    "no embedding": (
+        without("model.embed_tokens.weight"),
+        "first model.embed_tokens.weight; export the model again",
+    ),
+    "student.": (
+        renamed("student.{}".format),
+        "25 of 25 weights are not in its files, first "
+        "model.embed_tokens.weight; "
+        "names in its files have `student.` too many",
+    ),
     "module.": (renamed("module.{}".format), "`module.` too many"),
     "base_model.model.": (renamed("base_model.model.{}".format), "`base_model.model.` too many"),
-    "_orig_mod. inside": (renamed(lambda n: n.replace("model.", "model._orig_mod.", 1)), "`_orig_mod.` too many"),
-    "wrapped layers": (renamed(lambda n: n.replace("layers.1.", "layers.1._fsdp_wrapped_module.")),
-                       "11 of 25 weights are not in its files, first model.layers.1"),
+    "_orig_mod. inside": (
+        renamed(lambda n: n.replace("model.", "model._orig_mod.", 1)),
+        "`_orig_mod.` too many",
+    ),
+    "wrapped layers": (
+        renamed(lambda n: n.replace("layers.1.", "layers.1._fsdp_wrapped_module.")),
+        "11 of 25 weights are not in its files, first model.layers.1",
+    ),
     "unmerged adapter": (unmerged_adapter, "`base_model.model.` too many"),
-    "no prefix": (renamed(lambda n: n.removeprefix("model.")), "24 names in its files lack the prefix `model.`"),
-    "some without prefix": (renamed(lambda n: n.replace("model.norm", "norm")), "1 names in its files lack the prefix"),
-    "another family": (renamed(lambda n: n.replace("layers", "h")), "22 of 25 weights are not in its files"),
-    "other shape": (other_shape, "6 weights have another shape than config.json says, first model.layers.0.mlp.down_proj"),
-    "other vocabulary": (other_vocabulary, "1 weights have another shape than config.json says, first lm_head.weight"),
-    "int8": (of_type(torch.int8), "25 of its weights are no floating-point numbers, first model.embed_tokens.weight; 25 "
-             "tensors are of type I8, as quantised weights are; give its bfloat16 checkpoint"),
+    "no prefix": (
+        renamed(lambda n: n.removeprefix("model.")),
+        "24 names in its files lack the prefix `model.`",
+    ),
+    "some without prefix": (
+        renamed(lambda n: n.replace("model.norm", "norm")),
+        "1 names in its files lack the prefix",
+    ),
+    "another family": (
+        renamed(lambda n: n.replace("layers", "h")),
+        "22 of 25 weights are not in its files",
+    ),
+    "other shape": (
+        other_shape,
+        "6 weights have another shape than config.json says, first model.layers.0.mlp.down_proj",
+    ),
+    "other vocabulary": (
+        other_vocabulary,
+        "1 weights have another shape than config.json says, first lm_head.weight",
+    ),
+    "int8": (
+        of_type(torch.int8),
+        "25 of its weights are no floating-point numbers, first "
+        "model.embed_tokens.weight; 25 "
+        "tensors are of type I8, as quantised weights are; give its bfloat16 checkpoint",
+    ),
     "one of fp8": (of_type(torch.float8_e4m3fn, UP), f"first {UP}; 1 tensors are of type F8_E4M3"),
-    "int64 norm": (of_type(torch.int64, "model.norm.weight"), "first model.norm.weight; 1 tensors are of type I64"),
-    "packed": (lambda path: rewrite(path, lambda weights: {
-        (k.replace("up_proj.weight", "up_proj.qweight")): (v.int() if "up_proj" in k else v) for k, v in weights.items()
-    }), "2 of 25 weights are not in its files, first model.layers.0.mlp.up_proj.weight; 2 tensors are of type I32"),
-    "more layers": (lambda path: edit_config(path, num_hidden_layers=1, layer_types=["full_attention"]),
-                    "11 weights in its files have no place in the Qwen3ForCausalLM of its config.json, first model.layers.1"),
-    "value head": (with_more(v_head__summary__weight=(1, 64)), "1 weights in its files have no place"),
-    "a bias": (with_more(model__layers__0__self_attn__q_proj__bias=64), "have no place in the Qwen3ForCausalLM"),
-    "lora": (with_more(model__layers__0__self_attn__q_proj__lora_A__weight=(4, 64)), "without adapters"),
-    "adapter beside": (lambda path: (path / "adapter_config.json").write_text("{}"), "a LoRA adapter lies beside"),
-}  # fmt: skip
+    "int64 norm": (
+        of_type(torch.int64, "model.norm.weight"),
+        "first model.norm.weight; 1 tensors are of type I64",
+    ),
+    "packed": (
+        lambda path: rewrite(
+            path,
+            lambda weights: {
+                (k.replace("up_proj.weight", "up_proj.qweight")): (v.int() if "up_proj" in k else v)
+                for k, v in weights.items()
+            },
+        ),
+        "2 of 25 weights are not in its files, first model.layers.0.mlp.up_proj.weight; 2 tensors "
+        "are of type I32",
+    ),
+    "more layers": (
+        lambda path: edit_config(path, num_hidden_layers=1, layer_types=["full_attention"]),
+        "11 weights in its files have no place in the Qwen3ForCausalLM of its "
+        "config.json, first model.layers.1",
+    ),
+    "value head": (
+        with_more(v_head__summary__weight=(1, 64)),
+        "1 weights in its files have no place",
+    ),
+    "a bias": (
+        with_more(model__layers__0__self_attn__q_proj__bias=64),
+        "have no place in the Qwen3ForCausalLM",
+    ),
+    "lora": (
+        with_more(model__layers__0__self_attn__q_proj__lora_A__weight=(4, 64)),
+        "without adapters",
+    ),
+    "adapter beside": (
+        lambda path: (path / "adapter_config.json").write_text("{}"),
+        "a LoRA adapter lies beside",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
@@ -316,21 +409,34 @@ def test_weights_that_are_not_those_of_the_configuration(model, case, flag):
 def test_what_may_lie_in_a_checkpoint_beside_its_weights(model):
     """Parts of older versions, of images, and those that predict further tokens."""
     with_more(
-        model__layers__0__self_attn__rotary_emb__inv_freq=16, mtp__fc__weight=(2, 2), visual__patch_embed__weight=3,
+        model__layers__0__self_attn__rotary_emb__inv_freq=16,
+        mtp__fc__weight=(2, 2),
+        visual__patch_embed__weight=3,
         model__embed_positions__version=1,
-    )(model)  # fmt: skip
+    )(model)
     fact_of(model)
 
 
 def test_a_buffer_of_integers_is_no_weight(tmp_path):
     """DeepSeek V4's routing tables, which transformers renames besides."""
     config = DeepseekV4Config(
-        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, q_lora_rank=16, qk_rope_head_dim=8,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+    )
     AutoModelForCausalLM.from_config(config, dtype="float32").save_pretrained(tmp_path)
     assert any(stored.dtype == "I64" for stored in read_headers(tmp_path).values())
-    check_weights("--student_model", "m", tmp_path, read_model("--student_model", str(tmp_path)), vllm=True)
+    check_weights(
+        "--student_model", "m", tmp_path, read_model("--student_model", str(tmp_path)), vllm=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -347,25 +453,46 @@ def test_names_without_a_prefix_are_fine_for_transformers(model):
 @pytest.mark.parametrize("config", [GPT2Config, BloomConfig])
 def test_families_whose_published_names_have_no_prefix(tmp_path, config):
     small = config(
-        vocab_size=40, n_embd=32, hidden_size=32, n_layer=1, n_head=2, pad_token_id=0, bos_token_id=0, eos_token_id=1
+        vocab_size=40,
+        n_embd=32,
+        hidden_size=32,
+        n_layer=1,
+        n_head=2,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path)
     renamed(lambda name: name.removeprefix("transformer."))(tmp_path)
-    check_weights("--student_model", "m", tmp_path, read_model("--student_model", str(tmp_path)), vllm=True)
+    check_weights(
+        "--student_model", "m", tmp_path, read_model("--student_model", str(tmp_path)), vllm=True
+    )
 
 
-# ---- Experts ---------------------------------------------------------------------------------------------------------
+# ---- Experts -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory) -> Path:
-    """A mixture of experts as it is published: a weight for each expert, which transformers 5 holds in one tensor."""
+    """A mixture of experts as it is published: a weight for each expert, which transformers 5 holds
+    in one tensor.
+    """
     path = tmp_path_factory.mktemp("experts")
     config = Qwen3MoeConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, eos_token_id=1, pad_token_id=0,
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=1,
+        pad_token_id=0,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     AutoModelForCausalLM.from_config(config, dtype="float32").save_pretrained(path)
     return path
 
@@ -373,8 +500,14 @@ def experts(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.1.mlp.experts.2.gate_proj.weight", "first model.layers.1.mlp.experts.2.gate_proj.weight"),
-        ("model.layers.0.mlp.experts.3.down_proj.weight", "first model.layers.0.mlp.experts.down_proj: (3, 32, 16)"),
+        (
+            "model.layers.1.mlp.experts.2.gate_proj.weight",
+            "first model.layers.1.mlp.experts.2.gate_proj.weight",
+        ),
+        (
+            "model.layers.0.mlp.experts.3.down_proj.weight",
+            "first model.layers.0.mlp.experts.down_proj: (3, 32, 16)",
+        ),
         ("model.layers.0.mlp.gate.weight", "first model.layers.0.mlp.gate.weight"),
     ],
 )
@@ -389,21 +522,31 @@ def test_experts(experts, tmp_path, name, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-# ---- Heads -----------------------------------------------------------------------------------------------------------
+# ---- Heads ---------------------------------------------------------------------------------------
 
 
 def give_head(path: Path, change) -> None:
-    rewrite(path, lambda weights: weights | {"lm_head.weight": change(weights["model.embed_tokens.weight"]).clone()})
+    rewrite(
+        path,
+        lambda weights: (
+            weights | {"lm_head.weight": change(weights["model.embed_tokens.weight"]).clone()}
+        ),
+    )
 
 
 def test_a_tied_checkpoint_with_another_head_is_refused(tied):
     fact_of(tied)
     give_head(tied, lambda embedding: embedding + 0.01)
     message = refusal(tied)
-    assert "lm_head.weight is another than its model.embed_tokens.weight; set tie_word_embeddings to false" in message
+    assert (
+        "lm_head.weight is another than its model.embed_tokens.weight; set tie_word_embeddings to "
+        "false" in message
+    )
     edit_config(tied, tie_word_embeddings=False)
     fact_of(tied)
-    assert not torch.equal(load_head(str(tied)).weight_VH, load_file(tied / WHOLE)["model.embed_tokens.weight"])
+    assert not torch.equal(
+        load_head(str(tied)).weight_VH, load_file(tied / WHOLE)["model.embed_tokens.weight"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -434,7 +577,13 @@ def test_an_untied_checkpoint_has_no_head_but_its_own(model):
 @pytest.mark.parametrize(("config", "is_tied"), [(LlamaConfig, False), (GPT2Config, True)])
 def test_a_silent_configuration_is_tied_as_its_family_is(tmp_path, config, is_tied):
     small = config(
-        vocab_size=40, hidden_size=32, n_embd=32, num_hidden_layers=1, n_layer=1, num_attention_heads=2, n_head=2
+        vocab_size=40,
+        hidden_size=32,
+        n_embd=32,
+        num_hidden_layers=1,
+        n_layer=1,
+        num_attention_heads=2,
+        n_head=2,
     )
     model = AutoModelForCausalLM.from_config(small)
     model.save_pretrained(tmp_path)
@@ -445,7 +594,7 @@ def test_a_silent_configuration_is_tied_as_its_family_is(tmp_path, config, is_ti
     assert torch.equal(load_head(str(tmp_path)).weight_VH, model.get_output_embeddings().weight)
 
 
-# ---- Quantised checkpoints -------------------------------------------------------------------------------------------
+# ---- Quantised checkpoints -----------------------------------------------------------------------
 
 QUANTISED = {
     "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -469,7 +618,9 @@ def test_quantised_checkpoints(model, method):
     assert "serve it with vLLM and give its URL" in teacher and "URL" not in student
 
 
-@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+@pytest.mark.parametrize(
+    "file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"]
+)
 def test_quantised_checkpoints_of_older_tools(model, file):
     (model / file).write_text("{}")
     assert f"its weights are quantised ({file} lies beside them)" in refusal(model)

@@ -1,4 +1,6 @@
-"""The lm_head and the loss in one pass, against plain autograd on whole logits, and the scores against log_softmax."""
+"""The lm_head and the loss in one pass, against plain autograd on whole logits, and the scores
+against log_softmax.
+"""
 
 import json
 
@@ -34,7 +36,9 @@ def student(dtype=torch.float32, num_tokens=N, vocab=V):
 
 
 def teacher(dtype=torch.float32, num_tokens=N, vocab=V):
-    return randn(num_tokens, TEACHER_H, seed=2, dtype=dtype), randn(vocab, TEACHER_H, seed=3, dtype=dtype)
+    return randn(num_tokens, TEACHER_H, seed=2, dtype=dtype), randn(
+        vocab, TEACHER_H, seed=3, dtype=dtype
+    )
 
 
 def chunk_bytes(tokens, vocab=V, itemsize=4):
@@ -50,11 +54,16 @@ def entropy_loss(logits, rows):
     """A loss that the package does not have, of all log-probabilities of a token."""
     every_id_CV = torch.arange(logits.vocab).expand(len(logits), -1)
     logprobs_CV = logits.logprobs(every_id_CV)
-    return entropy_of(logprobs_CV), {"entropy": entropy_of(logprobs_CV), "largest": logprobs_CV.amax(-1)}
+    return entropy_of(logprobs_CV), {
+        "entropy": entropy_of(logprobs_CV),
+        "largest": logprobs_CV.amax(-1),
+    }
 
 
 class Products(TorchDispatchMode):
-    """Counts the multiplications of matrix products, those that write into given memory included."""
+    """Counts the multiplications of matrix products, those that write into given memory
+    included.
+    """
 
     count = 0
 
@@ -69,19 +78,26 @@ def naive_entropy(hidden_NH, weight_VH):
     return entropy_of((hidden_NH @ weight_VH.T).log_softmax(-1)).sum()
 
 
-# ---------------------------------------------------------------------------------------------- divergence
+# --------------------------------------------------------------------------------------- divergence
 
 
 @pytest.mark.parametrize("index", range(len(GOLDEN["divergence"])))
 def test_golden_values_through_an_identity_head(index):
     case = GOLDEN["divergence"][index]
     for expected in case["full"]:
-        options = {name: expected[name] for name in ("kind", "jsd_beta", "skew_alpha") if name in expected}
+        options = {
+            name: expected[name] for name in ("kind", "jsd_beta", "skew_alpha") if name in expected
+        }
         logits = torch.tensor([case["student_logits"]], dtype=torch.float64, requires_grad=True)
         head = torch.eye(4, dtype=torch.float64, requires_grad=True)
         teacher_logits = torch.tensor([case["teacher_logits"]], dtype=torch.float64)
         loss_sum, stats = fused_linear_divergence(
-            logits, head, teacher_logits, torch.eye(4).double(), temperature=case["temperature"], **options
+            logits,
+            head,
+            teacher_logits,
+            torch.eye(4).double(),
+            temperature=case["temperature"],
+            **options,
         )
         loss_sum.backward()
         golden_grad = torch.tensor([expected["grad"]], dtype=torch.float64)
@@ -95,9 +111,15 @@ def test_golden_values_through_an_identity_head(index):
 def test_golden_supports_through_an_identity_head(index):
     case = GOLDEN["divergence"][index]
     ids_NK = torch.tensor([case["support_ids"]])
-    teacher_NK = torch.tensor([case["teacher_logprobs"]], dtype=torch.float64)[:, case["support_ids"]]
+    teacher_NK = torch.tensor([case["teacher_logprobs"]], dtype=torch.float64)[
+        :, case["support_ids"]
+    ]
     for expected in case["support"]:
-        options = {name: expected[name] for name in ("kind", "tail", "jsd_beta", "skew_alpha") if name in expected}
+        options = {
+            name: expected[name]
+            for name in ("kind", "tail", "jsd_beta", "skew_alpha")
+            if name in expected
+        }
         logits = torch.tensor([case["student_logits"]], dtype=torch.float64, requires_grad=True)
 
         def token_loss(chunk, rows, options=options):
@@ -108,7 +130,9 @@ def test_golden_supports_through_an_identity_head(index):
         )
         loss_sum.backward()
         assert loss_sum.item() == pytest.approx(expected["loss"], abs=1e-12)
-        torch.testing.assert_close(logits.grad, torch.tensor([expected["grad"]]).double(), atol=1e-7, rtol=0)
+        torch.testing.assert_close(
+            logits.grad, torch.tensor([expected["grad"]]).double(), atol=1e-7, rtol=0
+        )
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 7, N, 1000])
@@ -119,7 +143,9 @@ def test_loss_and_gradients_are_those_of_whole_logits(kind, tokens, temperature)
     teacher_hidden_NH, teacher_weight_VH = teacher()
     weights_N = torch.rand(N, generator=torch.Generator().manual_seed(4))
     options = {"kind": kind, "temperature": temperature, "jsd_beta": 0.3, "skew_alpha": 0.2}
-    naive_N = divergence(hidden_NH @ weight_VH.T, teacher_hidden_NH @ teacher_weight_VH.T, **options)
+    naive_N = divergence(
+        hidden_NH @ weight_VH.T, teacher_hidden_NH @ teacher_weight_VH.T, **options
+    )
     expected = torch.autograd.grad((naive_N * weights_N).sum() * 0.37, (hidden_NH, weight_VH))
     loss_sum, stats = fused_linear_divergence(
         hidden_NH,
@@ -145,7 +171,9 @@ def test_padded_vocabularies_are_cut_to_the_shared_range(student_vocab, teacher_
         hidden_NH @ weight_VH[:V].T, teacher_hidden_NH @ teacher_weight_VH[:V].T, kind="reverse_kl"
     ).sum()
     expected = torch.autograd.grad(naive, (hidden_NH, weight_VH))
-    loss_sum, _ = fused_linear_divergence(hidden_NH, weight_VH, teacher_hidden_NH, teacher_weight_VH, kind="reverse_kl")
+    loss_sum, _ = fused_linear_divergence(
+        hidden_NH, weight_VH, teacher_hidden_NH, teacher_weight_VH, kind="reverse_kl"
+    )
     grads = torch.autograd.grad(loss_sum, (hidden_NH, weight_VH))
     torch.testing.assert_close(loss_sum, naive)
     torch.testing.assert_close(grads, expected)
@@ -160,20 +188,26 @@ def test_the_teacher_gets_no_gradient():
     assert hidden_NH.grad is not None and teacher_NH.grad is None and teacher_VH.grad is None
 
 
-# ---------------------------------------------------------------------------------------------- any token loss
+# ----------------------------------------------------------------------------------- any token loss
 
 
-@pytest.mark.parametrize("form", [LogitForm(), LogitForm(scale=0.4), LogitForm(softcap=3.0), LogitForm(2.5, 1.5)])
+@pytest.mark.parametrize(
+    "form", [LogitForm(), LogitForm(scale=0.4), LogitForm(softcap=3.0), LogitForm(2.5, 1.5)]
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gradients_of_every_reading_through_every_form_of_head(form, temperature, with_bias):
-    """A loss that reads the divergence and log-probabilities, of one token and of several, against autograd."""
+    """A loss that reads the divergence and log-probabilities, of one token and of several, against
+    autograd.
+    """
     wide = torch.float64
     hidden_NH, weight_VH = student(wide)
     teacher_hidden_NH, teacher_weight_VH = teacher(wide)
     bias_V = randn(V, seed=5, dtype=wide, requires_grad=True) if with_bias else None
     head = OutputHead(weight_VH, bias_V, form)
-    teacher_head = OutputHead(teacher_weight_VH, randn(V, seed=6, dtype=wide), LogitForm(softcap=4.0))
+    teacher_head = OutputHead(
+        teacher_weight_VH, randn(V, seed=6, dtype=wide), LogitForm(softcap=4.0)
+    )
     labels_N, ids_NK = torch.arange(N) % V, torch.stack([torch.randperm(V)[:4] for _ in range(N)])
     spoken_M = torch.tensor([0, 2, 3, 7, 8, 10])  # what the teacher speaks about
 
@@ -185,18 +219,30 @@ def test_gradients_of_every_reading_through_every_form_of_head(form, temperature
         here_M = spoken_M[(spoken_M >= rows.start) & (spoken_M < rows.stop)]
         index_M = here_M - rows.start
         seen = logits.divergence(
-            teacher_hidden_NH[here_M], teacher_head, labels_N[here_M], index_M,
-            kind="jsd", jsd_beta=0.3, skew_alpha=0.1,
-        )  # fmt: skip
-        label_C, support_MK = logits.logprobs(labels_N[rows]), logits.logprobs(ids_NK[here_M], index_M)
+            teacher_hidden_NH[here_M],
+            teacher_head,
+            labels_N[here_M],
+            index_M,
+            kind="jsd",
+            jsd_beta=0.3,
+            skew_alpha=0.1,
+        )
+        label_C, support_MK = (
+            logits.logprobs(labels_N[rows]),
+            logits.logprobs(ids_NK[here_M], index_M),
+        )
         return combine(seen.divergence_M, label_C, support_MK, index_M), {}
 
     z_NV = form(torch.nn.functional.linear(hidden_NH, weight_VH, bias_V))
     logprobs_NV = (z_NV / temperature).log_softmax(-1)
     theirs_NV = teacher_head.form(teacher_hidden_NH @ teacher_weight_VH.T + teacher_head.bias_V)
-    naive_M = divergence(z_NV[spoken_M], theirs_NV[spoken_M], kind="jsd", jsd_beta=0.3, temperature=temperature)
+    naive_M = divergence(
+        z_NV[spoken_M], theirs_NV[spoken_M], kind="jsd", jsd_beta=0.3, temperature=temperature
+    )
     label_N = logprobs_NV.gather(-1, labels_N[:, None])[:, 0]
-    naive = combine(naive_M, label_N, logprobs_NV[spoken_M].gather(-1, ids_NK[spoken_M]), spoken_M).sum()
+    naive = combine(
+        naive_M, label_N, logprobs_NV[spoken_M].gather(-1, ids_NK[spoken_M]), spoken_M
+    ).sum()
     inputs = [x for x in (hidden_NH, weight_VH, bias_V) if x is not None]
     expected = torch.autograd.grad(naive, inputs)
     loss_sum, stats = fused_linear_loss(
@@ -219,7 +265,9 @@ def test_tokens_that_nothing_weighs_have_no_gradient():
     """Masked tokens: exactly zero, not nearly."""
     hidden_NH, weight_VH = student()
     weights_N = torch.ones(N).index_fill(0, torch.tensor([1, 4]), 0.0)
-    loss_sum, stats = fused_linear_divergence(hidden_NH, weight_VH, *teacher(), kind="jsd", weights_N=weights_N)
+    loss_sum, stats = fused_linear_divergence(
+        hidden_NH, weight_VH, *teacher(), kind="jsd", weights_N=weights_N
+    )
     loss_sum.backward()
     assert (hidden_NH.grad[[1, 4]] == 0).all() and (hidden_NH.grad[[0, 2, 3]] != 0).any(-1).all()
     assert torch.equal(stats["has_gradient"], weights_N)
@@ -229,7 +277,12 @@ def test_tokens_that_nothing_weighs_have_no_gradient():
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind):
     hidden_NH, weight_VH = student()
     loss_sum, stats = fused_linear_divergence(
-        hidden_NH, weight_VH, hidden_NH.detach(), weight_VH.detach(), kind=kind, chunk_bytes=chunk_bytes(4)
+        hidden_NH,
+        weight_VH,
+        hidden_NH.detach(),
+        weight_VH.detach(),
+        kind=kind,
+        chunk_bytes=chunk_bytes(4),
     )
     loss_sum.backward()
     assert stats["divergence"].abs().max() < 1e-6
@@ -238,7 +291,9 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind):
 
 def test_a_support_loss_reads_its_own_rows():
     hidden_NH, weight_VH = student()
-    ids_NK = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(n))[:4] for n in range(N)])
+    ids_NK = torch.stack(
+        [torch.randperm(V, generator=torch.Generator().manual_seed(n))[:4] for n in range(N)]
+    )
     teacher_NK = gather_logprobs(randn(N, V, seed=6), ids_NK)
 
     def loss_of(student_CK, rows):
@@ -247,11 +302,15 @@ def test_a_support_loss_reads_its_own_rows():
     naive = loss_of(gather_logprobs(hidden_NH @ weight_VH.T, ids_NK), slice(0, N)).sum()
     expected = torch.autograd.grad(naive, (hidden_NH, weight_VH))
     loss_sum, stats = fused_linear_loss(
-        hidden_NH, OutputHead(weight_VH),
-        lambda logits, rows: (loss_of(logits.logprobs(ids_NK[rows]), rows), {}), chunk_bytes=chunk_bytes(3),
-    )  # fmt: skip
+        hidden_NH,
+        OutputHead(weight_VH),
+        lambda logits, rows: (loss_of(logits.logprobs(ids_NK[rows]), rows), {}),
+        chunk_bytes=chunk_bytes(3),
+    )
     torch.testing.assert_close(loss_sum, naive)
-    torch.testing.assert_close(torch.autograd.grad(loss_sum, (hidden_NH, weight_VH)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss_sum, (hidden_NH, weight_VH)), expected, atol=1e-5, rtol=1e-5
+    )
     assert stats.keys() == {"has_gradient"}
 
 
@@ -265,7 +324,9 @@ def test_logits_are_seen_a_chunk_at_a_time_and_read_in_float32():
         assert loss_C.dtype == logits.entropy_C.dtype == logits.logsumexp_C.dtype == torch.float32
         return loss_C, stats
 
-    loss_sum, _ = fused_linear_loss(hidden_NH, OutputHead(weight_VH), token_loss, chunk_bytes=chunk_bytes(4))
+    loss_sum, _ = fused_linear_loss(
+        hidden_NH, OutputHead(weight_VH), token_loss, chunk_bytes=chunk_bytes(4)
+    )
     assert seen == [(slice(a, b), b - a, V) for a, b in [(0, 4), (4, 8), (8, 11)]]
     assert loss_sum.dtype == torch.float32
     loss_sum.backward()
@@ -279,21 +340,29 @@ def test_a_budget_below_one_token_still_takes_one():
 
 
 def test_bfloat16_gradients_follow_float32_ones():
-    """The weight gradient is summed over chunks of one token each: in bfloat16 such a sum would drift."""
+    """The weight gradient is summed over chunks of one token each: in bfloat16 such a sum would
+    drift.
+    """
     num_tokens = 600
     hidden_NH, weight_VH = student(torch.bfloat16, num_tokens=num_tokens)
     exact_hidden_NH = hidden_NH.detach().float().requires_grad_(True)
     exact_weight_VH = weight_VH.detach().float().requires_grad_(True)
     fused_linear_loss(exact_hidden_NH, OutputHead(exact_weight_VH), entropy_loss)[0].backward()
-    fused_linear_loss(hidden_NH, OutputHead(weight_VH), entropy_loss, chunk_bytes=chunk_bytes(1))[0].backward()
+    fused_linear_loss(hidden_NH, OutputHead(weight_VH), entropy_loss, chunk_bytes=chunk_bytes(1))[
+        0
+    ].backward()
     scale = exact_weight_VH.grad.abs().max()
     assert (weight_VH.grad.float() - exact_weight_VH.grad).abs().max() < 0.01 * scale
-    assert (hidden_NH.grad.float() - exact_hidden_NH.grad).abs().max() < 0.02 * exact_hidden_NH.grad.abs().max()
+    assert (
+        hidden_NH.grad.float() - exact_hidden_NH.grad
+    ).abs().max() < 0.02 * exact_hidden_NH.grad.abs().max()
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_bfloat16_at_large_logits(kind):
-    """Logits of standard deviation 30: products of bfloat16 numbers, but sums and logits in float32."""
+    """Logits of standard deviation 30: products of bfloat16 numbers, but sums and logits in
+    float32.
+    """
     num_tokens, hidden_size, vocab = 64, 64, 500
     scale = (30 / hidden_size**0.5) ** 0.5
     hidden_NH, weight_VH, theirs_NH, theirs_VH = (
@@ -306,7 +375,12 @@ def test_bfloat16_at_large_logits(kind):
     naive = divergence(logits_NV, theirs_NH.double() @ theirs_VH.double().T, kind=kind).sum()
     exact = torch.autograd.grad(naive, wide)
     loss_sum, _ = fused_linear_divergence(
-        hidden_NH, weight_VH, theirs_NH, theirs_VH, kind=kind, chunk_bytes=chunk_bytes(9, vocab=vocab)
+        hidden_NH,
+        weight_VH,
+        theirs_NH,
+        theirs_VH,
+        kind=kind,
+        chunk_bytes=chunk_bytes(9, vocab=vocab),
     )
     found = torch.autograd.grad(loss_sum, (hidden_NH, weight_VH))
     assert loss_sum.item() == pytest.approx(naive.item(), rel=1e-5)
@@ -327,9 +401,13 @@ def test_no_tokens_give_a_connected_finite_zero():
     }
     loss_sum.backward()
     assert hidden_NH.grad.shape == (0, H)
-    assert torch.equal(weight_VH.grad, torch.zeros(V, H)) and torch.equal(bias_V.grad, torch.zeros(V))
+    assert torch.equal(weight_VH.grad, torch.zeros(V, H)) and torch.equal(
+        bias_V.grad, torch.zeros(V)
+    )
     teacher_hidden_NH, teacher_weight_VH = teacher(num_tokens=0)
-    loss_sum, stats = fused_linear_divergence(hidden_NH, weight_VH, teacher_hidden_NH, teacher_weight_VH, kind="jsd")
+    loss_sum, stats = fused_linear_divergence(
+        hidden_NH, weight_VH, teacher_hidden_NH, teacher_weight_VH, kind="jsd"
+    )
     assert loss_sum.item() == 0.0 and loss_sum.requires_grad and stats["divergence"].shape == (0,)
 
 
@@ -340,7 +418,9 @@ def test_a_frozen_side_costs_no_gradient(frozen):
     expected = torch.autograd.grad(naive_entropy(hidden_NH, weight_VH), (hidden_NH, weight_VH))
     (hidden_NH if frozen == "hidden" else weight_VH).requires_grad_(False)
     with Products() as products:
-        fused_linear_loss(hidden_NH, OutputHead(weight_VH), entropy_loss, chunk_bytes=chunk_bytes(4))[0].backward()
+        fused_linear_loss(
+            hidden_NH, OutputHead(weight_VH), entropy_loss, chunk_bytes=chunk_bytes(4)
+        )[0].backward()
     assert products.count == 2 * N * V * H
     if frozen == "weight":
         assert weight_VH.grad is None
@@ -355,7 +435,12 @@ def test_no_more_products_than_the_naive_form():
     teacher_hidden_NH, teacher_weight_VH = teacher()
     with Products() as products:
         fused_linear_divergence(
-            hidden_NH, weight_VH, teacher_hidden_NH, teacher_weight_VH, kind="jsd", chunk_bytes=chunk_bytes(4)
+            hidden_NH,
+            weight_VH,
+            teacher_hidden_NH,
+            teacher_weight_VH,
+            kind="jsd",
+            chunk_bytes=chunk_bytes(4),
         )[0].backward()
     assert products.count == N * V * (3 * H + TEACHER_H)
 
@@ -371,22 +456,30 @@ def test_no_gradient_is_computed_where_none_is_wanted():
 
     with torch.no_grad():
         loss_sum, _ = fused_linear_loss(hidden_NH, OutputHead(weight_VH), token_loss)
-    frozen_sum, _ = fused_linear_loss(hidden_NH.detach(), OutputHead(weight_VH.detach()), token_loss)
-    assert differentiable == [False, False] and not loss_sum.requires_grad and not frozen_sum.requires_grad
+    frozen_sum, _ = fused_linear_loss(
+        hidden_NH.detach(), OutputHead(weight_VH.detach()), token_loss
+    )
+    assert (
+        differentiable == [False, False]
+        and not loss_sum.requires_grad
+        and not frozen_sum.requires_grad
+    )
     torch.testing.assert_close(loss_sum, frozen_sum)
 
 
 def test_stats_are_detached_and_arguments_untouched():
     hidden_NH, weight_VH = student()
     copies = hidden_NH.detach().clone(), weight_VH.detach().clone()
-    loss_sum, stats = fused_linear_loss(hidden_NH, OutputHead(weight_VH), entropy_loss, chunk_bytes=chunk_bytes(4))
+    loss_sum, stats = fused_linear_loss(
+        hidden_NH, OutputHead(weight_VH), entropy_loss, chunk_bytes=chunk_bytes(4)
+    )
     loss_sum.backward()
     assert not any(stat.requires_grad for stat in stats.values()) and stats["largest"].shape == (N,)
     for tensor, copy in zip((hidden_NH, weight_VH), copies, strict=True):
         assert tensor._version == 0 and torch.equal(tensor, copy)
 
 
-# ---------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -396,15 +489,27 @@ def test_score_hidden_is_log_softmax(dtype, tokens, temperature):
     hidden_NH, weight_VH = (tensor.detach() for tensor in student(dtype))
     bias_V = randn(V, seed=5, dtype=dtype)
     labels_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(7))
-    options = {"support_k": 5, "bias_V": bias_V, "temperature": temperature, "chunk_bytes": chunk_bytes(tokens)}
+    options = {
+        "support_k": 5,
+        "bias_V": bias_V,
+        "temperature": temperature,
+        "chunk_bytes": chunk_bytes(tokens),
+    }
     scores = score_hidden(hidden_NH, weight_VH, labels_N, **options)
-    logits_NV = torch.nn.functional.linear(hidden_NH.double(), weight_VH.double(), bias_V.double()) / temperature
+    logits_NV = (
+        torch.nn.functional.linear(hidden_NH.double(), weight_VH.double(), bias_V.double())
+        / temperature
+    )
     logprobs_NV = logits_NV.log_softmax(-1)
     top = logprobs_NV.topk(5)
     close = {"atol": 1e-5, "rtol": 1e-5, "check_dtype": False}
-    torch.testing.assert_close(scores.sampled_logprobs_N, logprobs_NV.gather(1, labels_N[:, None])[:, 0], **close)
+    torch.testing.assert_close(
+        scores.sampled_logprobs_N, logprobs_NV.gather(1, labels_N[:, None])[:, 0], **close
+    )
     torch.testing.assert_close(scores.logsumexp_N, logits_NV.logsumexp(-1), **close)
-    torch.testing.assert_close(scores.entropy_N, -(logprobs_NV.exp() * logprobs_NV).sum(-1), **close)
+    torch.testing.assert_close(
+        scores.entropy_N, -(logprobs_NV.exp() * logprobs_NV).sum(-1), **close
+    )
     torch.testing.assert_close(scores.topk_logprobs_NK, top.values, **close)
     torch.testing.assert_close(logprobs_NV.gather(1, scores.topk_ids_NK), top.values, **close)
     assert scores.topk_ids_NK.dtype == torch.int64
@@ -417,13 +522,19 @@ def test_score_hidden_keeps_precision_at_large_logits():
     scores = score_hidden(hidden_NH, weight_VH, torch.tensor([1]))
     exact_V = (hidden_NH.double() @ weight_VH.double().T).log_softmax(-1)[0]
     assert scores.sampled_logprobs_N.item() == pytest.approx(exact_V[1].item(), abs=5e-5)
-    assert scores.entropy_N.item() == pytest.approx(-(exact_V.exp() * exact_V).sum().item(), abs=5e-5)
+    assert scores.entropy_N.item() == pytest.approx(
+        -(exact_V.exp() * exact_V).sum().item(), abs=5e-5
+    )
 
 
 def test_score_hidden_without_support_and_without_tokens():
     hidden_NH, weight_VH = student(num_tokens=0)
     scores = score_hidden(hidden_NH, weight_VH, torch.zeros(0, dtype=torch.int64))
-    assert scores.sampled_logprobs_N.shape == (0,) and scores.topk_ids_NK is None and scores.topk_logprobs_NK is None
+    assert (
+        scores.sampled_logprobs_N.shape == (0,)
+        and scores.topk_ids_NK is None
+        and scores.topk_logprobs_NK is None
+    )
     scores = score_hidden(hidden_NH, weight_VH, torch.zeros(0, dtype=torch.int64), support_k=2)
     assert scores.topk_ids_NK.shape == scores.topk_logprobs_NK.shape == (0, 2)
 
@@ -431,13 +542,20 @@ def test_score_hidden_without_support_and_without_tokens():
 def test_score_hidden_gives_no_gradient_and_leaves_its_arguments():
     hidden_NH, weight_VH = student()
     copies = hidden_NH.detach().clone(), weight_VH.detach().clone()
-    scores = score_hidden(hidden_NH, weight_VH, torch.zeros(N, dtype=torch.int64), support_k=3, temperature=2.0)
+    scores = score_hidden(
+        hidden_NH, weight_VH, torch.zeros(N, dtype=torch.int64), support_k=3, temperature=2.0
+    )
     assert not scores.sampled_logprobs_N.requires_grad
-    assert torch.equal(hidden_NH, copies[0]) and torch.equal(weight_VH, copies[1]) and hidden_NH._version == 0
+    assert (
+        torch.equal(hidden_NH, copies[0])
+        and torch.equal(weight_VH, copies[1])
+        and hidden_NH._version == 0
+    )
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"support_k": V + 1}, "support_k=18"), ({"temperature": 0.0}, "temperature=0.0")]
+    ("options", "message"),
+    [({"support_k": V + 1}, "support_k=18"), ({"temperature": 0.0}, "temperature=0.0")],
 )
 def test_score_hidden_names_a_wrong_value(options, message):
     hidden_NH, weight_VH = student()

@@ -1,4 +1,5 @@
-"""Passes over a tile of logits: against their definitions, against torch's own selection, and compiled.
+"""Passes over a tile of logits: against their definitions, against torch's own selection, and
+compiled.
 
 C rows, V vocabulary, K ids per row.
 """
@@ -11,15 +12,25 @@ from opd.ops import kernels
 
 
 def randn(*shape, seed=0, dtype=torch.float64, scale=3.0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        * scale
+    ).to(dtype)
 
 
 def analytic(x_CV, y_CV, kind):
     lse_C, _ = kernels.statistics(x_CV)
     their_lse_C, _ = kernels.statistics(y_CV)
     return kernels.divergence_and_gradient(
-        x_CV, lse_C, y_CV, their_lse_C, kind=kind, jsd_beta=0.3, skew_alpha=0.2, gradient_dtype=x_CV.dtype
-    )  # fmt: skip
+        x_CV,
+        lse_C,
+        y_CV,
+        their_lse_C,
+        kind=kind,
+        jsd_beta=0.3,
+        skew_alpha=0.2,
+        gradient_dtype=x_CV.dtype,
+    )
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -62,7 +73,11 @@ def test_top_k_is_topk(k, vocab):
     expected = x_CV.topk(k)
     assert torch.equal(values_CK, expected.values) and torch.equal(ids_CK, expected.indices)
     # The largest together in one block of any partition, and in the columns that no block holds.
-    for ids in (torch.arange(k), vocab - 1 - torch.arange(k), torch.arange(k) * (vocab // 64) % vocab):
+    for ids in (
+        torch.arange(k),
+        vocab - 1 - torch.arange(k),
+        torch.arange(k) * (vocab // 64) % vocab,
+    ):
         x_CV = randn(1, vocab, dtype=torch.float32).index_fill(1, ids, 100.0)
         assert set(kernels.top_k(x_CV, k)[1][0].tolist()) == set(x_CV.topk(k).indices[0].tolist())
 
@@ -70,7 +85,9 @@ def test_top_k_is_topk(k, vocab):
 def test_top_k_among_equals_has_the_right_values():
     x_CV = randn(3, 20_000, dtype=torch.float32).round()
     values_CK, ids_CK = kernels.top_k(x_CV, 50)
-    assert torch.equal(values_CK, x_CV.topk(50).values) and torch.equal(x_CV.gather(1, ids_CK), values_CK)
+    assert torch.equal(values_CK, x_CV.topk(50).values) and torch.equal(
+        x_CV.gather(1, ids_CK), values_CK
+    )
     assert all(len(set(row.tolist())) == 50 for row in ids_CK)
 
 
@@ -85,13 +102,18 @@ def test_tiles_cover_every_row_once(monkeypatch):
 @pytest.mark.e2e
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
 def test_compiled_kernels_are_the_same(kind):
-    """What a GPU runs is made by torch's compiler from the same functions; here it makes a CPU kernel of them."""
+    """What a GPU runs is made by torch's compiler from the same functions; here it makes a CPU
+    kernel of them.
+    """
     x_CV, y_CV = randn(5, 301, dtype=torch.float32), randn(5, 301, seed=1, dtype=torch.float32)
     (x_lse_C, _), (y_lse_C, _) = kernels.statistics(x_CV), kernels.statistics(y_CV)
     options = {"kind": kind, "jsd_beta": 0.3, "skew_alpha": 0.2}
     compiled = torch.compile(kernels.divergence_and_gradient.__wrapped__, dynamic=True)
     for rows in (5, 3):  # the last chunk is smaller
         mine = (x_CV[:rows], x_lse_C[:rows], y_CV[:rows], y_lse_C[:rows])
-        found, expected = compiled(*mine, **options), kernels.divergence_and_gradient(*mine, **options)
+        found, expected = (
+            compiled(*mine, **options),
+            kernels.divergence_and_gradient(*mine, **options),
+        )
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

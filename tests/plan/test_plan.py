@@ -35,12 +35,17 @@ from opd.plan.view import as_json, remedies, table, verdict
 from opd.run.prepare import prepare
 from tests.support.processes import ROOT, worker_environment
 
-# ---- Exact: what ZeRO holds, against the tensors of real engines -------------------------------------------------------
+# ---- Exact: what ZeRO holds, against the tensors of real engines ---------------------------------
 
 ODD = {
-    "vocab_size": 43, "hidden_size": 33, "intermediate_size": 67, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "num_key_value_heads": 1, "head_dim": 6,
-}  # fmt: skip
+    "vocab_size": 43,
+    "hidden_size": 33,
+    "intermediate_size": 67,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+}
 ZEROS = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},
@@ -61,7 +66,9 @@ def odd_models(tmp_path_factory) -> dict[str, Path]:
     """Sizes that divide by nothing, so that every padding shows."""
     root = tmp_path_factory.mktemp("odd")
     for name in ("untied", "tied"):
-        Qwen3ForCausalLM(Qwen3Config(**ODD, tie_word_embeddings=name == "tied")).save_pretrained(root / name)
+        Qwen3ForCausalLM(Qwen3Config(**ODD, tie_word_embeddings=name == "tied")).save_pretrained(
+            root / name
+        )
     return {name: root / name for name in ("untied", "tied")}
 
 
@@ -76,16 +83,30 @@ def counted(request, odd_models, tmp_path_factory) -> tuple[int, Path]:
     (out / "job.json").write_text(json.dumps({"out": str(out), "cases": cases}))
     command = [sys.executable]
     if request.param > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-addr",
+            "127.0.0.1",
+        ]
         command += ["--master-port", str(distributed.free_port())]
-    command += [str(ROOT / "tests" / "support" / "workers" / "zero_worker.py"), str(out / "job.json")]
-    run = subprocess.run(command, env=worker_environment(), capture_output=True, text=True, check=False, timeout=300)
+    command += [
+        str(ROOT / "tests" / "support" / "workers" / "zero_worker.py"),
+        str(out / "job.json"),
+    ]
+    run = subprocess.run(
+        command, env=worker_environment(), capture_output=True, text=True, check=False, timeout=300
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return request.param, out
 
 
 @pytest.mark.parametrize(("name", "zero", "dtype", "model"), CASES, ids=[case[0] for case in CASES])
-def test_bytes_of_every_zero_stage_are_those_of_the_real_tensors(counted, odd_models, name, zero, dtype, model):
+def test_bytes_of_every_zero_stage_are_those_of_the_real_tensors(
+    counted, odd_models, name, zero, dtype, model
+):
     ranks, out = counted
     shape = planner_shape(odd_models[model])
     settings = ZeroSettings.of({"zero_optimization": ZEROS[zero]})
@@ -109,13 +130,24 @@ def test_tied_embeddings_count_once(odd_models):
     assert tied.tied and not untied.tied
     assert untied.num_parameters - tied.num_parameters == ODD["vocab_size"] * ODD["hidden_size"]
     for name, shape in (("untied", untied), ("tied", tied)):
-        assert shape.num_parameters == Qwen3ForCausalLM.from_pretrained(odd_models[name]).num_parameters()
+        assert (
+            shape.num_parameters
+            == Qwen3ForCausalLM.from_pretrained(odd_models[name]).num_parameters()
+        )
 
 
 def test_activations_are_near_what_autograd_saves():
     """Of a layer of the real model: the formula is an estimate, but not a guess."""
-    config = Qwen3Config(**{**ODD, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4,
-                            "num_key_value_heads": 2, "head_dim": 16})  # fmt: skip
+    config = Qwen3Config(
+        **{
+            **ODD,
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        }
+    )
     model = Qwen3ForCausalLM(config)
     shape = shape_of(model, "--student_model", "m")
     saved: dict[int, int] = {}
@@ -135,7 +167,9 @@ def test_activations_are_near_what_autograd_saves():
 
 
 def test_layers_that_differ_count_as_the_largest():
-    """By transformers' overrides, whose global field may not be read, as Gemma 4's; and by lists, as Gemma 3n's."""
+    """By transformers' overrides, whose global field may not be read, as Gemma 4's; and by lists,
+    as Gemma 3n's.
+    """
     small = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -144,9 +178,14 @@ def test_layers_that_differ_count_as_the_largest():
         "num_key_value_heads": 1,
     }
     gemma = Gemma4TextConfig(
-        **small, intermediate_size=48, head_dim=16, global_head_dim=32, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+        **small,
+        intermediate_size=48,
+        head_dim=16,
+        global_head_dim=32,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
-    )  # fmt: skip
+    )
     with pytest.raises(RuntimeError, match="per-layer"):
         _ = gemma.head_dim
     shape = shape_of(model_of(gemma, "--x", "m"), "--x", "m")
@@ -155,22 +194,32 @@ def test_layers_that_differ_count_as_the_largest():
     config = Qwen3Config(**small, intermediate_size=48, head_dim=16)
     config.per_layer_config = {0: {"num_key_value_heads": 2, "intermediate_size": 96}}
     assert layer_values(config, "num_key_value_heads") == [2, 1, 1, 1]
-    assert layer_values(PreTrainedConfig(num_key_value_heads=[1, 2, None, 2]), "num_key_value_heads") == [1, 2, 2]
+    assert layer_values(
+        PreTrainedConfig(num_key_value_heads=[1, 2, None, 2]), "num_key_value_heads"
+    ) == [1, 2, 2]
     gemma = Gemma3nTextConfig(
-        **small, head_dim=16, intermediate_size=[48, 96, 48, 48], activation_sparsity_pattern=[0.0] * 4, laurel_rank=4,
-        vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+        **small,
+        head_dim=16,
+        intermediate_size=[48, 96, 48, 48],
+        activation_sparsity_pattern=[0.0] * 4,
+        laurel_rank=4,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
-    )  # fmt: skip
+    )
     assert shape_of(model_of(gemma, "--x", "m"), "--x", "m").mlp_size == 96
 
 
 def test_a_configuration_that_does_not_say_enough_is_one_line():
-    model = model_of(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), "--x", "m")
+    model = model_of(
+        MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), "--x", "m"
+    )
     with pytest.raises(ValueError, match=r"--x m: config\.json has no num_attention_heads"):
         shape_of(model, "--x", "m")
 
 
-# ---- Published shapes --------------------------------------------------------------------------------------------------
+# ---- Published shapes ----------------------------------------------------------------------------
 
 COMMON = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8}
 DENSE = {  # hidden, layers, heads, MLP, tied, parameters in billions as published
@@ -181,20 +230,36 @@ DENSE = {  # hidden, layers, heads, MLP, tied, parameters in billions as publish
     "32B": (5120, 64, 64, 25_600, False, 32.8),
 }
 MOE = Qwen3MoeConfig(
-    **{**COMMON, "num_key_value_heads": 4}, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
-    intermediate_size=6144, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, tie_word_embeddings=False,
-)  # fmt: skip
+    **{**COMMON, "num_key_value_heads": 4},
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_experts=128,
+    num_experts_per_tok=8,
+    tie_word_embeddings=False,
+)
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, ModelShape]:
     configs = {
-        name: Qwen3Config(**COMMON, hidden_size=H, num_hidden_layers=L, num_attention_heads=A, intermediate_size=mlp,
-                          tie_word_embeddings=tied)
+        name: Qwen3Config(
+            **COMMON,
+            hidden_size=H,
+            num_hidden_layers=L,
+            num_attention_heads=A,
+            intermediate_size=mlp,
+            tie_word_embeddings=tied,
+        )
         for name, (H, L, A, mlp, tied, _) in DENSE.items()
-    }  # fmt: skip
+    }
     configs["30B-A3B"] = MOE
-    return {name: shape_of(model_of(config, "--x", name), "--x", name) for name, config in configs.items()}
+    return {
+        name: shape_of(model_of(config, "--x", name), "--x", name)
+        for name, config in configs.items()
+    }
 
 
 def run_config(*argv: str, script=train_mopd):
@@ -211,11 +276,23 @@ def run_config(*argv: str, script=train_mopd):
     return parse(script.Config, [*required, *argv])
 
 
-def job_of(shapes, student: str, teachers: list[str], *argv: str, gpus=8, gib=80.0, stage=3, host=1024.0, is_gpu=True):
+def job_of(
+    shapes,
+    student: str,
+    teachers: list[str],
+    *argv: str,
+    gpus=8,
+    gib=80.0,
+    stage=3,
+    host=1024.0,
+    is_gpu=True,
+):
     names = [f"t{i}" for i in range(len(teachers))]
     cfg = run_config(*(word for name in names for word in ("--teacher", f"{name}={name}")), *argv)
     machine = Machine(gpus, int(gib * GIB), int(host * GIB), 25e9, is_gpu)
-    found = apply.make_job(cfg, shapes[student], {n: shapes[t] for n, t in zip(names, teachers, strict=True)}, machine)
+    found = apply.make_job(
+        cfg, shapes[student], {n: shapes[t] for n, t in zip(names, teachers, strict=True)}, machine
+    )
     return replace(found, zero=replace(found.zero, stage=stage))
 
 
@@ -246,14 +323,19 @@ def test_more_parameters_take_more_and_more_ranks_and_stages_take_less(published
             for stage in range(4)
         ]
 
-    assert shards(8) == sorted(shards(8), reverse=True) and len(set(shards(8))) == 3  # 1 and 2 end a step alike
+    # 1 and 2 end a step alike
+    assert shards(8) == sorted(shards(8), reverse=True) and len(set(shards(8))) == 3
 
 
 def test_rollout_servers_take_nothing_of_the_trainers_devices(published):
     here = make_plan(job_of(published, "1.7B", ["8B"]))
     elsewhere = make_plan(job_of(published, "1.7B", ["8B"], "--mode", "async"))
     names = {row.participant for row in here.rows} - {row.participant for row in elsewhere.rows}
-    assert names == {"rollout engine weights", "rollout KV cache", "rollout engine, working memory (estimate)"}
+    assert names == {
+        "rollout engine weights",
+        "rollout KV cache",
+        "rollout engine, working memory (estimate)",
+    }
     assert elsewhere.bytes_of("rollout") < here.bytes_of("rollout")
 
 
@@ -282,11 +364,21 @@ def test_four_teachers_take_the_device_memory_of_the_largest(published):
 def test_offloaded_states_leave_the_device_between_their_phases(published):
     job = job_of(published, "4B", ["8B"])
     base = make_plan(job)
-    kept = planner.Plan(job, replace(base.choices, offload=()), planner.rows_of(job, replace(base.choices, offload=())))
+    kept = planner.Plan(
+        job,
+        replace(base.choices, offload=()),
+        planner.rows_of(job, replace(base.choices, offload=())),
+    )
     assert base.choices.offload == OFFLOADS[:2]
     assert kept.bytes_of("train") == base.bytes_of("train")
-    assert kept.bytes_of("rollout") - base.bytes_of("rollout") >= job.shard.optimizer + job.shard.gradients
-    assert base.host_bytes("score") - kept.host_bytes("score") == job.shard.optimizer + job.shard.gradients
+    assert (
+        kept.bytes_of("rollout") - base.bytes_of("rollout")
+        >= job.shard.optimizer + job.shard.gradients
+    )
+    assert (
+        base.host_bytes("score") - kept.host_bytes("score")
+        == job.shard.optimizer + job.shard.gradients
+    )
 
 
 def test_a_teacher_on_a_cpu_sleeps_only_if_it_can(published):
@@ -296,7 +388,9 @@ def test_a_teacher_on_a_cpu_sleeps_only_if_it_can(published):
     assert len(set(row["teacher t1"].values())) == 1 and row["teacher t1"]["train"] > 0
     small = published["0.6B"]
     weights = small.num_parameters + small.head_parameters  # the embedding is packed beside itself
-    weights += int(memory.KEPT_BY_HEAP * (small.num_parameters - small.head_parameters - norms(small)))
+    weights += int(
+        memory.KEPT_BY_HEAP * (small.num_parameters - small.head_parameters - norms(small))
+    )
     assert row["teacher t1"]["train"] == weights * 4 + GIB // 4
 
 
@@ -316,22 +410,39 @@ with distributed.exit_together():
         options = {"tokenizer": sys.argv[1], "dtype": "float32", "max_model_len": 64, "trust_remote_code": False}
         engines.append(HiddenStateEngine(name, model, kv_cache_gib=0.25, **options))
     print("grown", resident() - before)
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about an engine on the CPU")
 def test_an_engine_on_a_cpu_takes_what_is_predicted(tiny, tmp_path):
-    """Embedding twice, linear layers once, and the KV cache that the flag says: 1 GiB while VLLM_CPU_KVCACHE_SPACE was set."""
-    wide = Qwen3Config(**{**ODD, "vocab_size": 30_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3,
-                          "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64})  # fmt: skip
+    """Embedding twice, linear layers once, and the KV cache that the flag says: 1 GiB while
+    VLLM_CPU_KVCACHE_SPACE was set.
+    """
+    wide = Qwen3Config(
+        **{
+            **ODD,
+            "vocab_size": 30_000,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+        }
+    )
     model = Qwen3ForCausalLM(wide)
     model.save_pretrained(tmp_path / "wide")
     shape = {"wide": shape_of(model, "--teacher", "wide")}
     planned = teacher_awake_on_cpu(shape)
     run = subprocess.run(
-        [sys.executable, "-c", ENGINE_CHILD, str(tiny.student), str(tmp_path / "wide")], env=worker_environment(),
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", ENGINE_CHILD, str(tiny.student), str(tmp_path / "wide")],
+        env=worker_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     grown = int(run.stdout.split("grown")[1].split()[0])
     assert grown == pytest.approx(planned, rel=0.1)
@@ -346,7 +457,7 @@ def norms(shape: ModelShape) -> int:
     return sum(size for (size,) in (s for s in shape.parameters if len(s) == 1))
 
 
-# ---- Choices -----------------------------------------------------------------------------------------------------------
+# ---- Choices -------------------------------------------------------------------------------------
 
 
 def test_choices_fit_where_there_is_room_and_keep_states_on_the_gpu(published):
@@ -357,17 +468,24 @@ def test_choices_fit_where_there_is_room_and_keep_states_on_the_gpu(published):
 
 def test_less_memory_offloads_more_and_caches_less(published):
     def chosen(gib: float) -> Plan:
-        return make_plan(job_of(published, "8B", ["8B"], "--prompts_per_step", "512", gib=gib), frozenset())
+        return make_plan(
+            job_of(published, "8B", ["8B"], "--prompts_per_step", "512", gib=gib), frozenset()
+        )
 
     plans = [chosen(gib) for gib in (141, 80, 60, 44)]
     assert [p.fits for p in plans] == [True] * 4
     assert [len(p.choices.offload) for p in plans] == sorted(len(p.choices.offload) for p in plans)
-    assert [p.choices.kv_cache for p in plans] == sorted((p.choices.kv_cache for p in plans), reverse=True)
-    assert [p.choices.max_tokens for p in plans] == sorted((p.choices.max_tokens for p in plans), reverse=True)
+    assert [p.choices.kv_cache for p in plans] == sorted(
+        (p.choices.kv_cache for p in plans), reverse=True
+    )
+    assert [p.choices.max_tokens for p in plans] == sorted(
+        (p.choices.max_tokens for p in plans), reverse=True
+    )
     assert plans[-1].choices.kv_cache >= kv_least(plans[-1].job)
     tight = plans[-1]
     more = replace(tight.choices, max_tokens=tight.choices.max_tokens + 200)
-    assert not Plan(tight.job, more, planner.rows_of(tight.job, more)).fits  # as many tokens as fit, not fewer
+    # as many tokens as fit, not fewer
+    assert not Plan(tight.job, more, planner.rows_of(tight.job, more)).fits
 
 
 def test_a_teacher_too_large_for_one_gpu_is_shared(published):
@@ -377,7 +495,10 @@ def test_a_teacher_too_large_for_one_gpu_is_shared(published):
 
 def test_hidden_states_that_find_no_room_become_top_k(published):
     argv = ("--prompts_per_step", "8192", "--max_response_tokens", "8192", "--num_generations", "4")
-    assert make_plan(job_of(published, "0.6B", ["8B"], *argv), frozenset()).choices.support == "teacher_topk"
+    assert (
+        make_plan(job_of(published, "0.6B", ["8B"], *argv), frozenset()).choices.support
+        == "teacher_topk"
+    )
     explicit = frozenset({"support"})
     assert make_plan(job_of(published, "0.6B", ["8B"], *argv), explicit).choices.support == "auto"
 
@@ -387,7 +508,11 @@ def test_explicit_flags_win(published):
     job = job_of(published, "1.7B", ["8B"], *argv)
     assert {"rollout_kv_cache_gib", "micro_batch_size", "support"} <= job.cfg.explicit
     made = make_plan(job, job.cfg.explicit)
-    assert (made.choices.kv_cache, made.choices.max_tokens, made.choices.support) == (3 * GIB, 0, "union_topk")
+    assert (made.choices.kv_cache, made.choices.max_tokens, made.choices.support) == (
+        3 * GIB,
+        0,
+        "union_topk",
+    )
     assert apply.apply(job.cfg, made)[0].rollout == job.cfg.rollout
 
 
@@ -398,7 +523,10 @@ def test_apply_says_each_change_and_writes_it_where_config_yaml_will_have_it(pub
     flat = to_dict(cfg)
     assert flat["rollout_kv_cache_gib"] == made.choices.kv_cache / GIB
     assert flat["max_tokens_per_micro_batch"] == made.choices.max_tokens >= job.longest - 1
-    assert lines[0] == f"plan: --rollout_kv_cache_gib {flat['rollout_kv_cache_gib']:g}" and len(lines) == 3
+    assert (
+        lines[0] == f"plan: --rollout_kv_cache_gib {flat['rollout_kv_cache_gib']:g}"
+        and len(lines) == 3
+    )
 
 
 def test_what_does_not_fit_names_changes_that_do(published):
@@ -423,20 +551,24 @@ def test_a_second_teacher_is_prefetched_where_both_fit(published):
 
 def test_recomputing_activations_takes_less(published):
     kept, again = (
-        activations(job_of(published, "4B", ["8B"], *argv), 8192) for argv in ((), ("--gradient_checkpointing",))
+        activations(job_of(published, "4B", ["8B"], *argv), 8192)
+        for argv in ((), ("--gradient_checkpointing",))
     )
     assert again < kept / 4
 
 
-# ---- Command line ------------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run_yaml(tiny, tmp_path) -> Path:
     content = {
-        "student_model": str(tiny.student), "teachers": [{"name": "addition", "model": str(tiny.addition), "domains": "*"}],
-        "ds_config": str(ROOT / "ds_configs" / "zero3.json"), "max_prompt_tokens": 16, "max_response_tokens": 16,
-    }  # fmt: skip
+        "student_model": str(tiny.student),
+        "teachers": [{"name": "addition", "model": str(tiny.addition), "domains": "*"}],
+        "ds_config": str(ROOT / "ds_configs" / "zero3.json"),
+        "max_prompt_tokens": 16,
+        "max_response_tokens": 16,
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "run.yaml"
 
@@ -451,11 +583,23 @@ def test_command_prints_a_table_a_verdict_and_a_plot(run_yaml, capsys):
     machine = ("--gpus", "2", "--gpu_memory", "24", "--host_memory", "64")
     png = run_yaml.with_suffix(".png")
     status, out, _ = command(
-        capsys, "--config", str(run_yaml), *machine, "--plot", str(png), "--lmbda", "0.5", "--seq_kd"
+        capsys,
+        "--config",
+        str(run_yaml),
+        *machine,
+        "--plot",
+        str(png),
+        "--lmbda",
+        "0.5",
+        "--seq_kd",
     )
     assert status == 0 and out.splitlines()[-1].startswith("fits")
     lines = out.splitlines()
-    assert len({len(line) for line in lines[1:3]}) == 1 and "rollout" in lines[1] and any("total" in x for x in lines)
+    assert (
+        len({len(line) for line in lines[1:3]}) == 1
+        and "rollout" in lines[1]
+        and any("total" in x for x in lines)
+    )
     assert png.read_bytes().startswith(b"\x89PNG")
     status, out, _ = command(capsys, "--config", str(run_yaml), *machine, "--json")
     assert status == 0
@@ -467,7 +611,9 @@ def test_command_prints_a_table_a_verdict_and_a_plot(run_yaml, capsys):
 
 
 def test_the_planner_takes_every_flag_of_the_trainers():
-    known = {f.name for group in groups_of(apply.Config).values() for f in dataclasses.fields(group)}
+    known = {
+        f.name for group in groups_of(apply.Config).values() for f in dataclasses.fields(group)
+    }
     trainers = {f.name for g in groups_of(train_gkd.Config).values() for f in dataclasses.fields(g)}
     assert known == trainers
 
@@ -479,7 +625,10 @@ def test_the_planner_takes_every_flag_of_the_trainers():
         (("--gpus", "0"), "--gpus 0: must be above 0"),
         (("--gpu_memory", "-1"), "--gpu_memory -1: must be above 0"),
         (("--host_memory", "inf"), "--host_memory inf: must be above 0 and finite"),
-        (("--gpus", "8", "--prompts_per_step", "12"), "--prompts_per_step 12: must be a multiple of the 8 ranks"),
+        (
+            ("--gpus", "8", "--prompts_per_step", "12"),
+            "--prompts_per_step 12: must be a multiple of the 8 ranks",
+        ),
         (
             ("--gpus", "3", "--prompts_per_step", "3", "--rollout_tensor_parallel_size", "2"),
             "--rollout_tensor_parallel_size 2: does not",
@@ -492,33 +641,53 @@ def test_the_planner_takes_every_flag_of_the_trainers():
 def test_mistakes_are_one_line(run_yaml, capsys, argv, message):
     rest = () if argv[0] == "--config" else ("--config", str(run_yaml))
     status, _, err = command(capsys, *rest, *argv)
-    assert status == 2 and err.startswith(f"error: {message}") and len(err.strip().splitlines()) == 1
+    assert (
+        status == 2 and err.startswith(f"error: {message}") and len(err.strip().splitlines()) == 1
+    )
 
 
 @pytest.fixture
 def says_too_little(tmp_path) -> Path:
     broken = tmp_path / "m"
     broken.mkdir()
-    (broken / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1,
-                                                    "vocab_size": 40}))  # fmt: skip
+    (broken / "config.json").write_text(
+        json.dumps(
+            {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 40}
+        )
+    )
     return broken
 
 
 def test_a_model_that_says_too_little(run_yaml, says_too_little, capsys):
-    status, _, err = command(capsys, "--config", str(run_yaml), "--student_model", str(says_too_little))
-    assert status == 2 and "config.json has no num_attention_heads" in err and str(says_too_little) in err
+    status, _, err = command(
+        capsys, "--config", str(run_yaml), "--student_model", str(says_too_little)
+    )
+    assert (
+        status == 2
+        and "config.json has no num_attention_heads" in err
+        and str(says_too_little) in err
+    )
 
 
-@pytest.mark.parametrize(("size", "ranks", "what"), [(64, 64, "32 attention heads"), (3, 8, "8 ranks")])
+@pytest.mark.parametrize(
+    ("size", "ranks", "what"), [(64, 64, "32 attention heads"), (3, 8, "8 ranks")]
+)
 def test_tensor_parallelism_that_does_not_divide(published, size, ranks, what):
     job = job_of(published, "1.7B", ["8B"])
     cfg = replace(job.cfg, teachers=(TeacherSpec("t0", "t0", ("t0",), tensor_parallel_size=size),))
-    with pytest.raises(ValueError, match=f"teachers: t0: tensor_parallel_size {size}: does not divide the {what}"):
+    with pytest.raises(
+        ValueError, match=f"teachers: t0: tensor_parallel_size {size}: does not divide the {what}"
+    ):
         apply.make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
 
 
 def test_a_served_teacher_takes_no_memory_here(run_yaml, capsys):
-    teachers = ("--teacher", "math=http://127.0.0.1:8000", "--teacher", "code=http://127.0.0.1:8001")
+    teachers = (
+        "--teacher",
+        "math=http://127.0.0.1:8000",
+        "--teacher",
+        "code=http://127.0.0.1:8001",
+    )
     status, out, err = command(capsys, "--config", str(run_yaml), *teachers)
     assert status in (0, 1), err
     assert "teacher math" not in out and "teacher code" not in out
@@ -533,13 +702,25 @@ def test_json_is_plain_data(published):
     assert "total on the host" in table(made)
 
 
-# ---- In the trainers ---------------------------------------------------------------------------------------------------
+# ---- In the trainers -----------------------------------------------------------------------------
 
 
 def trainer_flags(tiny, output_dir) -> list[str]:
     return [
-        *("--student_model", str(tiny.student), "--output_dir", str(output_dir), "--data", str(tiny.train)),
-        *(f"--teacher=addition={tiny.addition}", f"--teacher=reversal={tiny.reversal}", "--prompts_per_step", "8"),
+        *(
+            "--student_model",
+            str(tiny.student),
+            "--output_dir",
+            str(output_dir),
+            "--data",
+            str(tiny.train),
+        ),
+        *(
+            f"--teacher=addition={tiny.addition}",
+            f"--teacher=reversal={tiny.reversal}",
+            "--prompts_per_step",
+            "8",
+        ),
         *(
             "--max_prompt_tokens",
             "16",
@@ -557,16 +738,29 @@ def test_auto_changes_what_no_flag_said_and_says_so(tiny, tmp_path, capsys, scri
     flags = trainer_flags(tiny, tmp_path / "run")
     if script is train_gkd:
         flags = [flag for flag in flags if not flag.startswith("--teacher=reversal")]
-        flags = [f"--teacher={tiny.addition}" if flag.startswith("--teacher=") else flag for flag in flags]
+        flags = [
+            f"--teacher={tiny.addition}" if flag.startswith("--teacher=") else flag
+            for flag in flags
+        ]
         flags += ["--lmbda", "1"]
     run = prepare(parse(script.Config, [*flags, "--plan", "auto", "--teacher_kv_cache_gib", "0.5"]))
     said = capsys.readouterr().out
-    assert run.cfg.rollout.rollout_kv_cache_gib == 1 / 16 and "plan: --rollout_kv_cache_gib 0.0625" in said
+    assert (
+        run.cfg.rollout.rollout_kv_cache_gib == 1 / 16
+        and "plan: --rollout_kv_cache_gib 0.0625" in said
+    )
     assert run.cfg.rollout.teacher_kv_cache_gib == 0.5
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["rollout_kv_cache_gib"] == 1 / 16
-    assert written["max_tokens_per_micro_batch"] == run.cfg.batch.max_tokens_per_micro_batch == 8 * 23
-    assert run.plan.bytes_of("train") > run.plan.bytes_of("rollout") > 0 == run.plan.host_bytes("train")
+    assert (
+        written["max_tokens_per_micro_batch"] == run.cfg.batch.max_tokens_per_micro_batch == 8 * 23
+    )
+    assert (
+        run.plan.bytes_of("train")
+        > run.plan.bytes_of("rollout")
+        > 0
+        == run.plan.host_bytes("train")
+    )
 
 
 @pytest.mark.usefixtures("device")
@@ -599,7 +793,9 @@ def test_a_resumed_run_keeps_the_support_that_was_planned(tiny, tmp_path):
 
 
 def test_without_a_prediction_a_run_goes_on_but_auto_stops(tiny, says_too_little, tmp_path):
-    cfg = parse(train_mopd.Config, [*trainer_flags(tiny, tmp_path), "--student_model", str(says_too_little)])
+    cfg = parse(
+        train_mopd.Config, [*trainer_flags(tiny, tmp_path), "--student_model", str(says_too_little)]
+    )
     same, made, text = apply.plan_run(cfg)
     assert same is cfg and made is None and "no num_attention_heads" in text
     with pytest.raises(ValueError, match="no num_attention_heads"):

@@ -1,4 +1,6 @@
-"""Checkpoints: killed at every point, damaged in every file, resumed to the bit; content hashes; the export."""
+"""Checkpoints: killed at every point, damaged in every file, resumed to the bit; content hashes;
+the export.
+"""
 
 import ast
 import hashlib
@@ -12,7 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from opd.inputs import content
 from opd.records import checkpoint, export
@@ -23,10 +31,17 @@ from tests.support.processes import ROOT
 WORKER = ROOT / "tests" / "support" / "workers" / "checkpoint_worker.py"
 DEADLINE = 600  # seconds for one process; a healthy one needs a few
 # The points that ranks other than 0 pass as well.
-EVERY_RANK = ("begin", "tmp_made", "shards_written", "files_synced", "before_manifest", "before_retention")
+EVERY_RANK = (
+    "begin",
+    "tmp_made",
+    "shards_written",
+    "files_synced",
+    "before_manifest",
+    "before_retention",
+)
 
 
-# ---- Real DeepSpeed, real kills --------------------------------------------------------------------------------------
+# ---- Real DeepSpeed, real kills ------------------------------------------------------------------
 
 
 def worker_environment() -> dict[str, str]:
@@ -39,12 +54,18 @@ def worker_environment() -> dict[str, str]:
 def serve():
     """Runs a job in fresh processes and returns what became of each rank."""
     process = subprocess.Popen(
-        [sys.executable, str(WORKER), "serve"], env=worker_environment(), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, str(WORKER), "serve"],
+        env=worker_environment(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
 
     def run(run_dir: Path, num_steps: int = 3, **job) -> dict:
-        process.stdin.write(json.dumps({"run_dir": str(run_dir), "num_steps": num_steps, **job}) + "\n")
+        process.stdin.write(
+            json.dumps({"run_dir": str(run_dir), "num_steps": num_steps, **job}) + "\n"
+        )
         process.stdin.flush()
         answer = json.loads(process.stdout.readline())
         answer["stderr"] = "\n".join(answer["stderr"])
@@ -79,9 +100,20 @@ def names(run_dir: Path) -> list[str]:
 def test_2_steps_and_a_resume_equal_4_steps_bit_for_bit(world_size, serve, undisturbed, tmp_path):
     first = serve(tmp_path, 2, world_size=world_size)
     assert first["statuses"] == [0] * world_size, first["stderr"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if world_size == 2 else []
-    command = [sys.executable, *launcher, str(WORKER), json.dumps({"run_dir": str(tmp_path), "num_steps": 4})]
-    resumed = subprocess.run(command, env=worker_environment(), text=True, capture_output=True, timeout=DEADLINE)
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        if world_size == 2
+        else []
+    )
+    command = [
+        sys.executable,
+        *launcher,
+        str(WORKER),
+        json.dumps({"run_dir": str(tmp_path), "num_steps": 4}),
+    ]
+    resumed = subprocess.run(
+        command, env=worker_environment(), text=True, capture_output=True, timeout=DEADLINE
+    )
     assert resumed.returncode == 0, resumed.stderr
     # Two ranks write to one pipe: a line break may arrive after the other rank's line.
     result, _ = json.JSONDecoder().raw_decode(resumed.stdout.split("RESULT ", 1)[1])
@@ -90,7 +122,11 @@ def test_2_steps_and_a_resume_equal_4_steps_bit_for_bit(world_size, serve, undis
 
 
 def test_every_fault_point_of_the_source_is_enumerated():
-    calls = [n for n in ast.walk(ast.parse(Path(checkpoint.__file__).read_text())) if isinstance(n, ast.Call)]
+    calls = [
+        n
+        for n in ast.walk(ast.parse(Path(checkpoint.__file__).read_text()))
+        if isinstance(n, ast.Call)
+    ]
     in_source = [c.args[0].value for c in calls if getattr(c.func, "id", "") == "fault_point"]
     assert sorted(in_source) == sorted(FAULT_POINTS)
     assert len(FAULT_POINTS) == 12
@@ -104,7 +140,9 @@ KILLS = [
 
 
 @pytest.mark.parametrize("world_size, rank, point", KILLS)
-def test_a_kill_at_any_point_of_a_save_costs_at_most_that_save(world_size, rank, point, serve, undisturbed, tmp_path):
+def test_a_kill_at_any_point_of_a_save_costs_at_most_that_save(
+    world_size, rank, point, serve, undisturbed, tmp_path
+):
     job = {"world_size": world_size, "keep": 1}
     killed = serve(tmp_path, **job, fault=f"{point}:kill", fault_rank=rank, strike_at=2)
     assert killed["statuses"][rank] == -9, killed["stderr"]
@@ -136,7 +174,9 @@ def test_another_number_of_ranks_is_refused(saved, started, serve, tmp_path):
     answer = serve(tmp_path, 2, world_size=started)
     assert answer["statuses"] == [1] * started
     path = tmp_path / "checkpoints" / "step_1"
-    message = f"ValueError: --resume: {path} was written by {saved} rank(s) and this run has {started}; "
+    message = (
+        f"ValueError: --resume: {path} was written by {saved} rank(s) and this run has {started}; "
+    )
     assert answer["stderr"].count(message) == started
     assert names(tmp_path) == ["step_1"]
 
@@ -145,7 +185,11 @@ def test_a_damaged_shard_is_refused_before_deepspeed_sees_it(serve, undisturbed,
     assert serve(tmp_path, 2, world_size=2)["statuses"] == [0, 0]
     path = tmp_path / "checkpoints" / "step_2"
     listed = [entry["file"] for entry in json.loads((path / "manifest.json").read_text())["files"]]
-    present = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    present = [
+        str(p.relative_to(path))
+        for p in path.rglob("*")
+        if p.is_file() and p.name != "manifest.json"
+    ]
     assert sorted(listed) == sorted(present)  # the ranks' shares together
     (shard,) = path.rglob("*rank_1*optim*")
     flip(shard, shard.stat().st_size // 2)
@@ -154,7 +198,7 @@ def test_a_damaged_shard_is_refused_before_deepspeed_sees_it(serve, undisturbed,
     assert f"skipped {path}: shards/{shard.name}: its hash does not match" in answer["stderr"]
 
 
-# ---- What whole means: pure file work, one rank ----------------------------------------------------------------------
+# ---- What whole means: pure file work, one rank --------------------------------------------------
 
 
 def flip(path: Path, index: int) -> None:
@@ -183,7 +227,10 @@ def test_a_checkpoint_lists_every_file_and_gives_the_state_back(tmp_path):
     assert {entry["file"] for entry in manifest["files"]} == files
     for entry in manifest["files"]:
         content = (path / entry["file"]).read_bytes()
-        assert (entry["size"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        assert (entry["size"], entry["sha256"]) == (
+            len(content),
+            hashlib.sha256(content).hexdigest(),
+        )
     assert checkpoint.find(tmp_path, "auto") == path
     assert checkpoint.load_state(path) == LoopState(step=3, policy_version=3, tokens_seen=30)
 
@@ -206,8 +253,13 @@ def test_damage_to_any_file_is_refused_and_the_older_one_is_used(name, tmp_path,
     capsys.readouterr()
     victim.unlink()
     assert checkpoint.find(tmp_path, "auto") == older
-    assert capsys.readouterr().err == f"warning: rank 0: checkpoint: skipped {newer}: {name}: missing\n"
-    with pytest.raises(ValueError, match=rf"--resume {newer}: not a whole checkpoint: {name}: missing; .*auto"):
+    assert (
+        capsys.readouterr().err
+        == f"warning: rank 0: checkpoint: skipped {newer}: {name}: missing\n"
+    )
+    with pytest.raises(
+        ValueError, match=rf"--resume {newer}: not a whole checkpoint: {name}: missing; .*auto"
+    ):
         checkpoint.find(tmp_path, str(newer))
     victim.write_bytes(whole)
     assert checkpoint.find(tmp_path, "auto") == newer
@@ -219,7 +271,9 @@ def test_find_without_a_whole_checkpoint(tmp_path, capsys):
     path = write(tmp_path, 1)
     assert checkpoint.find(tmp_path, "never") is None
     assert checkpoint.find(tmp_path / "another_run", str(path)) == path
-    with pytest.raises(ValueError, match=r"--resume /nowhere: not a whole checkpoint: no such directory"):
+    with pytest.raises(
+        ValueError, match=r"--resume /nowhere: not a whole checkpoint: no such directory"
+    ):
         checkpoint.find(tmp_path, "/nowhere")
     (path / "manifest.json").unlink()
     assert checkpoint.find(tmp_path, "auto") is None
@@ -245,7 +299,9 @@ def test_a_later_layout_is_not_read(tmp_path, capsys):
 def test_an_error_at_any_point_leaves_the_older_one_alone(point, tmp_path, monkeypatch):
     older = write(tmp_path, 1)
     monkeypatch.setenv("OPD_FAULT", f"{point}:raise")
-    with pytest.raises(RuntimeError, match=rf"{tmp_path}/checkpoints/step_2 was not written.*injected at {point}"):
+    with pytest.raises(
+        RuntimeError, match=rf"{tmp_path}/checkpoints/step_2 was not written.*injected at {point}"
+    ):
         write(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step_1"]
     monkeypatch.delenv("OPD_FAULT")
@@ -282,7 +338,8 @@ def test_a_step_that_exists_is_kept_if_whole_and_replaced_if_not(tmp_path, capsy
 def test_leftovers_of_dead_runs_go_and_those_of_live_ones_stay(tmp_path):
     def save_shards(directory: Path) -> None:
         assert names(tmp_path) == [directory.name]
-        assert checkpoint.find(tmp_path, "auto") is None  # another process looks while this one saves
+        # another process looks while this one saves
+        assert checkpoint.find(tmp_path, "auto") is None
         assert names(tmp_path) == [directory.name]
         (directory / "file").write_text("x")
 
@@ -316,23 +373,35 @@ def test_what_is_not_this_runs_past_is_set_aside(tmp_path, capsys):
 
 def test_the_fingerprint_names_the_first_field_that_differs(tmp_path):
     math, code = "ab" * 32, "cd" * 32
-    fingerprint = {"teachers": {"math": math, "code": code}, "loss": {"clip": None, "k": 1}, "data": [1, 2]}
+    fingerprint = {
+        "teachers": {"math": math, "code": code},
+        "loss": {"clip": None, "k": 1},
+        "data": [1, 2],
+    }
     path = write(tmp_path, 1, fingerprint=fingerprint)
     checkpoint.check_fingerprint(path, {**fingerprint, "data": (1, 2)})
     expected = {
-        "`teachers.math` differs from the checkpoint: abababababab there, cdcdcdcdcdcd": {"teachers": {"math": code}},
-        "`loss.clip` differs from the checkpoint: null there, 0.5 now": {"loss": {"clip": 0.5, "k": 2}},
-        "`teachers.code` differs from the checkpoint: cdcdcdcdcdcd there, absent now": {"teachers": {"math": math}},
+        "`teachers.math` differs from the checkpoint: abababababab there, cdcdcdcdcdcd": {
+            "teachers": {"math": code}
+        },
+        "`loss.clip` differs from the checkpoint: null there, 0.5 now": {
+            "loss": {"clip": 0.5, "k": 2}
+        },
+        "`teachers.code` differs from the checkpoint: cdcdcdcdcdcd there, absent now": {
+            "teachers": {"math": math}
+        },
         "`lora` differs from the checkpoint: absent there, 8 now": {"lora": 8},
     }
     for message, change in expected.items():
         with pytest.raises(ValueError) as caught:
             checkpoint.check_fingerprint(path, {**fingerprint, **change})
-        assert message in str(caught.value) and "start anew in another --output_dir" in str(caught.value)
+        assert message in str(caught.value) and "start anew in another --output_dir" in str(
+            caught.value
+        )
         assert "\n" not in str(caught.value)
 
 
-# ---- Content hashes --------------------------------------------------------------------------------------------------
+# ---- Content hashes ------------------------------------------------------------------------------
 
 
 def test_content_hash_follows_what_a_model_is(tmp_path):
@@ -359,7 +428,10 @@ def test_content_hash_follows_what_a_model_is(tmp_path):
 def test_content_hash_of_data_and_of_nothing(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "rows.jsonl").write_text("1\n")
-    assert content.content_hash(str(tmp_path / "part" / "rows.jsonl")) == hashlib.sha256(b"1\n").hexdigest()
+    assert (
+        content.content_hash(str(tmp_path / "part" / "rows.jsonl"))
+        == hashlib.sha256(b"1\n").hexdigest()
+    )
     before = content.content_hash(str(tmp_path))
     (tmp_path / "part" / "rows.jsonl").write_text("2\n")
     assert content.content_hash(str(tmp_path)) != before
@@ -375,7 +447,11 @@ def test_content_hash_samples_large_files(tmp_path):
     with open(path, "wb") as file:
         file.truncate(size)
     seen = {content.content_hash(str(tmp_path))}
-    for offset in (0, size - 1, (size - (1 << 20)) // 3 + 5):  # the first, the last and the 22nd block
+    for offset in (
+        0,
+        size - 1,
+        (size - (1 << 20)) // 3 + 5,
+    ):  # the first, the last and the 22nd block
         with open(path, "r+b") as file:
             file.seek(offset)
             file.write(b"x")
@@ -398,16 +474,24 @@ def test_content_hash_of_a_hub_id_needs_no_network(tmp_path, monkeypatch):
     assert content.content_hash("someone/model") == f"someone/model@{commit}"
 
 
-# ---- Export ----------------------------------------------------------------------------------------------------------
+# ---- Export --------------------------------------------------------------------------------------
 
 
 def make_model(tied: bool, seed: int = 0):
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, tie_word_embeddings=tied, eos_token_id=None, bos_token_id=None,
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=tied,
+        eos_token_id=None,
+        bos_token_id=None,
         initializer_range=0.5,
-    )  # fmt: skip
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -420,11 +504,15 @@ def make_tokenizer():
 
 def greedy(model, prompt: list[int]) -> list[int]:
     prompt_BS = torch.tensor([prompt])
-    return model.generate(prompt_BS, do_sample=False, max_new_tokens=8, pad_token_id=39)[0, len(prompt) :].tolist()
+    return model.generate(prompt_BS, do_sample=False, max_new_tokens=8, pad_token_id=39)[
+        0, len(prompt) :
+    ].tolist()
 
 
 def one_at_a_time(named_tensors):
-    """Each tensor is gone when the next one is asked for, as when ZeRO-3 gathers bucket by bucket."""
+    """Each tensor is gone when the next one is asked for, as when ZeRO-3 gathers bucket
+    by bucket.
+    """
     for name, tensor in named_tensors:
         scratch = tensor.detach().clone()
         yield name, scratch
@@ -437,16 +525,20 @@ def test_an_export_loads_computes_the_same_and_stops_on_its_eos(tied, tmp_path):
     own = model.generation_config
     prompt = [3, 1, 4]
     text = greedy(model, prompt)
-    end = next(t for t in text[1:] if t != text[0])  # a token that greedy decoding reaches, but not at once
+    # a token that greedy decoding reaches, but not at once
+    end = next(t for t in text[1:] if t != text[0])
     generation_config = GenerationConfig(eos_token_id=[end, 38], pad_token_id=39)
-    named = one_at_a_time(model.named_parameters(remove_duplicate=False))  # both names of a tied weight
+    # both names of a tied weight
+    named = one_at_a_time(model.named_parameters(remove_duplicate=False))
     export.export_huggingface(path, model, make_tokenizer(), named, generation_config)
 
     assert model.generation_config is own
     assert [p.name for p in path.parent.iterdir()] == ["model"]
     assert ("lm_head.weight" in load_file(path / "model.safetensors")) == (not tied)
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-    for (name, old), (_, new) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+    for (name, old), (_, new) in zip(
+        model.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
         assert torch.equal(old, new), name
     assert loaded.config.tie_word_embeddings == tied
     assert loaded.generation_config.eos_token_id == [end, 38]
@@ -458,15 +550,25 @@ def test_an_export_gets_an_eos_and_drops_hints_that_cannot_be_written(tmp_path, 
     model = make_model(tied=True)
     hints = GenerationConfig(pad_token_id=39)
     hints.temperature = 0.3  # without do_sample: transformers refuses to write it
-    export.export_huggingface(tmp_path / "model", model, make_tokenizer(), model.named_parameters(), hints)
+    export.export_huggingface(
+        tmp_path / "model", model, make_tokenizer(), model.named_parameters(), hints
+    )
     stored = json.loads((tmp_path / "model" / "generation_config.json").read_text())
-    assert (stored["eos_token_id"], stored["pad_token_id"], stored.get("temperature")) == (38, 39, None)
+    assert (stored["eos_token_id"], stored["pad_token_id"], stored.get("temperature")) == (
+        38,
+        39,
+        None,
+    )
     assert hints.eos_token_id is None and hints.temperature == 0.3
     assert "keeps the token ids only" in capsys.readouterr().err
 
 
 def test_a_failed_export_leaves_the_old_one_and_the_next_replaces_it(tmp_path):
-    path, tokenizer, generation_config = tmp_path / "model", make_tokenizer(), GenerationConfig(eos_token_id=38)
+    path, tokenizer, generation_config = (
+        tmp_path / "model",
+        make_tokenizer(),
+        GenerationConfig(eos_token_id=38),
+    )
     first, second = make_model(tied=True), make_model(tied=True, seed=1)
     export.export_huggingface(path, first, tokenizer, first.named_parameters(), generation_config)
     (path / "stale").touch()
@@ -476,7 +578,9 @@ def test_a_failed_export_leaves_the_old_one_and_the_next_replaces_it(tmp_path):
     assert (path / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["model"]
     export.export_huggingface(path, second, tokenizer, second.named_parameters(), generation_config)
     assert not (path / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert torch.equal(load_file(path / "model.safetensors")["model.embed_tokens.weight"], second.lm_head.weight)
+    assert torch.equal(
+        load_file(path / "model.safetensors")["model.embed_tokens.weight"], second.lm_head.weight
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -28,10 +28,12 @@ def run_script(path: Path, code: str, *launcher: str, **kwargs) -> subprocess.Co
     path.write_text(code)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
     command = [sys.executable, *launcher, str(path)]
-    return subprocess.run(command, env=env, text=True, timeout=DEADLINE_S, cwd=path.parent, **kwargs)
+    return subprocess.run(
+        command, env=env, text=True, timeout=DEADLINE_S, cwd=path.parent, **kwargs
+    )
 
 
-# ---- logs ------------------------------------------------------------------------------------------------------------
+# ---- logs ----------------------------------------------------------------------------------------
 
 LIBRARIES = [name for name in ("deepspeed", "vllm") if importlib.util.find_spec(name)]
 NOISY = f"""
@@ -74,7 +76,9 @@ raise RuntimeError("the end")
 
 
 def test_libraries_write_to_the_log_and_not_to_the_console(tmp_path):
-    done = run_script(tmp_path / "noisy.py", NOISY, capture_output=True, env={"DS_ACCELERATOR": "cpu"})
+    done = run_script(
+        tmp_path / "noisy.py", NOISY, capture_output=True, env={"DS_ACCELERATOR": "cpu"}
+    )
     out, err = done.stdout.split("====\n")[1], done.stderr.split("====\n")[1]
     assert out == "hello\nstep 1/2  loss 0.5\nstep 2/2\n"
     assert err.startswith("Traceback") and err.endswith("RuntimeError: the end\n"), err
@@ -84,7 +88,7 @@ def test_libraries_write_to_the_log_and_not_to_the_console(tmp_path):
     assert "http://***@host/x" in log and "canary-pass" not in log
 
 
-# ---- run files -------------------------------------------------------------------------------------------------------
+# ---- run files -----------------------------------------------------------------------------------
 
 
 def test_no_secret_reaches_the_run_directory(tmp_path, monkeypatch):
@@ -97,24 +101,44 @@ def test_no_secret_reaches_the_run_directory(tmp_path, monkeypatch):
     config = {
         "max_response_tokens": 64,
         "domain_key": "data_source",
-        "teachers": [{"name": "math", "model": "https://me:canary-six@host/m", "api_key": "canary-seven"}],
+        "teachers": [
+            {"name": "math", "model": "https://me:canary-six@host/m", "api_key": "canary-seven"}
+        ],
         "note": "x canary-one y",
     }
-    argv = ["train.py", "--hf_token", "canary-eight", "--api-key=canary-nine", "--teacher", "m=http://u:canary-ten@h/?token=canary-eleven",
-            "--max_response_tokens", "64", "--domain_key", "data_source", "--note", "canary-one"]  # fmt: skip
+    argv = [
+        "train.py",
+        "--hf_token",
+        "canary-eight",
+        "--api-key=canary-nine",
+        "--teacher",
+        "m=http://u:canary-ten@h/?token=canary-eleven",
+        "--max_response_tokens",
+        "64",
+        "--domain_key",
+        "data_source",
+        "--note",
+        "canary-one",
+    ]
     write_run_files(tmp_path, config, argv)
 
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or "canary" not in path.read_text(), path
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["max_response_tokens"] == 64 and written["domain_key"] == "data_source"
-    assert written["teachers"] == [{"name": "math", "model": "https://***@host/m", "api_key": "***"}]
+    assert written["teachers"] == [
+        {"name": "math", "model": "https://***@host/m", "api_key": "***"}
+    ]
     command = (tmp_path / "command.txt").read_text()
-    assert command.endswith("--max_response_tokens 64 --domain_key data_source --note '***'\n"), command
+    assert command.endswith("--max_response_tokens 64 --domain_key data_source --note '***'\n"), (
+        command
+    )
     env = dict(line.split("=", 1) for line in (tmp_path / "env.txt").read_text().splitlines())
     assert env["NCCL_DEBUG"] == "WARN" and env["VLLM_API_KEY"] == "***" and "MY_NOTE" not in env
     assert env["torch"] == torch.__version__.split("+")[0] or env["torch"] == torch.__version__
-    assert config["teachers"][0]["api_key"] == "canary-seven", "the caller's configuration was changed"
+    assert config["teachers"][0]["api_key"] == "canary-seven", (
+        "the caller's configuration was changed"
+    )
 
 
 def test_a_configuration_without_secrets_is_written_as_it_is(tmp_path):
@@ -127,13 +151,20 @@ def test_a_configuration_without_secrets_is_written_as_it_is(tmp_path):
     }
     write_run_files(tmp_path, config, ["train.py"])
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == config
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"rollouts", "tb", "checkpoints", "logs"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "rollouts",
+        "tb",
+        "checkpoints",
+        "logs",
+    }
 
 
 def test_a_second_launch_adds_its_command(tmp_path):
     for step in ("1", "2"):
         write_run_files(tmp_path, {}, ["train.py", "--num_steps", step])
-    assert (tmp_path / "command.txt").read_text() == "train.py --num_steps 1\ntrain.py --num_steps 2\n"
+    assert (
+        tmp_path / "command.txt"
+    ).read_text() == "train.py --num_steps 1\ntrain.py --num_steps 2\n"
 
 
 @pytest.mark.parametrize(

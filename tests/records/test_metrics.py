@@ -41,10 +41,12 @@ def run_script(path: Path, code: str, *launcher: str, **kwargs) -> subprocess.Co
     path.write_text(code)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
     command = [sys.executable, *launcher, str(path)]
-    return subprocess.run(command, env=env, text=True, timeout=DEADLINE_S, cwd=path.parent, **kwargs)
+    return subprocess.run(
+        command, env=env, text=True, timeout=DEADLINE_S, cwd=path.parent, **kwargs
+    )
 
 
-# ---- accumulators ----------------------------------------------------------------------------------------------------
+# ---- accumulators --------------------------------------------------------------------------------
 
 TWO_RANKS = """
 import json, math, torch
@@ -71,13 +73,24 @@ with distributed.exit_together():
     write_rollouts(Path("run"), 1, [{"rank": rank}])
     Path(f"row_{rank}.json").write_text(json.dumps(row))
     metrics.close()
-"""
+"""  # noqa: E501
 
 
 def test_means_are_over_the_items_of_all_ranks(tmp_path):
-    """3 and 1/3 are the ranks' own means; 8 / 8 is the mean over items. Ranks hold different keys."""
-    run_script(tmp_path / "two.py", TWO_RANKS, "-m", "torch.distributed.run", "--nproc-per-node=2",
-               f"--master-port={free_port()}", check=True, capture_output=True)  # fmt: skip
+    """3 and 1/3 are the ranks' own means; 8 / 8 is the mean over items.
+
+    Ranks hold different keys.
+    """
+    run_script(
+        tmp_path / "two.py",
+        TWO_RANKS,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={free_port()}",
+        check=True,
+        capture_output=True,
+    )
     expected = {
         "loss/total": 1.0,
         "loss/total/code": 2 / 6,
@@ -104,7 +117,9 @@ def test_the_split_into_micro_batches_does_not_matter(tmp_path):
 
 def test_tensors_of_any_dtype_are_summed_exactly(tmp_path):
     metrics = make(tmp_path)
-    metrics.add("distill/k1", torch.tensor(0.5, dtype=torch.bfloat16), torch.tensor(1, dtype=torch.int64))
+    metrics.add(
+        "distill/k1", torch.tensor(0.5, dtype=torch.bfloat16), torch.tensor(1, dtype=torch.int64)
+    )
     metrics.add("distill/k1", torch.tensor(2.0**-30, dtype=torch.float64), torch.tensor(True))
     metrics.add("distill/k1", torch.tensor([1.0], requires_grad=True), 2)
     assert metrics.flush(1) == {"distill/k1": (1.5 + 2.0**-30) / 4}
@@ -126,8 +141,14 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
     for value in (math.nan, 1.0):
         metrics.add_max("mismatch/abs_max", value)
     row = metrics.flush(1)
-    assert math.isnan(row["loss/total"]) and math.isnan(row["mismatch/abs_max"]) and math.isinf(row["optim/grad_norm"])
-    assert rows_of(tmp_path) == [{"step": 1, "loss/total": None, "mismatch/abs_max": None, "optim/grad_norm": None}]
+    assert (
+        math.isnan(row["loss/total"])
+        and math.isnan(row["mismatch/abs_max"])
+        and math.isinf(row["optim/grad_norm"])
+    )
+    assert rows_of(tmp_path) == [
+        {"step": 1, "loss/total": None, "mismatch/abs_max": None, "optim/grad_norm": None}
+    ]
 
 
 @pytest.mark.parametrize("values", [[math.nan, 1.0], [1.0, math.nan]])
@@ -157,7 +178,9 @@ def test_timed_adds_up_over_a_step(tmp_path):
     assert 0.02 <= metrics.flush(1)["time/train"] <= elapsed
 
 
-@pytest.mark.parametrize("key", ["loss", "losses/total", "loss/", "loss/total/", "loss/total/biology"])
+@pytest.mark.parametrize(
+    "key", ["loss", "losses/total", "loss/", "loss/total/", "loss/total/biology"]
+)
 def test_a_key_that_is_no_key_is_refused(tmp_path, key):
     with pytest.raises(AssertionError, match="metric"):
         make(tmp_path).add(key, 1.0)
@@ -170,7 +193,7 @@ def test_domains_may_hold_slashes_and_evaluation_may_have_its_own(tmp_path):
     assert metrics.flush(1) == {"loss/total/org/set": 1.0, "eval/accuracy/held/out": 0.5}
 
 
-# ---- resume ----------------------------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path):
@@ -179,7 +202,8 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
         first.add("loss/total", float(step))
         first.flush(step)
     first.close()
-    for path in (tmp_path / "tb").iterdir():  # TensorBoard orders files by the second in their names
+    # TensorBoard orders files by the second in their names
+    for path in (tmp_path / "tb").iterdir():
         path.rename(re.sub(r"tfevents\.\d+", "tfevents.1000000000", str(path)))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss/to')  # a crash in the middle of a line
@@ -211,7 +235,7 @@ def test_truncate_to_minus_one_forgets_everything(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path)] == [0]
 
 
-# ---- console ---------------------------------------------------------------------------------------------------------
+# ---- console -------------------------------------------------------------------------------------
 
 
 def test_the_line_of_a_step():
@@ -224,7 +248,8 @@ def test_the_line_of_a_step():
         "eval/accuracy/math": 0.25,
     }
     assert step_line(3, 10, row, 3671.2) == (
-        "step 3/10  loss 0.1235  5,321 tok/s  eta 1:01:11  2.00s (rollout 1.00, train 0.50)  accuracy math 0.250"
+        "step 3/10  loss 0.1235  5,321 tok/s  eta 1:01:11  2.00s (rollout 1.00, train 0.50)  "
+        "accuracy math 0.250"
     )
     assert step_line(0, 10, {}, None) == "step 0/10"
 
@@ -235,7 +260,9 @@ def test_the_time_left_is_that_of_recent_steps(tmp_path, capsys):
     metrics.flush(1)
     metrics.add("time/step", 4.0)
     metrics.flush(2)
-    assert capsys.readouterr().out == "step 1/10  eta 0:00:54  6.00s\nstep 2/10  eta 0:00:40  4.00s\n"
+    assert (
+        capsys.readouterr().out == "step 1/10  eta 0:00:54  6.00s\nstep 2/10  eta 0:00:40  4.00s\n"
+    )
 
 
 TERMINAL = """
@@ -253,7 +280,14 @@ def test_a_terminal_gets_a_bar_below_its_lines(tmp_path):
     controller, terminal = pty.openpty()
     try:
         env = {"TERM": "xterm", "COLUMNS": "80"}
-        run_script(tmp_path / "bar.py", TERMINAL, check=True, stdout=terminal, stderr=subprocess.PIPE, env=env)
+        run_script(
+            tmp_path / "bar.py",
+            TERMINAL,
+            check=True,
+            stdout=terminal,
+            stderr=subprocess.PIPE,
+            env=env,
+        )
         shown = os.read(controller, 1 << 16).decode()
     finally:
         os.close(terminal)
@@ -268,7 +302,7 @@ def test_memory_is_in_gib():
     assert memory()["mem/host_rss_gib"] - before == pytest.approx(block.nbytes / 2**30, abs=0.1)
 
 
-# ---- documentation ---------------------------------------------------------------------------------------------------
+# ---- documentation -------------------------------------------------------------------------------
 
 
 def test_every_documented_key_has_a_formula_and_a_meaning():
@@ -286,7 +320,11 @@ def test_every_key_in_the_code_is_documented():
     shape = re.compile(rf"({'|'.join(GROUPS)})/[a-z0-9_]*[a-z0-9]")
     keys = set(memory())
     for path in (*ROOT.glob("opd/*.py"), *ROOT.glob("train_*.py")):
-        strings = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+        strings = (
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant)
+        )
         keys |= {value for value in strings if isinstance(value, str) and shape.fullmatch(value)}
     # A key that exists per domain only is built from its prefix.
     assert not undocumented(keys, patterns) - {key.removesuffix("/domain") for key in patterns}
@@ -294,6 +332,12 @@ def test_every_key_in_the_code_is_documented():
 
 def test_the_pattern_of_a_documented_key():
     patterns = documented_keys(ROOT / "docs/metrics.md")
-    good = {"loss/total", "loss/total/math", "loss/total/org/set", "eval/accuracy/math", "optim/grad_norm"}
+    good = {
+        "loss/total",
+        "loss/total/math",
+        "loss/total/org/set",
+        "eval/accuracy/math",
+        "optim/grad_norm",
+    }
     bad = {"loss/totals", "eval/accuracy", "optim/grad_norm/math", "loss/other"}
     assert undocumented(good | bad, patterns) == bad

@@ -13,7 +13,9 @@ from tests.support.processes import ROOT
 
 def report_of(before, after, teacher, domain="math") -> dict:
     teachers = {} if teacher is None else {domain: teacher}
-    return recovery_report({domain: before}, {domain: after}, teachers, steps=3, wall_s=1.5)["domains"][domain]
+    return recovery_report({domain: before}, {domain: after}, teachers, steps=3, wall_s=1.5)[
+        "domains"
+    ][domain]
 
 
 def test_figures_by_hand():
@@ -24,7 +26,10 @@ def test_figures_by_hand():
         steps=20,
         wall_s=12.5,
     )
-    assert list(report) == ["domains", "steps", "wall_s"] and list(report["domains"]) == ["math", "code"]
+    assert list(report) == ["domains", "steps", "wall_s"] and list(report["domains"]) == [
+        "math",
+        "code",
+    ]
     math = report["domains"]["math"]
     assert list(math) == ["student_before", "student_after", "teacher", "recovery", "ci95", "n"]
     assert (math["student_before"], math["student_after"], math["teacher"]) == (0.25, 0.5, 0.75)
@@ -49,7 +54,9 @@ def test_prompts_stay_paired():
 
 
 def test_the_interval_has_the_width_of_theory():
-    """With a gap of 1 everywhere the recovery is a mean of coin flips: +- 1.96 sqrt(p (1 - p) / n)."""
+    """With a gap of 1 everywhere the recovery is a mean of coin flips: +- 1.96 sqrt(p
+    (1 - p) / n).
+    """
     n = 400
     after = np.arange(n) < 0.3 * n
     entry = report_of(np.zeros(n), after.astype(float), np.ones(n))
@@ -151,8 +158,13 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path):
 def test_the_command(tmp_path):
     path = write_report(tmp_path, REPORT)
     command = [sys.executable, "-m", "opd.report", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == f"{TABLE}\n\nreport:  {path}\ncurves:  tensorboard --logdir {tmp_path / 'tb'}\n"
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert (
+        done.stdout
+        == f"{TABLE}\n\nreport:  {path}\ncurves:  tensorboard --logdir {tmp_path / 'tb'}\n"
+    )
 
 
 @pytest.mark.parametrize("content", [None, "{"])

@@ -1,4 +1,6 @@
-"""What a user has to mend about the servers of an asynchronous run is one line, which names the flag."""
+"""What a user has to mend about the servers of an asynchronous run is one line, which names the
+flag.
+"""
 
 import pytest
 
@@ -27,9 +29,17 @@ def test_a_server_of_the_right_kind_with_our_token(url, monkeypatch):
 @pytest.mark.parametrize(
     ("token", "protocol", "message"),
     [
-        ("another-token-of-16-characters", ROLLOUT, "OPD_SERVER_TOKEN is not the token that it was started with"),
+        (
+            "another-token-of-16-characters",
+            ROLLOUT,
+            "OPD_SERVER_TOKEN is not the token that it was started with",
+        ),
         ("", ROLLOUT, "OPD_SERVER_TOKEN is not the token that it was started with"),
-        (TOKEN, ROLLOUT, "it takes 24 tokens, and .* are 25 together; start it with --max_model_len 25"),
+        (
+            TOKEN,
+            ROLLOUT,
+            "it takes 24 tokens, and .* are 25 together; start it with --max_model_len 25",
+        ),
         (TOKEN, "opd-logprob-1", "no server of this kind .opd-rollout-1, not opd-logprob-1"),
     ],
 )
@@ -42,9 +52,12 @@ def test_a_wrong_one(url, monkeypatch, token, protocol, message):
 def test_none(monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     with pytest.raises(
-        ValueError, match=r"^--rollout_servers http://127.0.0.1:9: cannot be reached: .*; start it first"
+        ValueError,
+        match=r"^--rollout_servers http://127.0.0.1:9: cannot be reached: .*; start it first",
     ):
-        _check_servers("--rollout_servers", ["http://127.0.0.1:9", "http://127.0.0.1:10"], ROLLOUT, 24)
+        _check_servers(
+            "--rollout_servers", ["http://127.0.0.1:9", "http://127.0.0.1:10"], ROLLOUT, 24
+        )
 
 
 def test_one_of_two(url, monkeypatch):

@@ -1,4 +1,6 @@
-"""How programs end: the status, what the exit hooks still do, what the console shows, and no abort in 200 starts."""
+"""How programs end: the status, what the exit hooks still do, what the console shows, and no abort
+in 200 starts.
+"""
 
 import contextlib
 import json
@@ -16,15 +18,30 @@ from tests.support.processes import ROOT, is_running, worker_environment
 
 WORKERS = ROOT / "tests" / "support" / "workers"
 DEADLINE = 300  # seconds
-HURRY = 20  # seconds that a rank may take which waits for nobody; the hook that it must not run takes 120
+# seconds that a rank may take which waits for nobody; the hook that it must not run takes 120
+HURRY = 20
 
-# ---- Ends of one rank and of two -------------------------------------------------------------------------------------
+# ---- Ends of one rank and of two -----------------------------------------------------------------
 
-ALONE = ("well", "exit", "exit 0", "exit 3", "exit text", "raises", "agreed", "interrupted", "unread")
+ALONE = (
+    "well",
+    "exit",
+    "exit 0",
+    "exit 3",
+    "exit text",
+    "raises",
+    "agreed",
+    "interrupted",
+    "unread",
+)
 TOGETHER = {
-    "both well": ["well", "slow"], "both without groups": ["busy", "freed"], "a mistake": ["user", "user"],
-    "an agreed failure": ["agreed", "agreed"], "a lonely failure": ["waits", "raises"], "a lonely exit": ["waits", "exit 0"],
-}  # fmt: skip
+    "both well": ["well", "slow"],
+    "both without groups": ["busy", "freed"],
+    "a mistake": ["user", "user"],
+    "an agreed failure": ["agreed", "agreed"],
+    "a lonely failure": ["waits", "raises"],
+    "a lonely exit": ["waits", "exit 0"],
+}
 CLEANUPS = ["second cleanup", "first cleanup"]
 
 
@@ -47,9 +64,13 @@ def ends(tmp_path_factory):
     (out / "job.json").write_text(json.dumps({"out": str(out), "cases": cases}))
     done = subprocess.run(
         [sys.executable, str(WORKERS / "end_worker.py"), str(out / "job.json")],
-        env=worker_environment(PYTHONUNBUFFERED=""),  # output is in the buffer until the end flushes it
-        capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
+        # output is in the buffer until the end flushes it
+        env=worker_environment(PYTHONUNBUFFERED=""),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found.keys() == cases.keys()
@@ -58,9 +79,18 @@ def ends(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("way", "status"),
-    [("well", 0), ("exit", 0), ("exit 0", 0), ("exit 3", 3), ("exit text", 1), ("raises", 1), ("agreed", 1),
-     ("interrupted", -signal.SIGINT), ("unread", 0)],
-)  # fmt: skip
+    [
+        ("well", 0),
+        ("exit", 0),
+        ("exit 0", 0),
+        ("exit 3", 3),
+        ("exit text", 1),
+        ("raises", 1),
+        ("agreed", 1),
+        ("interrupted", -signal.SIGINT),
+        ("unread", 0),
+    ],
+)
 def test_a_program_ends_with_its_status_and_its_cleanups_run_once(ends, way, status):
     (end,) = ends[way]
     lines = end.log.splitlines()
@@ -71,10 +101,14 @@ def test_a_program_ends_with_its_status_and_its_cleanups_run_once(ends, way, sta
 
 
 def test_a_good_end_does_what_the_interpreter_does_at_an_exit(ends):
-    """Hooks, threads, buffered text, and the leftovers of libraries: a temporary folder, a pool, shared memory."""
+    """Hooks, threads, buffered text, and the leftovers of libraries: a temporary folder, a pool,
+    shared memory.
+    """
     (end,) = ends["well"]
     assert end.stdout == "half a line" and end.stderr == ""
-    said = dict(line.split() for line in end.log.splitlines() if line.startswith(("pool", "folder")))
+    said = dict(
+        line.split() for line in end.log.splitlines() if line.startswith(("pool", "folder"))
+    )
     assert "thread" in end.log.splitlines()
     assert not Path(said["folder"]).exists() and not is_running(int(said["pool"]))
 
@@ -99,14 +133,18 @@ def test_two_ranks_part_together_and_rank_0_goes_last(ends):
     ranks = ends["both well"]
     assert [(end.status, end.stderr) for end in ranks] == [(0, ""), (0, "")]
     assert all(end.log.splitlines()[-2:] == CLEANUPS for end in ranks)
-    (through,) = (float(line.split()[1]) for line in ranks[1].log.splitlines() if line.startswith("slow"))
+    (through,) = (
+        float(line.split()[1]) for line in ranks[1].log.splitlines() if line.startswith("slow")
+    )
     assert ranks[0].ended > through
 
 
 def test_ranks_whose_groups_are_gone_meet_at_the_store(ends):
     ranks = ends["both without groups"]
     assert [(end.status, end.stderr) for end in ranks] == [(0, ""), (0, "")]
-    (through,) = (float(line.split()[1]) for line in ranks[0].log.splitlines() if line.startswith("slow"))
+    (through,) = (
+        float(line.split()[1]) for line in ranks[0].log.splitlines() if line.startswith("slow")
+    )
     assert ranks[1].ended > through
 
 
@@ -120,37 +158,49 @@ def test_a_mistake_on_two_ranks_is_one_line(ends):
 def test_what_all_ranks_raise_is_said_last_and_once(ends):
     ranks = ends["an agreed failure"]
     assert [end.status for end in ranks] == [1, 1]
-    assert [end.stderr.count("\nerror: the work failed on rank 0: OSError: disk 0") for end in ranks] == [1, 0]
+    assert [
+        end.stderr.count("\nerror: the work failed on rank 0: OSError: disk 0") for end in ranks
+    ] == [1, 0]
 
 
-@pytest.mark.parametrize(("case", "statuses"), [("a lonely failure", [1, 1]), ("a lonely exit", [1, 0])])
+@pytest.mark.parametrize(
+    ("case", "statuses"), [("a lonely failure", [1, 1]), ("a lonely exit", [1, 0])]
+)
 def test_a_rank_that_leaves_alone_waits_for_nobody(ends, case, statuses):
     """The other one is in a collective operation, and hears of it."""
     assert [end.status for end in ends[case]] == statuses
     assert max(end.seconds for end in ends[case]) < HURRY
 
 
-# ---- No abort --------------------------------------------------------------------------------------------------------
+# ---- No abort ------------------------------------------------------------------------------------
 
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("starts", [5, pytest.param(200, marks=pytest.mark.nightly)])
 def test_no_start_on_two_ranks_is_aborted(tmp_path, starts):
-    """An interpreter that took the groups down itself aborted one start in ten, after all work was done."""
+    """An interpreter that took the groups down itself aborted one start in ten, after all work was
+    done.
+    """
     failed = []
     for index in range(starts):
         out, port = tmp_path / str(index), distributed.free_port()
         out.mkdir()
         ranks = [
             subprocess.Popen(
-                [sys.executable, str(WORKERS / "distributed_worker.py"), "agree", str(out)], text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                [sys.executable, str(WORKERS / "distributed_worker.py"), "agree", str(out)],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 env=worker_environment(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE="2",
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
                 ),
             )
             for rank in (0, 1)
-        ]  # fmt: skip
+        ]
         with contextlib.ExitStack() as stack:
             for process in ranks:
                 stack.callback(process.kill)
@@ -161,12 +211,13 @@ def test_no_start_on_two_ranks_is_aborted(tmp_path, starts):
     assert not failed, f"{len(failed)} of {starts} starts: {failed[:3]}"
 
 
-# ---- The console -----------------------------------------------------------------------------------------------------
+# ---- The console ---------------------------------------------------------------------------------
 
 OURS = [
     r"starts fresh",
     r"training prompts: addition \d+, reversal \d+",
-    r"step \d/2  loss \S+  \S+ tok/s  eta \S+  \S+s \(rollout \S+, score \S+, train \S+, sync \S+\)",
+    r"step \d/2  loss \S+  \S+ tok/s  eta \S+  \S+s \(rollout \S+, score \S+, train \S+, sync "
+    r"\S+\)",
     r"memory, predicted/measured: (\w+ \S+/\S+ GiB(, )?){4}",
     r"model: \S+/model",
     r"warning: rank \d: vLLM cannot sleep on a CPU: its engines keep their memory in every phase",
@@ -184,8 +235,8 @@ THEIRS = {
         STAMP + r"\[(WARNING|INFO)\] \[real_accelerator\.py:\d+:get_accelerator\] Setting .*",
         STAMP + r"\[WARNING\] \[runner\.py:\d+:fetch_hostfile\] Unable to find hostfile, .*",
         STAMP + r"\[INFO\] \[runner\.py:\d+:main\] cmd = .*",
-        STAMP
-        + r"\[INFO\] \[launch\.py:\d+:main\] (WORLD INFO DICT|nnodes|global_rank_mapping|dist_world_size|Setting CUDA).*",
+        STAMP + r"\[INFO\] \[launch\.py:\d+:main\] (WORLD INFO "
+        r"DICT|nnodes|global_rank_mapping|dist_world_size|Setting CUDA).*",
         STAMP + r"\[INFO\] \[launch\.py:\d+:main\] process \d+ spawned with command: .*",
         STAMP + r"\[INFO\] \[launch\.py:\d+:main\] Process \d+ exits successfully\.",
     ],
@@ -200,7 +251,11 @@ TENSOR_PARALLEL = ("--rollout_tensor_parallel_size", "2")
 
 def unknown(console: str, patterns: list[str]) -> list[str]:
     """Lines that no pattern knows."""
-    return [line for line in console.splitlines() if not any(re.fullmatch(pattern, line) for pattern in patterns)]
+    return [
+        line
+        for line in console.splitlines()
+        if not any(re.fullmatch(pattern, line) for pattern in patterns)
+    ]
 
 
 def nightly(*values):
@@ -220,30 +275,53 @@ def nightly(*values):
         nightly("torchrun", 2, ("--mode", "async", "--max_staleness", "1"), "train_mopd.py"),
     ],
 )
-def test_every_line_on_the_console_of_a_good_run_is_known(tiny, tmp_path, launcher, ranks, flags, script):
-    done = start(command(models(tiny), tmp_path / "run", *flags, launcher=launcher, ranks=ranks, script=script))
+def test_every_line_on_the_console_of_a_good_run_is_known(
+    tiny, tmp_path, launcher, ranks, flags, script
+):
+    done = start(
+        command(
+            models(tiny), tmp_path / "run", *flags, launcher=launcher, ranks=ranks, script=script
+        )
+    )
     console = done.stdout + done.stderr
     assert done.returncode == 0, console
     more = OURS_ASYNC if "async" in flags else []
     assert not unknown(console, OURS + more + THEIRS[launcher])
-    mine = [line.split()[0].rstrip(":,") for line in done.stdout.splitlines() if not unknown(line, OURS + more)]
-    assert [word for word in mine if word in PARTS] == ["starts", "training", "step", "step", "memory", "model"], (
-        console
-    )
+    mine = [
+        line.split()[0].rstrip(":,")
+        for line in done.stdout.splitlines()
+        if not unknown(line, OURS + more)
+    ]
+    assert [word for word in mine if word in PARTS] == [
+        "starts",
+        "training",
+        "step",
+        "step",
+        "memory",
+        "model",
+    ], console
 
 
 @pytest.mark.e2e
 def test_a_mistake_on_two_ranks_of_a_launcher_is_one_line_and_its_own(tiny, tmp_path):
-    done = start(command(models(tiny), tmp_path / "run", "--domain_key=topic", launcher="deepspeed", ranks=2))
+    done = start(
+        command(models(tiny), tmp_path / "run", "--domain_key=topic", launcher="deepspeed", ranks=2)
+    )
     (line,) = unknown(done.stdout + done.stderr, THEIRS["deepspeed"] + FAILURE)
-    assert done.returncode == 2 and line.startswith("error: ") and "choose with --domain_key" in line
+    assert (
+        done.returncode == 2 and line.startswith("error: ") and "choose with --domain_key" in line
+    )
 
 
 @pytest.mark.e2e
 @pytest.mark.nightly
-@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), *((name, 2) for name in THEIRS if name != "python")])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [("python", 1), *((name, 2) for name in THEIRS if name != "python")]
+)
 def test_a_dry_run_says_nothing_but_its_report(tiny, tmp_path, launcher, ranks):
-    done = start(command(models(tiny), tmp_path / "run", "--dry_run", launcher=launcher, ranks=ranks))
+    done = start(
+        command(models(tiny), tmp_path / "run", "--dry_run", launcher=launcher, ranks=ranks)
+    )
     assert done.returncode == 0, done.stderr
     assert not unknown(done.stderr, THEIRS[launcher])
     first, *_, last = (line for line in done.stdout.splitlines() if unknown(line, THEIRS[launcher]))

@@ -1,4 +1,6 @@
-"""The simulation of asynchronous training keeps its promises: nothing lost, the bound held, times that a hand can compute."""
+"""The simulation of asynchronous training keeps its promises: nothing lost, the bound held, times
+that a hand can compute.
+"""
 
 import json
 import sys
@@ -11,42 +13,65 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts import bench_async
-from scripts.async_model import Rates, Rule, Split, Workload, decode_times, lognormal_lengths, synchronous
+from scripts.async_model import (
+    Rates,
+    Rule,
+    Split,
+    Workload,
+    decode_times,
+    lognormal_lengths,
+    synchronous,
+)
 from scripts.async_simulation import asynchronous, choose, promising, splits
 
-RATES = Rates(decode_a=7e-3, decode_b=1.2e-4, max_batch=64, score=3e-5, train=1.5e-4, publish=3.0, load=3.0)
+RATES = Rates(
+    decode_a=7e-3, decode_b=1.2e-4, max_batch=64, score=3e-5, train=1.5e-4, publish=3.0, load=3.0
+)
 SPLIT = Split(rollout=4, teacher=1, trainer=3)
-FREE = Rates(decode_a=1.0, decode_b=0.0, max_batch=10**6, score=0.0, train=0.0)  # only decoding takes time
+# only decoding takes time
+FREE = Rates(decode_a=1.0, decode_b=0.0, max_batch=10**6, score=0.0, train=0.0)
 
 
 def long_tailed(batch: int = 64, steps: int = 20, seed: int = 0) -> Workload:
     """Three times as many responses as strict order trains on."""
-    return Workload(lognormal_lengths(3 * batch * steps, 5000, 1.0, 32_768, seed), batch, steps, 512)
+    return Workload(
+        lognormal_lengths(3 * batch * steps, 5000, 1.0, 32_768, seed), batch, steps, 512
+    )
 
 
 def constant(length: int, batch: int, steps: int, prompt: int = 0) -> Workload:
     return Workload(np.full(4 * batch * steps, length), batch, steps, prompt)
 
 
-# ---- What must always hold -------------------------------------------------------------------------------------------
+# ---- What must always hold -----------------------------------------------------------------------
 
 
 @st.composite
 def schedules(draw):
     """Any workload, rates, split and strict rule, small."""
     batch, steps = draw(st.integers(1, 8)), draw(st.integers(1, 6))
-    lengths = np.array(draw(st.lists(st.integers(1, 400), min_size=batch * steps, max_size=batch * steps)))
+    lengths = np.array(
+        draw(st.lists(st.integers(1, 400), min_size=batch * steps, max_size=batch * steps))
+    )
     cost = st.floats(0, 0.1)
     rates = Rates(
-        decode_a=draw(st.floats(1e-3, 0.1)), decode_b=draw(cost), max_batch=draw(st.integers(1, 6)), score=draw(cost),
-        train=draw(cost), logprob=draw(cost), publish=draw(st.floats(0, 20)), load=draw(st.floats(0, 20)),
-    )  # fmt: skip
+        decode_a=draw(st.floats(1e-3, 0.1)),
+        decode_b=draw(cost),
+        max_batch=draw(st.integers(1, 6)),
+        score=draw(cost),
+        train=draw(cost),
+        logprob=draw(cost),
+        publish=draw(st.floats(0, 20)),
+        load=draw(st.floats(0, 20)),
+    )
     split = Split(*(draw(st.integers(1, 4)) for _ in range(3)), logprob=draw(st.integers(0, 2)))
     sync_every = draw(st.integers(1, 3))
     rule = Rule(
-        max_staleness=draw(st.integers(sync_every - 1, 4)), sync_every=sync_every, waves=draw(st.integers(1, 4)),
+        max_staleness=draw(st.integers(sync_every - 1, 4)),
+        sync_every=sync_every,
+        waves=draw(st.integers(1, 4)),
         at_push=draw(st.sampled_from(["keep", "drain", "restart"])),
-    )  # fmt: skip
+    )
     return Workload(lengths, batch, steps, draw(st.integers(0, 20))), rates, split, rule
 
 
@@ -83,7 +108,7 @@ def test_a_run_is_a_function_of_its_arguments():
     assert first.seconds != asynchronous(long_tailed(seed=1), RATES, SPLIT, Rule(2)).seconds
 
 
-# ---- What a hand can compute -----------------------------------------------------------------------------------------
+# ---- What a hand can compute ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [16, 64, 250])
@@ -106,7 +131,11 @@ def test_one_replica_decodes_its_share_as_computed():
     # Four run until token 2 (1.5 s each), two until 5 (1 s), one until 9 (0.75 s).
     assert decode_times(np.array([9, 2, 5, 2]), rates).tolist() == [9.0, 3.0, 6.0, 3.0]
     # Two places: the third starts when the second ends at token 2.
-    assert decode_times(np.array([9, 2, 5]), replace(rates, max_batch=2)).tolist() == [8.5, 2.0, 7.0]
+    assert decode_times(np.array([9, 2, 5]), replace(rates, max_batch=2)).tolist() == [
+        8.5,
+        2.0,
+        7.0,
+    ]
 
 
 def test_constant_lengths_have_a_closed_form():
@@ -118,7 +147,9 @@ def test_constant_lengths_have_a_closed_form():
     decode = length * (1e-2 + 1e-3 * batch / 4)  # eight on four replicas
     score, train = batch * (length + prompt) * 1e-3, batch * (length + prompt) * 1e-3 / 3
     push = (steps - 1) * 2.0
-    assert synchronous(work, rates, SPLIT).seconds == pytest.approx(steps * (decode + score + train) + push)
+    assert synchronous(work, rates, SPLIT).seconds == pytest.approx(
+        steps * (decode + score + train) + push
+    )
     eight = length * (1e-2 + 1e-3) + batch * (length + prompt) * (1e-3 + 1e-3) / 8
     assert synchronous(work, rates, 8).seconds == pytest.approx(steps * eight + push)
 
@@ -135,7 +166,8 @@ def test_where_only_decoding_takes_time_staleness_overlaps_the_longest_responses
     work, split = Workload(lengths, 2, 6), Split(1, 1, 1)
     assert synchronous(work, FREE, split).seconds == pytest.approx(60)
     assert asynchronous(work, FREE, split, Rule(0)).seconds == pytest.approx(60)
-    assert asynchronous(work, FREE, split, Rule(1)).seconds == pytest.approx(30)  # two steps at a time
+    # two steps at a time
+    assert asynchronous(work, FREE, split, Rule(1)).seconds == pytest.approx(30)
     assert asynchronous(work, FREE, split, Rule(5)).seconds == pytest.approx(10)  # all of them
 
 
@@ -147,7 +179,7 @@ def test_a_restart_pays_for_its_tokens_again_and_a_drain_waits():
     assert ends == pytest.approx({"keep": 21, "drain": 20, "restart": 31})
 
 
-# ---- What it is for --------------------------------------------------------------------------------------------------
+# ---- What it is for ------------------------------------------------------------------------------
 
 
 def test_more_staleness_and_faster_parts_are_never_slower():
@@ -156,7 +188,10 @@ def test_more_staleness_and_faster_parts_are_never_slower():
     assert all(later <= 1.02 * earlier for earlier, later in pairwise(seconds))
     assert seconds[4] < 0.8 * seconds[0]
     for faster in ({"decode_a": 3e-3}, {"train": 1e-4}, {"score": 1e-5}, {"load": 0.0}):
-        assert asynchronous(work, replace(RATES, **faster), SPLIT, Rule(2)).seconds <= 1.001 * seconds[2], faster
+        assert (
+            asynchronous(work, replace(RATES, **faster), SPLIT, Rule(2)).seconds
+            <= 1.001 * seconds[2]
+        ), faster
 
 
 def test_strict_order_trains_the_sampled_lengths_and_its_rival_the_short_ones():
@@ -187,7 +222,9 @@ def test_a_choice_keeps_the_bound_on_idle_trainers_if_any_split_does():
     rates = replace(RATES, train=6e-4)
     candidates = promising(splits(8), work, rates, 8)
     assert len(splits(8)) == 21 and all(split.gpus == 8 for split in splits(8))
-    assert all(split.gpus == 1024 for split in splits(1024)) and all(s.gpus == 16 for s in splits(16, logprob=True))
+    assert all(split.gpus == 1024 for split in splits(1024)) and all(
+        s.gpus == 16 for s in splits(16, logprob=True)
+    )
     free = choose(work, rates, candidates, **options)
     bound = choose(work, rates, candidates, max_trainer_idle=0.3, **options)
     assert bound.result.trainer_idle < 0.3
@@ -197,18 +234,22 @@ def test_a_choice_keeps_the_bound_on_idle_trainers_if_any_split_does():
 
 
 def test_a_trainer_that_waits_for_its_servers_pays_for_each_of_them_in_turn():
-    """Decoding takes no time here: a step is training, writing the weights, and a load for each replica."""
+    """Decoding takes no time here: a step is training, writing the weights, and a load for each
+    replica.
+    """
     work, split = constant(1, 8, 5), Split(3, 1, 1)
-    rates = Rates(decode_a=1e-9, decode_b=0.0, max_batch=64, score=0.0, train=1e-2, publish=1.0, load=2.0)
+    rates = Rates(
+        decode_a=1e-9, decode_b=0.0, max_batch=64, score=0.0, train=1e-2, publish=1.0, load=2.0
+    )
     step, push = 8 * 1e-2, 1.0 + 3 * 2.0
     run = asynchronous(work, rates, split, Rule(1, waves=3, trainer_waits=True))
     assert run.ended == pytest.approx([step + i * (step + push) for i in range(5)])
     assert run.trainer_publishing == pytest.approx(4 * push / run.seconds)
     together = asynchronous(work, rates, split, Rule(1, waves=1, trainer_waits=True))
     assert together.seconds == pytest.approx(5 * step + 4 * 3.0)
-    assert asynchronous(work, rates, split, Rule(4, waves=3, trainer_waits=False)).seconds == pytest.approx(
-        5 * step + 4 * 1.0
-    )
+    assert asynchronous(
+        work, rates, split, Rule(4, waves=3, trainer_waits=False)
+    ).seconds == pytest.approx(5 * step + 4 * 1.0)
     assert asynchronous(long_tailed(), RATES, SPLIT, Rule(2, waves=4)).seconds > 1.02 * (
         asynchronous(long_tailed(), RATES, SPLIT, Rule(2, trainer_waits=False)).seconds
     )
@@ -232,15 +273,29 @@ def test_rules_that_cannot_work_are_refused():
         asynchronous(Workload(np.ones(3), 2, 2), FREE, Split(1, 1, 1), Rule(0, order="finished"))
 
 
-# ---- The script ------------------------------------------------------------------------------------------------------
+# ---- The script ----------------------------------------------------------------------------------
 
 
 def test_the_script_prints_the_figures(monkeypatch, capsys, tmp_path):
     plot = tmp_path / "async.png"
     monkeypatch.setattr(bench_async, "CANDIDATES", 1)
     monkeypatch.setattr(bench_async, "STALENESS", (4,))
-    monkeypatch.setattr(sys, "argv", ["bench_async.py", "--json", "--gpus", "8", "--steps", "2", "--plot", str(plot),
-                                      "--rates", '{"train": 1e-3}'])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "bench_async.py",
+            "--json",
+            "--gpus",
+            "8",
+            "--steps",
+            "2",
+            "--plot",
+            str(plot),
+            "--rates",
+            '{"train": 1e-3}',
+        ],
+    )
     assert bench_async.main() == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     (line,) = result["sizes"]
@@ -249,5 +304,7 @@ def test_the_script_prints_the_figures(monkeypatch, capsys, tmp_path):
     assert result["trainer_idle_simulated"] == line["trainer_idle"]
     assert result["speedup_measured"] is None and result["trainer_idle_measured"] is None
     assert [row["max_staleness"] for row in result["staleness"]] == list(range(9))
-    assert result["rules"][0]["trained_over_sampled"] == 1 and len(result["tails"]) == len(bench_async.TAILS)
+    assert result["rules"][0]["trained_over_sampled"] == 1 and len(result["tails"]) == len(
+        bench_async.TAILS
+    )
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,6 @@
-"""The asynchronous benchmark beyond its simulation: rates are read back from runs made of them, and two runs side by side."""
+"""The asynchronous benchmark beyond its simulation: rates are read back from runs made of them, and
+two runs side by side.
+"""
 
 import json
 import sys
@@ -14,19 +16,26 @@ from scripts.async_runs import Measured, Setting
 from scripts.async_simulation import asynchronous
 
 SETTING = Setting(steps=12, prompts=8, max_response_tokens=64)
-RATES = Rates(decode_a=4e-3, decode_b=2e-4, max_batch=24, score=1e-4, train=6e-4, publish=0.05, load=0.02)
+RATES = Rates(
+    decode_a=4e-3, decode_b=2e-4, max_batch=24, score=1e-4, train=6e-4, publish=0.05, load=0.02
+)
 
 
 def made_of(rates: Rates, side: str, seed: int = 0) -> Measured:
     """A run that took exactly what the rates say; a `split` one pushes for twice as long."""
     rates = replace(rates, publish=2 * rates.publish) if side == "split" else rates
-    lengths_IB = np.random.default_rng(seed).geometric(1 / 12, size=(SETTING.steps, SETTING.prompts)).clip(max=64)
+    lengths_IB = (
+        np.random.default_rng(seed)
+        .geometric(1 / 12, size=(SETTING.steps, SETTING.prompts))
+        .clip(max=64)
+    )
     tokens_I = lengths_IB.sum(axis=1) + SETTING.prompts * SETTING.prompt_tokens
     phases = {
         "rollout": np.array([decode_times(lengths_B, rates).max() for lengths_B in lengths_IB]),
-        "score": tokens_I * rates.score, "train": tokens_I * rates.train * 0.9,
+        "score": tokens_I * rates.score,
+        "train": tokens_I * rates.train * 0.9,
         "sync": np.full(SETTING.steps, rates.publish + rates.load),
-    }  # fmt: skip
+    }
     seconds_I = phases["rollout"] + phases["score"] + phases["sync"] + tokens_I * rates.train
     waited_I = phases["rollout"]
     if side == "async":
@@ -40,22 +49,27 @@ def made_of(rates: Rates, side: str, seed: int = 0) -> Measured:
     return Measured(seconds_I, phases, pause_I, waited_I, np.zeros(SETTING.steps), lengths_IB, 0.25)
 
 
-# ---- The simulation against runs -------------------------------------------------------------------------------------
+# ---- The simulation against runs -----------------------------------------------------------------
 
 
 def test_rates_come_back_out_of_a_run_that_is_made_of_them():
     found = async_check.rates_of(made_of(RATES, "sync"), SETTING)
     for name in ("decode_a", "decode_b", "score", "train", "publish", "load"):
         assert getattr(found, name) == pytest.approx(getattr(RATES, name)), name
-    assert async_check.fit_decode(np.array([4, 4]), np.array([4, 8]), np.array([6, 8])) == pytest.approx((1.0, 0.5))
+    assert async_check.fit_decode(
+        np.array([4, 4]), np.array([4, 8]), np.array([6, 8])
+    ) == pytest.approx((1.0, 0.5))
     # What a line below zero would fit better
     assert async_check.fit_decode(np.array([4, 4]), np.array([4, 8]), np.array([8, 6]))[1] == 0
     assert async_check.fit_decode(np.array([4, 8]), np.array([8, 8]), np.array([8, 6]))[0] == 0
 
 
 def test_a_run_that_the_simulation_describes_has_no_error_and_a_slower_one_a_negative_one():
-    runs = {"sync": [made_of(RATES, "sync")], "split": [made_of(replace(RATES, publish=RATES.publish / 2), "split")],
-            "async": [made_of(RATES, "async")]}  # fmt: skip
+    runs = {
+        "sync": [made_of(RATES, "sync")],
+        "split": [made_of(replace(RATES, publish=RATES.publish / 2), "split")],
+        "async": [made_of(RATES, "async")],
+    }
     result = async_check.check(runs, SETTING)
     for name in ("sync", "split", "async"):
         assert result[f"simulation_error_{name}"] == pytest.approx(0, abs=1e-3), name
@@ -63,7 +77,8 @@ def test_a_run_that_the_simulation_describes_has_no_error_and_a_slower_one_a_neg
     runs["async"] = [replace(slowed, seconds_I=2 * slowed.seconds_I)]
     result = async_check.check(runs, SETTING)
     assert result["simulation_error_async"] == pytest.approx(-0.5, abs=1e-3)
-    # All that came on top counts as the trainer's own, so with its own rates more of it is explained
+    # All that came on top counts as the trainer's own, so with its own rates more of it is
+    # explained
     assert -0.3 < result["simulation_error_async_own_rates"] < 0.3
     seconds = result["step_seconds"]["async"]
     assert seconds["measured_s"] == pytest.approx([2 * s for s in seconds["simulated_s"]], rel=0.01)
@@ -72,7 +87,10 @@ def test_a_run_that_the_simulation_describes_has_no_error_and_a_slower_one_a_neg
 def test_each_round_is_held_against_its_own_rates():
     """The second round is on a machine half as fast; rates of both together would fit neither."""
     half = Rates(**{k: v if k == "max_batch" else 2 * v for k, v in asdict(RATES).items()})
-    runs = {side: [made_of(rates, side) for rates in (RATES, half)] for side in ("sync", "split", "async")}
+    runs = {
+        side: [made_of(rates, side) for rates in (RATES, half)]
+        for side in ("sync", "split", "async")
+    }
     result = async_check.check(runs, SETTING)
     assert result["simulation_error_sync"] == pytest.approx(0, abs=1e-3)
     first, second = result["step_seconds"]["sync"]["simulated_s"]
@@ -83,16 +101,23 @@ def test_a_summary_has_ratios_of_means_and_the_median_over_runs():
     runs = {side: [made_of(RATES, side, seed) for seed in range(3)] for side in async_runs.SIDES}
     result = bench_async.summary(runs, SETTING)
     window = SETTING.window
-    means = {side: sorted(run.seconds_I[window].mean() for run in of_side)[1] for side, of_side in runs.items()}
+    means = {
+        side: sorted(run.seconds_I[window].mean() for run in of_side)[1]
+        for side, of_side in runs.items()
+    }
     assert result["speedup_measured"] == pytest.approx(means["sync"] / means["async"], rel=1e-2)
-    assert result["speedup_measured_vs_split"] == pytest.approx(means["split"] / means["async"], rel=1e-2)
-    idle = sorted(run.waited_I[window].sum() / run.seconds_I[window].sum() for run in runs["async"])[1]
+    assert result["speedup_measured_vs_split"] == pytest.approx(
+        means["split"] / means["async"], rel=1e-2
+    )
+    idle = sorted(
+        run.waited_I[window].sum() / run.seconds_I[window].sum() for run in runs["async"]
+    )[1]
     assert result["trainer_idle_measured"] == pytest.approx(idle, abs=1e-3)
     assert [row["side"] for row in result["sides"]] == list(async_runs.SIDES)
     json.dumps(result)
 
 
-# ---- The workload ----------------------------------------------------------------------------------------------------
+# ---- The workload --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -103,47 +128,86 @@ def test_the_models_end_and_lengthen_responses_as_often_as_asked():
     async_runs.give_a_long_tail(model, tokenizer, setting)
     generator = torch.Generator().manual_seed(0)
     chances = {}
-    for mode, letters in (("short", async_runs.string.ascii_lowercase), ("long", async_runs.string.ascii_uppercase)):
+    for mode, letters in (
+        ("short", async_runs.string.ascii_lowercase),
+        ("long", async_runs.string.ascii_uppercase),
+    ):
         ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(letters)))
         ids_BS = ids[torch.randint(26, (4, 100), generator=generator)]
         chances[mode] = model(input_ids=ids_BS).logits.softmax(-1).mean(dim=(0, 1))
-    eos, upper = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(list(async_runs.string.ascii_uppercase))
+    eos, upper = (
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids(list(async_runs.string.ascii_uppercase)),
+    )
     assert chances["short"][eos] == pytest.approx(setting.ends_short, rel=0.4)
     assert chances["short"][upper].sum() == pytest.approx(setting.lengthens, rel=0.6)
     assert chances["long"][eos] == pytest.approx(setting.ends_long, rel=0.4)
-    assert chances["long"][upper].sum() + chances["long"][eos] == pytest.approx(1, abs=1e-3), "it does not go back"
+    assert chances["long"][upper].sum() + chances["long"][eos] == pytest.approx(1, abs=1e-3), (
+        "it does not go back"
+    )
 
 
 def test_tokens_of_a_response_are_counted_from_its_text():
-    for response, reason, tokens in (("abC<eos>", "stop", 4), ("abC", "length", 3), ("<eos>", "stop", 1)):
-        assert async_runs.response_tokens(json.dumps({"response": response, "finish_reason": reason})) == tokens
+    for response, reason, tokens in (
+        ("abC<eos>", "stop", 4),
+        ("abC", "length", 3),
+        ("<eos>", "stop", 1),
+    ):
+        assert (
+            async_runs.response_tokens(json.dumps({"response": response, "finish_reason": reason}))
+            == tokens
+        )
 
 
 @pytest.mark.e2e
 def test_real_runs_of_all_sides():
     """Six short steps of tiny models: what is compared is the same work."""
-    setting = Setting(steps=8, prompts=4, max_response_tokens=48, student=(1, 64), teacher=(1, 64), max_staleness=1)
+    setting = Setting(
+        steps=8,
+        prompts=4,
+        max_response_tokens=48,
+        student=(1, 64),
+        teacher=(1, 64),
+        max_staleness=1,
+    )
     runs = async_runs.run_all(setting, 1)
     lengths = {side: run.lengths_IB for side, (run,) in runs.items()}
     assert lengths["sync"].shape == (8, 4) and lengths["sync"].max() <= 48
-    assert np.array_equal(lengths["sync"], lengths["split"]), "same prompts, same seeds, same updates: the same samples"
+    assert np.array_equal(lengths["sync"], lengths["split"]), (
+        "same prompts, same seeds, same updates: the same samples"
+    )
     result = bench_async.summary(runs, setting)
     sides = {row["side"]: row for row in result["sides"]}
-    assert sides["sync"]["staleness"] == sides["split"]["staleness"] == 0 < sides["async"]["staleness"] <= 1
+    assert (
+        sides["sync"]["staleness"]
+        == sides["split"]["staleness"]
+        == 0
+        < sides["async"]["staleness"]
+        <= 1
+    )
     assert sides["sync"]["rollout_idle"] is None and 0 <= sides["async"]["rollout_idle"] <= 1
     for row in sides.values():
         assert row["step_s"] > 0 and 0 <= row["trainer_idle"] < 1
         assert row["rollout_s"] + row["score_s"] + row["train_s"] + row["sync_s"] < row["step_s"]
-    assert result["speedup_measured"] == pytest.approx(sides["sync"]["step_s"] / sides["async"]["step_s"], rel=1e-2)
-    assert all(value >= 0 for rates in result["measured_rates"] for value in rates["split"].values())
-    assert all(-1 < result[f"simulation_error_{name}"] < 10 for name in ("sync", "split", "async", "async_own_rates"))
+    assert result["speedup_measured"] == pytest.approx(
+        sides["sync"]["step_s"] / sides["async"]["step_s"], rel=1e-2
+    )
+    assert all(
+        value >= 0 for rates in result["measured_rates"] for value in rates["split"].values()
+    )
+    assert all(
+        -1 < result[f"simulation_error_{name}"] < 10
+        for name in ("sync", "split", "async", "async_own_rates")
+    )
 
 
-# ---- Two runs of one's own -------------------------------------------------------------------------------------------
+# ---- Two runs of one's own -----------------------------------------------------------------------
 
 
 def recorded(directory, *steps: tuple[float, float, float | None]):
-    """A run directory whose steps took so many seconds, gave so many samples per second, and waited so much of the time."""
+    """A run directory whose steps took so many seconds, gave so many samples per second, and waited
+    so much of the time.
+    """
     directory.mkdir()
     rows = [{"step": 0, "eval/score": 1.0}]
     for i, (seconds, samples, idle) in enumerate(steps):
@@ -172,7 +236,9 @@ def reported(directory, steps: int = 300, prompts: int = 128, **recoveries: floa
         name: {"recovery": value, "ci95": None if value is None else [value - 0.05, value + 0.05]}
         for name, value in recoveries.items()
     }
-    (directory / "report.json").write_text(json.dumps({"domains": domains, "steps": steps, "wall_s": 1.0}))
+    (directory / "report.json").write_text(
+        json.dumps({"domains": domains, "steps": steps, "wall_s": 1.0})
+    )
     (directory / "config.yaml").write_text(f"prompts_per_step: {prompts}\nnum_generations: 2\n")
     return directory
 
@@ -181,33 +247,62 @@ def test_recovery_of_two_runs_stands_side_by_side(tmp_path):
     sync = reported(tmp_path / "sync", addition=0.92, reversal=None)
     ahead = reported(tmp_path / "async", addition=0.9, reversal=1.0)
     addition, reversal = run_pairs.recovery(sync, ahead)
-    assert addition == {"domain": "addition", "steps": 300, "samples": 300 * 128 * 2, "sync": 0.92,
-                        "sync_ci95": [0.87, 0.97], "async": 0.9, "async_ci95": [0.85, 0.95]}  # fmt: skip
+    assert addition == {
+        "domain": "addition",
+        "steps": 300,
+        "samples": 300 * 128 * 2,
+        "sync": 0.92,
+        "sync_ci95": [0.87, 0.97],
+        "async": 0.9,
+        "async_ci95": [0.85, 0.95],
+    }
     assert reversal["sync"] is reversal["sync_ci95"] is None and reversal["async"] == 1
     for name, changes, message in (
         ("shorter", {"steps": 100}, "300 and 100 steps"),
         ("smaller", {"prompts": 64}, "76800 and 38400 samples"),
-        ("other", {"subtraction": 1.0}, "domains addition,reversal and addition,reversal,subtraction"),
+        (
+            "other",
+            {"subtraction": 1.0},
+            "domains addition,reversal and addition,reversal,subtraction",
+        ),
     ):
         other = reported(tmp_path / name, **{"addition": 0.9, "reversal": 1.0, **changes})
         with pytest.raises(ValueError, match=message):
             run_pairs.recovery(sync, other)
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--recovery"], "--recovery runs/quickstart: no report.json in it; bash scripts/quickstart.sh"),
-    (["--recovery", "here", "there"], "--recovery here: no report.json in it; give the --output_dir of a run that has ended"),
-    (["--recovery", "here"], "--recovery here: give two run directories, or none for the demo's"),
-    (["--runs", "here", "there"], "--runs here: no metrics.jsonl in it; give the --output_dir of a run"),
-    (["--measured", "--rounds", "0"], "--rounds 0: take at least 1"),
-    (["--gpus", "--plot", "a.png"], "--plot a.png: nothing is simulated; --gpus 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--recovery"],
+            "--recovery runs/quickstart: no report.json in it; bash scripts/quickstart.sh",
+        ),
+        (
+            ["--recovery", "here", "there"],
+            "--recovery here: no report.json in it; give the --output_dir of a run that has ended",
+        ),
+        (
+            ["--recovery", "here"],
+            "--recovery here: give two run directories, or none for the demo's",
+        ),
+        (
+            ["--runs", "here", "there"],
+            "--runs here: no metrics.jsonl in it; give the --output_dir of a run",
+        ),
+        (["--measured", "--rounds", "0"], "--rounds 0: take at least 1"),
+        (["--gpus", "--plot", "a.png"], "--plot a.png: nothing is simulated; --gpus 8"),
+    ],
+)
 def test_mistakes_are_named_before_anything_runs(flags, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench_async.py", *flags])
     with pytest.raises(SystemExit) as ended:
         bench_async.main()
-    assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == f"bench_async.py: error: {message}"
+    assert (
+        ended.value.code == 2
+        and capsys.readouterr().err.splitlines()[-1] == f"bench_async.py: error: {message}"
+    )
 
 
 def test_without_a_simulation_the_four_keys_are_there(monkeypatch, capsys, tmp_path):
@@ -215,7 +310,12 @@ def test_without_a_simulation_the_four_keys_are_there(monkeypatch, capsys, tmp_p
     monkeypatch.setattr(sys, "argv", ["bench_async.py", "--gpus", "--json", "--recovery", *runs])
     assert bench_async.main() == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    four = ("speedup_simulated_8gpu", "trainer_idle_simulated", "speedup_measured", "trainer_idle_measured")
+    four = (
+        "speedup_simulated_8gpu",
+        "trainer_idle_simulated",
+        "speedup_measured",
+        "trainer_idle_measured",
+    )
     assert [result[key] for key in four] == [None] * 4 and result["recovery"][0]["async"] == 0.9
 
 
@@ -226,5 +326,11 @@ def test_measured_figures_stand_in_the_result(monkeypatch, capsys):
     for flags in (["--json"], []):
         monkeypatch.setattr(sys, "argv", ["bench_async.py", "--gpus", "--measured", *flags])
         assert bench_async.main() == 0
-    result = json.loads(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{")))
-    assert result["speedup_measured"] > 1 and result["trainer_idle_measured"] >= 0 and result["cores"] >= 1
+    result = json.loads(
+        next(line for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    )
+    assert (
+        result["speedup_measured"] > 1
+        and result["trainer_idle_measured"] >= 0
+        and result["cores"] >= 1
+    )

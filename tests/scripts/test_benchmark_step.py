@@ -1,4 +1,6 @@
-"""The benchmarks of whole steps and of quality: small runs from end to end, and the arithmetic between runs and tables."""
+"""The benchmarks of whole steps and of quality: small runs from end to end, and the arithmetic
+between runs and tables.
+"""
 
 import importlib.util
 import json
@@ -21,13 +23,18 @@ def run_script(name: str, *flags) -> tuple[dict, str]:
     """The JSON object of the last line, and everything that was printed."""
     done = subprocess.run(
         [sys.executable, f"scripts/{name}", "--json", *map(str, flags)],
-        cwd=ROOT, env=worker_environment(), capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
 
-# ---- A step ----------------------------------------------------------------------------------------------------------
+# ---- A step --------------------------------------------------------------------------------------
 
 
 @pytest.mark.e2e
@@ -47,11 +54,18 @@ def test_without_trl_our_step_is_measured_and_no_ratio_is_made_up(tmp_path):
     )
     result, console = run_script("bench_step.py", *flags)
     assert f"pip install --no-deps --target {tmp_path} trl==1.16.0" in console
-    assert result["speedup_1rank"] is None and result["speedup_zero3_2ranks"] is None and result["trl"] is None
+    assert (
+        result["speedup_1rank"] is None
+        and result["speedup_zero3_2ranks"] is None
+        and result["trl"] is None
+    )
     mode = result["workloads"]["tiny"]["1rank"]
     ours = mode["ours"]
     assert mode["speedup"] is None and mode["threads_per_rank"] == 2
-    assert set(ours["phases_ms"]) == {"rollout", "score", "train", "sync"} and min(ours["phases_ms"].values()) > 0
+    assert (
+        set(ours["phases_ms"]) == {"rollout", "score", "train", "sync"}
+        and min(ours["phases_ms"].values()) > 0
+    )
     assert sum(ours["phases_ms"].values()) <= 1.2 * ours["step_ms"]
     assert ours["response_tokens"] == 64 and ours["first_loss"] > 1e-3
 
@@ -62,10 +76,18 @@ def test_prompts_have_the_asked_length_and_no_model_can_end_its_response(tmp_pat
     tokenizer = bench_step.make_tokenizer(300)
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     prompts = [
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False) for row in rows
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        for row in rows
     ]
-    assert len(rows) == 6 and {len(ids) for ids in prompts} == {12} and len(set(map(tuple, prompts))) == 6
-    for name, (layers, hidden_size) in (("student", workload.student), ("teacher", workload.teacher)):
+    assert (
+        len(rows) == 6
+        and {len(ids) for ids in prompts} == {12}
+        and len(set(map(tuple, prompts))) == 6
+    )
+    for name, (layers, hidden_size) in (
+        ("student", workload.student),
+        ("teacher", workload.teacher),
+    ):
         model = Qwen3ForCausalLM.from_pretrained(tmp_path / name)
         assert (model.config.num_hidden_layers, model.config.hidden_size) == (layers, hidden_size)
         with torch.no_grad():
@@ -78,7 +100,11 @@ def test_prompts_have_the_asked_length_and_no_model_can_end_its_response(tmp_pat
 
 def a_run(step_s: list[float], length: float = 64.0) -> dict:
     seconds = {"step": step_s, "rollout": [0.5 * s for s in step_s]}
-    return {"seconds": seconds, "response_tokens": [length] * len(step_s), "losses": [0.25] * len(step_s)}
+    return {
+        "seconds": seconds,
+        "response_tokens": [length] * len(step_s),
+        "losses": [0.25] * len(step_s),
+    }
 
 
 def test_medians_are_over_the_kept_steps_of_all_runs():
@@ -104,7 +130,11 @@ def test_the_ratio_is_against_the_fastest_side_that_ran(tmp_path, monkeypatch):
 
         return run
 
-    sides = {"ours": side("ours", 0.1), "trl_hf": side("trl_hf", 0.3), "trl_vllm": side("trl_vllm", None)}
+    sides = {
+        "ours": side("ours", 0.1),
+        "trl_hf": side("trl_hf", 0.3),
+        "trl_vllm": side("trl_vllm", None),
+    }
     monkeypatch.setattr(bench_step, "SIDES", sides)
     workload, mode = bench_step.WORKLOADS["tiny"], bench_step.MODES["1rank"]
     case = bench_step.Case(tmp_path, workload, mode, steps=6, threads=1, trl_dir=tmp_path)
@@ -118,31 +148,44 @@ def test_the_ratio_is_against_the_fastest_side_that_ran(tmp_path, monkeypatch):
 
 
 def test_a_child_that_fails_says_why(tmp_path):
-    code = "import sys; print('ValueError: the cause'); print('the launcher says goodbye'); sys.exit(3)"
+    code = (
+        "import sys; print('ValueError: the cause'); print('the launcher says goodbye'); "
+        "sys.exit(3)"
+    )
     with pytest.raises(bench_step.RunFailed, match="exit status 3: ValueError: the cause"):
-        bench_step.run_child([sys.executable, "-c", code], tmp_path / "log.txt", worker_environment())
+        bench_step.run_child(
+            [sys.executable, "-c", code], tmp_path / "log.txt", worker_environment()
+        )
     with pytest.raises(bench_step.RunFailed, match="no end after 1 s"):
         wait = [sys.executable, "-c", "import signal; signal.pause()"]
         bench_step.run_child(wait, tmp_path / "log.txt", worker_environment(), deadline_s=1)
 
 
-# ---- Quality per sample ----------------------------------------------------------------------------------------------
+# ---- Quality per sample --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def miniature_demo(tiny, tokenizer, tmp_path_factory) -> Path:
-    """Laid out as the demo, with one domain; the answers are what the teacher writes, so that there is a gap to close."""
+    """Laid out as the demo, with one domain; the answers are what the teacher writes, so that there
+    is a gap to close.
+    """
     root = tmp_path_factory.mktemp("miniature_demo")
     (root / "student").symlink_to(tiny.student)
     (root / "teacher_reversal").symlink_to(tiny.reversal)
     teacher = Qwen3ForCausalLM.from_pretrained(tiny.reversal)
     for source in (tiny.train, tiny.eval):
-        rows = [row for row in map(json.loads, source.read_text().splitlines()) if row["data_source"] == "reversal"]
+        rows = [
+            row
+            for row in map(json.loads, source.read_text().splitlines())
+            if row["data_source"] == "reversal"
+        ]
         for row in rows:
             ids = tokenizer.apply_chat_template(
                 row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-            written = teacher.generate(**ids, do_sample=False, max_new_tokens=12)[0, ids["input_ids"].shape[1] :]
+            written = teacher.generate(**ids, do_sample=False, max_new_tokens=12)[
+                0, ids["input_ids"].shape[1] :
+            ]
             row["answer"] = tokenizer.decode(written, skip_special_tokens=True)
         (root / source.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
@@ -154,18 +197,40 @@ def test_two_forms_give_a_table_a_plot_and_their_curves(miniature_demo, tmp_path
     for directory in (runs / "full", runs / "sampled", runs / "not_ours"):
         directory.mkdir(parents=True)
         (directory / "kept.txt").write_text("")
-    flags = ("--demo", miniature_demo, "--output_dir", runs, "--plot", picture, "--forms", "full", "sampled")
-    result, console = run_script("bench_recovery.py", *flags, "--steps", 2, "--prompts_per_step", 8, "--jobs", 2)
-    assert result["seeds"] == [0] and result["reasons"] == {} and list(result["forms"]) == ["full", "sampled"]
+    flags = (
+        "--demo",
+        miniature_demo,
+        "--output_dir",
+        runs,
+        "--plot",
+        picture,
+        "--forms",
+        "full",
+        "sampled",
+    )
+    result, console = run_script(
+        "bench_recovery.py", *flags, "--steps", 2, "--prompts_per_step", 8, "--jobs", 2
+    )
+    assert (
+        result["seeds"] == [0]
+        and result["reasons"] == {}
+        and list(result["forms"]) == ["full", "sampled"]
+    )
     for form, measured in result["forms"].items():
-        assert measured["samples"] == [0, 8, 16] and measured["entropy"] > 0 and measured["step_ms"] > 0
+        assert (
+            measured["samples"] == [0, 8, 16]
+            and measured["entropy"] > 0
+            and measured["step_ms"] > 0
+        )
         curve, end = measured["curves"]["reversal"], measured["recovery"]["reversal"]
         low, high = measured["ci95"]["reversal"]
         assert curve[0] == 0 and len(curve) == 3 and curve[-1] == end and low <= end <= high
         assert set(measured["curves"]) == set(measured["samples_to_90"]) == {"reversal"}
         assert not (runs / form / "kept.txt").exists() and f"removing {runs / form}," in console
     assert (runs / "not_ours" / "kept.txt").exists()
-    assert result["forms"]["full"]["entropy"] != result["forms"]["sampled"]["entropy"], "the forms train alike"
+    assert result["forms"]["full"]["entropy"] != result["forms"]["sampled"]["entropy"], (
+        "the forms train alike"
+    )
     if importlib.util.find_spec("matplotlib"):
         assert result["plot"] == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
     else:
@@ -193,10 +258,22 @@ def test_seeds_are_averaged_and_a_domain_without_a_gap_stays_empty():
         }
 
     result = bench_recovery.summary([run(0.8, 0.9), run(1.0, 1.1)])
-    assert result["recovery"] == {"known": 0.9, "closed": None} and result["curves"]["known"] == [0.0, 0.9]
-    assert result["ci95"] == {"known": [0.1, 1.0], "closed": [None, None]} and result["entropy"] == 0.9
+    assert result["recovery"] == {"known": 0.9, "closed": None} and result["curves"]["known"] == [
+        0.0,
+        0.9,
+    ]
+    assert (
+        result["ci95"] == {"known": [0.1, 1.0], "closed": [None, None]} and result["entropy"] == 0.9
+    )
     assert result["samples_to_90"] == {"known": 10, "closed": None} and result["step_ms"] == 90
     assert result["recovery_of_each_seed"]["known"] == [0.8, 1.0]
     row = bench_recovery.table_row("full", result)
-    assert row["known 95 %"] == "0.100 to 1.000" and row["closed"] is None and row["samples to 0.9"] is None
-    assert bench_recovery.recovery(0.5, 0.75, 1.0) == 0.5 and bench_recovery.recovery(0.5, 0.75, 0.5) is None
+    assert (
+        row["known 95 %"] == "0.100 to 1.000"
+        and row["closed"] is None
+        and row["samples to 0.9"] is None
+    )
+    assert (
+        bench_recovery.recovery(0.5, 0.75, 1.0) == 0.5
+        and bench_recovery.recovery(0.5, 0.75, 0.5) is None
+    )

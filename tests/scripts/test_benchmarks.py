@@ -1,4 +1,6 @@
-"""Each benchmark runs as a user runs it, on sizes of seconds; times here say nothing, errors and shapes do."""
+"""Each benchmark runs as a user runs it, on sizes of seconds; times here say nothing, errors and
+shapes do.
+"""
 
 import argparse
 import functools
@@ -19,33 +21,62 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 def bench(name: str, *arguments: str) -> tuple[dict, str]:
     """(the JSON object of the last line, standard error)."""
-    command = [sys.executable, str(ROOT / "scripts" / f"bench_{name}.py"), "--json", *map(str, arguments)]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / f"bench_{name}.py"),
+        "--json",
+        *map(str, arguments),
+    ]
     run = subprocess.run(
-        command, cwd=ROOT, env=worker_environment(), capture_output=True, text=True, check=False, timeout=300
+        command,
+        cwd=ROOT,
+        env=worker_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]), run.stderr
 
 
-# ---- The scripts -----------------------------------------------------------------------------------------------------
+# ---- The scripts ---------------------------------------------------------------------------------
 
 
 def test_bench_loss_measures_ours_against_naive_without_trl(tmp_path):
-    sizes = ("--vocab", 8192, "--hidden", 32, "--tokens", 512, "--chunk_bytes", 2**20, "--repeats", 1)
-    result, stderr = bench("loss", *sizes, "--kinds", "forward_kl", "--trl_dir", tmp_path, "--device", "cpu")
+    sizes = (
+        "--vocab",
+        8192,
+        "--hidden",
+        32,
+        "--tokens",
+        512,
+        "--chunk_bytes",
+        2**20,
+        "--repeats",
+        1,
+    )
+    result, stderr = bench(
+        "loss", *sizes, "--kinds", "forward_kl", "--trl_dir", tmp_path, "--device", "cpu"
+    )
     assert f"pip install --no-deps --target {tmp_path} trl==" in stderr
     (case,) = result["cases"]
     assert (case["kind"], case["V"], case["H"], case["N"]) == ("forward_kl", 8192, 32, 512)
     assert case["time_vs_trl"] is case["trl_ms"] is case["trl_mib"] is None
     assert 0 < case["error"] < 1e-3
     assert case["time_vs_naive"] == pytest.approx(case["ours_ms"] / case["naive_ms"], rel=0.01)
-    assert case["naive_mib"] > 4 * 512 * 8192 * 4 / tools.MIB, "logits and log-softmax of both models, at the least"
+    assert case["naive_mib"] > 4 * 512 * 8192 * 4 / tools.MIB, (
+        "logits and log-softmax of both models, at the least"
+    )
     assert 0 < case["memory_vs_naive"] < 0.5
     assert case["share_of_matmul_ceiling"] > 0
     assert result["torch"] == torch.__version__
 
 
-@pytest.mark.skipif(not TRL_DIR.exists(), reason=f"pip install --no-deps --target .trl trl=={bench_loss.TRL_VERSION}")
+@pytest.mark.skipif(
+    not TRL_DIR.exists(),
+    reason=f"pip install --no-deps --target .trl trl=={bench_loss.TRL_VERSION}",
+)
 def test_bench_loss_measures_trl():
     sizes = ("--vocab", 512, "--hidden", 32, "--tokens", 16, "--repeats", 1, "--device", "cpu")
     result, _ = bench("loss", *sizes, "--kinds", "jsd", "--jsd_beta", 0.3, "--trl_dir", TRL_DIR)
@@ -55,15 +86,39 @@ def test_bench_loss_measures_trl():
 
 
 def test_bench_scoring():
-    sizes = ("--vocab", 512, "--hidden", 64, "--layers", 1, "--sequences", 2, "--length", 24, "--support_k", 8)
+    sizes = (
+        "--vocab",
+        512,
+        "--hidden",
+        64,
+        "--layers",
+        1,
+        "--sequences",
+        2,
+        "--length",
+        24,
+        "--support_k",
+        8,
+    )
     result, _ = bench("scoring", *sizes, "--repeats", 1, "--kv_cache_gib", 0.05, "--served")
     ours_ms = result["prefill_ms"] + result["score_ms"]
-    assert result["speedup_vs_prompt_logprobs"] == pytest.approx(result["prompt_logprobs_ms"] / ours_ms, rel=0.01)
-    assert result["ratio_to_floor"] == pytest.approx(ours_ms / (result["prefill_ms"] + result["matmul_ms"]), rel=0.01)
+    assert result["speedup_vs_prompt_logprobs"] == pytest.approx(
+        result["prompt_logprobs_ms"] / ours_ms, rel=0.01
+    )
+    assert result["ratio_to_floor"] == pytest.approx(
+        ours_ms / (result["prefill_ms"] + result["matmul_ms"]), rel=0.01
+    )
     assert result["largest_difference"] <= 1e-3
     served = ("served_json", "served_binary", "served_hidden")
-    assert min(result[f"{part}_ms"] for part in ("prompt_logprobs", "prefill", "score", "matmul", *served)) > 0
-    # 23 of 24 tokens are scored: 8 bytes a candidate and 3 numbers, or 64 hidden numbers, in float32, and headers
+    assert (
+        min(
+            result[f"{part}_ms"]
+            for part in ("prompt_logprobs", "prefill", "score", "matmul", *served)
+        )
+        > 0
+    )
+    # 23 of 24 tokens are scored: 8 bytes a candidate and 3 numbers, or 64 hidden numbers, in
+    # float32, and headers
     assert 76 * 23 / 24 < result["served_binary_bytes_per_token"] < 76 + 40
     assert 256 * 23 / 24 < result["served_hidden_bytes_per_token"] < 256 + 20
     assert result["served_json_over_binary_bytes"] > 5
@@ -71,13 +126,36 @@ def test_bench_scoring():
 
 def test_bench_scaling_plots(tmp_path):
     plot = tmp_path / "new" / "scaling.png"
-    sizes = ("--hidden", 32, "--vocab", 1024, "--tokens", 64, 1024, "--vocabularies", 512, 8192, "--supports", 1, 16)
-    result, _ = bench("scaling", *sizes, "--teachers", 1, 4, "--repeats", 1, "--plot", plot, "--device", "cpu")
-    assert result["slope_tokens"] > 0 and result["slope_vocabulary"] > 0 and result["teachers_4_vs_1"] > 0
+    sizes = (
+        "--hidden",
+        32,
+        "--vocab",
+        1024,
+        "--tokens",
+        64,
+        1024,
+        "--vocabularies",
+        512,
+        8192,
+        "--supports",
+        1,
+        16,
+    )
+    result, _ = bench(
+        "scaling", *sizes, "--teachers", 1, 4, "--repeats", 1, "--plot", plot, "--device", "cpu"
+    )
+    assert (
+        result["slope_tokens"] > 0
+        and result["slope_vocabulary"] > 0
+        and result["teachers_4_vs_1"] > 0
+    )
     assert isinstance(result["slope_support"], float)
     assert {panel: [point["x"] for point in row] for panel, row in result["points"].items()} == {
-        "tokens": [64, 1024], "vocabulary": [512, 8192], "support": [1, 16], "teachers": [1, 4],
-    }  # fmt: skip
+        "tokens": [64, 1024],
+        "vocabulary": [512, 8192],
+        "support": [1, 16],
+        "teachers": [1, 4],
+    }
     content = plot.read_bytes()
     assert content.startswith(PNG_SIGNATURE) and len(content) > 10_000
 
@@ -89,11 +167,18 @@ def test_scaling_refuses_a_slope_through_one_point(monkeypatch, capsys):
     assert "--tokens [64, 64]: a slope needs two different values" in capsys.readouterr().err
 
 
-# ---- A benchmark must not compare different things -------------------------------------------------------------------
+# ---- A benchmark must not compare different things -----------------------------------------------
 
 
 def case_of(kind: str, **changes) -> bench_loss.Case:
-    values = {"vocab": 300, "hidden": 24, "tokens": 7, "jsd_beta": 0.3, "dtype": torch.float32, "device": "cpu"}
+    values = {
+        "vocab": 300,
+        "hidden": 24,
+        "tokens": 7,
+        "jsd_beta": 0.3,
+        "dtype": torch.float32,
+        "device": "cpu",
+    }
     return bench_loss.Case(kind=kind, **{**values, "chunk_bytes": None, **changes})
 
 
@@ -102,12 +187,21 @@ def test_float64_reference_is_autograd_of_the_written_down_form(kind):
     case = case_of(kind, vocab=10_000)  # more than one slice of the vocabulary
     inputs = bench_loss.make_inputs(case)
     loss, grad_NH = bench_loss.float64_reference(inputs, case)
-    wide = bench_loss.Inputs(*[
-        tensor.detach().double().requires_grad_(tensor.requires_grad)
-        for tensor in (inputs.hidden_NH, inputs.weight_VH, inputs.teacher_hidden_NG, inputs.teacher_weight_VG)
-    ])  # fmt: skip
+    wide = bench_loss.Inputs(
+        *[
+            tensor.detach().double().requires_grad_(tensor.requires_grad)
+            for tensor in (
+                inputs.hidden_NH,
+                inputs.weight_VH,
+                inputs.teacher_hidden_NG,
+                inputs.teacher_weight_VG,
+            )
+        ]
+    )
     expected_loss, expected_NH = bench_loss.loss_and_gradients(bench_loss.naive_loss, wide, case)
-    torch.testing.assert_close((loss, grad_NH), (expected_loss, expected_NH), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        (loss, grad_NH), (expected_loss, expected_NH), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", bench_loss.KINDS)
@@ -115,8 +209,12 @@ def test_a_side_that_computes_something_else_ends_the_benchmark(kind, monkeypatc
     case = case_of(kind)
     inputs = bench_loss.make_inputs(case)
     reference = bench_loss.float64_reference(inputs, case)
-    assert max(bench_loss.check_agreement(["naive", "ours"], inputs, case, reference).values()) < 1e-4
-    monkeypatch.setitem(bench_loss.LOSSES, "other", lambda inputs, case: 1.01 * bench_loss.naive_loss(inputs, case))
+    assert (
+        max(bench_loss.check_agreement(["naive", "ours"], inputs, case, reference).values()) < 1e-4
+    )
+    monkeypatch.setitem(
+        bench_loss.LOSSES, "other", lambda inputs, case: 1.01 * bench_loss.naive_loss(inputs, case)
+    )
     with pytest.raises(SystemExit, match="other disagrees with float64"):
         bench_loss.check_agreement(["naive", "other"], inputs, case, reference)
 
@@ -126,7 +224,11 @@ def test_scoring_ends_if_the_routes_disagree():
         return {token: argparse.Namespace(logprob=value) for token, value in enumerate(logprobs)}
 
     # the token itself comes on top of the k candidates, and the first position has nothing
-    outputs = [argparse.Namespace(prompt_logprobs=[None, position(-3.0, -0.5, -1.0), position(-0.25, -2.0)])]
+    outputs = [
+        argparse.Namespace(
+            prompt_logprobs=[None, position(-3.0, -0.5, -1.0), position(-0.25, -2.0)]
+        )
+    ]
     topk_NK = torch.tensor([[-0.5, -1.0], [-0.25, -2.0]])
     assert torch.equal(bench_scoring.topk_of(outputs, 2), topk_NK)
     same = argparse.Namespace(topk_logprobs_NK=topk_NK)
@@ -136,7 +238,7 @@ def test_scoring_ends_if_the_routes_disagree():
         bench_scoring.check_agreement(outputs, other, 2, "float32")
 
 
-# ---- The tools -------------------------------------------------------------------------------------------------------
+# ---- The tools -----------------------------------------------------------------------------------
 
 
 def test_the_meter_sees_memory_that_is_gone_when_the_call_returns():
@@ -174,8 +276,14 @@ def test_slope_and_ratio():
 
 def test_a_row_below_the_meter_has_no_memory_ratio():
     ms = {"naive": 2.0, "ours": 1.0, "matmul": 0.5}
-    row = bench_loss.row(case_of("jsd"), ms, {"naive": 0.2, "ours": 0.1}, {"naive": 1e-7, "ours": 1e-7})
-    assert row["memory_vs_naive"] is None and row["time_vs_naive"] == 0.5 and row["time_vs_trl"] is None
+    row = bench_loss.row(
+        case_of("jsd"), ms, {"naive": 0.2, "ours": 0.1}, {"naive": 1e-7, "ours": 1e-7}
+    )
+    assert (
+        row["memory_vs_naive"] is None
+        and row["time_vs_naive"] == 0.5
+        and row["time_vs_trl"] is None
+    )
     assert row["share_of_matmul_ceiling"] == 0.5
     row = bench_loss.row(case_of("jsd"), ms, {"naive": 20.0, "ours": 5.0}, {"ours": 1e-7})
     assert row["memory_vs_naive"] == 0.25
@@ -190,10 +298,13 @@ def test_fits_read_the_right_points():
 
 
 def test_a_table_aligns_and_shows_what_is_missing_as_a_dash():
-    assert tools.table([{"side": "ours", "ms": 1.5}, {"side": "trl", "ms": None}]) == "side   ms\nours  1.5\n trl    -"
+    assert (
+        tools.table([{"side": "ours", "ms": 1.5}, {"side": "trl", "ms": None}])
+        == "side   ms\nours  1.5\n trl    -"
+    )
 
 
-# ---- Peak memory of a run ---------------------------------------------------------------------------------------------
+# ---- Peak memory of a run ------------------------------------------------------------------------
 
 HOLDS_64_MIB = "held = bytearray(b'x') * (64 << 20); print('held', flush=True); input()"
 
@@ -201,11 +312,19 @@ HOLDS_64_MIB = "held = bytearray(b'x') * (64 << 20); print('held', flush=True); 
 def test_the_peak_is_that_of_children_and_grandchildren_together():
     """What they gave back, and what has ended, still counts; this process does not."""
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLDS_64_MIB!r}])"
-    for code, least in ((HOLDS_64_MIB, 64), (grandchild, 64), ("print('held', flush=True); input()", 0)):
+    for code, least in (
+        (HOLDS_64_MIB, 64),
+        (grandchild, 64),
+        ("print('held', flush=True); input()", 0),
+    ):
         with bench_colocation.peak_of_children() as peak:
-            child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            child = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
             assert child.stdout.readline() == b"held\n"
-            while peak.bytes < bench_colocation.resident_bytes(bench_colocation.descendants(child.pid) | {child.pid}):
+            while peak.bytes < bench_colocation.resident_bytes(
+                bench_colocation.descendants(child.pid) | {child.pid}
+            ):
                 assert child.poll() is None
             child.communicate(b"\n")
         assert least <= peak.bytes >> 20 < least + 64, code
@@ -215,7 +334,9 @@ def test_growth_is_over_the_weights_that_came():
     sizes = [400, 300, 200, 100, 50]
     peaks = {("disk", 1): 1000, ("disk", 2): 1010, ("disk", 4): 1060, ("host", 4): 1600}
     result = bench_colocation.summary(peaks, sizes)
-    assert result["flatness"] == 1.06 and result["growth_4"] == 0.1 and result["host_growth_4"] == 1.0
+    assert (
+        result["flatness"] == 1.06 and result["growth_4"] == 0.1 and result["host_growth_4"] == 1.0
+    )
     assert (result["peak_2"], result["peak_8"], result["host_4"]) == (1010, None, 1600)
     assert bench_colocation.planned(1166, 1060) == {"predicted_4": 1166, "planner_error": 0.1}
     assert bench_colocation.planned(None, 1060)["planner_error"] is None
@@ -223,7 +344,10 @@ def test_growth_is_over_the_weights_that_came():
 
 @pytest.mark.e2e
 def test_bench_colocation_on_tiny_models(tmp_path):
-    """One teacher of 1 MiB: what a run holds beside it. The rest of the benchmark is more of the same."""
+    """One teacher of 1 MiB: what a run holds beside it.
+
+    The rest of the benchmark is more of the same.
+    """
     bench_colocation.write_workload(tmp_path, [64], 1)
     flags = bench_colocation.flags_of(tmp_path, 1, "disk", 1)
     peak = bench_colocation.peak_of(["train_mopd.py", *flags], tmp_path / "log.txt", 1)

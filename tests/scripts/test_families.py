@@ -1,4 +1,6 @@
-"""Model families: their tiny models, the judge of a run, and runs of families that broke in different ways."""
+"""Model families: their tiny models, the judge of a run, and runs of families that broke in
+different ways.
+"""
 
 import json
 import multiprocessing.forkserver
@@ -12,7 +14,9 @@ from scripts.families import BY_NAME, FAMILIES, SIZES, make_config, make_model, 
 
 def row(step: int, *, mismatch=1e-6, other=1.0, **changes) -> dict:
     """A line of metrics.jsonl of a run that is right."""
-    zeros = {f"{key}/{domain}": 1e-7 for key in ("loss/total", "distill/k1") for domain in check.SELF}
+    zeros = {
+        f"{key}/{domain}": 1e-7 for key in ("loss/total", "distill/k1") for domain in check.SELF
+    }
     return {
         "step": step,
         "mismatch/abs_max": mismatch,
@@ -23,14 +27,23 @@ def row(step: int, *, mismatch=1e-6, other=1.0, **changes) -> dict:
     }
 
 
-# ---- The table of families -------------------------------------------------------------------------------------------
+# ---- The table of families -----------------------------------------------------------------------
 
 
 def test_there_are_families_of_every_kind():
     types = {family.model_type for family in FAMILIES}
     assert len(types) >= 75
     assert 12 <= sum(family.telling for family in FAMILIES) <= 20
-    assert {"llama", "gpt2", "opt", "mixtral", "gpt_oss", "mamba2", "qwen3_next", "deepseek_v3"} <= types
+    assert {
+        "llama",
+        "gpt2",
+        "opt",
+        "mixtral",
+        "gpt_oss",
+        "mamba2",
+        "qwen3_next",
+        "deepseek_v3",
+    } <= types
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -41,14 +54,21 @@ def test_a_family_is_a_tiny_model_with_its_own_traits(family):
     assert (config.model_type == family.model_type) is family.is_known
     assert sum(p.numel() for p in model.parameters()) < 500_000
     assert model.get_output_embeddings().weight.shape[0] == SIZES["vocab_size"]
-    for key, value in family.traits.items():  # a key that the class does not have would be one that nobody reads
-        if not isinstance(value, dict | list) and "global" not in key:  # Gemma 4 deals those to its layers
+    for (
+        key,
+        value,
+    ) in family.traits.items():  # a key that the class does not have would be one that nobody reads
+        # Gemma 4 deals those to its layers
+        if not isinstance(value, dict | list) and "global" not in key:
             assert getattr(config, key) == value
 
 
 def test_traits_reach_the_model():
     gemma = make_config(BY_NAME["gemma2"], 0, 1)
-    assert gemma.layer_types == ["sliding_attention", "full_attention"] and gemma.attn_logit_softcapping == 5.0
+    assert (
+        gemma.layer_types == ["sliding_attention", "full_attention"]
+        and gemma.attn_logit_softcapping == 5.0
+    )
     assert make_config(BY_NAME["opt"], 0, 1).dropout == 0.1
     assert make_config(BY_NAME["qwen3"], 0, 1).tie_word_embeddings
     assert not make_config(BY_NAME["qwen3_untied"], 0, 1).tie_word_embeddings
@@ -76,7 +96,7 @@ def test_names_that_are_no_families_are_refused():
         check.chosen("opt,gpt9", False)
 
 
-# ---- The judge -------------------------------------------------------------------------------------------------------
+# ---- The judge -----------------------------------------------------------------------------------
 
 
 def test_a_run_whose_numbers_agree_is_right():
@@ -103,7 +123,9 @@ def test_a_run_whose_numbers_differ_is_a_fault(rows, named):
 
 def test_a_run_that_ends_in_one_line_is_refused():
     outcome = check.Outcome(2, "warning: slow\nerror: --student_model x: no sdpa; give eager\n")
-    assert check.judge(outcome) == check.Verdict("refused", "--student_model x: no sdpa; give eager")
+    assert check.judge(outcome) == check.Verdict(
+        "refused", "--student_model x: no sdpa; give eager"
+    )
     assert check.judge_teacher(outcome, 0.0).kind == "refused"
 
 
@@ -113,7 +135,10 @@ def test_a_run_that_ends_in_one_line_is_refused():
         (check.Outcome(1, "error: x\n"), "status 1: x"),
         (check.Outcome(2, "error: x\nerror: y\n"), "status 2: y"),
         (check.Outcome(2, "Traceback (most recent call last):\nerror: x\n"), "status 2: x"),
-        (check.Outcome(2, "error: the sampler is not the student\n", [row(1)]), "the sampler is not the student"),
+        (
+            check.Outcome(2, "error: the sampler is not the student\n", [row(1)]),
+            "the sampler is not the student",
+        ),
         (check.Outcome(2, "usage: train\n"), "usage: train"),
         (check.Outcome(-6, ""), "status -6: nothing on the console"),
         (check.Outcome(None, ""), "not done after"),
@@ -133,16 +158,26 @@ def test_a_teacher_is_right_when_its_loss_is_that_of_transformers():
 
 def test_the_table_has_a_row_per_family_with_its_reason():
     right = check.Verdict("right", figures={"mismatch 2": 4e-6})
-    refused = check.Verdict("refused", "--student_model /tmp/x/student: no | sdpa; the traceback is in /tmp/x/run/logs")
+    refused = check.Verdict(
+        "refused", "--student_model /tmp/x/student: no | sdpa; the traceback is in /tmp/x/run/logs"
+    )
     also = check.Verdict("refused", "--teacher all /tmp/x/student: no | sdpa")
     wrong = check.Verdict("fault", "status 1: x")
     page = check.table(
         [
             check.Result("opt", right, {"vllm": right, "hf": right}, 30.0),
             check.Result("gpt_oss", refused, {"vllm": also, "hf": right}, 30.0),
-            check.Result("mpt", refused, {"vllm": also, "hf": check.Verdict("fault", "loss 1, expected 2")}, 30.0),
             check.Result(
-                "phi", wrong, {name: check.Verdict("fault", check.SEE_STUDENT) for name in ("vllm", "hf")}, 30.0
+                "mpt",
+                refused,
+                {"vllm": also, "hf": check.Verdict("fault", "loss 1, expected 2")},
+                30.0,
+            ),
+            check.Result(
+                "phi",
+                wrong,
+                {name: check.Verdict("fault", check.SEE_STUDENT) for name in ("vllm", "hf")},
+                30.0,
             ),
         ]
     )
@@ -150,24 +185,32 @@ def test_the_table_has_a_row_per_family_with_its_reason():
     rows = page.splitlines()[-4:]
     assert rows[0].startswith("| opt | `opt` | OPT | yes | yes | yes | 4e-06 |")
     assert "| no | no | yes |" in rows[1] and rows[1].endswith("| no \\| sdpa |")
-    assert "| no | no | **wrong** |" in rows[2] and rows[2].endswith("| no \\| sdpa; loss 1, expected 2 |")
-    assert "| **wrong** | **wrong** | **wrong** |" in rows[3] and rows[3].endswith("| status 1: x |")
+    assert "| no | no | **wrong** |" in rows[2] and rows[2].endswith(
+        "| no \\| sdpa; loss 1, expected 2 |"
+    )
+    assert "| **wrong** | **wrong** | **wrong** |" in rows[3] and rows[3].endswith(
+        "| status 1: x |"
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forkserver():
-    """Where runs are forked from ends with this module: it is large, and tests count the children of their process."""
+    """Where runs are forked from ends with this module: it is large, and tests count the children
+    of their process.
+    """
     yield
     multiprocessing.forkserver._forkserver._stop()
 
 
-# ---- Runs ------------------------------------------------------------------------------------------------------------
+# ---- Runs ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "smollm3", "gemma2", "lfm2"])
 def test_a_family_trains_as_its_own_teacher(tmp_path, name):
-    """Tied embeddings; experts; vLLM's Transformers backend; a soft-cap in the attention; queries that rotate head by head."""
+    """Tied embeddings; experts; vLLM's Transformers backend; a soft-cap in the attention; queries
+    that rotate head by head.
+    """
     result = check.check_family(BY_NAME[name], tmp_path)
     assert result.student.kind == "right", result
 

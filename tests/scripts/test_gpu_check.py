@@ -1,4 +1,6 @@
-"""The GPU check as a machine without a GPU runs it: every section that a CPU can run, and those that say what they need."""
+"""The GPU check as a machine without a GPU runs it: every section that a CPU can run, and those
+that say what they need.
+"""
 
 import argparse
 import json
@@ -29,9 +31,23 @@ importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 
 def check(tmp_path, *arguments: str, **env: str) -> tuple[dict, subprocess.CompletedProcess]:
     """(the JSON file, the process) of a run on the CPU."""
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--output", str(tmp_path / "cpu.json"), *arguments]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "cpu.json"),
+        *arguments,
+    ]
     run = subprocess.run(
-        command, cwd=ROOT, env=worker_environment(**env), capture_output=True, text=True, check=False, timeout=600
+        command,
+        cwd=ROOT,
+        env=worker_environment(**env),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     return json.loads((tmp_path / "cpu.json").read_text()), run
 
@@ -51,7 +67,12 @@ def test_torch_and_transformers_are_enough(tmp_path):
         flops = 2 * products * row["N"] * row["H"] * row["V"]
         assert row["tflop_s"] == pytest.approx(flops / row["ours_ms"] / 1e9, abs=0.01)
     lines = run.stdout.splitlines()
-    assert len(lines) == 1 + len(gpu_check.SECTIONS) and lines[0].split() == ["section", "status", "seconds", "result"]
+    assert len(lines) == 1 + len(gpu_check.SECTIONS) and lines[0].split() == [
+        "section",
+        "status",
+        "seconds",
+        "result",
+    ]
     assert result["machine"]["torch"] == torch.__version__ and result["size"] == "tiny"
 
 
@@ -63,14 +84,23 @@ def test_engines_and_a_step_on_a_cpu(tmp_path):
     assert [(row["engine"], row["round"]) for row in rows] == [
         (n, i) for n in ("rollout", "host", "disk") for i in (0, 1)
     ]
-    assert all(row["ok"] and row["canary_difference"] < 1e-4 and row["freed_gib"] is None for row in rows)
+    assert all(
+        row["ok"] and row["canary_difference"] < 1e-4 and row["freed_gib"] is None for row in rows
+    )
     assert result["parity"]["tokens"] == 4 * 8 and result["parity"]["largest_difference"] < 1e-4
     step = result["step"]["metrics"]
-    assert step["time/step"] >= sum(step[f"time/{phase}"] for phase in ("rollout", "score", "train", "sync"))
-    assert {line["phase"] for line in result["step"]["ledger"]} >= {"rollout", "score", "train", "sync"}
+    assert step["time/step"] >= sum(
+        step[f"time/{phase}"] for phase in ("rollout", "score", "train", "sync")
+    )
+    assert {line["phase"] for line in result["step"]["ledger"]} >= {
+        "rollout",
+        "score",
+        "train",
+        "sync",
+    }
 
 
-# ---- Pieces ----------------------------------------------------------------------------------------------------------
+# ---- Pieces --------------------------------------------------------------------------------------
 
 
 def test_a_section_that_fails_says_why_and_the_rest_goes_on(tmp_path):
@@ -92,7 +122,9 @@ def test_an_error_of_a_process_is_its_last_word(tmp_path):
 def test_a_result_that_is_not_ok_is_a_failure(monkeypatch):
     def answers(command, log, device, timeout_s):
         log.write_text("")
-        log.with_name("answer.json").write_text(json.dumps({"ok": False, "headline": "canary within 3"}))
+        log.with_name("answer.json").write_text(
+            json.dumps({"ok": False, "headline": "canary within 3"})
+        )
 
     monkeypatch.setattr(gpu_check, "run_child", answers)
     result = gpu_check.run_section("loss", argparse.Namespace(size="tiny", timeout=1), "cpu")
@@ -102,14 +134,20 @@ def test_a_result_that_is_not_ok_is_a_failure(monkeypatch):
 
 def test_the_file_is_named_after_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert gpu_check.default_output("cuda") == ROOT / "docs" / "results" / "nvidia-h100-80gb-hbm3.json"
+    assert (
+        gpu_check.default_output("cuda") == ROOT / "docs" / "results" / "nvidia-h100-80gb-hbm3.json"
+    )
     assert gpu_check.default_output("cpu") is None
 
 
 def test_every_section_names_a_function():
     from scripts import gpu_check_engines, gpu_check_training
 
-    modules = {"gpu_check": gpu_check, "gpu_check_engines": gpu_check_engines, "gpu_check_training": gpu_check_training}
+    modules = {
+        "gpu_check": gpu_check,
+        "gpu_check_engines": gpu_check_engines,
+        "gpu_check_training": gpu_check_training,
+    }
     for name, section in gpu_check.SECTIONS.items():
         assert callable(getattr(modules[section.module], section.function)), name
     for size in gpu_check.SIZES.values():
@@ -123,7 +161,9 @@ def test_a_wake_is_held_against_a_copy(monkeypatch):
         {"engine": "host", "round": 0, "host_gib": 2.0, "wake_s": 9.0},
         {"engine": "host", "round": 1, "host_gib": 2.0, "wake_s": 0.1},
     ]
-    monkeypatch.setattr(gpu_check_engines, "measure_copies", lambda size, device: {"to_gpu_gb_s": 50.0})
+    monkeypatch.setattr(
+        gpu_check_engines, "measure_copies", lambda size, device: {"to_gpu_gb_s": 50.0}
+    )
     found = gpu_check_engines.against_copies(rows, None, "cuda")
     assert found["wake_gb_s"] == pytest.approx(2 * 2**30 / 1e9 / 0.1, abs=0.01)
     assert found["share_of_copy_bandwidth"] == pytest.approx(0.429, abs=1e-3)
@@ -135,6 +175,8 @@ def test_an_engine_that_woke_up_different_is_caught():
     engine = argparse.Namespace(sleep=lambda: None, bytes_awake=2**30, memory=None)
     for after, ok in ((1.0, True), (1.1, False)):
         known, says = torch.tensor([0.0, 1.0]), torch.tensor([0.0, after])
-        row = gpu_check_engines.cycle("math", engine, lambda says=says: says, known, lambda: None, "cpu")
+        row = gpu_check_engines.cycle(
+            "math", engine, lambda says=says: says, known, lambda: None, "cpu"
+        )
         assert row["ok"] is ok and row["holds_gib"] == 1.0
         assert row["canary_difference"] == pytest.approx(after - 1.0, abs=1e-3)

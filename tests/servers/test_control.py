@@ -1,4 +1,6 @@
-"""Who may change a server's weights, and what it serves meanwhile: the gate by itself, and the routes around a fake engine."""
+"""Who may change a server's weights, and what it serves meanwhile: the gate by itself, and the
+routes around a fake engine.
+"""
 
 import asyncio
 import math
@@ -19,7 +21,7 @@ TOKEN = "a-token-of-more-than-16-characters"
 SECONDS = 20.0
 
 
-# ---- The state machine -----------------------------------------------------------------------------------------------
+# ---- The state machine ---------------------------------------------------------------------------
 
 
 class Gate(RuleBasedStateMachine):
@@ -94,7 +96,7 @@ TestGate = Gate.TestCase
 TestGate.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 
-# ---- The routes ------------------------------------------------------------------------------------------------------
+# ---- The routes ----------------------------------------------------------------------------------
 
 
 class Engine:
@@ -121,13 +123,17 @@ class Server:
 
     def __init__(self, root, *, version=None, token=TOKEN):
         self.engine = Engine()
-        self.control = Control(WeightsGate(version), self.engine, root, protocol="opd-test-1", token=token)
+        self.control = Control(
+            WeightsGate(version), self.engine, root, protocol="opd-test-1", token=token
+        )
         app = new_app()
         self.control.mount(app)
         app.add_api_route("/ask", self.ask, methods=["GET"])
         transport = httpx.ASGITransport(app if token is None else RequireToken(app, token))
         headers = {"Authorization": f"Bearer {token}"}
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server", headers=headers, timeout=SECONDS)
+        self.client = httpx.AsyncClient(
+            transport=transport, base_url="http://server", headers=headers, timeout=SECONDS
+        )
 
     async def ask(self):
         return {"version": await self.control.ready(5.0)}
@@ -157,13 +163,22 @@ def test_a_push(root):
         server = Server(root)
         assert await server.get("/ask") == (503, {"error": "stale"})
         assert await server.post("/pause", lease_s=9) == (200, {"version": None, "state": "paused"})
-        assert await server.post("/update_weights", version=2) == (200, {"version": 2, "state": "paused"})
+        assert await server.post("/update_weights", version=2) == (
+            200,
+            {"version": 2, "state": "paused"},
+        )
         waiting = asyncio.create_task(server.get("/ask"))
         await asyncio.sleep(0.05)
         assert not waiting.done()  # a question waits for the end of a pause
         assert await server.post("/resume") == (200, {"version": 2, "state": "ready"})
         assert await waiting == (200, {"version": 2})
-        facts = {"version": "1", "protocol": "opd-test-1", "weights": 2, "state": "ready", "fence": 1}
+        facts = {
+            "version": "1",
+            "protocol": "opd-test-1",
+            "weights": 2,
+            "state": "ready",
+            "fence": 1,
+        }
         assert await server.get("/version") == (200, facts)
         assert server.engine.told == ["pause keep", "load v2", "resume"]
 
@@ -190,8 +205,12 @@ def test_half_loaded_is_stale_until_a_push_is_complete(root):
         await server.post("/pause", lease_s=1.5)
         status, answer = await server.post("/update_weights", version=1)
         assert status == 500 and "half of it is missing" in answer["error"]
-        assert await server.get("/ask") == (503, {"error": "stale"})  # it waited until the lease had run out
-        assert server.engine.told[-1] == "pause abort"  # nothing that was kept goes on with such weights
+        assert await server.get("/ask") == (
+            503,
+            {"error": "stale"},
+        )  # it waited until the lease had run out
+        # nothing that was kept goes on with such weights
+        assert server.engine.told[-1] == "pause abort"
         assert await server.post("/resume") == (503, {"error": "stale"})
         server.engine.breaks = False
         await server.post("/pause", lease_s=5)
@@ -232,8 +251,11 @@ def test_a_zombie_is_refused(root):
         server = Server(root, version=0)
         await server.post("/pause", fence=2, lease_s=5)
         for path, body in (
-            ("/pause", {"lease_s": 5}), ("/update_weights", {"version": 1}), ("/lease", {"lease_s": 5}), ("/resume", {})
-        ):  # fmt: skip
+            ("/pause", {"lease_s": 5}),
+            ("/update_weights", {"version": 1}),
+            ("/lease", {"lease_s": 5}),
+            ("/resume", {}),
+        ):
             status, answer = await server.post(path, **body)
             assert status == 409 and "fence 2" in answer["error"]
         assert (await server.get("/version"))[1]["state"] == "paused"
@@ -275,12 +297,19 @@ def test_without_a_token_nobody_changes_anything(root):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/pause", {}), ("/pause", {"lease_s": "5"}), ("/pause", {"lease_s": -1}), ("/pause", {"lease_s": True}),
-        ("/pause", {"lease_s": 5, "mode": "wait"}), ("/pause", {"fence": 1.5, "lease_s": 5}),
-        ("/pause", {"fence": None, "lease_s": 5}), ("/update_weights", {"version": "../v1"}),
-        ("/update_weights", {"version": "/etc"}), ("/update_weights", {}), ("/resume", {"fence": "1"}),
+        ("/pause", {}),
+        ("/pause", {"lease_s": "5"}),
+        ("/pause", {"lease_s": -1}),
+        ("/pause", {"lease_s": True}),
+        ("/pause", {"lease_s": 5, "mode": "wait"}),
+        ("/pause", {"fence": 1.5, "lease_s": 5}),
+        ("/pause", {"fence": None, "lease_s": 5}),
+        ("/update_weights", {"version": "../v1"}),
+        ("/update_weights", {"version": "/etc"}),
+        ("/update_weights", {}),
+        ("/resume", {"fence": "1"}),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line(root, path, body):
     async def scenario():
         server = Server(root, version=0)
@@ -293,12 +322,14 @@ def test_a_mistake_is_one_line(root, path, body):
     run(scenario())
 
 
-# ---- A refusal reaches who asked ---------------------------------------------------------------------------------
+# ---- A refusal reaches who asked -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("blocks", "read"), [(3, 3), (10**6, 65)], ids=["short", "endless"])
 def test_a_refusal_waits_for_a_short_body(blocks, read):
-    """TCP would reset a connection that is closed on unread bytes, before the client has read its 401."""
+    """TCP would reset a connection that is closed on unread bytes, before the client has read its
+    401.
+    """
     events = []
 
     async def receive():
@@ -310,7 +341,10 @@ def test_a_refusal_waits_for_a_short_body(blocks, read):
 
     scope = {"type": "http", "path": "/pause", "headers": [], "method": "POST"}
     asyncio.run(Linger(RequireToken(new_app(), "t" * 16))(scope, receive, send))
-    assert events.index("http.response.start") == pytest.approx(read, abs=1) and events.count("block") <= read
+    assert (
+        events.index("http.response.start") == pytest.approx(read, abs=1)
+        and events.count("block") <= read
+    )
 
 
 def test_a_refusal_does_not_wait_long_for_a_body_that_does_not_come(monkeypatch):

@@ -1,4 +1,6 @@
-"""The launcher of servers: what it prints, what it refuses, who is started again, and that nothing is left when it ends."""
+"""The launcher of servers: what it prints, what it refuses, who is started again, and that nothing
+is left when it ends.
+"""
 
 import os
 import shutil
@@ -45,7 +47,9 @@ def launched(tmp_path, *arguments: str, command: tuple[str, ...] = TEACHER, **en
     at = arguments.index("--") if "--" in arguments else len(arguments)
     words = [*command, *arguments[:at], "--log_dir", str(tmp_path / "logs"), *arguments[at:]]
     with out.open("wb") as stdout, err.open("wb") as stderr:
-        process = subprocess.Popen(words, stdout=stdout, stderr=stderr, env=worker_environment(**environment), cwd=ROOT)
+        process = subprocess.Popen(
+            words, stdout=stdout, stderr=stderr, env=worker_environment(**environment), cwd=ROOT
+        )
     try:
         yield process, out, err
     finally:
@@ -71,7 +75,7 @@ def ended(process, signum: int, groups: list[int]) -> None:
     assert not any(processes.members(group) for group in groups)
 
 
-# ---- Process groups --------------------------------------------------------------------------------------------------
+# ---- Process groups ------------------------------------------------------------------------------
 
 FAMILY = "sleep 300 & trap '' TERM; sleep 300; true"  # a leader that ignores SIGTERM, with children
 
@@ -100,11 +104,14 @@ def test_a_group_that_ignores_sigterm_is_ended_by_force(tmp_path):
 def test_a_parent_that_is_killed_leaves_nothing(tmp_path):
     program = (
         "import os, sys, time, pathlib; from opd import process_group\n"
-        f"p = process_group.start(['bash', '-c', {FAMILY!r}], log=pathlib.Path(sys.argv[1]), env=dict(os.environ))\n"
+        f"p = process_group.start(['bash', '-c', {FAMILY!r}], log=pathlib.Path(sys.argv[1]), "
+        f"env=dict(os.environ))\n"
         "print(p.pid, flush=True); time.sleep(300)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "log")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=worker_environment()) as parent:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=worker_environment()
+    ) as parent:
         group = int(parent.stdout.readline())
         wait_until(lambda: len(processes.members(group)) == 3, DEADLINE, "the family")
         parent.kill()
@@ -112,7 +119,7 @@ def test_a_parent_that_is_killed_leaves_nothing(tmp_path):
     assert parent.returncode == -signal.SIGKILL
 
 
-# ---- Mistakes --------------------------------------------------------------------------------------------------------
+# ---- Mistakes ------------------------------------------------------------------------------------
 
 MISTAKES = {
     "no role": ([], "expected teacher, rollout, logprob first"),
@@ -122,18 +129,39 @@ MISTAKES = {
     "a host": (["rollout", "MODEL", "--host", "0.0.0.0"], "ssh -L"),
     "a host for the server": (["teacher", "MODEL", "--", "--host=0.0.0.0"], "ssh -L"),
     "no replicas": (["teacher", "MODEL", "--replicas", "0"], "--replicas 0"),
-    "no context": (["rollout", "MODEL", "--weights_dir", "NEW", "--max_model_len", "0"], "--max_model_len 0"),
+    "no context": (
+        ["rollout", "MODEL", "--weights_dir", "NEW", "--max_model_len", "0"],
+        "--max_model_len 0",
+    ),
     "an unknown protocol": (["teacher", "MODEL", "--protocol", "pickle"], "pickle"),
     "an unknown flag": (["teacher", "MODEL", "--replica", "2"], "--replica"),
-    "a flag of another role": (["logprob", "MODEL", "--weights_dir", "NEW", "--kv_cache_gib", "1"], "--kv_cache_gib"),
-    "tensor parallel hidden states": (["teacher", "MODEL", "--tensor_parallel", "2"], "use --protocol json"),
+    "a flag of another role": (
+        ["logprob", "MODEL", "--weights_dir", "NEW", "--kv_cache_gib", "1"],
+        "--kv_cache_gib",
+    ),
+    "tensor parallel hidden states": (
+        ["teacher", "MODEL", "--tensor_parallel", "2"],
+        "use --protocol json",
+    ),
     "a GPU twice": (["teacher", "MODEL", "--gpus", "0,0"], "twice"),
     "too few GPUs": (["teacher", "MODEL", "--gpus", "0,1", "--replicas", "3"], "needs 3 GPUs"),
-    "too few GPUs to sample": (["rollout", "MODEL", "--weights_dir", "NEW", "--tensor_parallel", "3"], "needs 3 GPUs"),
+    "too few GPUs to sample": (
+        ["rollout", "MODEL", "--weights_dir", "NEW", "--tensor_parallel", "3"],
+        "needs 3 GPUs",
+    ),
     "no folder of weights": (["rollout", "MODEL"], "--weights_dir"),
-    "a folder for all": (["logprob", "MODEL", "--weights_dir", "OPEN"], "--weights_dir .*open: must belong.*chmod"),
-    "a link": (["rollout", "MODEL", "--weights_dir", "LINK"], "--weights_dir .*link: not a directory, or a link"),
-    "a file": (["logprob", "MODEL", "--weights_dir", "FILE"], "--weights_dir .*file: not a directory, or a link"),
+    "a folder for all": (
+        ["logprob", "MODEL", "--weights_dir", "OPEN"],
+        "--weights_dir .*open: must belong.*chmod",
+    ),
+    "a link": (
+        ["rollout", "MODEL", "--weights_dir", "LINK"],
+        "--weights_dir .*link: not a directory, or a link",
+    ),
+    "a file": (
+        ["logprob", "MODEL", "--weights_dir", "FILE"],
+        "--weights_dir .*file: not a directory, or a link",
+    ),
 }
 
 
@@ -186,9 +214,18 @@ def test_a_mistake_ends_the_script_with_status_2(words, role):
     environment = worker_environment()
     environment.pop("OPD_SERVER_TOKEN", None)
     run = subprocess.run(
-        ["bash", f"scripts/serve_{role}.sh", *(str(words.get(word, word)) for word in ("MODEL", *flags))],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
+        [
+            "bash",
+            f"scripts/serve_{role}.sh",
+            *(str(words.get(word, word)) for word in ("MODEL", *flags)),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
     assert run.returncode == 2 and not run.stdout
     assert run.stderr.splitlines()[-1].startswith(says)
 
@@ -220,25 +257,40 @@ def test_a_server_that_does_not_come_up_says_why(tiny, tmp_path):
         pass
 
 
-# ---- Servers ---------------------------------------------------------------------------------------------------------
+# ---- Servers -------------------------------------------------------------------------------------
 
 
 def test_two_replicas_are_served_and_watched(tiny, tmp_path):
     """The whole life of a launcher: the entry, one replica dies, then the other."""
-    arguments = (str(tiny.addition), "--replicas", "2", "--name", "sums", *SMALL, "--", "--backend", "hf")
+    arguments = (
+        str(tiny.addition),
+        "--replicas",
+        "2",
+        "--name",
+        "sums",
+        *SMALL,
+        "--",
+        "--backend",
+        "hf",
+    )
     with launched(tmp_path, *arguments) as (process, out, err):
         ready(process, out)
         text = out.read_text()
         (entry,) = yaml.safe_load(text)["teachers"]
         urls = ", ".join(f'"{url}"' for url in entry["urls"])
-        assert text == f"teachers:\n  - {{name: sums, model: {tiny.addition}, backend: server, urls: [{urls}]}}\n"
+        assert (
+            text == f"teachers:\n  - "
+            f"{{name: sums, model: {tiny.addition}, backend: server, urls: [{urls}]}}\n"
+        )
         assert len(set(entry["urls"])) == 2
         for url in entry["urls"]:
             assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "sums"
             assert httpx.get(f"{url}/info").json()["max_support_k"] == 40
         first, second = sorted(pid for pid in children_of(process.pid))
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: "died with status -9, 1 left" in err.read_text(), DEADLINE, "word of the death")
+        wait_until(
+            lambda: "died with status -9, 1 left" in err.read_text(), DEADLINE, "word of the death"
+        )
         assert process.poll() is None
         os.kill(second, signal.SIGKILL)
         assert process.wait(DEADLINE) == 1
@@ -255,11 +307,19 @@ def test_a_signal_ends_servers_that_are_starting(tiny, tmp_path, signum):
 
 def test_rollout_servers_are_served(tiny, tmp_path):
     weights = tmp_path / "a folder" / "weights"
-    arguments = (str(tiny.student), "--weights_dir", str(weights), "--max_model_len", "64", "--kv_cache_gib", "0.03")
+    arguments = (
+        str(tiny.student),
+        "--weights_dir",
+        str(weights),
+        "--max_model_len",
+        "64",
+        "--kv_cache_gib",
+        "0.03",
+    )
     command = ("bash", "scripts/serve_rollout.sh")
     with launched(
         tmp_path, *arguments, "--", "--enforce_eager", command=command, OPD_SERVER_TOKEN=TOKEN
-    ) as (process, out, _):  # fmt: skip
+    ) as (process, out, _):
         ready(process, out)
         (url,) = yaml.safe_load(out.read_text())["rollout_servers"]
         assert out.read_text() == f'rollout_servers: ["{url}"]\nweights_dir: "{weights}"\n'
@@ -277,7 +337,7 @@ def test_rollout_servers_are_served(tiny, tmp_path):
         ended(process, signal.SIGTERM, groups)
 
 
-# ---- Started again ---------------------------------------------------------------------------------------------------
+# ---- Started again -------------------------------------------------------------------------------
 
 
 def test_early_deaths_are_counted_and_late_ones_forgiven():
@@ -295,7 +355,11 @@ def kill_and_wait_for_its_successor(process, err, url: str) -> None:
     (leader,) = children_of(process.pid)
     back = err.read_text().count("is back")
     os.kill(leader, signal.SIGKILL)
-    wait_until(lambda: err.read_text().count("is back") > back or process.poll() is not None, DEADLINE, "the next one")
+    wait_until(
+        lambda: err.read_text().count("is back") > back or process.poll() is not None,
+        DEADLINE,
+        "the next one",
+    )
     assert process.poll() is None, err.read_text()
     (successor,) = children_of(process.pid)
     assert successor != leader and not processes.members(leader)
@@ -304,15 +368,30 @@ def kill_and_wait_for_its_successor(process, err, url: str) -> None:
 
 def test_a_log_prob_server_comes_back_stale_and_takes_a_push(tiny, tmp_path):
     weights, headers = tmp_path / "weights", {"Authorization": f"Bearer {TOKEN}"}
-    arguments = (str(tiny.student), "--weights_dir", str(weights), "--dtype", "float32", "--restart")
+    arguments = (
+        str(tiny.student),
+        "--weights_dir",
+        str(weights),
+        "--dtype",
+        "float32",
+        "--restart",
+    )
     command = ("bash", "scripts/serve_logprob.sh")
-    with launched(tmp_path, *arguments, command=command, OPD_SERVER_TOKEN=TOKEN) as (process, out, err):
+    with launched(tmp_path, *arguments, command=command, OPD_SERVER_TOKEN=TOKEN) as (
+        process,
+        out,
+        err,
+    ):
         ready(process, out)
         (url,) = yaml.safe_load(out.read_text())["logprob_servers"]
         assert out.read_text() == f'logprob_servers: ["{url}"]\n'
-        store.publish(weights, Qwen3ForCausalLM.from_pretrained(tiny.student).named_parameters(), 7, 1)
+        store.publish(
+            weights, Qwen3ForCausalLM.from_pretrained(tiny.student).named_parameters(), 7, 1
+        )
         for last in (False, True):
-            said = httpx.get(f"{url}/version", headers=headers, timeout=DEADLINE, trust_env=False).json()
+            said = httpx.get(
+                f"{url}/version", headers=headers, timeout=DEADLINE, trust_env=False
+            ).json()
             assert (said["protocol"], said["state"]) == ("opd-logprob-1", "stale")
             assert not push_to_servers([url], 7, 1, TOKEN).failed
             if not last:
@@ -323,15 +402,24 @@ def test_a_log_prob_server_comes_back_stale_and_takes_a_push(tiny, tmp_path):
 def test_a_teacher_that_cannot_start_again_is_given_up(tiny, tmp_path):
     """The first death is made good; then the model is gone."""
     model = shutil.copytree(tiny.addition, tmp_path / "model")
-    with launched(tmp_path, str(model), "--restart", *SMALL, "--", "--backend", "hf") as (process, out, err):
+    with launched(tmp_path, str(model), "--restart", *SMALL, "--", "--backend", "hf") as (
+        process,
+        out,
+        err,
+    ):
         ready(process, out)
         (url,) = yaml.safe_load(out.read_text())["teachers"][0]["urls"]
         kill_and_wait_for_its_successor(process, err, url)
-        assert httpx.get(f"{url}/info", timeout=DEADLINE, trust_env=False).json()["max_support_k"] == 40
+        assert (
+            httpx.get(f"{url}/info", timeout=DEADLINE, trust_env=False).json()["max_support_k"]
+            == 40
+        )
         shutil.rmtree(model)
         os.kill(*children_of(process.pid), signal.SIGKILL)
         assert process.wait(DEADLINE) == 1
-        assert "died with status 2, 0 left; given up: its last 3 deaths came early" in err.read_text()
+        assert (
+            "died with status 2, 0 left; given up: its last 3 deaths came early" in err.read_text()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -346,14 +434,19 @@ def json_launcher(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def binary(tiny, tmp_path_factory):
     logs = tmp_path_factory.mktemp("binary")
-    (logs / "server_0.log").write_text("serving addition at http://127.0.0.1:1\n")  # an earlier run's: nobody is there
-    with serving(str(tiny.addition), extra=["--backend", "hf"], log_dir=logs, start_seconds=DEADLINE) as (replica,):
+    # an earlier run's: nobody is there
+    (logs / "server_0.log").write_text("serving addition at http://127.0.0.1:1\n")
+    with serving(
+        str(tiny.addition), extra=["--backend", "hf"], log_dir=logs, start_seconds=DEADLINE
+    ) as (replica,):
         yield replica
 
 
 @pytest.mark.parametrize("payload", ["sampled", "topk"])
 def test_both_protocols_say_the_same(json_launcher, binary, payload):
-    asked = wire.Question([5, 6, 7], [8, 9, 10, 11, 3], payload, 6 if payload == "topk" else 0, vocab=40)
+    asked = wire.Question(
+        [5, 6, 7], [8, 9, 10, 11, 3], payload, 6 if payload == "topk" else 0, vocab=40
+    )
     body = wire.completion_request(asked, "addition")
     from_json = httpx.post(f"{json_launcher[1]}/v1/completions", json=body, timeout=DEADLINE)
     params = {"prompt_length": 3, "payload": payload, "support_k": asked.support_k}
@@ -361,7 +454,9 @@ def test_both_protocols_say_the_same(json_launcher, binary, payload):
     from_binary = httpx.post(f"{binary.url}/score", params=params, content=ids, timeout=DEADLINE)
     expected = wire.decode_scores(from_binary.content, asked)
     found = wire.decode_completion(from_json.content, asked)
-    assert set(found) == {"sampled_logprobs"} | ({"topk_ids", "topk_logprobs"} if payload == "topk" else set())
+    assert set(found) == {"sampled_logprobs"} | (
+        {"topk_ids", "topk_logprobs"} if payload == "topk" else set()
+    )
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0)
 
@@ -389,7 +484,9 @@ def test_vllms_server_has_no_control_routes_and_no_open_socket(json_launcher):
 
 
 def test_nothing_is_left_after_a_sigkill_of_the_launcher(json_launcher):
-    """The last test of this file. vLLM's engine would live on: it does not notice that its API server is gone."""
+    """The last test of this file. vLLM's engine would live on: it does not notice that its API
+    server is gone.
+    """
     process, _ = json_launcher
     (leader,) = children_of(process.pid)
     assert len(processes.members(leader)) > 2

@@ -1,6 +1,8 @@
-"""Log-prob servers: real processes whose weights change under load, against forwards of this process.
+"""Log-prob servers: real processes whose weights change under load, against forwards of this
+process.
 
-The tests of a file run in its order: the first needs servers that have no weights yet, the last kills one.
+The tests of a file run in its order: the first needs servers that have no weights yet, the last
+kills one.
 """
 
 import asyncio
@@ -34,7 +36,8 @@ from opd.weights.store import publish
 
 TOKEN = "a-token-of-more-than-16-characters"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
-HTTP = httpx.Client(headers=HEADERS, timeout=120.0)  # one, since each makes a context of its own for TLS
+# one, since each makes a context of its own for TLS
+HTTP = httpx.Client(headers=HEADERS, timeout=120.0)
 VOCAB, CONTEXT = 40, 512
 DEADLINE, TOLERANCE = 120.0, 1e-5
 APART = 1e-2  # versions of these weights differ by more, in nearly every response
@@ -45,7 +48,10 @@ class Weights:
     """Versions of a model in this process: published, and asked what they say."""
 
     def __init__(self, path, root):
-        self.root, self.model = root, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.root, self.model = (
+            root,
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(),
+        )
         self.versions = {0: self.model}
 
     def publish(self, version: int, fence: int) -> None:
@@ -61,24 +67,36 @@ class Weights:
     def say(self, version: int, asked: LogprobQuestion) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies of a plain forward of one text."""
         ids = torch.tensor([[*asked.prompt_ids, *asked.response_ids]])
-        logits = self.versions[version](ids).logits[0, len(asked.prompt_ids) - 1 : -1].float() / asked.temperature
+        logits = (
+            self.versions[version](ids).logits[0, len(asked.prompt_ids) - 1 : -1].float()
+            / asked.temperature
+        )
         logprobs = logits.log_softmax(-1)
-        at_labels = logprobs.gather(-1, torch.tensor(asked.response_ids, dtype=torch.long)[:, None]).squeeze(-1)
+        at_labels = logprobs.gather(
+            -1, torch.tensor(asked.response_ids, dtype=torch.long)[:, None]
+        ).squeeze(-1)
         return at_labels, -(logprobs.exp() * logprobs).sum(-1)
 
 
 def question(seed=0, lengths=(5, 7), temperature=1.0) -> LogprobQuestion:
     rng = random.Random(seed)
-    prompt_ids, response_ids = ([rng.randrange(2, VOCAB) for _ in range(length)] for length in lengths)
+    prompt_ids, response_ids = (
+        [rng.randrange(2, VOCAB) for _ in range(length)] for length in lengths
+    )
     return LogprobQuestion(prompt_ids, response_ids, temperature)
 
 
 def rollout_of(asked: LogprobQuestion, place=0) -> Rollout:
     prompt = Prompt(prompt_id=place, domain="any", token_ids=list(asked.prompt_ids))
     return Rollout(
-        sample_id=f"0/{place}/0", prompt=prompt, source="student", response_ids=list(asked.response_ids),
-        rollout_logprobs=None, finish_reason="stop", policy_version=0,
-    )  # fmt: skip
+        sample_id=f"0/{place}/0",
+        prompt=prompt,
+        source="student",
+        response_ids=list(asked.response_ids),
+        rollout_logprobs=None,
+        finish_reason="stop",
+        policy_version=0,
+    )
 
 
 def assert_says(answer, expected) -> None:
@@ -108,7 +126,10 @@ def state(url: str) -> dict:
 
 def metrics(url: str) -> dict[str, int]:
     lines = HTTP.get(f"{url}/metrics").text.splitlines()
-    return {name: int(value) for name, value in (line.split() for line in lines if not line.startswith("#"))}
+    return {
+        name: int(value)
+        for name, value in (line.split() for line in lines if not line.startswith("#"))
+    }
 
 
 def until(condition) -> None:
@@ -121,7 +142,11 @@ def until(condition) -> None:
 def push(url: str, version: int, fence: int) -> float:
     """Seconds of the pause."""
     start = time.monotonic()
-    for path, body in (("pause", {"lease_s": 60.0}), ("update_weights", {"version": version}), ("resume", {})):
+    for path, body in (
+        ("pause", {"lease_s": 60.0}),
+        ("update_weights", {"version": version}),
+        ("resume", {}),
+    ):
         answer = post(url, path, fence=fence, **body)
         assert answer.status_code == 200, answer.text
     assert answer.json() == {"version": version, "state": "ready"}
@@ -173,12 +198,15 @@ def fresh(pair, weights) -> tuple[list[str], int, int]:
     return pair, version, fence
 
 
-# ---- What it says ----------------------------------------------------------------------------------------------------
+# ---- What it says --------------------------------------------------------------------------------
 
 
 def test_it_serves_nothing_before_the_first_push(pair):
     facts = {"version": "1", "protocol": LOGPROB, "weights": None, "state": "stale", "fence": 0}
-    assert state(pair[0]) == facts | {"max_model_len": 512, "receivers": {"workers": 1, "backend": "gloo"}}
+    assert state(pair[0]) == facts | {
+        "max_model_len": 512,
+        "receivers": {"workers": 1, "backend": "gloo"},
+    }
     answer = raw(pair[0], question())
     assert (answer.status_code, answer.json()) == (503, {"error": "stale"})
     assert metrics(pair[0])["opd_weights_version"] == -1
@@ -198,19 +226,29 @@ def test_it_says_what_a_plain_forward_says(fresh, weights, temperature):
 def test_many_at_once_share_forwards_and_are_answered_each_for_itself(fresh, weights):
     (url, _), version, _ = fresh
     rng = random.Random(1)
-    asked = [question(i, (rng.randint(1, 60), rng.randint(0, 90)), (1.0, 0.7)[i % 2]) for i in range(48)]
+    asked = [
+        question(i, (rng.randint(1, 60), rng.randint(0, 90)), (1.0, 0.7)[i % 2]) for i in range(48)
+    ]
     before = metrics(url)
 
     async def all_at_once():
         async with httpx.AsyncClient(headers=HEADERS, timeout=DEADLINE) as client:
-            return await asyncio.gather(*(client.post(url + one.path, content=one.body) for one in asked))
+            return await asyncio.gather(
+                *(client.post(url + one.path, content=one.body) for one in asked)
+            )
 
     answers = asyncio.run(all_at_once())
     after = metrics(url)
     assert after["opd_requests_total"] - before["opd_requests_total"] == len(asked)
-    assert after["opd_tokens_total"] - before["opd_tokens_total"] == sum(one.num_tokens for one in asked)
+    assert after["opd_tokens_total"] - before["opd_tokens_total"] == sum(
+        one.num_tokens for one in asked
+    )
     assert after["opd_batches_total"] - before["opd_batches_total"] < len(asked) / 2
-    assert (after["opd_waiting"], after["opd_weights_version"], after["opd_paused"]) == (0, version, 0)
+    assert (after["opd_waiting"], after["opd_weights_version"], after["opd_paused"]) == (
+        0,
+        version,
+        0,
+    )
     for one, answer in zip(asked, answers, strict=True):
         assert_says(decode_logprobs(answer.content, one), weights.say(version, one))
 
@@ -219,22 +257,30 @@ def test_many_at_once_share_forwards_and_are_answered_each_for_itself(fresh, wei
 def test_the_numbers_are_the_trainers_to_the_bit(tiny, dtype):
     """The same rows in the same order: what the student's own forward says of a micro-batch."""
     asked = [question(i, (3 + i, 20 + i), 0.7) for i in range(4)]
-    model = load_model(str(tiny.student), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    model = load_model(
+        str(tiny.student), dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
     scorer = LogprobScorer(model, version=0, tokens_per_batch=8192)
-    theirs = AutoModelForCausalLM.from_pretrained(tiny.student, dtype=dtype, attn_implementation="sdpa").train()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tiny.student, dtype=dtype, attn_implementation="sdpa"
+    ).train()
     nothing = (TeacherScores(teacher="nobody", weight=1.0),)
     micro_batch = collate([(rollout_of(one), nothing) for one in asked], pad_id=1, domains=["any"])
     with torch.no_grad():
         expected_N = _ModelWithLoss(theirs, LossSettings())(micro_batch, None, 0.7)
-    assert torch.equal(torch.cat([answer["logprobs"] for answer in scorer.score(asked)]), expected_N)
+    assert torch.equal(
+        torch.cat([answer["logprobs"] for answer in scorer.score(asked)]), expected_N
+    )
 
 
-# ---- Weights ---------------------------------------------------------------------------------------------------------
+# ---- Weights -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scorer(tiny) -> LogprobScorer:
-    model = load_model(str(tiny.student), dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+    model = load_model(
+        str(tiny.student), dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
     return LogprobScorer(model, version=0, tokens_per_batch=8192)
 
 
@@ -245,7 +291,9 @@ def test_tied_weights_are_loaded_under_any_of_their_names(tiny_tied, tmp_path, n
     if names == "twice":
         parameters = theirs.versions[3].named_parameters(remove_duplicate=False)
         publish(theirs.root, parameters, 3, 2)
-    model = load_model(str(tiny_tied), dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+    model = load_model(
+        str(tiny_tied), dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
     scorer = LogprobScorer(model, version=None, tokens_per_batch=8192)
     scorer.load(theirs.root / "v3", 3)
     (answer,) = scorer.score([question()])
@@ -254,9 +302,14 @@ def test_tied_weights_are_loaded_under_any_of_their_names(tiny_tied, tmp_path, n
 
 
 def test_tied_weights_that_differ_are_refused(tiny_tied, tmp_path):
-    model = load_model(str(tiny_tied), dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+    model = load_model(
+        str(tiny_tied), dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    )
     scorer = LogprobScorer(model, version=0, tokens_per_batch=8192)
-    tensors = {name: value.detach().clone() for name, value in model.named_parameters(remove_duplicate=False)}
+    tensors = {
+        name: value.detach().clone()
+        for name, value in model.named_parameters(remove_duplicate=False)
+    }
     tensors["lm_head.weight"] += 1
     publish(tmp_path / "root", tensors.items(), 1, 1)
     with pytest.raises(ValueError, match="is tied"):
@@ -265,10 +318,22 @@ def test_tied_weights_that_differ_are_refused(tiny_tied, tmp_path):
 
 
 BROKEN = {
-    "missing": (lambda tensors: tensors.pop("model.norm.weight"), "1 parameters of the model were not published"),
-    "unknown": (lambda tensors: tensors.update(other=torch.zeros(1)), "1 published tensors are none of the model's"),
-    "shape": (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(63)}), r"model.norm.weight: .*\(63,\)"),
-    "dtype": (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64).bfloat16()}), "bfloat16"),
+    "missing": (
+        lambda tensors: tensors.pop("model.norm.weight"),
+        "1 parameters of the model were not published",
+    ),
+    "unknown": (
+        lambda tensors: tensors.update(other=torch.zeros(1)),
+        "1 published tensors are none of the model's",
+    ),
+    "shape": (
+        lambda tensors: tensors.update({"model.norm.weight": torch.zeros(63)}),
+        r"model.norm.weight: .*\(63,\)",
+    ),
+    "dtype": (
+        lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64).bfloat16()}),
+        "bfloat16",
+    ),
 }
 
 
@@ -287,7 +352,9 @@ def test_other_weights_are_refused_and_the_model_serves_nothing(scorer, tmp_path
 def test_a_half_loaded_server_is_stale_until_a_whole_push(fresh, weights):
     (url, _), version, fence = fresh
     tensors = {name: value.detach() for name, value in weights.versions[version].named_parameters()}
-    publish(weights.root, (tensors | {"model.norm.weight": torch.zeros(63)}).items(), version + 1, fence)
+    publish(
+        weights.root, (tensors | {"model.norm.weight": torch.zeros(63)}).items(), version + 1, fence
+    )
     assert post(url, "pause", fence=fence, lease_s=60.0).status_code == 200
     refused = post(url, "update_weights", fence=fence, version=version + 1)
     assert refused.status_code == 500 and "half loaded" in refused.json()["error"]
@@ -315,7 +382,10 @@ def test_what_is_in_flight_is_answered_by_the_old_weights(slow, weights):
 def test_what_comes_while_it_is_paused_is_answered_by_the_new_weights(fresh, weights):
     (url, _), version, fence = fresh
     weights.publish(version + 1, fence)
-    assert post(url, "pause", fence=fence, lease_s=60.0).json() == {"version": version, "state": "paused"}
+    assert post(url, "pause", fence=fence, lease_s=60.0).json() == {
+        "version": version,
+        "state": "paused",
+    }
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(ask, url, question(seed)) for seed in range(4)]
         until(lambda: metrics(url)["opd_waiting"] == 4)
@@ -340,17 +410,25 @@ def test_a_trainer_that_dies_leaves_a_server_that_goes_on(fresh, weights):
 
 def test_a_trainer_with_a_successor_is_refused(fresh):
     (url, _), version, fence = fresh
-    for path, body in (("pause", {"lease_s": 1.0}), ("update_weights", {"version": 1}), ("resume", {})):
+    for path, body in (
+        ("pause", {"lease_s": 1.0}),
+        ("update_weights", {"version": 1}),
+        ("resume", {}),
+    ):
         answer = post(url, path, fence=fence - 1, **body)
         assert answer.status_code == 409 and f"fence {fence}" in answer.json()["error"]
     assert (state(url)["weights"], state(url)["state"]) == (version, "ready")
 
 
-# ---- Under load ------------------------------------------------------------------------------------------------------
+# ---- Under load ----------------------------------------------------------------------------------
 
 
-def load_until(done, client: LogprobServers, most: int = 32) -> list[tuple[LogprobQuestion, object]]:
-    """(question, future) of whatever was asked until `done()`: `most` at a time, all with an answer in the end."""
+def load_until(
+    done, client: LogprobServers, most: int = 32
+) -> list[tuple[LogprobQuestion, object]]:
+    """(question, future) of whatever was asked until `done()`: `most` at a time, all with an answer
+    in the end.
+    """
     rng, asked, end = random.Random(0), [], time.monotonic() + DEADLINE
     while not done():
         assert time.monotonic() < end
@@ -373,7 +451,11 @@ def test_pushes_under_load_never_mix_versions(fresh, weights):
             for url in urls:
                 pauses.append(push(url, version + number, fence))
             served = sum(metrics(url)["opd_requests_total"] for url in urls)
-            until(lambda served=served: sum(metrics(url)["opd_requests_total"] for url in urls) >= served + 40)
+            until(
+                lambda served=served: (
+                    sum(metrics(url)["opd_requests_total"] for url in urls) >= served + 40
+                )
+            )
 
     start = time.monotonic()
     with LogprobServers(urls, TOKEN, temperature=0.7) as client, ThreadPoolExecutor(1) as pool:
@@ -382,7 +464,10 @@ def test_pushes_under_load_never_mix_versions(fresh, weights):
         pushes.result(DEADLINE)
         stats = client.pool.take_stats()
         assert {state(url)["weights"] for url in urls} == {version + 5}
-    print(f"{stats.requests / (time.monotonic() - start):.0f} requests/s, pauses up to {max(pauses):.3f} s")
+    print(
+        f"{stats.requests / (time.monotonic() - start):.0f} requests/s, pauses up to "
+        f"{max(pauses):.3f} s"
+    )
     assert stats.ejections == 0 and not stats.failures and set(stats.by_replica) == set(urls)
     assert len(asked) >= 200
     answers = [(one, answer.result(DEADLINE)) for one, answer in asked]
@@ -390,12 +475,17 @@ def test_pushes_under_load_never_mix_versions(fresh, weights):
     for one, said in answers:
         assert_says(said, weights.say(said.version, one))
     others = [weights.say(version + (said.version - version + 1) % 6, one) for one, said in answers]
-    alike = [(said[1] - other[1]).abs().max() < APART for (_, said), other in zip(answers, others, strict=True)]
+    alike = [
+        (said[1] - other[1]).abs().max() < APART
+        for (_, said), other in zip(answers, others, strict=True)
+    ]
     assert sum(alike) < len(answers) / 10  # or this test could not fail
 
 
 def test_a_replica_that_is_paused_is_excused(fresh, weights):
-    """Probes that wait at its gate are no strikes, however many; who asks meanwhile gets an answer."""
+    """Probes that wait at its gate are no strikes, however many; who asks meanwhile
+    gets an answer.
+    """
     urls, version, fence = fresh
     limits = Limits(probe_every_s=0.1, probe_timeout_s=0.2, slow_s=0.1, slow_window_s=0.2)
     with LogprobServers(urls, TOKEN, limits) as client:
@@ -414,7 +504,7 @@ def test_a_replica_that_is_paused_is_excused(fresh, weights):
         assert_says(said, weights.say(version, question()))
 
 
-# ---- Mistakes --------------------------------------------------------------------------------------------------------
+# ---- Mistakes ------------------------------------------------------------------------------------
 
 IDS = wire.encode_ids([5, 6, 7, 8])
 MISTAKES = {
@@ -434,13 +524,17 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(slow, mistake):
     changes, body, status, says = MISTAKES[mistake]
-    params = {name: value for name, value in ({"prompt_length": 2} | changes).items() if value is not None}
+    params = {
+        name: value for name, value in ({"prompt_length": 2} | changes).items() if value is not None
+    }
     answer = HTTP.post(f"{slow}/logprobs", params=params, content=body)
     assert answer.status_code == status
     assert says in answer.json()["error"] and "\n" not in answer.json()["error"]
 
 
-@pytest.mark.parametrize("path", ["logprobs", "pause", "update_weights", "resume", "lease", "version", "metrics"])
+@pytest.mark.parametrize(
+    "path", ["logprobs", "pause", "update_weights", "resume", "lease", "version", "metrics"]
+)
 @pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {TOKEN}x"}])
 def test_every_route_wants_the_token(slow, path, headers):
     method = "GET" if path in ("version", "metrics") else "POST"
@@ -466,10 +560,16 @@ def test_without_a_token_nobody_changes_weights(scorer, tmp_path):
     app = LogprobService(engine, control, max_model_len=CONTEXT, max_waiting=4).app(None)
 
     async def statuses():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://server"
+        ) as client:
             paths = ("pause", "update_weights", "resume", "lease")
-            changed = [(await client.post(f"/{path}", json={"fence": 1})).status_code for path in paths]
-            return changed, (await client.post(question().path, content=question().body)).status_code
+            changed = [
+                (await client.post(f"/{path}", json={"fence": 1})).status_code for path in paths
+            ]
+            return changed, (
+                await client.post(question().path, content=question().body)
+            ).status_code
 
     assert asyncio.run(statuses()) == ([403] * 4, 200)
 
@@ -491,7 +591,14 @@ def test_an_answer_is_checked_before_it_is_believed():
         with pytest.raises(wire.BadAnswer):
             decode_logprobs(safetensors.torch.save(arrays, {"version": "1"}), asked)
             pytest.fail(what)
-    for metadata in (None, {}, {"version": ""}, {"version": "-1"}, {"version": "1.5"}, {"version": "9" * 30}):
+    for metadata in (
+        None,
+        {},
+        {"version": ""},
+        {"version": "-1"},
+        {"version": "1.5"},
+        {"version": "9" * 30},
+    ):
         with pytest.raises(wire.BadAnswer):
             decode_logprobs(safetensors.torch.save(good, metadata), asked)
     for body in (b"", b"{}", encode_logprobs(good, asked, 1)[:-1], b"\xff" * 64):
@@ -499,13 +606,16 @@ def test_an_answer_is_checked_before_it_is_believed():
             decode_logprobs(body, asked)
 
 
-# ---- The end ---------------------------------------------------------------------------------------------------------
+# ---- The end -------------------------------------------------------------------------------------
 
 
 def test_a_replica_that_is_killed_under_load_costs_no_answer(fresh, servers, weights):
     """The last test of this file: one of the pair is gone afterwards."""
     urls, version, _ = fresh
-    with LogprobServers(urls, TOKEN, Limits(probe_every_s=0.2)) as client, ThreadPoolExecutor(1) as pool:
+    with (
+        LogprobServers(urls, TOKEN, Limits(probe_every_s=0.2)) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
 
         def kill_and_wait():
             until(lambda: metrics(urls[1])["opd_waiting"] > 0)

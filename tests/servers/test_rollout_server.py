@@ -1,4 +1,6 @@
-"""Rollout servers and the weights that are pushed into them: real servers, tiny models, real pushes."""
+"""Rollout servers and the weights that are pushed into them: real servers, tiny models, real
+pushes.
+"""
 
 import dataclasses
 import json
@@ -32,7 +34,9 @@ LONG = {"prompt_ids": [3, 4, 5], "seed": 7, "max_tokens": 480}
 
 @dataclasses.dataclass
 class Versions:
-    """The student after so many steps: the models, and the store in which a trainer publishes them."""
+    """The student after so many steps: the models, and the store in which a trainer
+    publishes them.
+    """
 
     models: dict[int, Qwen3ForCausalLM]
     root: object
@@ -45,7 +49,9 @@ class Versions:
     @torch.no_grad()
     def logprobs(self, version: int, prompt_ids: list[int], token_ids: list[int]) -> torch.Tensor:
         """[L] of the response under the weights of a version."""
-        logits = self.models[version](torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1]
+        logits = self.models[version](torch.tensor([prompt_ids + token_ids])).logits[
+            0, len(prompt_ids) - 1 : -1
+        ]
         return logits.log_softmax(-1).gather(-1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
@@ -68,9 +74,15 @@ def replica(tiny, versions, tmp_path_factory):
     log_dir = tmp_path_factory.mktemp("server")
     try:
         with serving(
-            str(tiny.student), protocol="rollout", weights_dir=versions.root, kv_cache_gib=KV_GIB, dtype="float32",
-            log_dir=log_dir, start_seconds=300.0, extra=("--enforce_eager",),
-        ) as (replica,):  # fmt: skip
+            str(tiny.student),
+            protocol="rollout",
+            weights_dir=versions.root,
+            kv_cache_gib=KV_GIB,
+            dtype="float32",
+            log_dir=log_dir,
+            start_seconds=300.0,
+            extra=("--enforce_eager",),
+        ) as (replica,):
             yield replica
     finally:
         del os.environ["OPD_SERVER_TOKEN"]
@@ -79,11 +91,14 @@ def replica(tiny, versions, tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(replica):
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    with httpx.Client(base_url=replica.url, headers=headers, timeout=SECONDS, trust_env=False) as client:
+    with httpx.Client(
+        base_url=replica.url, headers=headers, timeout=SECONDS, trust_env=False
+    ) as client:
         yield client
 
 
-# A cold engine as a synchronous trainer has it, in a process of its own: other tests' engines need theirs for themselves.
+# A cold engine as a synchronous trainer has it, in a process of its own: other tests' engines need
+# theirs for themselves.
 IN_PROCESS = """
 import dataclasses, json, sys
 from opd import distributed
@@ -96,7 +111,7 @@ with distributed.exit_together():
     samples = [engine.generate(job["prompts"], job["seeds"], job["stop_ids"], **options) for options in job["options"]]
     with open(sys.argv[2], "w") as answer:
         json.dump([[dataclasses.asdict(s) for s in part] for part in samples], answer)
-"""
+"""  # noqa: E501
 
 
 def generate(client, **question) -> dict:
@@ -106,7 +121,11 @@ def generate(client, **question) -> dict:
 
 
 def counted(client) -> dict[str, float]:
-    lines = [line.split() for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+    lines = [
+        line.split()
+        for line in client.get("/metrics").text.splitlines()
+        if not line.startswith("#")
+    ]
     return {name.removeprefix("opd_").removesuffix("_total"): float(value) for name, value in lines}
 
 
@@ -129,17 +148,27 @@ def under_way(client, **question):
 
 def push_to(versions, replica, version, **options):
     return push_to_servers(
-        [replica.url], version, versions.fence, TOKEN, **{"lease_s": 20.0, "deadline_s": SECONDS, **options}
+        [replica.url],
+        version,
+        versions.fence,
+        TOKEN,
+        **{"lease_s": 20.0, "deadline_s": SECONDS, **options},
     )
 
 
-# ---- One server's life -----------------------------------------------------------------------------------------------
+# ---- One server's life ---------------------------------------------------------------------------
 
 
 def test_a_server_without_a_push_serves_nothing(client, replica):
     answer = client.post("/generate", json={**LONG, "max_tokens": 1})
     assert (answer.status_code, answer.json()) == (503, {"error": "stale"})
-    facts = {"version": "1", "protocol": "opd-rollout-1", "weights": None, "state": "stale", "fence": 0}
+    facts = {
+        "version": "1",
+        "protocol": "opd-rollout-1",
+        "weights": None,
+        "state": "stale",
+        "fence": 0,
+    }
     assert client.get("/version").json() == facts | {
         "max_model_len": 512,
         "receivers": {"workers": 1, "backend": "gloo"},
@@ -150,7 +179,14 @@ def test_a_server_without_a_push_serves_nothing(client, replica):
 
 
 def test_only_our_routes_are_open_and_only_with_the_token(client, replica):
-    for path in ("/collective_rpc", "/reload_weights", "/sleep", "/reset_prefix_cache", "/v1/completions", "/docs"):
+    for path in (
+        "/collective_rpc",
+        "/reload_weights",
+        "/sleep",
+        "/reset_prefix_cache",
+        "/v1/completions",
+        "/docs",
+    ):
         assert client.post(path, json={}).status_code == 404, path
     with httpx.Client(base_url=replica.url, trust_env=False) as stranger:
         assert stranger.get("/health").status_code == 200
@@ -160,7 +196,8 @@ def test_only_our_routes_are_open_and_only_with_the_token(client, replica):
 
 
 def test_a_push_replaces_weights_and_cached_prefixes(client, replica, versions):
-    prompt_ids = [2 + i % 38 for i in range(300)]  # two blocks of the prefix cache, on a CPU of 128 tokens each
+    # two blocks of the prefix cache, on a CPU of 128 tokens each
+    prompt_ids = [2 + i % 38 for i in range(300)]
     for version in (1, 2):
         versions.publish(version)
         report = push_to(versions, replica, version)
@@ -169,7 +206,9 @@ def test_a_push_replaces_weights_and_cached_prefixes(client, replica, versions):
         for _ in range(2):  # the second one finds the prompt in the cache
             answer = generate(client, prompt_ids=prompt_ids, seed=1, max_tokens=20)
             expected = versions.logprobs(version, prompt_ids, answer["token_ids"])
-            torch.testing.assert_close(torch.tensor(answer["logprobs"]), expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(answer["logprobs"]), expected, atol=1e-5, rtol=0
+            )
             assert answer["spans"] == [[version, 0, 20]]
 
 
@@ -177,9 +216,11 @@ def test_tokens_are_those_of_a_cold_in_process_engine(client, versions, tiny, tm
     shutil.copytree(tiny.student, tmp_path / "model")
     versions.models[2].save_pretrained(tmp_path / "model")
     options = [
-        {"temperature": 1.0, "max_tokens": 40}, {"temperature": 0.7, "top_p": 0.9, "max_tokens": 12},
-        {"temperature": 1.3, "top_k": 5, "max_tokens": 12}, {"temperature": 0.0, "max_tokens": 12},
-    ]  # fmt: skip
+        {"temperature": 1.0, "max_tokens": 40},
+        {"temperature": 0.7, "top_p": 0.9, "max_tokens": 12},
+        {"temperature": 1.3, "top_k": 5, "max_tokens": 12},
+        {"temperature": 0.0, "max_tokens": 12},
+    ]
     prompts, seeds = [[3, 4, 5], [6, 7], [8, 9, 10, 11]] * 4, list(range(12))
     job = {
         "model": str(tmp_path / "model"),
@@ -191,8 +232,13 @@ def test_tokens_are_those_of_a_cold_in_process_engine(client, versions, tiny, tm
     (tmp_path / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-c", IN_PROCESS, tmp_path / "job.json", tmp_path / "samples.json"]
     subprocess.run(command, env=worker_environment(), check=True, timeout=300)
-    for part, expected in zip(options, json.loads((tmp_path / "samples.json").read_text()), strict=True):
-        ask = [{"prompt_ids": p, "seed": s, "stop_ids": [EOS, 17], **part} for p, s in zip(prompts, seeds, strict=True)]
+    for part, expected in zip(
+        options, json.loads((tmp_path / "samples.json").read_text()), strict=True
+    ):
+        ask = [
+            {"prompt_ids": p, "seed": s, "stop_ids": [EOS, 17], **part}
+            for p, s in zip(prompts, seeds, strict=True)
+        ]
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(lambda question: generate(client, **question), ask))
         for answer, sample in zip(answers, expected, strict=True):
@@ -211,11 +257,16 @@ def test_a_push_in_the_middle_of_a_response(client, replica, versions):
     assert (old, start, new, end) == (2, 0, 3, 480) and 0 < cut == again < 480
     assert answer["finish_reason"] == "length"
     got = torch.tensor(answer["logprobs"])
-    expected = {version: versions.logprobs(version, LONG["prompt_ids"], answer["token_ids"]) for version in (2, 3)}
+    expected = {
+        version: versions.logprobs(version, LONG["prompt_ids"], answer["token_ids"])
+        for version in (2, 3)
+    }
     torch.testing.assert_close(got[:cut], expected[2][:cut], atol=2e-5, rtol=0)
     torch.testing.assert_close(got[cut:], expected[3][cut:], atol=2e-5, rtol=0)
     # at the very token: its neighbours are not explained by the other weights
-    assert abs(got[cut] - expected[2][cut]) > 1e-3 and abs(got[cut - 1] - expected[3][cut - 1]) > 1e-3
+    assert (
+        abs(got[cut] - expected[2][cut]) > 1e-3 and abs(got[cut - 1] - expected[3][cut - 1]) > 1e-3
+    )
 
 
 def test_abort_ends_what_is_under_way(client, replica, versions):
@@ -235,13 +286,20 @@ def test_a_client_that_goes_takes_its_request_along(client, replica):
         impatient.post("/generate", json=LONG, timeout=0.3)
     wait_for(lambda: counted(client)["running"] + counted(client)["waiting"] == 0)
     after = counted(client)
-    assert after["requests"] == before["requests"] and after["engine_steps"] < before["engine_steps"] + 480
+    assert (
+        after["requests"] == before["requests"]
+        and after["engine_steps"] < before["engine_steps"] + 480
+    )
 
 
 def test_a_killed_pushers_lease_ends_the_pause(client, replica, versions):
     versions.publish(3)
-    code = f"from opd.weights.push import push; push([{replica.url!r}], 3, 1, {TOKEN!r}, lease_s=2.0)"
-    killed = subprocess.Popen([sys.executable, "-c", code], env=worker_environment(OPD_FAULT="push.paused:kill"))
+    code = (
+        f"from opd.weights.push import push; push([{replica.url!r}], 3, 1, {TOKEN!r}, lease_s=2.0)"
+    )
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code], env=worker_environment(OPD_FAULT="push.paused:kill")
+    )
     future = under_way(client, **LONG)
     wait_for(lambda: client.get("/version").json()["state"] == "paused")
     assert killed.wait(timeout=SECONDS) == -signal.SIGKILL
@@ -269,12 +327,16 @@ def test_a_half_loaded_server_is_stale_until_the_next_push(client, replica, vers
 def test_one_dead_replica_is_reported_and_the_other_serves(client, replica, versions):
     versions.publish(2)
     report = push_to_servers(["http://127.0.0.1:9", replica.url], 2, versions.fence, TOKEN)
-    assert [(r.url, r.ok) for r in report.replicas] == [("http://127.0.0.1:9", False), (replica.url, True)]
+    assert [(r.url, r.ok) for r in report.replicas] == [
+        ("http://127.0.0.1:9", False),
+        (replica.url, True),
+    ]
     assert "ConnectError" in report.failed[0].error
     (versions.root / "v3" / "model-00001.safetensors").write_bytes(b"torn")
     with pytest.raises(PushFailed, match="not what was published"):
         push_to(versions, replica, 3)
-    assert generate(client, **{**LONG, "max_tokens": 2})["spans"] == [[2, 0, 2]]  # resumed with what it had
+    # resumed with what it had
+    assert generate(client, **{**LONG, "max_tokens": 2})["spans"] == [[2, 0, 2]]
 
 
 def test_pushes_under_load_never_mix_versions(client, replica, versions):
@@ -318,9 +380,8 @@ def test_a_zombie_is_refused(client, replica, versions):
 
 def test_it_ends_with_what_it_has_started(client, replica):
     future = under_way(client, **LONG)
-    held = client.post(
-        "/pause", json={"fence": 2, "lease_s": 60, "mode": "keep"}
-    )  # or it may be answered on a slow machine
+    # or it may be answered on a slow machine
+    held = client.post("/pause", json={"fence": 2, "lease_s": 60, "mode": "keep"})
     assert held.status_code == 200 and not future.done()
     start = time.monotonic()
     replica.process.send_signal(signal.SIGTERM)
@@ -332,20 +393,33 @@ def test_it_ends_with_what_it_has_started(client, replica):
 
 def test_a_server_whose_engine_died_ends(tiny, tmp_path, monkeypatch):
     monkeypatch.delenv("OPD_SERVER_TOKEN", raising=False)
-    with serving(
-        str(tiny.student), protocol="rollout", weights_dir=tmp_path / "root", kv_cache_gib=KV_GIB, log_dir=tmp_path,
-        start_seconds=300.0, extra=("--enforce_eager", "--serve_initial"),
-    ) as (replica,), httpx.Client(base_url=replica.url, timeout=SECONDS, trust_env=False) as client:  # fmt: skip
+    with (
+        serving(
+            str(tiny.student),
+            protocol="rollout",
+            weights_dir=tmp_path / "root",
+            kv_cache_gib=KV_GIB,
+            log_dir=tmp_path,
+            start_seconds=300.0,
+            extra=("--enforce_eager", "--serve_initial"),
+        ) as (replica,),
+        httpx.Client(base_url=replica.url, timeout=SECONDS, trust_env=False) as client,
+    ):
         assert generate(client, **{**LONG, "max_tokens": 2})["spans"] == [[0, 0, 2]]
-        assert client.post("/pause", json={"fence": 1, "lease_s": 9}).status_code == 403  # no token, no control
-        (engine,) = [child for child in psutil.Process(replica.process.pid).children() if "Engine" in child.name()]
+        # no token, no control
+        assert client.post("/pause", json={"fence": 1, "lease_s": 9}).status_code == 403
+        (engine,) = [
+            child
+            for child in psutil.Process(replica.process.pid).children()
+            if "Engine" in child.name()
+        ]
         future = under_way(client, **LONG)
         engine.kill()
         assert future.exception(timeout=SECONDS) is not None
         wait_for(lambda: replica.process.poll() is not None, 10)
 
 
-# ---- Questions that make no sense ------------------------------------------------------------------------------------
+# ---- Questions that make no sense ----------------------------------------------------------------
 
 
 RIGHT = {"request_id": "r", "prompt_ids": [1, 2], "seed": 1, "max_tokens": 4}
@@ -354,12 +428,27 @@ RIGHT = {"request_id": "r", "prompt_ids": [1, 2], "seed": 1, "max_tokens": 4}
 @pytest.mark.parametrize(
     "change",
     [
-        {"prompt_ids": []}, {"prompt_ids": [40]}, {"prompt_ids": [-1]}, {"prompt_ids": [True]}, {"prompt_ids": "12"},
-        {"seed": None}, {"seed": 1.5}, {"seed": 1 << 63}, {"max_tokens": 0}, {"max_tokens": 511}, {"temperature": -1},
-        {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"stop_ids": [99]},
-        {"with_logprobs": 1}, {"request_id": 5}, {"lora": "x"},
+        {"prompt_ids": []},
+        {"prompt_ids": [40]},
+        {"prompt_ids": [-1]},
+        {"prompt_ids": [True]},
+        {"prompt_ids": "12"},
+        {"seed": None},
+        {"seed": 1.5},
+        {"seed": 1 << 63},
+        {"max_tokens": 0},
+        {"max_tokens": 511},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"stop_ids": [99]},
+        {"with_logprobs": 1},
+        {"request_id": 5},
+        {"lora": "x"},
     ],
-)  # fmt: skip
+)
 def test_a_question_that_makes_no_sense(change):
     read_sampling(RIGHT, vocab_size=VOCAB, max_model_len=CONTEXT)
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -1,4 +1,6 @@
-"""The scoring server: real processes, asked over HTTP, against the engines of this process and against whoever attacks it."""
+"""The scoring server: real processes, asked over HTTP, against the engines of this process and
+against whoever attacks it.
+"""
 
 import asyncio
 import pickle
@@ -40,18 +42,25 @@ DEADLINE = 120.0
 TOLERANCE = 2e-5
 
 
-def question(payload="topk", lengths=(5, 7), *, seed=0, vocab=SHARED_VOCAB, temperature=1.0) -> wire.Question:
+def question(
+    payload="topk", lengths=(5, 7), *, seed=0, vocab=SHARED_VOCAB, temperature=1.0
+) -> wire.Question:
     rng = random.Random(seed)
-    prompt_ids, response_ids = ([rng.randrange(2, SHARED_VOCAB) for _ in range(length)] for length in lengths)
+    prompt_ids, response_ids = (
+        [rng.randrange(2, SHARED_VOCAB) for _ in range(length)] for length in lengths
+    )
     k = K if "topk" in payload else 0
     return wire.Question(prompt_ids, response_ids, payload, k, vocab, temperature, HIDDEN)
 
 
 def query(asked: wire.Question) -> dict:
     return {
-        "prompt_length": len(asked.prompt_ids), "payload": asked.payload, "support_k": asked.support_k,
-        "temperature": asked.temperature, "vocab": asked.vocab,
-    }  # fmt: skip
+        "prompt_length": len(asked.prompt_ids),
+        "payload": asked.payload,
+        "support_k": asked.support_k,
+        "temperature": asked.temperature,
+        "vocab": asked.vocab,
+    }
 
 
 def body_of(asked: wire.Question) -> bytes:
@@ -59,7 +68,9 @@ def body_of(asked: wire.Question) -> bytes:
 
 
 def ask(url: str, asked: wire.Question) -> dict[str, torch.Tensor]:
-    answer = httpx.post(f"{url}/score", params=query(asked), content=body_of(asked), timeout=DEADLINE)
+    answer = httpx.post(
+        f"{url}/score", params=query(asked), content=body_of(asked), timeout=DEADLINE
+    )
     assert answer.status_code == 200, answer.text
     return wire.decode_scores(answer.content, asked)
 
@@ -82,7 +93,9 @@ def replicas(tiny, tmp_path_factory):
         for name, flags in extra.items():
             if name == "closed":
                 patch.setenv("OPD_SERVER_TOKEN", TOKEN)
-            options = ServerOptions(model=str(tiny.padded), name="math", kv_cache_gib=0.05, extra=flags)
+            options = ServerOptions(
+                model=str(tiny.padded), name="math", kv_cache_gib=0.05, extra=flags
+            )
             found[name] = start_replica(options, logs / f"{name}.log")
         found["closed"].wait_until_ready(DEADLINE)
         patch.delenv("OPD_SERVER_TOKEN")
@@ -109,25 +122,36 @@ def engines(tiny, device):
     leave_vllm()
 
 
-# ---- What it says ----------------------------------------------------------------------------------------------------
+# ---- What it says --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("vocab", "temperature"), [(SHARED_VOCAB, 1.0), (PADDED_VOCAB, 0.7)])
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_it_says_what_a_colocated_teacher_says(urls, engines, tiny, backend, payload, vocab, temperature):
+def test_it_says_what_a_colocated_teacher_says(
+    urls, engines, tiny, backend, payload, vocab, temperature
+):
     asked = question(payload, vocab=vocab, temperature=temperature)
     spec = TeacherSpec(name="math", model=str(tiny.padded), domains=("any",))
     pool = TeacherPool(
-        [ColocatedTeacher(spec, engines[backend], load_head(spec.model))], {"any": (("math", 1.0),)},
-        LossConfig(support_k=K, loss_temperature=temperature), payload=payload, cache_bytes=1 << 30,
-        shared_vocab=vocab, device=torch.device("cpu"),
-    )  # fmt: skip
+        [ColocatedTeacher(spec, engines[backend], load_head(spec.model))],
+        {"any": (("math", 1.0),)},
+        LossConfig(support_k=K, loss_temperature=temperature),
+        payload=payload,
+        cache_bytes=1 << 30,
+        shared_vocab=vocab,
+        device=torch.device("cpu"),
+    )
     prompt = Prompt(prompt_id=0, domain="any", token_ids=asked.prompt_ids)
     rollout = Rollout(
-        sample_id="0/0/0", prompt=prompt, source="student", response_ids=asked.response_ids, rollout_logprobs=None,
-        finish_reason="stop", policy_version=0,
-    )  # fmt: skip
+        sample_id="0/0/0",
+        prompt=prompt,
+        source="student",
+        response_ids=asked.response_ids,
+        rollout_logprobs=None,
+        finish_reason="stop",
+        policy_version=0,
+    )
     ((expected,),) = pool.score([rollout])
     answer = ask(urls[backend], asked)
     assert answer.keys() == asked.shapes.keys()
@@ -137,7 +161,10 @@ def test_it_says_what_a_colocated_teacher_says(urls, engines, tiny, backend, pay
 
 def test_vocab_cuts_the_padding_off(urls):
     """The padded rows are random and large: they stand in the top-k unless they are cut off."""
-    whole, cut = (ask(urls["hf"], question(vocab=vocab, lengths=(5, 40))) for vocab in (PADDED_VOCAB, SHARED_VOCAB))
+    whole, cut = (
+        ask(urls["hf"], question(vocab=vocab, lengths=(5, 40)))
+        for vocab in (PADDED_VOCAB, SHARED_VOCAB)
+    )
     assert int(whole["topk_ids"].max()) >= SHARED_VOCAB > int(cut["topk_ids"].max())
     assert (whole["logsumexp"] > cut["logsumexp"]).all()
 
@@ -153,16 +180,24 @@ def test_an_empty_response_has_empty_scores(urls, backend, payload):
 def test_many_at_once_are_batched_and_answered_each_for_itself(urls, backend):
     rng = random.Random(1)
     asked = [
-        question(PAYLOADS[i % 4], (rng.randint(1, 60), rng.randint(0, 90)), seed=i, vocab=(40, 64)[i % 2],
-                 temperature=(1.0, 0.5, 2.0)[i % 3])
+        question(
+            PAYLOADS[i % 4],
+            (rng.randint(1, 60), rng.randint(0, 90)),
+            seed=i,
+            vocab=(40, 64)[i % 2],
+            temperature=(1.0, 0.5, 2.0)[i % 3],
+        )
         for i in range(48)
-    ]  # fmt: skip
+    ]
     alone = [ask(urls[backend], one) for one in asked]
     before = metric(urls[backend], "opd_batches_total")
 
     async def all_at_once():
         async with httpx.AsyncClient(timeout=DEADLINE) as client:
-            posts = [client.post(f"{urls[backend]}/score", params=query(a), content=body_of(a)) for a in asked]
+            posts = [
+                client.post(f"{urls[backend]}/score", params=query(a), content=body_of(a))
+                for a in asked
+            ]
             return await asyncio.gather(*posts)
 
     answers = asyncio.run(all_at_once())
@@ -192,13 +227,26 @@ def test_it_introduces_itself(urls, tiny, tokenizer, backend):
     assert httpx.get(f"{url}/health").status_code == 200
     assert httpx.get(f"{url}/version").json() == {"version": "1", "protocol": "opd-scoring-1"}
     (model,) = httpx.get(f"{url}/v1/models").json()["data"]
-    assert (model["id"], model["root"], model["max_model_len"]) == ("math", str(tiny.padded), CONTEXT)
+    assert (model["id"], model["root"], model["max_model_len"]) == (
+        "math",
+        str(tiny.padded),
+        CONTEXT,
+    )
     assert httpx.get(f"{url}/info").json() == {
-        "content": content_hash(str(tiny.padded)), "vocab_size": PADDED_VOCAB, "hidden_size": HIDDEN,
-        "eos_ids": [tokenizer.eos_token_id], "max_support_k": PADDED_VOCAB, "max_model_len": CONTEXT,
-        "dtype": "float32", "logit_scale": 1.0, "logit_softcap": None, "has_bias": False,
-    }  # fmt: skip
-    tokens = httpx.post(f"{url}/tokenize", json={"prompt": "12+30=", "add_special_tokens": False}).json()["tokens"]
+        "content": content_hash(str(tiny.padded)),
+        "vocab_size": PADDED_VOCAB,
+        "hidden_size": HIDDEN,
+        "eos_ids": [tokenizer.eos_token_id],
+        "max_support_k": PADDED_VOCAB,
+        "max_model_len": CONTEXT,
+        "dtype": "float32",
+        "logit_scale": 1.0,
+        "logit_softcap": None,
+        "has_bias": False,
+    }
+    tokens = httpx.post(
+        f"{url}/tokenize", json={"prompt": "12+30=", "add_special_tokens": False}
+    ).json()["tokens"]
     assert tokens == tokenizer.encode("12+30=", add_special_tokens=False)
 
 
@@ -208,10 +256,16 @@ def test_the_head_is_that_of_the_checkpoint(urls, tiny):
     assert torch.equal(head["weight_VH"], load_head(str(tiny.padded)).weight_VH)
 
 
-# ---- Mistakes --------------------------------------------------------------------------------------------------------
+# ---- Mistakes ------------------------------------------------------------------------------------
 
 IDS = wire.encode_ids([5, 6, 7, 8])
-GOOD = {"prompt_length": 2, "payload": "topk", "support_k": 3, "temperature": 1.0, "vocab": SHARED_VOCAB}
+GOOD = {
+    "prompt_length": 2,
+    "payload": "topk",
+    "support_k": 3,
+    "temperature": 1.0,
+    "vocab": SHARED_VOCAB,
+}
 MISTAKES = {
     "no payload": ({"payload": None}, IDS, "payload"),
     "unknown payload": ({"payload": "logits"}, IDS, "payload"),
@@ -243,7 +297,9 @@ def test_a_mistake_is_400_with_one_line(urls, mistake):
     assert says in answer.json()["error"] and "\n" not in answer.json()["error"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"prompt": 3}', b'{"prompt": "a", "add_special_tokens": "no"}'])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"prompt": 3}', b'{"prompt": "a", "add_special_tokens": "no"}']
+)
 def test_a_text_that_is_none_is_400(urls, content):
     assert httpx.post(f"{urls['hf']}/tokenize", content=content).status_code == 400
 
@@ -255,7 +311,9 @@ def test_what_is_not_there_is_404_and_documents_nothing(urls):
 
 def test_an_engine_that_fails_costs_these_questions_and_no_others(tiny):
     """A sleeping engine refuses to work, and works again when it is awake."""
-    engine = HFEngine("math", str(tiny.padded), dtype="float32", trust_remote_code=False, residency="disk")
+    engine = HFEngine(
+        "math", str(tiny.padded), dtype="float32", trust_remote_code=False, residency="disk"
+    )
     scorer = scoring_engine.Scorer(engine, load_head(str(tiny.padded)), torch.float32)
     thread = scoring_engine.ScoringThread(lambda: scorer, scoring_engine.BatchLimits())
     served = ModelInfo("math", str(tiny.padded), "hash", (1,), CONTEXT, PADDED_VOCAB)
@@ -263,10 +321,14 @@ def test_an_engine_that_fails_costs_these_questions_and_no_others(tiny):
 
     async def statuses():
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=DEADLINE) as client:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://server", timeout=DEADLINE
+        ) as client:
             for change in (engine.sleep, engine.wake):
                 change()
-                yield await client.post("/score", params=query(question()), content=body_of(question()))
+                yield await client.post(
+                    "/score", params=query(question()), content=body_of(question())
+                )
 
     async def collected():
         return [answer async for answer in statuses()]
@@ -278,7 +340,9 @@ def test_an_engine_that_fails_costs_these_questions_and_no_others(tiny):
 
 def test_a_question_that_is_taken_back_is_not_computed(engines, tiny):
     scorer = scoring_engine.Scorer(engines["hf"], load_head(str(tiny.padded)), torch.float32)
-    thread = scoring_engine.ScoringThread(lambda: scorer, scoring_engine.BatchLimits(wait_seconds=1.0))
+    thread = scoring_engine.ScoringThread(
+        lambda: scorer, scoring_engine.BatchLimits(wait_seconds=1.0)
+    )
     first, second = (thread.submit(question(seed=seed)) for seed in range(2))
     assert first.cancel()
     assert wire.decode_scores(second.result(DEADLINE), question(seed=1))
@@ -296,25 +360,35 @@ def test_broken_weights_are_a_line_and_status_2(tiny, tmp_path, server):
     shutil.copytree(tiny.padded, path)
     (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     more = [] if server == "scoring_server" else ["--weights_dir", str(tmp_path / "weights")]
-    assert_refused(["--model", str(path), *more], f"--model {path}: model.safetensors is a git-lfs pointer", server)
+    assert_refused(
+        ["--model", str(path), *more],
+        f"--model {path}: model.safetensors is a git-lfs pointer",
+        server,
+    )
 
 
-# ---- Attacks ---------------------------------------------------------------------------------------------------------
+# ---- Attacks -------------------------------------------------------------------------------------
 
 
 def assert_refused(flags: list[str], says: str, server: str = "scoring_server", **env: str) -> None:
     command = [sys.executable, "-m", f"opd.{server}", *flags]
     environment = worker_environment(**env)
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
     assert run.returncode == 2, run.stderr
     assert says in run.stderr and len(run.stderr.splitlines()) == 1
 
 
 def test_it_does_not_leave_loopback_without_a_token(tiny):
-    assert_refused(["--model", str(tiny.padded), "--host", "0.0.0.0"], "--host 0.0.0.0: other machines")
+    assert_refused(
+        ["--model", str(tiny.padded), "--host", "0.0.0.0"], "--host 0.0.0.0: other machines"
+    )
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", "localhost.example.org", ""])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "192.0.2.1", "example.org", "localhost.example.org", ""]
+)
 def test_only_loopback_is_loopback(host):
     with pytest.raises(ValueError, match="other machines"):
         check_host(host, None)
@@ -332,14 +406,22 @@ def test_a_token_that_could_be_guessed_is_refused(tiny):
 
 @pytest.mark.parametrize("name", [*BACKENDS, "closed"])
 def test_every_socket_is_on_loopback(replicas, name):
-    found = set().union(*(listening_addresses(pid) for pid in processes.members(replicas[name].process.pid)))
+    found = set().union(
+        *(listening_addresses(pid) for pid in processes.members(replicas[name].process.pid))
+    )
     assert found and found <= LOOPBACK
 
 
 ROUTES = [
-    ("GET", "/version"), ("GET", "/v1/models"), ("GET", "/info"), ("GET", "/metrics"), ("GET", "/head"),
-    ("GET", "/nothing"), ("POST", "/tokenize"), ("POST", "/score"),
-]  # fmt: skip
+    ("GET", "/version"),
+    ("GET", "/v1/models"),
+    ("GET", "/info"),
+    ("GET", "/metrics"),
+    ("GET", "/head"),
+    ("GET", "/nothing"),
+    ("POST", "/tokenize"),
+    ("POST", "/score"),
+]
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -351,7 +433,12 @@ def test_every_route_wants_the_token(urls, method, path, given):
 
 def test_the_right_token_opens_and_health_needs_none(urls):
     assert httpx.get(f"{urls['closed']}/health").status_code == 200
-    assert httpx.get(f"{urls['closed']}/info", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert (
+        httpx.get(
+            f"{urls['closed']}/info", headers={"Authorization": f"Bearer {TOKEN}"}
+        ).status_code
+        == 200
+    )
 
 
 class Bomb:
@@ -371,7 +458,9 @@ def test_a_pickle_is_not_opened(urls, tmp_path):
 
 
 def raw(url: str, head: str, blocks=()) -> bytes:
-    """What the server answers to bytes that no client library would send, until it closes the connection."""
+    """What the server answers to bytes that no client library would send, until it closes the
+    connection.
+    """
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=DEADLINE) as connection:
         connection.sendall(head.encode())
@@ -391,12 +480,17 @@ def raw(url: str, head: str, blocks=()) -> bytes:
 
 @pytest.mark.parametrize("path", ["/score?prompt_length=1&payload=sampled", "/tokenize"])
 def test_a_length_header_of_10_gb_is_413_and_nothing_is_read(urls, path):
-    answer = raw(urls["hf"], f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {10 << 30}\r\n\r\n")
+    answer = raw(
+        urls["hf"], f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {10 << 30}\r\n\r\n"
+    )
     assert answer.startswith(b"HTTP/1.1 413")
 
 
 def test_a_body_without_a_length_is_read_to_its_bound_only(urls):
-    head = "POST /score?prompt_length=1&payload=sampled HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = (
+        "POST /score?prompt_length=1&payload=sampled HTTP/1.1\r\nHost: "
+        "x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
     sent = []
 
     def blocks():
@@ -407,10 +501,14 @@ def test_a_body_without_a_length_is_read_to_its_bound_only(urls):
     raw(urls["hf"], head, blocks())
     assert len(sent) < 1000
     with pytest.raises(httpx.HTTPError):
-        httpx.post(f"{urls['hf']}/score", params=GOOD, content=iter([bytes(1 << 16)] * 1000)).raise_for_status()
+        httpx.post(
+            f"{urls['hf']}/score", params=GOOD, content=iter([bytes(1 << 16)] * 1000)
+        ).raise_for_status()
 
 
-@pytest.mark.parametrize("path", ["/../../../etc/passwd", "/head/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["/../../../etc/passwd", "/head/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"]
+)
 def test_a_path_leads_nowhere(urls, path):
     answer = raw(urls["hf"], f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 404") and b"root:" not in answer
@@ -424,7 +522,9 @@ def test_a_full_queue_is_429_and_who_leaves_is_not_computed(urls):
     async def scenario():
         async with httpx.AsyncClient(headers=headers, timeout=DEADLINE) as client:
             posts = [
-                asyncio.ensure_future(client.post(f"{url}/score", params=query(asked), content=body_of(asked)))
+                asyncio.ensure_future(
+                    client.post(f"{url}/score", params=query(asked), content=body_of(asked))
+                )
                 for _ in range(2)
             ]
             while "opd_waiting 2" not in (await client.get(f"{url}/metrics")).text:
@@ -434,7 +534,11 @@ def test_a_full_queue_is_429_and_who_leaves_is_not_computed(urls):
             return refused, await posts[1]
 
     refused, answered = asyncio.run(asyncio.wait_for(scenario(), DEADLINE))
-    assert (refused.status_code, refused.headers["Retry-After"], answered.status_code) == (429, "1", 200)
+    assert (refused.status_code, refused.headers["Retry-After"], answered.status_code) == (
+        429,
+        "1",
+        200,
+    )
     assert metric(url, "opd_requests_total", headers=headers) == before + 1
 
 

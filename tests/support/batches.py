@@ -20,7 +20,10 @@ CHUNKS = [1, 3, 5, 1000]
 
 
 def randn(*shape, seed, scale=1.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        * scale
+    )
 
 
 HEADS = {name: randn(VOCAB, size, seed=size) for name, size in HIDDEN.items()}
@@ -36,12 +39,16 @@ class Batch:
         logits = self.logits_NV.detach()[:, :VOCAB].split(lengths)
         self.rollouts = [self._rollout(i, domain, logits[i]) for i, domain in enumerate(domains)]
         self.hidden = {
-            (r.prompt.prompt_id, name): randn(len(r.response_ids), size, seed=10 * r.prompt.prompt_id + size)
-            for r in self.rollouts for name, size in HIDDEN.items()
-        }  # fmt: skip
+            (r.prompt.prompt_id, name): randn(
+                len(r.response_ids), size, seed=10 * r.prompt.prompt_id + size
+            )
+            for r in self.rollouts
+            for name, size in HIDDEN.items()
+        }
         scored = [(r, self._scores(r, payload, temperature)) for r in self.rollouts]
         self.mb = collate(scored, pad_id=0, domains=DOMAINS)
-        self.tokens = [(r, t) for r in self.rollouts for t in range(len(r.response_ids))]  # the N, in their order
+        # the N, in their order
+        self.tokens = [(r, t) for r in self.rollouts for t in range(len(r.response_ids))]
 
     def _rollout(self, i, domain, logits_LV):
         """The sampler is near the student, but it is not the student."""
@@ -50,10 +57,15 @@ class Batch:
         logprobs_L = logits_LV.log_softmax(-1).gather(-1, ids_L[:, None])[:, 0]
         logprobs_L += 0.4 * torch.randn(ids_L.shape, generator=generator)
         return Rollout(
-            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain=domain, token_ids=[1] * (1 + i % 3)), source="student",
-            response_ids=ids_L.tolist(), finish_reason="stop", rollout_logprobs=logprobs_L.tolist(), policy_version=0,
+            sample_id=f"0/{i}/0",
+            prompt=Prompt(prompt_id=i, domain=domain, token_ids=[1] * (1 + i % 3)),
+            source="student",
+            response_ids=ids_L.tolist(),
+            finish_reason="stop",
+            rollout_logprobs=logprobs_L.tolist(),
+            policy_version=0,
             task_advantage=(i - 2.5) / 2,
-        )  # fmt: skip
+        )
 
     def teacher_logits(self, rollout, name):
         return self.hidden[rollout.prompt.prompt_id, name] @ HEADS[name].T
@@ -77,7 +89,11 @@ class Batch:
             if payload != "hidden":
                 entropy_L = -(logprobs_LV.exp() * logprobs_LV).sum(-1)
                 logsumexp_L = (self.teacher_logits(rollout, name) / temperature).logsumexp(-1)
-                content |= {"sampled_logprobs": sampled_L, "entropy": entropy_L, "logsumexp": logsumexp_L}
+                content |= {
+                    "sampled_logprobs": sampled_L,
+                    "entropy": entropy_L,
+                    "logsumexp": logsumexp_L,
+                }
             scores.append(TeacherScores(teacher=name, weight=weight, **content))
         return tuple(scores)
 
@@ -99,7 +115,9 @@ class Batch:
 
 
 def in_chunks(function, count, chunk):
-    """`function(rows) -> (loss_C, {name: stat_C})` over slices of `chunk` tokens, put together again."""
+    """`function(rows) -> (loss_C, {name: stat_C})` over slices of `chunk` tokens, put together
+    again.
+    """
     parts = [function(slice(i, min(i + chunk, count))) for i in range(0, count, chunk)]
     stats = {key: torch.cat([part[1][key] for part in parts]) for key in parts[0][1]}
     return torch.cat([part[0] for part in parts]), stats
@@ -110,9 +128,13 @@ def head_of(name):
 
 
 def chunk_of(batch, rows, cfg):
-    """The student's logits as the fused loss hands them out: at the loss temperature, without the padding."""
+    """The student's logits as the fused loss hands them out: at the loss temperature, without the
+    padding.
+    """
     logits_CV = batch.logits_NV.detach()[rows, :VOCAB] / cfg.loss_temperature
-    return LogitsChunk(logits_CV, form=LogitForm(), temperature=cfg.loss_temperature, want_gradient=True)
+    return LogitsChunk(
+        logits_CV, form=LogitForm(), temperature=cfg.loss_temperature, want_gradient=True
+    )
 
 
 def attached(batch, rows, chunk, loss_C):
@@ -129,7 +151,11 @@ def run_compare(batch, cfg, chunk):
         logits = chunk_of(batch, rows, cfg)
         seen = compare(logits, rows, batch.mb, head_of=head_of, cfg=cfg)
         extra = {"student": seen.student_logprobs_C, "teacher": seen.teacher_logprobs_C}
-        loss_C = torch.zeros(0) if seen.divergence_C is None else attached(batch, rows, logits, seen.divergence_C)
+        loss_C = (
+            torch.zeros(0)
+            if seen.divergence_C is None
+            else attached(batch, rows, logits, seen.divergence_C)
+        )
         return loss_C, {**seen.stats, **extra}
 
     return in_chunks(one, len(batch.tokens), chunk)
@@ -148,8 +174,18 @@ def close(actual, expected, tolerance=1e-10):
 
 
 def run_token_loss(batch, cfg, chunk=3, logprobs_N=None):
-    teachers = [ColocatedTeacher(TeacherSpec(name, name, "*"), None, head_of(name)) for name in HEADS]
-    pool = TeacherPool(teachers, {}, cfg, payload=payload_of(cfg), cache_bytes=1 << 30, shared_vocab=VOCAB, device=CPU)
+    teachers = [
+        ColocatedTeacher(TeacherSpec(name, name, "*"), None, head_of(name)) for name in HEADS
+    ]
+    pool = TeacherPool(
+        teachers,
+        {},
+        cfg,
+        payload=payload_of(cfg),
+        cache_bytes=1 << 30,
+        shared_vocab=VOCAB,
+        device=CPU,
+    )
     if logprobs_N is None:
         logprobs_N = torch.zeros(len(batch.tokens))
 
@@ -164,12 +200,16 @@ def run_token_loss(batch, cfg, chunk=3, logprobs_N=None):
 def sampled_logprobs(batch, temperature=1.0):
     """(student's [N], differentiable; teachers' weighted [N])"""
     cfg = LossConfig(loss_temperature=temperature)
-    student = torch.stack([batch.student_of(n, temperature)[batch.label(n)].log() for n in range(len(batch.tokens))])
+    student = torch.stack(
+        [batch.student_of(n, temperature)[batch.label(n)].log() for n in range(len(batch.tokens))]
+    )
     return student, naive_losses(batch, cfg, lambda p, q, label: q[label].log()).detach()
 
 
 def naive_divergence(p, q, cfg, tail="exact"):
-    """D(student p, teacher q) over outcomes with these probabilities; with a tail, p and q are a support's."""
+    """D(student p, teacher q) over outcomes with these probabilities; with a tail, p and q are a
+    support's.
+    """
     if tail == "bucket":
         p, q = (torch.cat([x, 1 - x.sum(0, keepdim=True)]) for x in (p, q))
     elif tail == "renormalize":

@@ -1,7 +1,9 @@
-"""A small HTTP/1.1 server in a thread of its own, on a loopback port, that can be told at any time to do wrong.
+"""A small HTTP/1.1 server in a thread of its own, on a loopback port, that can be told at any time
+to do wrong.
 
-`HttpServer` answers by a coroutine that a test gives; `FaultProxy` hands requests on to a real server. Both take a `Fault`, and
-both count. As a script it is a server in a process that a test can stop or kill: `python fault_proxy.py SECONDS_PER_ANSWER`.
+`HttpServer` answers by a coroutine that a test gives; `FaultProxy` hands requests on to a real
+server. Both take a `Fault`, and both count. As a script it is a server in a process that a test can
+stop or kill: `python fault_proxy.py SECONDS_PER_ANSWER`.
 """
 
 import asyncio
@@ -54,12 +56,14 @@ def is_scoring(request: Request) -> bool:
     return "x-request-id" in request.headers
 
 
-# ---- What can go wrong: (fault, connection, the answer that would be right) --------------------------------------------
+# ---- What can go wrong: (fault, connection, the answer that would be right) ----------------------
 
 
 def _status(status: int, **headers: str):
     async def fault(fault: Fault, connection: "_Connection", answer: Answer) -> None:
-        await connection.send(Answer(status, b'{"error": "no"}', {k.replace("_", "-"): v for k, v in headers.items()}))
+        await connection.send(
+            Answer(status, b'{"error": "no"}', {k.replace("_", "-"): v for k, v in headers.items()})
+        )
 
     return fault
 
@@ -154,17 +158,37 @@ async def _redirect(fault: Fault, connection: "_Connection", answer: Answer) -> 
 
 
 FAULTS = {
-    "500": _status(500), "503": _status(503), "429": _status(429, Retry_After="1"), "reset": _reset,
-    "cut_connection": _cut_connection, "cut_json": _cut_json, "hang": _hang, "delay": _delay, "slow_loris": _slow_loris,
-    "short": _changed(lambda choice: choice["prompt_logprobs"].pop()), "nan": _changed(_set_logprob(float("nan"))),
-    "null": _changed(_set_logprob(None)), "clamped": _changed(_set_logprob(-9999.0)), "outside": _changed(_outside),
-    "positive": _changed(_set_logprob(0.7)), "ten_gigabytes": _ten_gigabytes, "endless": _endless, "redirect": _redirect,
+    "500": _status(500),
+    "503": _status(503),
+    "429": _status(429, Retry_After="1"),
+    "reset": _reset,
+    "cut_connection": _cut_connection,
+    "cut_json": _cut_json,
+    "hang": _hang,
+    "delay": _delay,
+    "slow_loris": _slow_loris,
+    "short": _changed(lambda choice: choice["prompt_logprobs"].pop()),
+    "nan": _changed(_set_logprob(float("nan"))),
+    "null": _changed(_set_logprob(None)),
+    "clamped": _changed(_set_logprob(-9999.0)),
+    "outside": _changed(_outside),
+    "positive": _changed(_set_logprob(0.7)),
+    "ten_gigabytes": _ten_gigabytes,
+    "endless": _endless,
+    "redirect": _redirect,
     "limit_4": _changed(_fewer),
-}  # fmt: skip
-NEEDS_NO_ANSWER = {"500", "503", "429", "hang", "endless", "redirect"}  # the real server is not bothered
+}
+NEEDS_NO_ANSWER = {
+    "500",
+    "503",
+    "429",
+    "hang",
+    "endless",
+    "redirect",
+}  # the real server is not bothered
 
 
-# ---- Server ----------------------------------------------------------------------------------------------------------
+# ---- Server --------------------------------------------------------------------------------------
 
 
 class _Connection:
@@ -174,7 +198,10 @@ class _Connection:
     async def next_request(self) -> Request:
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, target, _ = head[0].split(" ")
-        headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in head[1:] if line)}
+        headers = {
+            k.strip().lower(): v.strip()
+            for k, _, v in (line.partition(":") for line in head[1:] if line)
+        }
         body = await self.reader.readexactly(int(headers.get("content-length", 0)))
         path, _, query = target.partition("?")
         return Request(method, path, headers, body, query)
@@ -198,12 +225,17 @@ class _Connection:
         """RST instead of FIN."""
         with contextlib.suppress(OSError):  # it is closed already
             linger = struct.pack("ii", 1, 0)
-            self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, linger
+            )
         self.writer.transport.abort()
 
 
 class HttpServer:
-    """Answers each request by `answer`. A client that leaves before its answer cancels it, and is counted in `left`."""
+    """Answers each request by `answer`.
+
+    A client that leaves before its answer cancels it, and is counted in `left`.
+    """
 
     def __init__(self, answer: Callable[[Request], Awaitable[Answer]]):
         self.answer = answer
@@ -273,7 +305,9 @@ class HttpServer:
         connection = _Connection(reader, writer)
         self._connections.add(connection)
         try:
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            with contextlib.suppress(
+                asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError
+            ):
                 while not writer.is_closing():
                     await self._handle(connection, await connection.next_request())
         finally:
@@ -314,15 +348,23 @@ class FaultProxy(HttpServer):
     """In front of a real server. `rewrite` is what to put for what, in requests and in answers."""
 
     def __init__(self, upstream: str):
-        self._client = httpx.AsyncClient(trust_env=False, timeout=DEADLINE_S, limits=httpx.Limits(max_connections=None))
+        self._client = httpx.AsyncClient(
+            trust_env=False, timeout=DEADLINE_S, limits=httpx.Limits(max_connections=None)
+        )
         self.upstream, self.rewrite = upstream, dict[bytes, bytes]()
         super().__init__(self._forward)
 
     async def _forward(self, request: Request) -> Answer:
-        kept = {k: v for k, v in request.headers.items() if k in ("content-type", "x-request-id", "authorization")}
+        kept = {
+            k: v
+            for k, v in request.headers.items()
+            if k in ("content-type", "x-request-id", "authorization")
+        }
         target = f"{self.upstream}{request.path}" + (f"?{request.query}" if request.query else "")
         body = self._rewritten(request.body)
-        response = await self._client.request(request.method, target, content=body or None, headers=kept)
+        response = await self._client.request(
+            request.method, target, content=body or None, headers=kept
+        )
         return Answer(response.status_code, self._rewritten(response.content))
 
     def _rewritten(self, body: bytes) -> bytes:

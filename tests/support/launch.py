@@ -36,32 +36,68 @@ class Models:
     eval: Path
 
 
-def command(models: Models, output_dir, *flags, script="train_mopd.py", launcher="python", ranks=1) -> list[str]:
+def command(
+    models: Models, output_dir, *flags, script="train_mopd.py", launcher="python", ranks=1
+) -> list[str]:
     teachers = [f"--teacher={name}={path}" for name, path in models.teachers.items()]
-    if script == "train_gkd.py":  # one teacher for every domain; the answers are the dataset's responses
+    # one teacher for every domain; the answers are the dataset's responses
+    if script == "train_gkd.py":
         teachers = [f"--teacher={next(iter(models.teachers.values()))}", "--response_key=answer"]
     start = [part.format(ranks=ranks, port=distributed.free_port()) for part in LAUNCHERS[launcher]]
     return [
-        *(*start, script, "--student_model", str(models.student), *teachers, "--data", *models.train),
-        *("--output_dir", str(output_dir), "--num_steps", "2", "--prompts_per_step", "8", "--micro_batch_size", "3"),
+        *(
+            *start,
+            script,
+            "--student_model",
+            str(models.student),
+            *teachers,
+            "--data",
+            *models.train,
+        ),
+        *(
+            "--output_dir",
+            str(output_dir),
+            "--num_steps",
+            "2",
+            "--prompts_per_step",
+            "8",
+            "--micro_batch_size",
+            "3",
+        ),
         *("--max_prompt_tokens", "16", "--max_response_tokens", "8", "--learning_rate", "1e-3"),
-        *("--rollout_kv_cache_gib", "0.05", "--teacher_kv_cache_gib", "0.05", "--parity_every", "1"),
+        *(
+            "--rollout_kv_cache_gib",
+            "0.05",
+            "--teacher_kv_cache_gib",
+            "0.05",
+            "--parity_every",
+            "1",
+        ),
         *("--enforce_eager", *flags),
     ]
 
 
 def start(arguments: list[str], **env) -> subprocess.CompletedProcess:
     """Runs to the end; the output is in the error message if a test fails on it."""
-    mine = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}  # this process may be a rank of its own
+    # this process may be a rank of its own
+    mine = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
     environment = {**mine, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
     return subprocess.run(
-        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
     )
 
 
 def succeed(arguments: list[str], **env) -> str:
     done = start(arguments, **env)
-    assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    assert done.returncode == 0, (
+        f"{' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    )
     return done.stdout
 
 

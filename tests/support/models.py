@@ -25,7 +25,8 @@ class Tiny:
     student: Path
     addition: Path  # teachers, named after their domains
     reversal: Path
-    padded: Path  # the addition teacher with 24 more rows in its vocabulary than the tokenizer has tokens
+    # the addition teacher with 24 more rows in its vocabulary than the tokenizer has tokens
+    padded: Path
     train: Path
     eval: Path
     domains: tuple[str, ...] = DOMAINS
@@ -63,7 +64,9 @@ def random_model(name: str, tokenizer, **changes) -> Qwen3ForCausalLM:
 
 
 def padded(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """More rows in embedding and head, as a vocabulary rounded up for the hardware; the new ones are random."""
+    """More rows in embedding and head, as a vocabulary rounded up for the hardware; the new ones
+    are random.
+    """
     torch.manual_seed(99)
     old = {name: value.clone() for name, value in model.state_dict().items()}
     model.resize_token_embeddings(PADDED_VOCAB)
@@ -86,4 +89,8 @@ def row(domain: str, rng: random.Random) -> dict:
     else:
         word = "".join(rng.choices(LETTERS, k=rng.randint(3, 7)))
         question, answer = f"{word}=", word[::-1]
-    return {"data_source": domain, "prompt": [{"role": "user", "content": question}], "answer": answer}
+    return {
+        "data_source": domain,
+        "prompt": [{"role": "user", "content": question}],
+        "answer": answer,
+    }

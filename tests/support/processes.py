@@ -6,15 +6,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH_VARIABLES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def leave_vllm() -> None:
-    """Ends vLLM's process groups, so that the next module of tests may build engines in this process again."""
+    """Ends vLLM's process groups, so that the next module of tests may build engines in this
+    process again.
+    """
     import gc
 
-    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+    from vllm.distributed.parallel_state import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+    )
 
     gc.collect()
     destroy_model_parallel()
@@ -23,7 +34,11 @@ def leave_vllm() -> None:
 
 def worker_environment(**more: str) -> dict[str, str]:
     """For subprocesses on the CPU: nothing of this process's ranks or faults, one thread each."""
-    kept = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES and not k.startswith("OPD_FAULT")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in LAUNCH_VARIABLES and not k.startswith("OPD_FAULT")
+    }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
         **kept,
@@ -36,7 +51,9 @@ def worker_environment(**more: str) -> dict[str, str]:
 
 
 def listening_addresses(pid: int) -> set[str]:
-    """Local addresses, in the kernel's own hexadecimal, of the TCP sockets on which a process listens."""
+    """Local addresses, in the kernel's own hexadecimal, of the TCP sockets on which a process
+    listens.
+    """
     inodes = set()
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):  # it closes while we look

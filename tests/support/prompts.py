@@ -21,12 +21,16 @@ TEMPLATE = (
 
 def make_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """One token per character. Adds BOS and EOS to plain text, as some tokenizers do."""
-    vocab = {token: i for i, token in enumerate((*SPECIAL, *string.ascii_lowercase, *string.digits, *" +=?"))}
+    vocab = {
+        token: i
+        for i, token in enumerate((*SPECIAL, *string.ascii_lowercase, *string.digits, *" +=?"))
+    }
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", vocab["<bos>"]), ("<eos>", vocab["<eos>"])]
+        single="<bos> $A <eos>",
+        special_tokens=[("<bos>", vocab["<bos>"]), ("<eos>", vocab["<eos>"])],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -46,7 +50,9 @@ def ids(text: str) -> list[int]:
 
 
 def write(path: Path, rows: list) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 

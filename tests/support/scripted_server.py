@@ -22,18 +22,24 @@ DEADLINE_S = 60
 
 @dataclass
 class Scripted:
-    """What the server does with requests; `log` has (request id, version) in the order of the answers."""
+    """What the server does with requests; `log` has (request id, version) in the order of the
+    answers.
+    """
 
     version: int = 0
     delays: dict[str, float] = field(default_factory=dict)
-    first_answers: dict[str, dict] = field(default_factory=dict)  # request id -> what its first answer has instead
+    # request id -> what its first answer has instead
+    first_answers: dict[str, dict] = field(default_factory=dict)
     log: list[tuple[str, int]] = field(default_factory=list)
     bodies: dict[str, dict] = field(default_factory=dict)
-    length: Callable[[random.Random, int], int] = lambda rng, most: rng.randint(1, most)  # of a response
+    # of a response
+    length: Callable[[random.Random, int], int] = lambda rng, most: rng.randint(1, most)
     seconds_per_token: float = 0.0
     lengths: list[int] = field(default_factory=list)  # in the order of the answers
-    judged: list[str] = field(default_factory=list)  # whose log-probabilities were asked for, in their order
-    late: dict[str, int] = field(default_factory=dict)  # request id -> how many versions its first answer is behind
+    # whose log-probabilities were asked for, in their order
+    judged: list[str] = field(default_factory=list)
+    # request id -> how many versions its first answer is behind
+    late: dict[str, int] = field(default_factory=dict)
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -52,9 +58,11 @@ class Scripted:
                 self.lengths.append(L)
             tokens = [rng.randrange(2, VOCAB) for _ in range(L)]
             answer = {
-                "token_ids": tokens, "finish_reason": "length", "spans": [[version, 0, L]],
+                "token_ids": tokens,
+                "finish_reason": "length",
+                "spans": [[version, 0, L]],
                 "logprobs": [-0.5] * L if body["with_logprobs"] else None,
-            }  # fmt: skip
+            }
             return JSONResponse(answer | self.first_answers.pop(name, {}))
 
         @app.post("/logprobs")
@@ -68,7 +76,8 @@ class Scripted:
             arrays = {"logprobs": -torch.arange(1.0, L + 1), "entropy": torch.arange(0.0, L)}
             question = LogprobQuestion(ids[:prompt_length], ids[prompt_length:])
             return Response(
-                encode_logprobs(arrays, question, self.version - late), media_type="application/octet-stream"
+                encode_logprobs(arrays, question, self.version - late),
+                media_type="application/octet-stream",
             )
 
         return app
@@ -77,7 +86,12 @@ class Scripted:
 @contextmanager
 def serving(script: Scripted):
     """`script` behind a port of the loopback interface; its `url` says which."""
-    where = {"host": "127.0.0.1", "port": getattr(script, "port", 0), "log_level": "error", "lifespan": "off"}
+    where = {
+        "host": "127.0.0.1",
+        "port": getattr(script, "port", 0),
+        "log_level": "error",
+        "lifespan": "off",
+    }
     running = uvicorn.Server(uvicorn.Config(script.app(), timeout_graceful_shutdown=1, **where))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()

@@ -1,4 +1,6 @@
-"""Real vLLM servers of tiny models, on loopback ports, that tests start, kill and stop with everything they started."""
+"""Real vLLM servers of tiny models, on loopback ports, that tests start, kill and stop with
+everything they started.
+"""
 
 import contextlib
 import os
@@ -30,12 +32,34 @@ class VllmServer:
         self.name, self.port = name, free_port()
         self.log = tempfile.NamedTemporaryFile(prefix=f"vllm-{name}-", suffix=".log", mode="w+")  # noqa: SIM115
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name,
-            "--host", "127.0.0.1", "--port", str(self.port), "--max-logprobs", "64", "--kv-cache-memory-bytes", str(32 << 20),
-            "--enforce-eager", "--dtype", "float32", "--no-enable-prefix-caching", "--disable-uvicorn-access-log", *options,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(model),
+            "--served-model-name",
+            name,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--max-logprobs",
+            "64",
+            "--kv-cache-memory-bytes",
+            str(32 << 20),
+            "--enforce-eager",
+            "--dtype",
+            "float32",
+            "--no-enable-prefix-caching",
+            "--disable-uvicorn-access-log",
+            *options,
+        ]
         self.process = subprocess.Popen(
-            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
     @property
@@ -56,7 +80,11 @@ class VllmServer:
 
     def kill(self) -> None:
         """SIGKILL to the server and all that it started."""
-        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        children = (
+            psutil.Process(self.process.pid).children(recursive=True)
+            if self.process.poll() is None
+            else []
+        )
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=30)
@@ -73,12 +101,18 @@ class VllmServer:
         return "".join(Path(self.log.name).read_text().splitlines(keepends=True)[-30:])
 
 
-def start_two_by_two(wanted: Sequence[tuple[Path, str]], environment: dict[str, str]) -> list[VllmServer]:
-    """Servers of (model, name), in that order: more than two at once only wait for each other on a small machine."""
+def start_two_by_two(
+    wanted: Sequence[tuple[Path, str]], environment: dict[str, str]
+) -> list[VllmServer]:
+    """Servers of (model, name), in that order: more than two at once only wait for each other on a
+    small machine.
+    """
     servers: list[VllmServer] = []
     try:
         for start in range(0, len(wanted), 2):
-            servers += [VllmServer(model, name, environment) for model, name in wanted[start : start + 2]]
+            servers += [
+                VllmServer(model, name, environment) for model, name in wanted[start : start + 2]
+            ]
             for server in servers[start:]:
                 server.ready()
     except BaseException:

@@ -1,4 +1,6 @@
-"""Servers are kept at the version that was pushed last: real control routes on real sockets, around an engine that is none."""
+"""Servers are kept at the version that was pushed last: real control routes on real sockets, around
+an engine that is none.
+"""
 
 import asyncio
 import socket
@@ -56,7 +58,9 @@ def test_a_push_reaches_every_role_and_a_server_that_lost_its_weights_gets_them_
     with serving(Server(root)) as first, serving(Server(root)) as second:
         with keeper_of(root, rollout=[first.url], logprob=[second.url]) as keeper:
             found = keeper.push(parameters(), 1)
-            assert found["bytes"] > 0 and found["s"] >= found["pause_s"] > 0 and found["publish_s"] > 0
+            assert (
+                found["bytes"] > 0 and found["s"] >= found["pause_s"] > 0 and found["publish_s"] > 0
+            )
             assert first.loaded == second.loaded == [1]
             keeper.push(parameters(), 2)
             second.gate.version = None  # as after a restart
@@ -70,7 +74,10 @@ def test_a_role_without_a_server_is_waited_for_and_then_named(root, monkeypatch)
     monkeypatch.setattr(keeper_module, "warn", warnings.append)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with serving(Server(root)) as there, keeper_of(root, logprob=[there.url], rollout=[url]) as keeper:
+    with (
+        serving(Server(root)) as there,
+        keeper_of(root, logprob=[there.url], rollout=[url]) as keeper,
+    ):
         with pytest.raises(PushFailed, match=f"^rollout: no server took .* {url}"):
             keeper.push(parameters(), 1)
         keeper.wait_s = DEADLINE_S
@@ -81,13 +88,19 @@ def test_a_role_without_a_server_is_waited_for_and_then_named(root, monkeypatch)
             with serving(late):
                 pushed.result(timeout=DEADLINE_S)
         assert late.loaded == [2]
-        assert len(warnings) == 2 and "version 1" in warnings[0] and "version 2" in warnings[1]  # not at each try
+        # not at each try
+        assert len(warnings) == 2 and "version 1" in warnings[0] and "version 2" in warnings[1]
 
 
-def test_a_server_that_missed_a_push_does_not_hold_up_the_next_one_and_comes_back(root, monkeypatch):
+def test_a_server_that_missed_a_push_does_not_hold_up_the_next_one_and_comes_back(
+    root, monkeypatch
+):
     warnings, port = [], free_port()
     monkeypatch.setattr(keeper_module, "warn", warnings.append)
-    with serving(Server(root)) as there, keeper_of(root, rollout=[f"http://127.0.0.1:{port}/", there.url]) as keeper:
+    with (
+        serving(Server(root)) as there,
+        keeper_of(root, rollout=[f"http://127.0.0.1:{port}/", there.url]) as keeper,
+    ):
         for version in (1, 2, 3):
             keeper.push(parameters(), version)
         assert len(warnings) == 1 and "version 1" in warnings[0]  # it was not asked for the others

@@ -10,7 +10,10 @@ import torch
 from opd.weights import store
 from opd.weights.store import publish, verify
 
-WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(4, dtype=torch.bfloat16)}
+WEIGHTS = {
+    "a.weight": torch.arange(6.0).reshape(2, 3),
+    "b.weight": torch.ones(4, dtype=torch.bfloat16),
+}
 
 
 @pytest.fixture
@@ -21,13 +24,18 @@ def root(tmp_path):
 
 def shards(directory) -> dict[str, torch.Tensor]:
     index = json.loads((directory / store.VERSION_INDEX).read_text())["weight_map"]
-    return {name: safetensors.torch.load_file(directory / file)[name] for name, file in index.items()}
+    return {
+        name: safetensors.torch.load_file(directory / file)[name] for name, file in index.items()
+    }
 
 
 def test_what_is_read_is_what_was_written(root):
     found = shards(verify(root, 3, 5))
     assert found.keys() == WEIGHTS.keys()
-    assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in WEIGHTS.items())
+    assert all(
+        found[name].dtype == value.dtype and torch.equal(found[name], value)
+        for name, value in WEIGHTS.items()
+    )
     assert root.stat().st_mode & 0o777 == (root / "v3").stat().st_mode & 0o777 == 0o700
 
 
@@ -42,8 +50,13 @@ def test_large_weights_are_split_and_copied_one_by_one(tmp_path, monkeypatch):
     published = publish(tmp_path / "store", gathered(), 1, 1)
     directory = verify(tmp_path / "store", 1)
     assert len(list(directory.glob("*.safetensors"))) == 5
-    assert published.bytes == sum(file.stat().st_size for file in directory.iterdir() if file.name != "manifest.json")
-    assert all(torch.equal(value, torch.full((8,), float(name[1:]))) for name, value in shards(directory).items())
+    assert published.bytes == sum(
+        file.stat().st_size for file in directory.iterdir() if file.name != "manifest.json"
+    )
+    assert all(
+        torch.equal(value, torch.full((8,), float(name[1:])))
+        for name, value in shards(directory).items()
+    )
 
 
 def test_the_two_newest_are_kept_by_trainer_then_version(root):
@@ -53,7 +66,10 @@ def test_the_two_newest_are_kept_by_trainer_then_version(root):
     publish(root, WEIGHTS.items(), 3, 6)
     assert {path.name for path in root.iterdir()} == {"v2", "v3"}
     publish(root, WEIGHTS.items(), 1, 6)
-    assert {path.name for path in root.iterdir()} == {"v1", "v3"}  # never the one that a server is about to read
+    assert {path.name for path in root.iterdir()} == {
+        "v1",
+        "v3",
+    }  # never the one that a server is about to read
 
 
 def test_a_version_is_replaced_whole(root):
@@ -118,13 +134,23 @@ SHARD, MANIFEST = "model-00001.safetensors", store.VERSION_MANIFEST
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        (SHARD, flip), (SHARD, tear), (SHARD, link), (SHARD, os.remove),
-        (store.VERSION_INDEX, flip), (store.VERSION_INDEX, os.remove), (MANIFEST, tear), (MANIFEST, os.remove),
-        (MANIFEST, link), (MANIFEST, renumber), (MANIFEST, escape),
-        ("extra.safetensors", lambda p: p.write_bytes(b"")), (".", lambda p: p.chmod(0o755)),
-        ("..", lambda p: p.chmod(0o770)), ("../v3", link),
+        (SHARD, flip),
+        (SHARD, tear),
+        (SHARD, link),
+        (SHARD, os.remove),
+        (store.VERSION_INDEX, flip),
+        (store.VERSION_INDEX, os.remove),
+        (MANIFEST, tear),
+        (MANIFEST, os.remove),
+        (MANIFEST, link),
+        (MANIFEST, renumber),
+        (MANIFEST, escape),
+        ("extra.safetensors", lambda p: p.write_bytes(b"")),
+        (".", lambda p: p.chmod(0o755)),
+        ("..", lambda p: p.chmod(0o770)),
+        ("../v3", link),
     ],
-)  # fmt: skip
+)
 def test_damage_is_refused(root, name, damage):
     damage(root / "v3" / name if name != "../v3" else root / "v3")
     with pytest.raises(ValueError):

@@ -1,4 +1,6 @@
-"""Whole asynchronous runs on real rollout servers: the synchronous run at staleness 0, the bound above it, and kills."""
+"""Whole asynchronous runs on real rollout servers: the synchronous run at staleness 0, the bound
+above it, and kills.
+"""
 
 import json
 import signal
@@ -7,10 +9,18 @@ import pytest
 
 from opd.records import sample_ledger
 from opd.servers.server_processes import serving
-from tests.support.launch import command, ledger_of, losses_of, metrics_of, parameter_hash, start, succeed
+from tests.support.launch import (
+    command,
+    ledger_of,
+    losses_of,
+    metrics_of,
+    parameter_hash,
+    start,
+    succeed,
+)
 from tests.support.metrics_page import documented_keys, undocumented
-from tests.whole_runs.test_standalone import models  # noqa: F401
 from tests.support.processes import ROOT
+from tests.whole_runs.test_standalone import models  # noqa: F401
 
 pytestmark = pytest.mark.e2e
 STEPS = 5
@@ -23,9 +33,18 @@ def servers(models, key, tmp_path):  # noqa: F811
     weights.mkdir(mode=0o700)
     common = {"weights_dir": weights, "dtype": "float32", "start_seconds": 300.0}
     extra = ["--max_model_len", "24", "--enforce_eager"]
-    with serving(
-        str(models.student), replicas=2, name="rollout", protocol="rollout", kv_cache_gib=0.05, extra=extra, **common
-    ) as replicas, serving(str(models.student), name="logprob", protocol="logprob", **common) as (logprob,):  # fmt: skip
+    with (
+        serving(
+            str(models.student),
+            replicas=2,
+            name="rollout",
+            protocol="rollout",
+            kv_cache_gib=0.05,
+            extra=extra,
+            **common,
+        ) as replicas,
+        serving(str(models.student), name="logprob", protocol="logprob", **common) as (logprob,),
+    ):
         yield replicas, weights, logprob
 
 
@@ -33,9 +52,19 @@ def launch(models, run_dir, servers, *flags, **changes):  # noqa: F811
     replicas, weights, _ = servers
     urls = [replica.url for replica in replicas if replica.alive]
     return command(
-        models, run_dir, "--num_steps", str(STEPS), "--mode", "async", "--weights_dir", str(weights), *flags,
-        "--rollout_servers", *urls, **changes,
-    )  # fmt: skip
+        models,
+        run_dir,
+        "--num_steps",
+        str(STEPS),
+        "--mode",
+        "async",
+        "--weights_dir",
+        str(weights),
+        *flags,
+        "--rollout_servers",
+        *urls,
+        **changes,
+    )
 
 
 def test_async_runs(models, servers, tmp_path):  # noqa: F811
@@ -43,17 +72,21 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     calm = tmp_path / "sync"
     succeed(command(models, calm, "--num_steps", str(STEPS)))
 
-    # A push that fails comes after the update: the step is saved as done, and its samples are not trained on again.
+    # A push that fails comes after the update: the step is saved as done, and its samples are not
+    # trained on again.
     failed = tmp_path / "push_fails"
     arguments = launch(models, failed, servers, "--max_staleness", "0")
     stopped = start(arguments, OPD_FAULT="push.paused:raise@5")
-    assert stopped.returncode == 1 and "pushing weights of version 2 failed" in stopped.stderr, stopped.stderr[-2000:]
+    assert stopped.returncode == 1 and "pushing weights of version 2 failed" in stopped.stderr, (
+        stopped.stderr[-2000:]
+    )
     assert [path.name for path in (failed / "checkpoints").iterdir()] == ["step_2"]
     assert [row["step"] for row in metrics_of(failed)] == [1, 2]
     succeed(arguments)
     assert losses_of(failed) == losses_of(calm) and parameter_hash(failed) == parameter_hash(calm)
 
-    # Staleness 0 is the synchronous run, bit for bit; killed in the middle of a step and resumed, too.
+    # Staleness 0 is the synchronous run, bit for bit; killed in the middle of a step and resumed,
+    # too.
     same = tmp_path / "staleness_0"
     arguments = launch(models, same, servers, "--max_staleness", "0", "--save_every", "2")
     killed = start(arguments, OPD_FAULT="train.after_step:kill@4")
@@ -65,18 +98,36 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     assert parameter_hash(same) == parameter_hash(calm)
 
     # The old policy of a log-prob server is that of the trainer, where nothing is stale.
-    loss = ("--loss", "reverse_kl_pg", "--clip_low", "0.2", "--is_mode", "truncate", "--num_steps", "3")
+    loss = (
+        "--loss",
+        "reverse_kl_pg",
+        "--clip_low",
+        "0.2",
+        "--is_mode",
+        "truncate",
+        "--num_steps",
+        "3",
+    )
     recomputed, asked = tmp_path / "recompute", tmp_path / "server"
     succeed(command(models, recomputed, *loss, "--old_logprobs", "recompute"))
-    server = ("--old_logprobs", "server", "--logprob_servers", servers[2].url, "--max_staleness", "0")
+    server = (
+        "--old_logprobs",
+        "server",
+        "--logprob_servers",
+        servers[2].url,
+        "--max_staleness",
+        "0",
+    )
     succeed(launch(models, asked, servers, *loss, *server))
     assert losses_of(asked) == pytest.approx(losses_of(recomputed), abs=1e-4)
     for row in metrics_of(asked):
         assert row["mismatch/old_policy_gap"] < 1e-5 and row["staleness/old_policy_lag"] == 0
         assert row["mismatch/abs_max"] < 1e-4 and row["logprob/failures"] == 0
-    assert sum(row["logprob/requests"] for row in metrics_of(asked)) == 3 * 8  # some of a step's in the row before
+    # some of a step's in the row before
+    assert sum(row["logprob/requests"] for row in metrics_of(asked)) == 3 * 8
 
-    # Above it nothing is lost, nothing is trained on twice, and the bound holds, whatever is killed.
+    # Above it nothing is lost, nothing is trained on twice, and the bound holds, whatever is
+    # killed.
     stale = tmp_path / "staleness_2"
     flags = ("--max_staleness", "2", "--save_every", "1", "--is_mode", "truncate")
     killed = start(launch(models, stale, servers, *flags), OPD_FAULT="ahead.landed:kill@30")
@@ -92,7 +143,12 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     assert all(0 <= row["perf/trainer_idle"] <= 1 for row in trained)
     emitted = {name for row in trained for name in row if name != "step"}
     assert not undocumented(emitted, documented_keys(ROOT / "docs" / "metrics.md"))
-    assert {"rollout/waited_s", "rollout/ready", "rollout/in_flight", "rollout/push_pause_s"} <= emitted
+    assert {
+        "rollout/waited_s",
+        "rollout/ready",
+        "rollout/in_flight",
+        "rollout/push_pause_s",
+    } <= emitted
 
 
 def test_servers_that_the_trainer_starts_are_gone_with_it(models, tmp_path):  # noqa: F811

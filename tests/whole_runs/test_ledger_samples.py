@@ -1,4 +1,6 @@
-"""The sample ledger: what stands in it, how two are compared, and that a run killed anywhere leaves the undisturbed one's."""
+"""The sample ledger: what stands in it, how two are compared, and that a run killed anywhere leaves
+the undisturbed one's.
+"""
 
 import json
 import signal
@@ -12,9 +14,14 @@ from tests.support.launch import at_most_two, command, parameter_hash, start, su
 
 def rollout_of(sample_id: str, response_ids=(7, 8)) -> Rollout:
     return Rollout(
-        sample_id=sample_id, prompt=Prompt(prompt_id=3, domain="math", token_ids=[5, 6]), source="student",
-        response_ids=list(response_ids), rollout_logprobs=None, finish_reason="stop", policy_version=2,
-    )  # fmt: skip
+        sample_id=sample_id,
+        prompt=Prompt(prompt_id=3, domain="math", token_ids=[5, 6]),
+        source="student",
+        response_ids=list(response_ids),
+        rollout_logprobs=None,
+        finish_reason="stop",
+        policy_version=2,
+    )
 
 
 def rows(*sample_ids: str, step: int = 1) -> list[dict]:
@@ -25,9 +32,14 @@ def rows(*sample_ids: str, step: int = 1) -> list[dict]:
 def test_a_row_says_what_was_trained_on():
     (row,) = rows("2/0/1", step=3)
     assert row == {
-        "id": "2/0/1", "prompt_id": 3, "domain": "math", "teachers": ["a", "b"], "policy_version": 2,
-        "tokens": "f3e0813c89d0991f", "step": 3,
-    }  # fmt: skip
+        "id": "2/0/1",
+        "prompt_id": 3,
+        "domain": "math",
+        "teachers": ["a", "b"],
+        "policy_version": 2,
+        "tokens": "f3e0813c89d0991f",
+        "step": 3,
+    }
     assert token_hash(rollout_of("0/0/0", (7, 9))) != row["tokens"]
 
 
@@ -57,7 +69,12 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
 def test_every_difference_is_said():
     expected = rows("0/0/0", "0/1/0", "0/2/0")
     assert differences(expected, expected[::-1]) == []
-    found = [expected[0], expected[0], {**expected[1], "tokens": "f", "teachers": ["a"]}, *rows("1/0/0")]
+    found = [
+        expected[0],
+        expected[0],
+        {**expected[1], "tokens": "f", "teachers": ["a"]},
+        *rows("1/0/0"),
+    ]
     assert differences(expected, found) == [
         "0/0/0: trained on 2 times",
         "0/1/0: teachers is ['a'], expected ['a', 'b']",
@@ -67,11 +84,12 @@ def test_every_difference_is_said():
     ]
 
 
-# ---- Real runs -------------------------------------------------------------------------------------------------------
+# ---- Real runs -----------------------------------------------------------------------------------
 
 FLAGS = ("--num_steps", "4", "--save_every", "2", "--parity_every", "0", "--teacher_backend", "hf")
 GKD = ("--lmbda", "0.5", "--seed", "1")  # some steps are the student's, some the data set's
-# After the weights changed but before the ledger, after the ledger but before the metrics, after both but before the checkpoint.
+# After the weights changed but before the ledger, after the ledger but before the metrics, after
+# both but before the checkpoint.
 STRIKES = {
     "train.after_step:kill@3": "train_mopd.py",
     "ledger.written:kill@3": "train_mopd.py",
@@ -84,7 +102,9 @@ def flags_of(script: str) -> tuple[str, ...]:
 
 
 @pytest.mark.e2e
-def test_a_run_killed_anywhere_and_resumed_has_the_ledger_and_weights_of_an_undisturbed_one(models, tmp_path):  # noqa: F811
+def test_a_run_killed_anywhere_and_resumed_has_the_ledger_and_weights_of_an_undisturbed_one(
+    models, tmp_path
+):
     def undisturbed(script):
         succeed(command(models, tmp_path / script, *flags_of(script), script=script))
 
@@ -100,7 +120,10 @@ def test_a_run_killed_anywhere_and_resumed_has_the_ledger_and_weights_of_an_undi
         expected = read(tmp_path / script / FILE)
         assert len({row["id"] for row in expected}) == len(expected) == num_samples
         assert [row["step"] for row in expected] == sorted(row["step"] for row in expected)
-        assert all(int(row["id"].split("/")[0]) == row["policy_version"] == row["step"] - 1 for row in expected)
+        assert all(
+            int(row["id"].split("/")[0]) == row["policy_version"] == row["step"] - 1
+            for row in expected
+        )
         for fault in (f for f, s in STRIKES.items() if s == script):
             assert differences(expected, read(tmp_path / fault / FILE)) == [], fault
             assert parameter_hash(tmp_path / fault) == parameter_hash(tmp_path / script), fault

@@ -1,4 +1,6 @@
-"""Whole runs that are judged: a trainer whose sampler is broken, and servers that take pushes of tied models and of experts."""
+"""Whole runs that are judged: a trainer whose sampler is broken, and servers that take pushes of
+tied models and of experts.
+"""
 
 import sys
 from dataclasses import replace
@@ -20,15 +22,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_run_whose_sampler_keeps_its_old_head_ends_with_one_line(models, tiny_tied, tmp_path):  # noqa: F811
+def test_a_run_whose_sampler_keeps_its_old_head_ends_with_one_line(models, tiny_tied, tmp_path):
     arguments = command(
-        replace(models, student=tiny_tied), tmp_path / "run", "--num_steps", "4", "--learning_rate", "1e-2"
+        replace(models, student=tiny_tied),
+        tmp_path / "run",
+        "--num_steps",
+        "4",
+        "--learning_rate",
+        "1e-2",
     )
     assert arguments[:2] == [sys.executable, "train_mopd.py"]
     stopped = start([sys.executable, "-c", BROKEN, *arguments[1:]])
     assert stopped.returncode == 1, stopped.stderr[-3000:]
     last = stopped.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: step 2: the sampler is not the student: after weights were pushed")
+    assert last.startswith(
+        "error: step 2: the sampler is not the student: after weights were pushed"
+    )
     assert "Traceback" not in stopped.stdout + stopped.stderr
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1]
 
@@ -39,15 +48,37 @@ def test_a_run_whose_sampler_keeps_its_old_head_ends_with_one_line(models, tiny_
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_servers_have_the_weights_that_were_pushed(models, tokenizer, tmp_path, family):  # noqa: F811
-    """A tied model, and experts: rollout and log-prob servers against each other and the trainer, after every push."""
+def test_servers_have_the_weights_that_were_pushed(models, tokenizer, tmp_path, family):
+    """A tied model, and experts: rollout and log-prob servers against each other and the trainer,
+    after every push.
+    """
     for seed, name in enumerate(("student", "teacher")):
         save(BY_NAME[family], tokenizer, tmp_path / name, seed)
     models = replace(
-        models, student=tmp_path / "student", teachers=dict.fromkeys(models.teachers, tmp_path / "teacher")
+        models,
+        student=tmp_path / "student",
+        teachers=dict.fromkeys(models.teachers, tmp_path / "teacher"),
     )
-    flags = ["--mode", "async", "--max_staleness", "0", "--rollout_servers", "auto", "--logprob_servers", "auto"]
-    flags += ["--old_logprobs", "server", "--is_mode", "truncate", "--learning_rate", "1e-2", "--num_steps", "3"]
+    flags = [
+        "--mode",
+        "async",
+        "--max_staleness",
+        "0",
+        "--rollout_servers",
+        "auto",
+        "--logprob_servers",
+        "auto",
+    ]
+    flags += [
+        "--old_logprobs",
+        "server",
+        "--is_mode",
+        "truncate",
+        "--learning_rate",
+        "1e-2",
+        "--num_steps",
+        "3",
+    ]
     succeed(command(models, tmp_path / "run", *flags))
     rows = metrics_of(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]

@@ -1,4 +1,6 @@
-"""Whole runs with served teachers: the same losses wherever a teacher runs, and what is left when its servers die."""
+"""Whole runs with served teachers: the same losses wherever a teacher runs, and what is left when
+its servers die.
+"""
 
 import json
 import os
@@ -39,7 +41,9 @@ JSON_SERVER = {"protocol": "json", "dtype": "float32", "kv_cache_gib": 0.03, "st
 
 
 def with_urls(models: Models, run_dir: Path, urls: list[str], *flags: str, **entry) -> list[str]:
-    """A launch with the addition teacher at `urls` and the reversal teacher on the trainer's own device."""
+    """A launch with the addition teacher at `urls` and the reversal teacher on the trainer's own
+    device.
+    """
     teachers = [
         {"name": "addition", "backend": "server", "urls": urls, "domains": ["addition"], **entry},
         {"name": "reversal", "model": str(models.teachers["reversal"]), "domains": ["reversal"]},
@@ -59,14 +63,23 @@ def start_in_background(arguments: list[str], **env) -> subprocess.Popen:
     mine = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
     environment = {**mine, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
     return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 @contextmanager
 def struck(arguments: list[str], run_dir: Path, *victims: ServerProcess):
-    """A run whose servers are killed while it writes the responses of step STRUCK + 1; yields (output, status, seconds)."""
-    process = start_in_background(arguments, OPD_FAULT=f"rollout:delay=2@{STRUCK + 1}", OPD_FAULT_RANK="all")
+    """A run whose servers are killed while it writes the responses of step STRUCK + 1; yields
+    (output, status, seconds).
+    """
+    process = start_in_background(
+        arguments, OPD_FAULT=f"rollout:delay=2@{STRUCK + 1}", OPD_FAULT_RANK="all"
+    )
     try:
         deadline = time.monotonic() + DEADLINE
         path = run_dir / "metrics.jsonl"
@@ -90,17 +103,30 @@ def total(run_dir: Path, key: str) -> float:
 
 def same_samples(run_dir: Path, other: Path) -> None:
     differences = sample_ledger.differences(
-        sample_ledger.read(run_dir / sample_ledger.FILE), sample_ledger.read(other / sample_ledger.FILE)
+        sample_ledger.read(run_dir / sample_ledger.FILE),
+        sample_ledger.read(other / sample_ledger.FILE),
     )
     assert not differences, differences
 
 
-# ---- Servers die -----------------------------------------------------------------------------------------------------
+# ---- Servers die ---------------------------------------------------------------------------------
 
 
 def test_a_run_survives_its_servers(models, tmp_path, key):
-    """Undisturbed; one of two servers killed; the only one killed and started again. Same samples, same bits at the end."""
-    flags = ("--num_steps", str(STEPS), "--support_k", "16", "--save_every", "100", "--teacher_wait_s", str(WAIT_S))
+    """Undisturbed; one of two servers killed; the only one killed and started again.
+
+    Same samples, same bits at the end.
+    """
+    flags = (
+        "--num_steps",
+        str(STEPS),
+        "--support_k",
+        "16",
+        "--save_every",
+        "100",
+        "--teacher_wait_s",
+        str(WAIT_S),
+    )
     entry = {"api_key_env": KEY_VARIABLE}
     addition = str(models.teachers["addition"])
     calm, one, every = (tmp_path / name for name in ("calm", "one", "every"))
@@ -126,10 +152,15 @@ def test_a_run_survives_its_servers(models, tmp_path, key):
         with struck(arguments, every, second) as (output, status, seconds):
             assert status == 1, output[-3000:]
             assert seconds < WAIT_S + 40, f"{seconds:.0f} s"
-        assert output.count("RankError: scoring failed on rank") >= 2, output[-5000:]  # on each of them
+        # on each of them
+        assert output.count("RankError: scoring failed on rank") >= 2, output[-5000:]
         assert f"saving step {STRUCK}, from where the same command goes on" in output
         assert "\nerror: scoring failed on rank" in output
-        assert "teacher addition: no answer for" in output and second.url in output and "cannot connect" in output
+        assert (
+            "teacher addition: no answer for" in output
+            and second.url in output
+            and "cannot connect" in output
+        )
         assert [path.name for path in (every / "checkpoints").iterdir()] == [f"step_{STRUCK}"]
 
     with serving(addition, replicas=1, **JSON_SERVER) as (third,):
@@ -144,43 +175,62 @@ def test_a_run_survives_its_servers(models, tmp_path, key):
     assert not leaks and len(written) > 30
 
 
-# ---- Faults at every point of a step ---------------------------------------------------------------------------------
+# ---- Faults at every point of a step -------------------------------------------------------------
 
-# The points that a step passes, and how often before the fault strikes: at least one step of each start is done by then.
-# Those of a checkpoint are struck in test_checkpoint.py, those of the asynchronous mode elsewhere too.
+# The points that a step passes, and how often before the fault strikes: at least one step of each
+# start is done by then. Those of a checkpoint are struck in test_checkpoint.py, those of the
+# asynchronous mode elsewhere too.
 ELSEWHERE = ("save.", "ahead.", "push.")
-PASSES = {"teachers.submit": 6, "pool.request": 6, "pool.answer": 6, "backward": 4, "sync.before": 3}
+PASSES = {
+    "teachers.submit": 6,
+    "pool.request": 6,
+    "pool.answer": 6,
+    "backward": 4,
+    "sync.before": 3,
+}
 
 
 @pytest.mark.nightly
 def test_a_run_killed_at_every_point_of_a_step_is_the_undisturbed_one(models, tmp_path):
-    """Two runs, each killed at half of the points one after the other and resumed each time, with a served teacher."""
+    """Two runs, each killed at half of the points one after the other and resumed each time, with a
+    served teacher.
+    """
     points = [point for point in faults.POINTS if not point.startswith(ELSEWHERE)]
     assert set(PASSES) < set(points)
     flags = ("--save_every", "1", "--parity_every", "0", "--num_steps", str(2 * len(points)))
-    server = {"protocol": "binary", "dtype": "float32", "extra": ["--backend", "hf", "--max_sequences_per_batch", "1"]}
+    server = {
+        "protocol": "binary",
+        "dtype": "float32",
+        "extra": ["--backend", "hf", "--max_sequences_per_batch", "1"],
+    }
 
     def run(name: str, struck: list[str]) -> None:
         arguments = with_urls(models, tmp_path / name, [teacher.url], *flags)
         for point in struck:
             done = start(arguments, OPD_FAULT=f"{point}:kill@{PASSES.get(point, 2)}")
-            assert done.returncode == -signal.SIGKILL, f"{point}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            assert done.returncode == -signal.SIGKILL, (
+                f"{point}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            )
         succeed(arguments)
 
     with serving(str(models.teachers["addition"]), **server) as (teacher,):
         runs = {"calm": [], "first": points[::2], "second": points[1::2]}
-        at_most_two([lambda name=name: run(name, runs[name]) for name in ("first", "second", "calm")])
+        at_most_two(
+            [lambda name=name: run(name, runs[name]) for name in ("first", "second", "calm")]
+        )
     for name in ("first", "second"):
         same_samples(tmp_path / "calm", tmp_path / name)
         assert losses_of(tmp_path / name) == losses_of(tmp_path / "calm")
         assert parameter_hash(tmp_path / name) == parameter_hash(tmp_path / "calm")
 
 
-# ---- Wherever a teacher runs -----------------------------------------------------------------------------------------
+# ---- Wherever a teacher runs ---------------------------------------------------------------------
 
 
 def test_a_served_teacher_teaches_what_a_colocated_one_does(models, tmp_path):
-    """The exact loss over the full vocabulary: hidden states travel, in both modes, with and without a local head."""
+    """The exact loss over the full vocabulary: hidden states travel, in both modes, with and
+    without a local head.
+    """
     flags = ("--num_steps", "3", "--eval_data", str(models.eval))
     here = tmp_path / "here"
     succeed(command(models, here, *flags))
@@ -188,19 +238,36 @@ def test_a_served_teacher_teaches_what_a_colocated_one_does(models, tmp_path):
         "standalone": ({}, "standalone"),
         "colocate": ({"model": str(models.teachers["addition"])}, "colocate"),
     }
-    with serving(str(models.teachers["addition"]), protocol="binary", dtype="float32", kv_cache_gib=0.03) as (server,):
+    with serving(
+        str(models.teachers["addition"]), protocol="binary", dtype="float32", kv_cache_gib=0.03
+    ) as (server,):
         outputs = at_most_two(
             [
                 lambda name=name, entry=entry, mode=mode: succeed(
-                    with_urls(models, tmp_path / name, [server.url], *flags, "--teacher_mode", mode, **entry)
+                    with_urls(
+                        models,
+                        tmp_path / name,
+                        [server.url],
+                        *flags,
+                        "--teacher_mode",
+                        mode,
+                        **entry,
+                    )
                 )
                 for name, (entry, mode) in runs.items()
             ]
         )
     for name in runs:
         assert losses_of(tmp_path / name) == pytest.approx(losses_of(here), rel=1e-4)
-        assert all(row.get("distill/spilled") == 0 for row in metrics_of(tmp_path / name) if row["step"])
+        assert all(
+            row.get("distill/spilled") == 0 for row in metrics_of(tmp_path / name) if row["step"]
+        )
         same_samples(here, tmp_path / name)
-    reports = {name: json.loads((tmp_path / name / "report.json").read_text())["domains"] for name in runs}
-    assert reports["standalone"]["addition"]["teacher"] is None and "a scoring server does not write" in outputs[0]
+    reports = {
+        name: json.loads((tmp_path / name / "report.json").read_text())["domains"] for name in runs
+    }
+    assert (
+        reports["standalone"]["addition"]["teacher"] is None
+        and "a scoring server does not write" in outputs[0]
+    )
     assert reports["colocate"]["addition"]["teacher"] is not None

@@ -1,6 +1,8 @@
-"""The trainers as a user starts them: subprocesses, launchers, kills, resumes, the export, and what bad input gets.
+"""The trainers as a user starts them: subprocesses, launchers, kills, resumes, the export, and what
+bad input gets.
 
-Runs that do not depend on each other share the two cores two at a time; each starts real vLLM and DeepSpeed engines.
+Runs that do not depend on each other share the two cores two at a time; each starts real vLLM and
+DeepSpeed engines.
 """
 
 import json
@@ -19,16 +21,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.launch import DEADLINE, at_most_two, command, losses_of, metrics_of, parameter_hash, start, succeed
+from tests.support.launch import (
+    DEADLINE,
+    at_most_two,
+    command,
+    losses_of,
+    metrics_of,
+    parameter_hash,
+    start,
+    succeed,
+)
 from tests.support.metrics_page import documented_keys, undocumented
 from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.e2e
 
 
-# ---- Same numbers whatever starts them -------------------------------------------------------------------------------
+# ---- Same numbers whatever starts them -----------------------------------------------------------
 
-MOPD_STARTS = [("python", 1), ("deepspeed", 1), ("deepspeed", 2), ("torchrun", 2), ("accelerate", 2)]
+MOPD_STARTS = [
+    ("python", 1),
+    ("deepspeed", 1),
+    ("deepspeed", 2),
+    ("torchrun", 2),
+    ("accelerate", 2),
+]
 GKD_STARTS = [("torchrun", 1), ("accelerate", 1), ("accelerate", 2), ("deepspeed", 2)]
 
 
@@ -36,14 +53,20 @@ GKD_STARTS = [("torchrun", 1), ("accelerate", 1), ("accelerate", 2), ("deepspeed
     ("script", "starts", "flags"),
     [
         ("train_mopd.py", MOPD_STARTS, ()),
-        ("train_gkd.py", GKD_STARTS, ("--loss", "jsd", "--lmbda", "0.5", "--sft_alpha", "0.1", "--num_steps", "3")),
+        (
+            "train_gkd.py",
+            GKD_STARTS,
+            ("--loss", "jsd", "--lmbda", "0.5", "--sft_alpha", "0.1", "--num_steps", "3"),
+        ),
     ],
 )
 def test_launchers_and_ranks_give_the_same_losses(models, tmp_path, script, starts, flags):
     dirs = {s: tmp_path / f"{s[0]}_{s[1]}" for s in starts}
     at_most_two(
         [
-            lambda s=s, d=d: succeed(command(models, d, *flags, script=script, launcher=s[0], ranks=s[1]))
+            lambda s=s, d=d: succeed(
+                command(models, d, *flags, script=script, launcher=s[0], ranks=s[1])
+            )
             for s, d in dirs.items()
         ]
     )
@@ -53,24 +76,36 @@ def test_launchers_and_ranks_give_the_same_losses(models, tmp_path, script, star
         assert losses_of(run_dir) == pytest.approx(reference, abs=1e-5), started
     if script == "train_gkd.py":
         shares = [row["distill/on_policy_share"] for row in metrics_of(dirs[starts[0]])]
-        assert set(shares) == {0.0, 1.0}, "seed 0 is meant to show both faces of the coin in three steps"
+        assert set(shares) == {0.0, 1.0}, (
+            "seed 0 is meant to show both faces of the coin in three steps"
+        )
 
 
-# ---- A whole run, its directory and its export -----------------------------------------------------------------------
+# ---- A whole run, its directory and its export ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def full_run(models, tmp_path_factory):
     """Four steps with everything on, and its console output."""
     run_dir = tmp_path_factory.mktemp("full") / "run"
-    flags = ("--num_steps", "4", "--save_every", "2", "--eval_every", "2", "--eval_data", str(models.eval))
+    flags = (
+        "--num_steps",
+        "4",
+        "--save_every",
+        "2",
+        "--eval_every",
+        "2",
+        "--eval_data",
+        str(models.eval),
+    )
     return run_dir, succeed(command(models, run_dir, *flags)), flags
 
 
 def test_the_run_directory_is_complete(full_run):
     run_dir, console, _ = full_run
     expected = (
-        "config.yaml command.txt env.txt metrics.jsonl tb rollouts checkpoints/step_4/manifest.json model report.json"
+        "config.yaml command.txt env.txt metrics.jsonl tb rollouts "
+        "checkpoints/step_4/manifest.json model report.json"
     )
     for name in [*expected.split(), "ledger.jsonl", "logs/rank_0.log"]:
         assert (run_dir / name).exists(), name
@@ -98,7 +133,9 @@ def test_every_emitted_metric_is_documented(full_run):
         "mem/host_rss_gib",
     }
     assert always <= emitted
-    parity = max(row["mismatch/abs_max"] for row in metrics_of(run_dir) if "mismatch/abs_max" in row)
+    parity = max(
+        row["mismatch/abs_max"] for row in metrics_of(run_dir) if "mismatch/abs_max" in row
+    )
     assert parity < 1e-4, "the sampler's weights are not the student's"
 
 
@@ -114,11 +151,14 @@ with distributed.exit_together():
     params = vllm.SamplingParams(max_tokens=48, temperature=1.0, n=32, seed=0)
     (output,) = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], params, use_tqdm=False)
     print("IDS", json.dumps([list(o.token_ids) for o in output.outputs]))
-"""
+"""  # noqa: E501
 
 
 def test_the_export_loads_and_stops_on_eos(full_run):
-    """Neither is told which token ends a response: both must learn it from the export. Nearly random weights soon say it."""
+    """Neither is told which token ends a response: both must learn it from the export.
+
+    Nearly random weights soon say it.
+    """
     run_dir, _, _ = full_run
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "model")
@@ -128,11 +168,18 @@ def test_the_export_loads_and_stops_on_eos(full_run):
     )
     ids = torch.tensor([prompt] * 32)
     torch.manual_seed(0)
-    sampled = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=True, top_k=0)
+    sampled = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=True, top_k=0
+    )
     by_transformers = [row[len(prompt) :] for row in sampled.tolist()]
     environment = {"PYTHONPATH": str(ROOT)}
-    console = succeed([sys.executable, "-c", VLLM_SAMPLES, str(run_dir / "model"), json.dumps(prompt)], **environment)
-    by_vllm = json.loads(next(line for line in console.splitlines() if line.startswith("IDS")).removeprefix("IDS"))
+    console = succeed(
+        [sys.executable, "-c", VLLM_SAMPLES, str(run_dir / "model"), json.dumps(prompt)],
+        **environment,
+    )
+    by_vllm = json.loads(
+        next(line for line in console.splitlines() if line.startswith("IDS")).removeprefix("IDS")
+    )
     ended = [row[row.index(eos) + 1 :] for row in by_transformers if eos in row]
     assert ended and all(set(rest) <= {tokenizer.pad_token_id} for rest in ended)
     ended = [row for row in by_vllm if eos in row]
@@ -143,7 +190,11 @@ def test_a_finished_run_resumes_to_nothing(models, full_run):
     run_dir, _, flags = full_run
     before, hashed = metrics_of(run_dir), parameter_hash(run_dir)
     console = succeed(command(models, run_dir, *flags))
-    assert "resumes from" in console and metrics_of(run_dir) == before and parameter_hash(run_dir) == hashed
+    assert (
+        "resumes from" in console
+        and metrics_of(run_dir) == before
+        and parameter_hash(run_dir) == hashed
+    )
 
 
 def test_killed_in_a_save_and_resumed_equals_undisturbed(models, tmp_path, full_run):
@@ -160,31 +211,110 @@ def test_killed_in_a_save_and_resumed_equals_undisturbed(models, tmp_path, full_
 
 
 def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
-    """Two steps each: policy gradient with rewards and weights, then with an old policy of its own, a mixture in bfloat16
-    under ZeRO-2, top-k, a union of top-k with all that saves memory and rollouts, seq_kd."""
+    """Two steps each: policy gradient with rewards and weights, then with an old policy of its own,
+    a mixture in bfloat16 under ZeRO-2, top-k, a union of top-k with all that saves memory and
+    rollouts, seq_kd.
+    """
     mixture = tmp_path / "mixture.yaml"
-    both = [{"name": f"{n}_{d}", "model": str(models.teachers[d]), "domains": ["addition", "reversal"], "weight": w}
-            for n, d, w in (("first", "addition", 3), ("second", "reversal", 1))]  # fmt: skip
+    both = [
+        {
+            "name": f"{n}_{d}",
+            "model": str(models.teachers[d]),
+            "domains": ["addition", "reversal"],
+            "weight": w,
+        }
+        for n, d, w in (("first", "addition", 3), ("second", "reversal", 1))
+    ]
     mixture.write_text(json.dumps({"teachers": both}))
     forms = {
-        "pg": ("--loss", "reverse_kl_pg", "--advantage_clip", "2", "--is_mode", "truncate", "--is_level", "sequence",
-               "--num_generations", "2", "--reward_weight", "0.5", "--clip_low", "0.2", "--dual_clip", "3"),
-        "decoupled": ("--loss", "reverse_kl_pg", "--old_logprobs", "recompute", "--clip_low", "0.2", "--inner_updates", "2",
-                      "--is_mode", "truncate", "--reject_level", "geometric", "--reject_high", "1.0001", "--parity_every", "0"),
-        "mixed": ("--dtype", "bfloat16", "--gradient_checkpointing", "--ds_config", "ds_configs/zero2.json",
-                  "--config", str(mixture)),
-        "topk": ("--num_generations", "2", "--reward_weight", "0.2", "--loss", "skew_forward_kl", "--support", "teacher_topk",
-                 "--support_k", "4", "--domain_weights", "addition=3", "reversal=1"),
-        "union": ("--support", "union_topk", "--support_k", "4", "--inner_updates", "2", "--packing",
-                  "--max_tokens_per_micro_batch", "64", "--teacher_cache_bytes", "4000"),
-    }  # fmt: skip
+        "pg": (
+            "--loss",
+            "reverse_kl_pg",
+            "--advantage_clip",
+            "2",
+            "--is_mode",
+            "truncate",
+            "--is_level",
+            "sequence",
+            "--num_generations",
+            "2",
+            "--reward_weight",
+            "0.5",
+            "--clip_low",
+            "0.2",
+            "--dual_clip",
+            "3",
+        ),
+        "decoupled": (
+            "--loss",
+            "reverse_kl_pg",
+            "--old_logprobs",
+            "recompute",
+            "--clip_low",
+            "0.2",
+            "--inner_updates",
+            "2",
+            "--is_mode",
+            "truncate",
+            "--reject_level",
+            "geometric",
+            "--reject_high",
+            "1.0001",
+            "--parity_every",
+            "0",
+        ),
+        "mixed": (
+            "--dtype",
+            "bfloat16",
+            "--gradient_checkpointing",
+            "--ds_config",
+            "ds_configs/zero2.json",
+            "--config",
+            str(mixture),
+        ),
+        "topk": (
+            "--num_generations",
+            "2",
+            "--reward_weight",
+            "0.2",
+            "--loss",
+            "skew_forward_kl",
+            "--support",
+            "teacher_topk",
+            "--support_k",
+            "4",
+            "--domain_weights",
+            "addition=3",
+            "reversal=1",
+        ),
+        "union": (
+            "--support",
+            "union_topk",
+            "--support_k",
+            "4",
+            "--inner_updates",
+            "2",
+            "--packing",
+            "--max_tokens_per_micro_batch",
+            "64",
+            "--teacher_cache_bytes",
+            "4000",
+        ),
+    }
     commands = {name: command(models, tmp_path / name, *flags) for name, flags in forms.items()}
     commands["mixed"] = [a for a in commands["mixed"] if not a.startswith("--teacher=")]
     jobs = [lambda a=a: succeed(a) for a in commands.values()]
     jobs.append(
         lambda: succeed(
             command(
-                models, tmp_path / "seq_kd", "--seq_kd", "--lmbda", "0", "--sft_alpha", "0.1", script="train_gkd.py"
+                models,
+                tmp_path / "seq_kd",
+                "--seq_kd",
+                "--lmbda",
+                "0",
+                "--sft_alpha",
+                "0.1",
+                script="train_gkd.py",
             )
         )
     )
@@ -192,40 +322,84 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     documented = documented_keys(ROOT / "docs" / "metrics.md")
     for name in (*forms, "seq_kd"):
         rows = metrics_of(tmp_path / name)
-        assert len(rows) == 2 and not undocumented({k for row in rows for k in row} - {"step"}, documented), name
+        assert len(rows) == 2 and not undocumented(
+            {k for row in rows for k in row} - {"step"}, documented
+        ), name
     runs = [full_run[0], *(tmp_path / name for name in (*forms, "seq_kd"))]
     emitted = {key for run_dir in runs for row in metrics_of(run_dir) for key in row}
     never = {key for key, pattern in documented.items() if not any(map(pattern.fullmatch, emitted))}
     # a GPU, served teachers, the asynchronous mode
-    elsewhere = ("mem/gpu", "teacher/", "logprob/", "rollout/waited_s", "rollout/ready", "rollout/in_flight", "rollout/sampled",
-                 "rollout/tokens_per_second", "rollout/idle", "rollout/server_retries", "rollout/push_", "perf/trainer_idle",
-                 "perf/push_share", "mismatch/old_policy_gap", "staleness/token_share", "staleness/old_policy_lag")  # fmt: skip
+    elsewhere = (
+        "mem/gpu",
+        "teacher/",
+        "logprob/",
+        "rollout/waited_s",
+        "rollout/ready",
+        "rollout/in_flight",
+        "rollout/sampled",
+        "rollout/tokens_per_second",
+        "rollout/idle",
+        "rollout/server_retries",
+        "rollout/push_",
+        "perf/trainer_idle",
+        "perf/push_share",
+        "mismatch/old_policy_gap",
+        "staleness/token_share",
+        "staleness/old_policy_lag",
+    )
     assert all(key.startswith(elsewhere) for key in never), f"documented, but no run emits {never}"
     pg, topk = metrics_of(tmp_path / "pg"), metrics_of(tmp_path / "topk")
     assert {"distill/clip_fraction", "rollout/reward", "mismatch/weight_mean"} <= pg[0].keys()
     assert "mismatch/pearson" in pg[0] and "mismatch/rejected" not in pg[0]
     decoupled = metrics_of(tmp_path / "decoupled")
-    assert decoupled[0]["distill/ratio_clip_fraction"] > 0, "the second update leaves the old policy"
+    assert decoupled[0]["distill/ratio_clip_fraction"] > 0, (
+        "the second update leaves the old policy"
+    )
     for row in decoupled:  # every step, without parity checks: sampler and trainer are in sync
-        assert row["mismatch/k3"] < 1e-6 and row["mismatch/rejected"] == 0 and row["mismatch/weight_mean"] > 0.999
+        assert (
+            row["mismatch/k3"] < 1e-6
+            and row["mismatch/rejected"] == 0
+            and row["mismatch/weight_mean"] > 0.999
+        )
         assert row["mismatch/pearson"] > 0.999 and row["mismatch/ess"] > 0.999
     assert 0 < topk[0]["distill/teacher_mass"] < 1
     union = metrics_of(tmp_path / "union")
     assert 0 < union[0]["distill/spilled"] < 1 and union[0]["distill/teacher_mass"] < 1
-    assert "--teacher_cache_bytes 4000 holds" in (tmp_path / "union" / "logs" / "rank_0.log").read_text()
+    assert (
+        "--teacher_cache_bytes 4000 holds"
+        in (tmp_path / "union" / "logs" / "rank_0.log").read_text()
+    )
     written = json.loads((tmp_path / "seq_kd" / "seq_kd.json").read_text())["responses"]
     assert len(written) == len(Path(models.train[0]).read_text().splitlines())
     assert metrics_of(tmp_path / "seq_kd")[0]["distill/on_policy_share"] == 0
 
 
 def test_every_sharding_goes_the_full_cycle_with_teachers_that_come_and_go(models, tmp_path):
-    """ZeRO 1, 2, 3 and 3 with the optimizer on the CPU: one result. The hf teachers leave for real, each in its turn."""
+    """ZeRO 1, 2, 3 and 3 with the optimizer on the CPU: one result.
+
+    The hf teachers leave for real, each in its turn.
+    """
     configs = ("zero1", "zero2", "zero3", "zero3_offload")
-    away = ("--teacher_backend", "hf", "--teacher_residency", "disk", "--plan", "auto", "--num_steps", "3")
+    away = (
+        "--teacher_backend",
+        "hf",
+        "--teacher_residency",
+        "disk",
+        "--plan",
+        "auto",
+        "--num_steps",
+        "3",
+    )
     jobs = [
         lambda name=name: succeed(
             command(
-                models, tmp_path / name, *away, "--ds_config", f"ds_configs/{name}.json", launcher="torchrun", ranks=1
+                models,
+                tmp_path / name,
+                *away,
+                "--ds_config",
+                f"ds_configs/{name}.json",
+                launcher="torchrun",
+                ranks=1,
             )
         )
         for name in configs
@@ -233,42 +407,59 @@ def test_every_sharding_goes_the_full_cycle_with_teachers_that_come_and_go(model
     outputs = at_most_two(jobs)
     losses = {name: losses_of(tmp_path / name) for name in configs}
     for name in configs:
-        assert len(losses[name]) == 3 and losses[name] == pytest.approx(losses["zero3"], abs=1e-5), name
+        assert len(losses[name]) == 3 and losses[name] == pytest.approx(
+            losses["zero3"], abs=1e-5
+        ), name
     for name, output in zip(configs, outputs, strict=True):
-        ledger = [json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()]
+        ledger = [
+            json.loads(line) for line in (tmp_path / name / "ledger.jsonl").read_text().splitlines()
+        ]
         turns = [line for line in ledger if line["event"].startswith("wake ")]
-        assert len(turns) == 2 * 3 and all(line["event"] == f"wake {line['awake'][-1]}" for line in turns)
+        assert len(turns) == 2 * 3 and all(
+            line["event"] == f"wake {line['awake'][-1]}" for line in turns
+        )
         awake = [set(line.get("awake", [])) & set(models.teachers) for line in ledger]
         assert max(map(len, awake)) == 1, "one at a time"
         assert not any(awake[i] for i, line in enumerate(ledger) if line["event"] == "exit")
         phases = ledger[-1]["phases"]
-        assert ledger[-1]["event"] == "predicted and measured" and set(phases) == {"rollout", "score", "train", "sync"}
+        assert ledger[-1]["event"] == "predicted and measured" and set(phases) == {
+            "rollout",
+            "score",
+            "train",
+            "sync",
+        }
         assert all(phase["measured"] > 0 and phase["predicted"] > 0 for phase in phases.values())
         assert "memory, predicted/measured: " in output
         assert "plan: --max_tokens_per_micro_batch" not in output, "--micro_batch_size is given"
         assert {f"mem/{phase}_gib" for phase in phases} <= metrics_of(tmp_path / name)[0].keys()
 
 
-# ---- Failures --------------------------------------------------------------------------------------------------------
+# ---- Failures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("point", ["rollout", "backward"])
 def test_an_error_on_one_rank_ends_all(models, tmp_path, point):
     """`rollout` is agreed on by all ranks; `backward` strikes inside a collective region."""
     failed = start(
-        command(models, tmp_path / "run", launcher="torchrun", ranks=2), OPD_FAULT=f"{point}:raise", OPD_FAULT_RANK="1"
+        command(models, tmp_path / "run", launcher="torchrun", ranks=2),
+        OPD_FAULT=f"{point}:raise",
+        OPD_FAULT_RANK="1",
     )
     ended = time.time()
     assert failed.returncode != 0
     assert f"fault injected at {point}" in failed.stderr
     if point == "rollout":
         assert "rollout failed on rank 1: RuntimeError: fault injected at rollout" in failed.stderr
-    ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    ledger = [
+        json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
+    ]
     assert ended - (tmp_path / "run" / "ledger.jsonl").stat().st_mtime < 30, ledger[-1]
 
 
 def test_nothing_is_left_after_a_sigkill_of_the_launcher(models, tmp_path):
-    arguments = command(models, tmp_path / "run", "--num_steps", "100000", launcher="deepspeed", ranks=2)
+    arguments = command(
+        models, tmp_path / "run", "--num_steps", "100000", launcher="deepspeed", ranks=2
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPD_TEST_MARK": str(tmp_path)}
     with (tmp_path / "out").open("wb") as out:
         launcher = subprocess.Popen(
@@ -277,7 +468,9 @@ def test_nothing_is_left_after_a_sigkill_of_the_launcher(models, tmp_path):
     try:
         deadline = time.monotonic() + DEADLINE
         while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()[-3000:]
+            assert launcher.poll() is None and time.monotonic() < deadline, (
+                tmp_path / "out"
+            ).read_text()[-3000:]
             time.sleep(0.2)
         assert len(marked_processes(tmp_path)) >= 3
         launcher.kill()
@@ -292,11 +485,16 @@ def test_nothing_is_left_after_a_sigkill_of_the_launcher(models, tmp_path):
 
 
 def marked_processes(mark: Path) -> list[int]:
-    """Processes that inherited our environment variable: the launcher, the ranks, and whatever they started."""
+    """Processes that inherited our environment variable: the launcher, the ranks, and whatever they
+    started.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if f"OPD_TEST_MARK={mark}".encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+            if (
+                f"OPD_TEST_MARK={mark}".encode() in path.read_bytes()
+                and int(path.parent.name) != os.getpid()
+            ):
                 found.append(int(path.parent.name))
         except OSError:
             continue
@@ -304,9 +502,13 @@ def marked_processes(mark: Path) -> list[int]:
 
 
 def test_bad_input_is_one_line_and_status_2(models, tmp_path):
-    """In a subprocess and once on two ranks; tests/test_preflight.py has the whole list of mistakes in process."""
+    """In a subprocess and once on two ranks; tests/test_preflight.py has the whole list of mistakes
+    in process.
+    """
     typo = start(command(models, tmp_path / "a", "--learnin_rate", "1"))
-    assert typo.returncode == 2 and typo.stderr.strip().endswith("did you mean --learning_rate?"), typo.stderr
+    assert typo.returncode == 2 and typo.stderr.strip().endswith("did you mean --learning_rate?"), (
+        typo.stderr
+    )
     assert typo.stderr.strip().count("\n") == 0 and "Traceback" not in typo.stderr
     arguments = command(models, tmp_path / "b", launcher="torchrun", ranks=2)
     arguments = [a for a in arguments if not a.startswith("--teacher=reversal")]
@@ -314,10 +516,14 @@ def test_bad_input_is_one_line_and_status_2(models, tmp_path):
     assert orphan.returncode != 0
     mistakes = [line for line in orphan.stderr.splitlines() if line.startswith("error:")]
     assert len(mistakes) == 1 and "reversal (" in mistakes[0], orphan.stderr[-2000:]
-    assert "exitcode  : 2" in orphan.stderr and "SIGABRT" not in orphan.stderr, orphan.stderr[-2000:]
+    assert "exitcode  : 2" in orphan.stderr and "SIGABRT" not in orphan.stderr, orphan.stderr[
+        -2000:
+    ]
 
 
-@pytest.mark.parametrize(("who", "name"), [("student", "model.norm.weight"), ("addition", "lm_head.weight")])
+@pytest.mark.parametrize(
+    ("who", "name"), [("student", "model.norm.weight"), ("addition", "lm_head.weight")]
+)
 def test_a_weight_that_is_no_number_is_found_at_the_start(models, tmp_path, who, name):
     path = models.student if who == "student" else models.teachers[who]
     broken = shutil.copytree(path, tmp_path / "broken")
@@ -325,7 +531,12 @@ def test_a_weight_that_is_no_number_is_found_at_the_start(models, tmp_path, who,
     weights[name].view(-1)[3] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with_it = replace(
-        models, **({"student": broken} if who == "student" else {"teachers": {**models.teachers, who: broken}})
+        models,
+        **(
+            {"student": broken}
+            if who == "student"
+            else {"teachers": {**models.teachers, who: broken}}
+        ),
     )
     done = start(command(with_it, tmp_path / "run"))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -335,27 +546,45 @@ def test_a_weight_that_is_no_number_is_found_at_the_start(models, tmp_path, who,
 
 def test_dry_run_loads_nothing(models, tmp_path):
     console = succeed(command(models, tmp_path / "run", "--dry_run"))
-    assert "student parameters" in console and "<assistant>" in console and not (tmp_path / "run").exists()
+    assert (
+        "student parameters" in console
+        and "<assistant>" in console
+        and not (tmp_path / "run").exists()
+    )
 
 
-# ---- Real data -------------------------------------------------------------------------------------------------------
+# ---- Real data -----------------------------------------------------------------------------------
 
 
 def test_two_steps_on_gsm8k_and_humaneval(byte_level, tmp_path):
-    """The published files where they are at hand, rows of their form where not; domains mixed in every step."""
+    """The published files where they are at hand, rows of their form where not; domains mixed in
+    every step.
+    """
     shared = ROOT.parent / "shared" / "data"
-    sources = {"gsm8k": shared / "gsm8k" / "train.jsonl", "humaneval": shared / "humaneval" / "HumanEval.jsonl"}
+    sources = {
+        "gsm8k": shared / "gsm8k" / "train.jsonl",
+        "humaneval": shared / "humaneval" / "HumanEval.jsonl",
+    }
     own = {
-        "gsm8k": {"question": "Ann has 2 pens and buys 3. How many?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
-        "humaneval": {
-            "task_id": "HumanEval/0", "prompt": "def one():\n    \"\"\"Return 1.\"\"\"\n", "entry_point": "one",
-            "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f() == 1\n",
+        "gsm8k": {
+            "question": "Ann has 2 pens and buys 3. How many?",
+            "answer": "2+3=<<2+3=5>>5\n#### 5",
         },
-    }  # fmt: skip
+        "humaneval": {
+            "task_id": "HumanEval/0",
+            "prompt": 'def one():\n    """Return 1."""\n',
+            "entry_point": "one",
+            "canonical_solution": "    return 1\n",
+            "test": "def check(f):\n    assert f() == 1\n",
+        },
+    }
     for name, source in sources.items():
         if not source.exists():
             source = tmp_path / f"{name}.jsonl"
-            rows = [json.dumps(own[name]).replace("Ann", f"Ann {i}").replace("one", f"one_{i}") for i in range(64)]
+            rows = [
+                json.dumps(own[name]).replace("Ann", f"Ann {i}").replace("one", f"one_{i}")
+                for i in range(64)
+            ]
             source.write_text("\n".join(rows))
         succeed(
             [
@@ -370,7 +599,9 @@ def test_two_steps_on_gsm8k_and_humaneval(byte_level, tmp_path):
         )
     files = [str(tmp_path / name / "train.jsonl") for name in sources]
     models = replace(byte_level, train=files)
-    arguments = command(models, tmp_path / "run", "--max_prompt_tokens", "512", "--overlong_prompts", "truncate")
+    arguments = command(
+        models, tmp_path / "run", "--max_prompt_tokens", "512", "--overlong_prompts", "truncate"
+    )
     arguments += ["--domain_weights", "gsm8k=1", "humaneval=1", "--reward_weight", "0.1"]
     arguments += ["--reward_fn", "gsm8k=last_number", "exact_match"]
     succeed([*arguments, "--num_generations", "2"])

@@ -1,12 +1,15 @@
-"""Trains a tiny model under real DeepSpeed (ZeRO-3, gloo, CPU) and saves through `opd.records.checkpoint`.
+"""Trains a tiny model under real DeepSpeed (ZeRO-3, gloo, CPU) and saves through
+`opd.records.checkpoint`.
 
-`checkpoint_worker.py JOB` is one rank of a launcher, or the only one. `checkpoint_worker.py serve` reads a JOB per
-line, forks the job's ranks, waits for them and answers with one line: exit statuses, standard error, the ranks'
-results. That saves the import of torch in each of dozens of trials; the ranks are real processes all the same.
+`checkpoint_worker.py JOB` is one rank of a launcher, or the only one. `checkpoint_worker.py serve`
+reads a JOB per line, forks the job's ranks, waits for them and answers with one line: exit
+statuses, standard error, the ranks' results. That saves the import of torch in each of dozens of
+trials; the ranks are real processes all the same.
 
-A JOB is a JSON object: `run_dir`, `num_steps`, and optionally `resume` (default auto), `keep` (2), `world_size` (1; for
-`serve`), `fault` ("point:kill") with `fault_rank` and `strike_at` (the step whose save is struck), `full_disk_rank`.
-With `export_from` (a model directory) the job is one export of that model from under ZeRO-3.
+A JOB is a JSON object: `run_dir`, `num_steps`, and optionally `resume` (default auto), `keep` (2),
+`world_size` (1; for `serve`), `fault` ("point:kill") with `fault_rank` and `strike_at` (the step
+whose save is struck), `full_disk_rank`. With `export_from` (a model directory) the job is one
+export of that model from under ZeRO-3.
 """
 
 import hashlib
@@ -23,16 +26,16 @@ from tests.support.processes import ROOT
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import distributed  # noqa: E402
-from opd.config import OptimConfig  # noqa: E402
-from opd.engines.deepspeed_engine import ShardedEngine  # noqa: E402
-from opd.faults import fault_point  # noqa: E402
+from opd import distributed
+from opd.config import OptimConfig
+from opd.engines.deepspeed_engine import ShardedEngine
+from opd.faults import fault_point
 from opd.records import checkpoint, export
-from opd.types import LoopState  # noqa: E402
+from opd.types import LoopState
 
 RANK_DEADLINE = 300  # seconds; a rank that hangs is ended by SIGALRM and its trial fails
 
@@ -59,7 +62,9 @@ def zero_3() -> ShardedEngine:
 def build() -> ShardedEngine:
     torch.manual_seed(0)
     sharded = zero_3()
-    sharded.attach(nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8)), ())
+    sharded.attach(
+        nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8)), ()
+    )
     held_errors = sharded.engine.checkpoint_engine
     held_errors.writer = StruckWriter(held_errors.writer)
     return sharded
@@ -67,7 +72,9 @@ def build() -> ShardedEngine:
 
 def train_step(sharded: ShardedEngine, step: int) -> None:
     """The data is a function of (step, rank), the learning rate of the step."""
-    generator = torch.Generator().manual_seed(distributed.fold_seed("data", step, distributed.rank()))
+    generator = torch.Generator().manual_seed(
+        distributed.fold_seed("data", step, distributed.rank())
+    )
     x_BH = torch.randn(4, 8, generator=generator)
     sharded.backward((sharded.engine(x_BH) - x_BH.roll(1)).square().mean(), last=True)
     sharded.step(learning_rate=0.01 / (1 + step))
@@ -85,7 +92,9 @@ def state_hash(sharded: ShardedEngine) -> str:
         assert {"exp_avg", "exp_avg_sq", "step"} <= states.keys(), states.keys()
         for key in sorted(states):
             digest.update(torch.as_tensor(states[key]).numpy().tobytes())
-    return hashlib.sha256("".join(distributed.gather_objects(digest.hexdigest())).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(distributed.gather_objects(digest.hexdigest())).encode()
+    ).hexdigest()
 
 
 def save(job: dict, sharded: ShardedEngine, state: LoopState) -> None:
@@ -130,7 +139,12 @@ def run(job: dict) -> dict:
             result["full_disk_error"] = save_on_full_disk(job, sharded, state)
             result["after_full_disk"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
         save(job, sharded, state)
-    return {**result, "step": state.step, "tokens_seen": state.tokens_seen, "hash": state_hash(sharded)}
+    return {
+        **result,
+        "step": state.step,
+        "tokens_seen": state.tokens_seen,
+        "hash": state_hash(sharded),
+    }
 
 
 def export_job(job: dict) -> dict:
@@ -141,7 +155,9 @@ def export_job(job: dict) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(job["export_from"])
     partitioned = all(parameter.numel() == 0 for parameter in model.parameters())
     tensors = sharded.named_full_parameters(model)
-    export.export_huggingface(Path(job["run_dir"]) / "model", model, tokenizer, tensors, model.generation_config)
+    export.export_huggingface(
+        Path(job["run_dir"]) / "model", model, tokenizer, tensors, model.generation_config
+    )
     return {"partitioned": partitioned}
 
 
@@ -154,7 +170,9 @@ def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Pa
         descriptor = os.open(stderr_path, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.get("world_size", 1)))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.get("world_size", 1))
+        )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         result_path.write_text(json.dumps(export_job(job) if "export_from" in job else run(job)))
         status = 0
@@ -182,7 +200,11 @@ def serve() -> None:
                 children.append(pid)
             statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
             results = [json.loads(out.read_text()) if out.exists() else None for out, _ in files]
-            answer = {"statuses": statuses, "stderr": [err.read_text() for _, err in files], "results": results}
+            answer = {
+                "statuses": statuses,
+                "stderr": [err.read_text() for _, err in files],
+                "results": results,
+            }
         print(json.dumps(answer), flush=True)
 
 

@@ -1,4 +1,7 @@
-"""One rank of a launcher: `distributed_worker.py MODE OUT`. Each mode does one thing that a test then looks at."""
+"""One rank of a launcher: `distributed_worker.py MODE OUT`.
+
+Each mode does one thing that a test then looks at.
+"""
 
 import argparse
 import atexit
@@ -7,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from opd import distributed  # noqa: E402
+from opd import distributed
 
 
 def raised_by(work) -> str:
@@ -20,7 +23,9 @@ def raised_by(work) -> str:
 
 
 def agree(out: Path) -> None:
-    """What each rank sees of an error on rank 1, on both, on none; then reductions, which need all ranks alive."""
+    """What each rank sees of an error on rank 1, on both, on none; then reductions, which need all
+    ranks alive.
+    """
     rank = distributed.rank()
 
     def fail(error):
@@ -30,7 +35,9 @@ def agree(out: Path) -> None:
         "one": raised_by(lambda: fail(RuntimeError("engine lost")) if rank == 1 else None),
         "both": raised_by(lambda: fail(OSError(f"disk {rank}"))),
         "user": raised_by(lambda: fail(ValueError("--flag 1: wrong"))),
-        "user_on_one": raised_by(lambda: fail(ValueError("--flag 1: wrong")) if rank == 1 else None),
+        "user_on_one": raised_by(
+            lambda: fail(ValueError("--flag 1: wrong")) if rank == 1 else None
+        ),
         "none": raised_by(lambda: None),
         "sum": distributed.all_reduce([rank + 1.0, 0.1]),
         "max": distributed.all_reduce([float(rank)], "max"),
@@ -52,19 +59,33 @@ def micro_batches(out: Path) -> None:
     lengths = [1, 2, 3, 4, 5] if rank == 0 else [7]
     rollouts = [
         Rollout(
-            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain="d", token_ids=[1, 2]), source="dataset",
-            response_ids=[3] * length, rollout_logprobs=None, finish_reason="stop", policy_version=0,
+            sample_id=f"0/{i}/0",
+            prompt=Prompt(prompt_id=i, domain="d", token_ids=[1, 2]),
+            source="dataset",
+            response_ids=[3] * length,
+            rollout_logprobs=None,
+            finish_reason="stop",
+            policy_version=0,
         )
         for i, length in enumerate(lengths)
-    ]  # fmt: skip
-    scores = [(TeacherScores(teacher="t", weight=1.0, hidden=torch.zeros(length, 4)),) for length in lengths]
+    ]
+    scores = [
+        (TeacherScores(teacher="t", weight=1.0, hidden=torch.zeros(length, 4)),)
+        for length in lengths
+    ]
     batches = make_micro_batches(rollouts, scores, micro_batch_size=2, pad_id=0, domains=["d"])
-    counts = {"per_batch": [mb.num_loss_tokens for mb in batches], "total": count_loss_tokens(batches)}
+    counts = {
+        "per_batch": [mb.num_loss_tokens for mb in batches],
+        "total": count_loss_tokens(batches),
+    }
     (out / f"micro_batches_{rank}.json").write_text(json.dumps(counts))
 
 
 def crash(out: Path) -> None:
-    """Rank 1 fails where the others cannot be asked: they are in a collective. Nobody leaves by an orderly shutdown."""
+    """Rank 1 fails where the others cannot be asked: they are in a collective.
+
+    Nobody leaves by an orderly shutdown.
+    """
 
     def wait_for_the_others():
         time.sleep(600)

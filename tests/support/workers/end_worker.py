@@ -1,8 +1,10 @@
-"""Programs that end in `distributed.exit_together`, each in its own way: `end_worker.py JOB`, a JSON file.
+"""Programs that end in `distributed.exit_together`, each in its own way: `end_worker.py JOB`, a
+JSON file.
 
-The JOB has `out` (a directory) and `cases` (name -> [way of rank 0, way of rank 1, ...]). Each rank is a fork, which saves the
-import of torch; it ends as a program does. Its files are `out/NAME_RANK.stdout`, `.stderr` and `.log`, what the way writes down.
-One line at the end: case -> [rank, exit status, when it began, when it ended] of each rank, on the clock `time.monotonic`.
+The JOB has `out` (a directory) and `cases` (name -> [way of rank 0, way of rank 1, ...]). Each rank
+is a fork, which saves the import of torch; it ends as a program does. Its files are
+`out/NAME_RANK.stdout`, `.stderr` and `.log`, what the way writes down. One line at the end: case ->
+[rank, exit status, when it began, when it ended] of each rank, on the clock `time.monotonic`.
 """
 
 import atexit
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from opd import distributed  # noqa: E402
+from opd import distributed
 
 DEADLINE = 120  # seconds; a rank that hangs is ended by SIGALRM, and its test fails
 SLOW = 1.0  # seconds that the slow rank needs for its exit hooks
@@ -42,7 +44,9 @@ def late(log, seconds: float) -> None:
 
 
 def well(log) -> None:
-    """Work that the interpreter would see to at its exit: hooks, a thread, text without a newline, others' leftovers."""
+    """Work that the interpreter would see to at its exit: hooks, a thread, text without a newline,
+    others' leftovers.
+    """
     threading.Thread(target=late, args=(log, 0.3)).start()
     folder = tempfile.TemporaryDirectory()
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
@@ -93,9 +97,8 @@ def agreed(log) -> None:
 
 
 def interrupted(log) -> None:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's job in the background inherits that it is ignored
+    # a shell's job in the background inherits that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(DEADLINE)
 
@@ -121,10 +124,21 @@ def exits(*status):
 
 
 WAYS = {
-    "well": well, "slow": slow, "freed": freed, "busy": busy, "raises": raises, "user": user, "agreed": agreed,
-    "interrupted": interrupted, "unread": unread, "waits": waits,
-    "exit": exits(), "exit 0": exits(0), "exit 3": exits(3), "exit text": exits("the trainer is gone"),
-}  # fmt: skip
+    "well": well,
+    "slow": slow,
+    "freed": freed,
+    "busy": busy,
+    "raises": raises,
+    "user": user,
+    "agreed": agreed,
+    "interrupted": interrupted,
+    "unread": unread,
+    "waits": waits,
+    "exit": exits(),
+    "exit 0": exits(0),
+    "exit 3": exits(3),
+    "exit text": exits("the trainer is gone"),
+}
 
 
 def program(way: str, log) -> None:
@@ -163,12 +177,15 @@ def main() -> None:
     for name, ways in job["cases"].items():
         port, started = distributed.free_port(), time.monotonic()
         ranks = {
-            fork(way, rank, len(ways), port, Path(job["out"], f"{name}_{rank}")): rank for rank, way in enumerate(ways)
+            fork(way, rank, len(ways), port, Path(job["out"], f"{name}_{rank}")): rank
+            for rank, way in enumerate(ways)
         }
         ends[name] = []
         for _ in ways:
             pid, status = os.wait()
-            ends[name].append([ranks[pid], os.waitstatus_to_exitcode(status), started, time.monotonic()])
+            ends[name].append(
+                [ranks[pid], os.waitstatus_to_exitcode(status), started, time.monotonic()]
+            )
         ends[name].sort()
     print(json.dumps(ends))
 

@@ -1,8 +1,10 @@
-"""One optimizer step of the real student on a fixed batch, many times over: one rank, or one of a launcher's.
+"""One optimizer step of the real student on a fixed batch, many times over: one rank, or one of a
+launcher's.
 
-`gradient_worker.py JOB`, a JSON file with `models` (name -> directory), `out` (a directory) and `cases`. A case says how
-the same eight responses are dealt to the ranks and cut into micro-batches, and under which ZeRO stage; rank 0 writes
-`out/NAME.safetensors`, what the step added to each parameter, and `out/NAME.json`.
+`gradient_worker.py JOB`, a JSON file with `models` (name -> directory), `out` (a directory) and
+`cases`. A case says how the same eight responses are dealt to the ranks and cut into micro-batches,
+and under which ZeRO stage; rank 0 writes `out/NAME.safetensors`, what the step added to each
+parameter, and `out/NAME.json`.
 
 B sequences, S padded length, L response length, N loss tokens, V vocabulary, H hidden size.
 """
@@ -17,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from opd.config import LossConfig, TeacherSpec  # noqa: E402
-from opd.types import Prompt, Rollout, TeacherScores  # noqa: E402
+from opd.config import LossConfig, TeacherSpec
+from opd.types import Prompt, Rollout, TeacherScores
 from tests.support.processes import ROOT
 
 VOCAB = 40
@@ -29,7 +31,13 @@ LOSSES = {
     "full": LossConfig(),
     "task": LossConfig(reward_weight=0.5),
     "ppo": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, clip_low=0.2, clip_high=0.3),
-    "pg": LossConfig(loss="reverse_kl_pg", reward_weight=0.5, is_mode="truncate", is_level="geometric", is_high=1.2),
+    "pg": LossConfig(
+        loss="reverse_kl_pg",
+        reward_weight=0.5,
+        is_mode="truncate",
+        is_level="geometric",
+        is_high=1.2,
+    ),
     "decoupled": LossConfig(
         loss="reverse_kl_pg",
         reward_weight=0.5,
@@ -43,7 +51,8 @@ LOSSES = {
         reject_high=1.6,
     ),
 }
-# With such an epsilon the first step of Adam is -lr * g / (|g| + 1): a smooth function of the gradient, not its sign.
+# With such an epsilon the first step of Adam is -lr * g / (|g| + 1): a smooth function of the
+# gradient, not its sign.
 ADAM_EPS, LEARNING_RATE = 1.0, 1.0
 
 
@@ -55,7 +64,9 @@ class Case:
     stage: int = 0
     micro_batch_size: int = 8
     pad_id: int = 0
-    order: int | None = None  # a seed: the responses are dealt and cut in this order, not sorted by length
+    order: int | None = (
+        None  # a seed: the responses are dealt and cut in this order, not sorted by length
+    )
     deal: tuple[int, ...] | None = None  # responses per rank; default: in turn
     chunk_tokens: int = 1000  # loss tokens whose logits live at once
     gradient_checkpointing: bool = False
@@ -74,7 +85,9 @@ def heads() -> dict[str, torch.Tensor]:
 
 
 def make_batch() -> list[tuple[Rollout, tuple[TeacherScores, ...]]]:
-    """Eight responses of one to twelve tokens, in three domains, with every payload that a teacher may send."""
+    """Eight responses of one to twelve tokens, in three domains, with every payload that a teacher
+    may send.
+    """
     batch = []
     for i, domain in enumerate(
         ["addition", "both", "reversal", "addition", "both", "reversal", "reversal", "addition"]
@@ -88,16 +101,27 @@ def make_batch() -> list[tuple[Rollout, tuple[TeacherScores, ...]]]:
             logprobs_LV = (hidden_LH @ heads()[name].T).log_softmax(-1)
             scores.append(
                 TeacherScores(
-                    teacher=name, weight=weight, hidden=hidden_LH, entropy=-(logprobs_LV.exp() * logprobs_LV).sum(-1),
-                    sampled_logprobs=logprobs_LV.gather(-1, torch.tensor(response_ids)[:, None])[:, 0],
+                    teacher=name,
+                    weight=weight,
+                    hidden=hidden_LH,
+                    entropy=-(logprobs_LV.exp() * logprobs_LV).sum(-1),
+                    sampled_logprobs=logprobs_LV.gather(-1, torch.tensor(response_ids)[:, None])[
+                        :, 0
+                    ],
                 )
-            )  # fmt: skip
+            )
         rollout = Rollout(
             sample_id=f"0/{i}/0",
-            prompt=Prompt(prompt_id=i, domain=domain, token_ids=[rng.randrange(VOCAB) for _ in range(2 + i)]),
-            source="student", response_ids=response_ids, rollout_logprobs=[-rng.uniform(2.0, 6.0) for _ in range(length)],
-            finish_reason="stop", policy_version=0, task_advantage=rng.choice([-1.0, -0.5, 0.5, 1.5]),
-        )  # fmt: skip
+            prompt=Prompt(
+                prompt_id=i, domain=domain, token_ids=[rng.randrange(VOCAB) for _ in range(2 + i)]
+            ),
+            source="student",
+            response_ids=response_ids,
+            rollout_logprobs=[-rng.uniform(2.0, 6.0) for _ in range(length)],
+            finish_reason="stop",
+            policy_version=0,
+            task_advantage=rng.choice([-1.0, -0.5, 0.5, 1.5]),
+        )
         batch.append((rollout, tuple(scores)))
     return batch
 
@@ -118,16 +142,34 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
 
     cfg = LOSSES[case.loss]
     student = Student(
-        ModelConfig(student_model=models[case.model], dtype="float32", gradient_checkpointing=case.gradient_checkpointing),
-        OptimConfig(learning_rate=case.learning_rate, adam_eps=ADAM_EPS, max_grad_norm=case.max_grad_norm),
-        load_ds_config(str(ROOT / "ds_configs" / f"zero{case.stage}.json")), device=device,
-        settings=LossSettings(
-            shared_vocab=VOCAB, chunk_bytes=case.chunk_tokens * VOCAB * 4 * LIVE_BUFFERS, packing=case.packing
+        ModelConfig(
+            student_model=models[case.model],
+            dtype="float32",
+            gradient_checkpointing=case.gradient_checkpointing,
         ),
-    )  # fmt: skip
-    teachers = [ColocatedTeacher(TeacherSpec(name, name, "*"), None, OutputHead(h)) for name, h in heads().items()]
+        OptimConfig(
+            learning_rate=case.learning_rate, adam_eps=ADAM_EPS, max_grad_norm=case.max_grad_norm
+        ),
+        load_ds_config(str(ROOT / "ds_configs" / f"zero{case.stage}.json")),
+        device=device,
+        settings=LossSettings(
+            shared_vocab=VOCAB,
+            chunk_bytes=case.chunk_tokens * VOCAB * 4 * LIVE_BUFFERS,
+            packing=case.packing,
+        ),
+    )
+    teachers = [
+        ColocatedTeacher(TeacherSpec(name, name, "*"), None, OutputHead(h))
+        for name, h in heads().items()
+    ]
     pool = TeacherPool(
-        teachers, {}, cfg, payload=payload_of(cfg), cache_bytes=1 << 30, shared_vocab=VOCAB, device=device
+        teachers,
+        {},
+        cfg,
+        payload=payload_of(cfg),
+        cache_bytes=1 << 30,
+        shared_vocab=VOCAB,
+        device=device,
     )
     before = {name: value.clone() for name, value in student.named_full_parameters()}
 
@@ -141,7 +183,10 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
         for mb in micro_batches:
             temperature = 1.0 if cfg.is_mode != "none" and cfg.old_logprobs == "rollout" else None
             loss = student.loss(mb, loss_of_token, domains=DOMAINS, logprob_temperature=temperature)
-            student.backward(loss.loss_sum * distributed.world_size() / num_loss_tokens, last=mb is micro_batches[-1])
+            student.backward(
+                loss.loss_sum * distributed.world_size() / num_loss_tokens,
+                last=mb is micro_batches[-1],
+            )
             losses[update] += loss.loss_sum.item()
             advantages[update] += loss.metrics["distill/advantage_abs"][0].item()
         grad_norm = student.step(case.learning_rate)
@@ -152,7 +197,12 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     counts = distributed.gather_objects([mb.num_loss_tokens for mb in micro_batches])
     if distributed.rank() == 0:
         save_file(delta, out / f"{case.name}.safetensors")
-        record = {"losses": losses, "advantages": advantages, "grad_norm": grad_norm, "loss_tokens": counts}
+        record = {
+            "losses": losses,
+            "advantages": advantages,
+            "grad_norm": grad_norm,
+            "loss_tokens": counts,
+        }
         (out / f"{case.name}.json").write_text(json.dumps(record))
     student.engine.destroy()
 

@@ -1,7 +1,9 @@
-"""The mismatch metrics of one step: `mismatch_worker.py OUT`, by one rank or by one of a launcher's.
+"""The mismatch metrics of one step: `mismatch_worker.py OUT`, by one rank or by one of a
+launcher's.
 
-Nine responses are cut into micro-batches and dealt to the ranks in several ways; rank 0 writes `OUT/NAME/metrics.jsonl` of
-each. The policies are made up, and the third response was written by somebody else than the student.
+Nine responses are cut into micro-batches and dealt to the ranks in several ways; rank 0 writes
+`OUT/NAME/metrics.jsonl` of each. The policies are made up, and the third response was written by
+somebody else than the student.
 """
 
 import random
@@ -10,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from opd import distributed  # noqa: E402
-from opd.config import LossConfig  # noqa: E402
-from opd.mismatch import log_mismatch  # noqa: E402
-from opd.padding import collate  # noqa: E402
-from opd.records.metrics import Metrics  # noqa: E402
-from opd.types import Prompt, Rollout, TeacherScores  # noqa: E402
+from opd import distributed
+from opd.config import LossConfig
+from opd.mismatch import log_mismatch
+from opd.padding import collate
+from opd.records.metrics import Metrics
+from opd.types import Prompt, Rollout, TeacherScores
 
 DOMAINS = ["math", "code"]
 BOUNDS = {"is_low": 0.8, "is_high": 1.3, "reject_low": 0.9, "reject_high": 1.2}
@@ -35,10 +37,14 @@ def responses() -> list[tuple[Rollout, list[float]]]:
         sampler = [-rng.expovariate(1.0) for _ in range(1 + i)]
         trainer = [min(0.0, x + rng.gauss(0, 0.4)) for x in sampler]
         rollout = Rollout(
-            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain=DOMAINS[i % 2], token_ids=[1, 2]),
-            source="dataset" if i == 2 else "student", response_ids=[3] * (1 + i), rollout_logprobs=sampler,
-            finish_reason="stop", policy_version=0,
-        )  # fmt: skip
+            sample_id=f"0/{i}/0",
+            prompt=Prompt(prompt_id=i, domain=DOMAINS[i % 2], token_ids=[1, 2]),
+            source="dataset" if i == 2 else "student",
+            response_ids=[3] * (1 + i),
+            rollout_logprobs=sampler,
+            finish_reason="stop",
+            policy_version=0,
+        )
         found.append((rollout, trainer))
     return found
 
@@ -48,9 +54,14 @@ def micro_batches(mine: list[tuple[Rollout, list[float]]], size: int, at_least: 
     batches = []
     for start in range(0, at_least * size, size):
         part = mine[start : start + size]
-        scored = [(r, (TeacherScores(teacher="t", weight=1.0, hidden=torch.zeros(len(x), 1)),)) for r, x in part]
+        scored = [
+            (r, (TeacherScores(teacher="t", weight=1.0, hidden=torch.zeros(len(x), 1)),))
+            for r, x in part
+        ]
         mb = collate(scored, pad_id=0, domains=DOMAINS)
-        batches.append(mb.with_old_logprobs(torch.tensor([x for _, trainer in part for x in trainer])))
+        batches.append(
+            mb.with_old_logprobs(torch.tensor([x for _, trainer in part for x in trainer]))
+        )
     return batches
 
 

@@ -1,8 +1,9 @@
 """The student's states leave and come back between steps, and nothing else changes.
 
-`offload_worker.py JOB`, a JSON file with `model`, `out` and `cases` (stage, dtype, offloads). Each case trains three steps
-twice, once with the phases' moves and once without, and resumes from a checkpoint that was written while the states were
-away; rank 0 writes the greatest differences of a parameter, and how much was away.
+`offload_worker.py JOB`, a JSON file with `model`, `out` and `cases` (stage, dtype, offloads). Each
+case trains three steps twice, once with the phases' moves and once without, and resumes from a
+checkpoint that was written while the states were away; rank 0 writes the greatest differences of a
+parameter, and how much was away.
 """
 
 import gc
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from gradient_worker import DOMAINS, VOCAB, Case, my_micro_batches  # noqa: E402
+from gradient_worker import DOMAINS, VOCAB, Case, my_micro_batches
 
 from tests.support.processes import ROOT
 
@@ -28,10 +29,12 @@ def build(case: dict, model: str, device: torch.device, offloads: frozenset[str]
     from opd.student import LossSettings, Student
 
     student = Student(
-        ModelConfig(student_model=model, dtype=case["dtype"]), OptimConfig(learning_rate=1e-2, max_grad_norm=1.0),
-        load_ds_config(str(ROOT / "ds_configs" / f"{case['ds_config']}.json")), device=device,
+        ModelConfig(student_model=model, dtype=case["dtype"]),
+        OptimConfig(learning_rate=1e-2, max_grad_norm=1.0),
+        load_ds_config(str(ROOT / "ds_configs" / f"{case['ds_config']}.json")),
+        device=device,
         settings=LossSettings(shared_vocab=VOCAB),
-    )  # fmt: skip
+    )
     student.sharded.offloads = offloads
     return student
 
@@ -54,8 +57,16 @@ def parameters_of(student) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in student.named_full_parameters()}
 
 
-def train(case: dict, model: str, device: torch.device, offloads: frozenset[str], saved: Path | None = None):
-    """Parameters after STEPS steps, one more if they are `saved` before it; and what left at each step's end."""
+def train(
+    case: dict,
+    model: str,
+    device: torch.device,
+    offloads: frozenset[str],
+    saved: Path | None = None,
+):
+    """Parameters after STEPS steps, one more if they are `saved` before it; and what left at each
+    step's end.
+    """
     student, left = build(case, model, device, offloads), []
     for _ in range(STEPS):
         left.append(step(student))

@@ -1,7 +1,9 @@
-"""One of two ranks with engines of both tensor-parallel sizes: `tensor_parallel_worker.py MODE JOB`.
+"""One of two ranks with engines of both tensor-parallel sizes: `tensor_parallel_worker.py MODE
+JOB`.
 
-JOB is a JSON file with `models` (name -> directory), `prompts` (lists of token ids), `weights` (a safetensors file) and
-`out` (a directory). Each rank writes `out/rank_R.json` and `out/rank_R.safetensors`.
+JOB is a JSON file with `models` (name -> directory), `prompts` (lists of token ids), `weights` (a
+safetensors file) and `out` (a directory). Each rank writes `out/rank_R.json` and
+`out/rank_R.safetensors`.
 """
 
 import argparse
@@ -11,11 +13,16 @@ from pathlib import Path
 
 import torch
 
-from opd import distributed  # noqa: E402
-from opd.config import LossConfig, TeacherSpec  # noqa: E402
+from opd import distributed
+from opd.config import LossConfig, TeacherSpec
 
 KV_GIB, MAX_LEN, MAX_TOKENS, SEED = 0.03, 128, 10, 7
-OPTIONS = {"dtype": "float32", "max_model_len": MAX_LEN, "kv_cache_gib": KV_GIB, "trust_remote_code": False}
+OPTIONS = {
+    "dtype": "float32",
+    "max_model_len": MAX_LEN,
+    "kv_cache_gib": KV_GIB,
+    "trust_remote_code": False,
+}
 STOP = (1, 20)
 DEAL = {"unequal": (5, 1), "none_on_one": (0, 3), "none": (0, 0)}  # prompts of each rank
 
@@ -29,7 +36,11 @@ def generator(job: dict, size: int):
     from opd.engines.vllm_engine import GeneratorEngine
 
     return GeneratorEngine(
-        job["models"]["student"], seed=SEED, enforce_eager=True, tensor_parallel_size=size, **OPTIONS
+        job["models"]["student"],
+        seed=SEED,
+        enforce_eager=True,
+        tensor_parallel_size=size,
+        **OPTIONS,
     )
 
 
@@ -37,7 +48,11 @@ def scorer(job: dict, name: str, size: int):
     from opd.engines.vllm_engine import HiddenStateEngine
 
     return HiddenStateEngine(
-        name, job["models"][name], tokenizer=job["models"]["student"], tensor_parallel_size=size, **OPTIONS
+        name,
+        job["models"][name],
+        tokenizer=job["models"]["student"],
+        tensor_parallel_size=size,
+        **OPTIONS,
     )
 
 
@@ -46,7 +61,10 @@ def sampled(engine, prompts: list, **changes) -> list[dict]:
     options = {"max_tokens": MAX_TOKENS, "temperature": 1.0, **changes}
     samples = engine.generate(prompts, seeds, STOP, **options)
     assert len(samples) == len(prompts)
-    return [{"prompt": p, "ids": s.token_ids, "logprobs": s.logprobs} for p, s in zip(prompts, samples, strict=True)]
+    return [
+        {"prompt": p, "ids": s.token_ids, "logprobs": s.logprobs}
+        for p, s in zip(prompts, samples, strict=True)
+    ]
 
 
 def what_a_rank_sees(work) -> dict:
@@ -69,22 +87,35 @@ def scored(job: dict, engines: dict, cache_bytes: int) -> dict[str, torch.Tensor
     domains = ["addition", "reversal"] if distributed.rank() == 0 else ["addition"]
     rollouts = [
         Rollout(
-            sample_id=f"0/{i}/0", prompt=Prompt(prompt_id=i, domain=domains[i % len(domains)], token_ids=ids), source="dataset",
-            response_ids=[2 + i, 5, 9, 1][: 2 + i % 3], rollout_logprobs=None, finish_reason="stop", policy_version=0,
+            sample_id=f"0/{i}/0",
+            prompt=Prompt(prompt_id=i, domain=domains[i % len(domains)], token_ids=ids),
+            source="dataset",
+            response_ids=[2 + i, 5, 9, 1][: 2 + i % 3],
+            rollout_logprobs=None,
+            finish_reason="stop",
+            policy_version=0,
         )
         for i, ids in enumerate(share(job["prompts"], DEAL["unequal"]))
-    ]  # fmt: skip
+    ]
     members = [
         teachers.ColocatedTeacher(
-            TeacherSpec(name, job["models"][name], (name,), tensor_parallel_size=engine.tensor_parallel_size),
-            engine, load_head(job["models"][name]),
+            TeacherSpec(
+                name, job["models"][name], (name,), tensor_parallel_size=engine.tensor_parallel_size
+            ),
+            engine,
+            load_head(job["models"][name]),
         )
         for name, engine in engines.items()
-    ]  # fmt: skip
+    ]
     pool = teachers.TeacherPool(
-        members, {name: ((name, 1.0),) for name in engines}, LossConfig(support_k=4), payload="hidden",
-        cache_bytes=cache_bytes, shared_vocab=40, device=torch.device("cpu"),
-    )  # fmt: skip
+        members,
+        {name: ((name, 1.0),) for name in engines},
+        LossConfig(support_k=4),
+        payload="hidden",
+        cache_bytes=cache_bytes,
+        shared_vocab=40,
+        device=torch.device("cpu"),
+    )
     with distributed.agree_on_error("scoring"):
         rows = pool.score(rollouts)
     tensors = {}
@@ -108,9 +139,11 @@ def engines_of_both_sizes(job: dict) -> None:
     for name, deal in DEAL.items():
         mine = share(prompts, deal)
         seen[name] = {
-            "shared": sampled(shared, mine), "own": sampled(own, mine),
-            "shared_greedy": sampled(shared, mine, temperature=0.0), "own_greedy": sampled(own, mine, temperature=0.0),
-        }  # fmt: skip
+            "shared": sampled(shared, mine),
+            "own": sampled(own, mine),
+            "shared_greedy": sampled(shared, mine, temperature=0.0),
+            "own_greedy": sampled(own, mine, temperature=0.0),
+        }
         for teacher, engine in {**engines, "experts": experts}.items():
             for i, state_LH in enumerate(engine.hidden_states(mine)):
                 tensors[f"{name}/{teacher}/{i}"] = state_LH
@@ -122,7 +155,9 @@ def engines_of_both_sizes(job: dict) -> None:
 
     seen["failure"] = what_a_rank_sees(fails_on_rank_1)
     seen["different_work"] = what_a_rank_sees(
-        lambda: distributed.gather_in_group(0, 2, "teacher A" if distributed.rank() == 0 else "teacher B")
+        lambda: distributed.gather_in_group(
+            0, 2, "teacher A" if distributed.rank() == 0 else "teacher B"
+        )
     )
     for engine in (shared, *engines.values()):
         engine.sleep()

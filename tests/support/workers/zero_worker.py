@@ -1,8 +1,9 @@
-"""What ZeRO really holds: the tensors of a real engine, counted, for many settings; one rank, or one of a launcher's.
+"""What ZeRO really holds: the tensors of a real engine, counted, for many settings; one rank, or
+one of a launcher's.
 
-`zero_worker.py JOB`, a JSON file with `out` (a directory) and `cases`: {name, model, dtype, zero} with `zero` the
-`zero_optimization` section. Every rank writes `out/NAME.RANK.json`: bytes of parameters, gradients (open ones: between two
-micro-batches), masters and moments.
+`zero_worker.py JOB`, a JSON file with `out` (a directory) and `cases`: {name, model, dtype, zero}
+with `zero` the `zero_optimization` section. Every rank writes `out/NAME.RANK.json`: bytes of
+parameters, gradients (open ones: between two micro-batches), masters and moments.
 """
 
 import gc
@@ -13,14 +14,18 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd import distributed  # noqa: E402
-from opd.config import OptimConfig  # noqa: E402
-from opd.engines.deepspeed_engine import ShardedEngine  # noqa: E402
+from opd import distributed
+from opd.config import OptimConfig
+from opd.engines.deepspeed_engine import ShardedEngine
 
 
 def held(tensors) -> int:
     """Bytes of the tensors, each memory once however many views it has."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in tensors
+        if t is not None
+    }
     return sum(storages.values())
 
 
@@ -30,7 +35,9 @@ def wanted(tensors) -> int:
 
 
 def parameters_of(module) -> list[torch.Tensor]:
-    """What stays between two steps: the partitions under ZeRO-3, with the parameters too small to be partitioned."""
+    """What stays between two steps: the partitions under ZeRO-3, with the parameters too small to
+    be partitioned.
+    """
     found = []
     for p in module.parameters():
         if not hasattr(p, "ds_tensor"):
@@ -57,7 +64,11 @@ def masters_of(engine, dtype: torch.dtype, stage: int) -> list[torch.Tensor]:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     if stage in (1, 2):
         return list(engine.optimizer.single_partition_of_fp32_groups)
-    return [] if dtype is torch.float32 else [p for group in engine.optimizer.fp32_groups for p in group]
+    return (
+        []
+        if dtype is torch.float32
+        else [p for group in engine.optimizer.fp32_groups for p in group]
+    )
 
 
 def run_case(case: dict, out: Path) -> None:
