@@ -23,38 +23,21 @@ vocabulary.
 
 import functools
 import json
-import time
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from opd import config, distributed
-from opd.colocation import Colocation
 from opd.distillation import compare
 from opd.inputs.arguments import parse
 from opd.inputs.validation import validate_common
 from opd.log import say
-from opd.mismatch import log_mismatch
 from opd.ops.logits import LogitsChunk
 from opd.padding import count_loss_tokens
-from opd.parity import Parity
-from opd.records import checkpoint
 from opd.records.files import replace_text
-from opd.records.memory_ledger import Ledger
-from opd.records.metrics import Metrics
-from opd.records.sample_ledger import SampleLedger, sample_rows
-from opd.rollout import dataset_rollouts, push
-from opd.run.build import (
-    build_rollout_engine,
-    build_student,
-    build_teacher_pool,
-    build_teachers,
-    restore,
-)
 from opd.run.context import Run
-from opd.run.evaluation import evaluate, evaluate_teachers, finish
-from opd.run.prepare import is_due, prepare, saves_on_failure, user_errors
-from opd.run.step_log import log_servers, log_step
+from opd.run.loop import start
+from opd.run.prepare import prepare, user_errors
 from opd.student import learning_rate_at
 from opd.teachers import TeacherPool
 from opd.types import MicroBatch
@@ -212,143 +195,46 @@ def with_teacher_responses(run: Run) -> Run:
 
 
 def main(run: Run) -> None:
-    # Setup and Data: `prepare` did both; the configuration, model, prompts and responses of `run`
-    # fit together.
-    cfg = run.cfg
-    metrics = Metrics(run.run_dir, num_steps=cfg.run.num_steps, domains=run.domains)
-    ledger, samples = (
-        Ledger(run.run_dir / "ledger.jsonl", distributed.rank()),
-        SampleLedger(run.run_dir),
-    )
-    # in a child process that is gone before the engines below exist
-    teacher_scores = evaluate_teachers(run)
+    cfg, num_updates = run.cfg, run.cfg.batch.inner_updates
     if cfg.gkd.seq_kd and cfg.gkd.lmbda < 1:
         run = with_teacher_responses(run)
-
-    # Student and Resume, Rollout engine, Teacher: all on this rank's GPU, each asleep until its
-    # phase
-    student = build_student(run)
-    state = restore(run, student, metrics, samples)
-    student.place(states=False, parameters=True)  # its optimizer states make room for the engines
-    student.settle()
-    rollout_engine = build_rollout_engine(run)
-    engines = build_teachers(run)
-    colocation = Colocation(
-        rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of
-    )
-    teachers = build_teacher_pool(run, engines, colocation.turns)
+    loop = start(run)  # engines on this rank's GPU, each asleep until its phase; resumed
+    student, teachers = loop.student, loop.teachers
     loss_of_token = functools.partial(token_loss, teachers=teachers, cfg=cfg)
-    inner_updates = cfg.batch.inner_updates
-    parity = Parity(
-        run.micro_batches, cfg.rollout, every=cfg.run.parity_every, dtype=student.model.dtype
-    )
 
-    # Before the first step: the engine gets the student's weights, and the student its first marks
-    with colocation.phase("sync"):
-        state.policy_version = push(student, rollout_engine, version=state.step)
-    if state.step == 0 and run.eval_prompts:
-        with colocation.phase("rollout"):
-            evaluate(run, rollout_engine, metrics, 0)
-        metrics.flush(0)
-
-    # Loop
-    for step in range(state.step, cfg.run.num_steps):
-        started = time.perf_counter()
-        with colocation.step(step), metrics.timed("step"):
+    for step in range(loop.state.step, cfg.run.num_steps):
+        with loop.step(step):
             prompts = run.prompt_batch(step)  # P prompts of this rank
             on_policy = is_on_policy(step, cfg)
-            checked = on_policy and parity.is_due(step)
+            loop.metrics.add("distill/on_policy_share", float(on_policy))
 
-            with saves_on_failure(run, student.save_shards, state):  # no weight has changed yet
-                with (
-                    colocation.phase("rollout"),
-                    metrics.timed("rollout"),
-                    distributed.agree_on_error("rollout"),
-                ):
-                    if on_policy:
-                        rollouts = rollout_engine.generate(
-                            prompts, step, with_logprobs=checked, on_finished=teachers.hear
-                        )
-                    else:
-                        rollouts = dataset_rollouts(
-                            prompts,
-                            step,
-                            eos_ids=run.facts.student.eos_ids,
-                            policy_version=state.policy_version,
-                        )
+            with loop.phase("rollout"):  # the student writes, or the data set has it written
+                rollouts = loop.generate(prompts) if on_policy else loop.from_dataset(prompts)
 
-                with (
-                    colocation.phase("score"),
-                    metrics.timed("score"),
-                    distributed.agree_on_error("scoring"),
-                ):
-                    scores = teachers.score(rollouts)
+            with loop.phase("score"):  # the teacher reads
+                scores = teachers.score(rollouts)
 
-            micro_batches = run.micro_batches(rollouts, scores)
-            # for the sample ledger, once the step is done
-            trained_on = sample_rows(rollouts, scores, step=step + 1)
+            micro_batches = loop.micro_batches(rollouts, scores)
             del scores  # the micro-batches have copied the hidden states
-            # over all ranks, before any backward
-            num_loss_tokens = count_loss_tokens(micro_batches)
+            num_loss_tokens = count_loss_tokens(micro_batches)  # over all ranks, before a backward
 
-            with colocation.phase("train"), metrics.timed("train"):
-                if checked:
-                    # is the sampler the student? If not, the run stops here
-                    parity.check(student, rollouts, step)
-                    scored = [
-                        mb.with_old_logprobs(student.logprobs(mb, cfg.rollout.temperature))
-                        for mb in micro_batches
-                    ]
-                    log_mismatch(metrics, scored, cfg.loss, domains=run.domains)
-                # each under the student of its moment; the teachers' scores stay
-                for update in range(inner_updates):
+            with loop.phase("train"):  # the student moves toward it
+                micro_batches = loop.with_old_policy(micro_batches)
+                for update in range(num_updates):  # scores stay, the student they meet does not
                     for mb in micro_batches:
-                        # a sum over loss tokens
-                        out = student.loss(mb, loss_of_token, domains=run.domains)
-                        # DeepSpeed will average over ranks
-                        scale = distributed.world_size() / num_loss_tokens
+                        out = student.loss(mb, loss_of_token)  # a sum over loss tokens
+                        scale = distributed.world_size() / num_loss_tokens  # DeepSpeed averages
                         student.backward(out.loss_sum * scale, last=mb is micro_batches[-1])
-                        metrics.merge(out.metrics)
-                    learning_rate = learning_rate_at(
-                        step + update / inner_updates, cfg.run.num_steps, cfg.optim
-                    )
+                        loop.record(mb, out, update)
+                    progress = step + update / num_updates
+                    learning_rate = learning_rate_at(progress, cfg.run.num_steps, cfg.optim)
                     grad_norm = student.step(learning_rate)
-                teachers.release_head()
 
-            with colocation.phase("sync"), metrics.timed("sync"):
-                state.policy_version = push(student, rollout_engine, version=step + 1)
-
-        samples.record(trained_on)
-        state.step, state.tokens_seen = step + 1, state.tokens_seen + num_loss_tokens
-        metrics.merge(
-            {"optim/learning_rate": (learning_rate, 1), "optim/grad_norm": (grad_norm, 1)}
-        )
-        metrics.add("distill/on_policy_share", float(on_policy))
-        seconds = time.perf_counter() - started
-        log_step(
-            run, metrics, ledger, state, rollouts, num_loss_tokens=num_loss_tokens, seconds=seconds
-        )
-        log_servers(metrics, teachers, rollout_engine, rollouts, step=state.step, seconds=seconds)
-        if is_due(state.step, cfg.run.eval_every, cfg.run.num_steps):
-            with colocation.phase("rollout"):
-                evaluate(run, rollout_engine, metrics, state.step)
-        # before the checkpoint: a step that can be resumed from has its line
-        metrics.flush(state.step)
-        if is_due(state.step, cfg.run.save_every, cfg.run.num_steps):
-            with metrics.timed("checkpoint"):
-                checkpoint.save(
-                    run.run_dir,
-                    state,
-                    student.save_shards,
-                    run.fingerprint,
-                    keep=cfg.run.keep_checkpoints,
-                )
-
-    # Finish
-    teachers.close()
-    colocation.close()
-    metrics.close()
-    finish(run, student, teacher_scores, ledger)
+            loop.trained(num_loss_tokens, learning_rate, grad_norm)
+            with loop.phase("sync"):  # the sampler gets the new weights
+                loop.push()
+        loop.after_step()  # metrics; evaluation and checkpoint, when they are due
+    loop.finish()
 
 
 if __name__ == "__main__":

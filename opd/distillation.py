@@ -10,6 +10,7 @@ teacher speaks about, K support size, V vocabulary (cut to the range that all mo
 teacher hidden size.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from opd.config import LossConfig
-from opd.losses import kl_estimate, support_divergence
+from opd.losses import MAX_LOG_RATIO, kl_estimate, support_divergence
 from opd.ops.heads import OutputHead
 from opd.ops.logits import LogitsChunk
 from opd.topk import overlap, union_support
@@ -82,62 +83,63 @@ def compare(
     them.
     """
     labels_C = mb.at_loss_tokens(mb.labels_BS)[rows]
-    student_logprobs_C = logits.logprobs(labels_C)
-    divergence_C = teacher_logprobs_C = torch.zeros_like(student_logprobs_C)
+    student_C = logits.logprobs(labels_C)
+    divergence_C = teacher_C = torch.zeros_like(student_C)
     student_topk_CK = None
     if support_of(cfg) != "sampled" and cfg.overlap_k > 0:
         student_topk_CK = logits.top_k(min(cfg.overlap_k, logits.vocab))
-    stats = Average(keys_of(cfg, support_of(cfg)), student_logprobs_C)
+    stats = Average(keys_of(cfg, support_of(cfg)), student_C)
     for part, index_M in _parts(mb, rows):
         # None is all of the chunk, the usual case: micro-batches are ordered by teacher.
         index = None if len(index_M) == len(labels_C) else index_M
         against = _against(part, logits, labels_C[index_M], index, head_of, cfg)
-        divergence_C = divergence_C.index_add(0, index_M, part.weights_M * against.divergence_M)
-        teacher_logprobs_C = teacher_logprobs_C.index_add(
-            0, index_M, part.weights_M * against.teacher_logprobs_M
-        )
-        with torch.no_grad():
-            values = {
-                "distill/spilled": torch.full_like(
-                    against.teacher_entropy_M, float(part.hidden_MH is None)
-                ),
-                "distill/teacher_entropy": against.teacher_entropy_M,
-                "distill/entropy_gap": (
-                    against.teacher_entropy_M - logits.entropy_C[index_M]
-                ).abs(),
-                "distill/k3": kl_estimate(
-                    student_logprobs_C[index_M], against.teacher_logprobs_M, estimator="k3"
-                ),
-            }
-            if against.support_mass_M is not None:
-                values["distill/student_mass"], values["distill/teacher_mass"] = (
-                    against.support_mass_M
-                )
-            if student_topk_CK is not None and against.topk_ids_MK is not None:
-                # a teacher may have sent fewer
-                K = min(student_topk_CK.shape[1], against.topk_ids_MK.shape[1])
-                ids_MK = against.topk_ids_MK[:, :K]
-                values |= overlap_of(
-                    student_topk_CK[index_M, :K],
-                    ids_MK,
-                    logits.gather(ids_MK, index),
-                    against.topk_logprobs_MK[:, :K],
-                )
-            stats.add(
-                index_M,
-                part.weights_M,
-                {key: values[key] for key in values.keys() & stats.sums.keys()},
-            )
-    with torch.no_grad():
-        found = stats.values()
-        found["distill/k1"] = student_logprobs_C - teacher_logprobs_C
-        found["distill/advantage_abs"] = found["distill/k1"].abs()
-        found["distill/student_entropy"] = logits.entropy_C
-        found |= by_position("distill/k1", found["distill/k1"], mb.response_thirds_N[rows])
+        weights_M = part.weights_M
+        divergence_C = divergence_C.index_add(0, index_M, weights_M * against.divergence_M)
+        teacher_C = teacher_C.index_add(0, index_M, weights_M * against.teacher_logprobs_M)
+        values = _values_of(against, logits, index_M, index, student_C, student_topk_CK)
+        values["distill/spilled"] = torch.full_like(weights_M, float(part.hidden_MH is None))
+        stats.add(index_M, weights_M, values)
+    k1_C = (student_C - teacher_C).detach()
+    found = stats.values() | by_position("distill/k1", k1_C, mb.response_thirds_N[rows])
+    found |= {"distill/k1": k1_C, "distill/advantage_abs": k1_C.abs()}
+    found["distill/student_entropy"] = logits.entropy_C
     is_pg = cfg.loss == "reverse_kl_pg"
-    return Comparison(
-        None if is_pg else divergence_C, student_logprobs_C, teacher_logprobs_C, found
-    )
+    return Comparison(None if is_pg else divergence_C, student_C, teacher_C, found)
+
+
+@torch.no_grad()
+def policy_stats(
+    seen: Comparison,
+    sampler_C: Tensor,
+    old_C: Tensor,
+    trainer_C: Tensor | None,
+    weights_C: Tensor,
+    cfg: LossConfig,
+) -> dict[str, Tensor]:
+    """What is worth watching where policies meet at the C sampled tokens: metric key -> [C].
+
+    The log-probabilities are those of the sampler, of the old policy, and of what the weights hold
+    against the sampler (`correction_weights`), which is None where nothing is corrected.
+    """
+    student_C, found = seen.student_logprobs_C, {}
+    if cfg.old_logprobs == "server":
+        found["mismatch/old_policy_gap"] = (student_C - old_C).abs()
+    if cfg.clip_low is not None:
+        low, high = 1 - cfg.clip_low, 1 + (cfg.clip_high or cfg.clip_low)
+        ratio_C = (student_C - old_C).exp()
+        found["distill/ratio_clip_fraction"] = ((ratio_C < low) | (ratio_C > high)).float()
+    if cfg.loss == "reverse_kl_pg":
+        advantages_C = seen.teacher_logprobs_C - student_C
+        limit = math.inf if cfg.advantage_clip is None else cfg.advantage_clip
+        found["distill/advantage_abs"] = advantages_C.abs().clamp(max=limit)
+        found["distill/clip_fraction"] = (advantages_C.abs() > limit).float()
+    if trainer_C is not None:
+        found["mismatch/weight_mean"] = weights_C
+        found["mismatch/weight_zero_fraction"] = (weights_C == 0).float()
+        found["mismatch/clamp_fraction"] = ((trainer_C - sampler_C).abs() > MAX_LOG_RATIO).float()
+        if cfg.is_mode != "none":
+            found["mismatch/weight_cut_fraction"] = (weights_C >= cfg.is_high).float()
+    return found
 
 
 def _parts(mb: MicroBatch, rows: slice) -> Iterator[tuple[TeacherSlice, Tensor]]:
@@ -163,26 +165,12 @@ def _against(
     """One teacher on the support that the loss asks for, or on its top-k where the cache had no
     room for hidden states.
     """
-    support = support_of(cfg)
+    support, options = support_of(cfg), {"jsd_beta": cfg.jsd_beta, "skew_alpha": cfg.skew_alpha}
     if support == "full" and part.hidden_MH is not None:
-        head = head_of(part.teacher)
-        seen = logits.divergence(
-            part.hidden_MH.to(head.weight_VH.dtype),
-            head,
-            labels_M,
-            index_M,
-            kind=cfg.loss,
-            jsd_beta=cfg.jsd_beta,
-            skew_alpha=cfg.skew_alpha,
-            topk=min(cfg.overlap_k, logits.vocab),
-        )
-        return _Against(
-            seen.divergence_M,
-            seen.sampled_logprobs_M,
-            seen.entropy_M,
-            seen.topk_ids_MK,
-            seen.topk_logprobs_MK,
-        )
+        head, topk = head_of(part.teacher), min(cfg.overlap_k, logits.vocab)
+        hidden_MH = part.hidden_MH.to(head.weight_VH.dtype)
+        options |= {"kind": cfg.loss, "topk": topk}
+        return _Against(*logits.divergence(hidden_MH, head, labels_M, index_M, **options))
     if support == "sampled":
         student_M = logits.logprobs(labels_M, index_M)
         if cfg.loss == "reverse_kl_pg":
@@ -198,23 +186,41 @@ def _against(
     if repeated_MK is not None:  # an empty slot on both sides
         student_MK = student_MK.masked_fill(repeated_MK, -torch.inf)
         teacher_MK = teacher_MK.masked_fill(repeated_MK, -torch.inf)
-    divergence_M = support_divergence(
-        student_MK,
-        teacher_MK,
-        kind=cfg.loss,
-        tail=cfg.tail,
-        jsd_beta=cfg.jsd_beta,
-        skew_alpha=cfg.skew_alpha,
-    )
+    options |= {"kind": cfg.loss, "tail": cfg.tail}
+    divergence_M = support_divergence(student_MK, teacher_MK, **options)
     mass = (student_MK.detach().exp().sum(-1), teacher_MK.exp().sum(-1))
-    return _Against(
-        divergence_M,
-        part.sampled_logprobs_M,
-        _entropy(part),
-        part.topk_ids_MK,
-        part.topk_logprobs_MK,
-        mass,
-    )
+    top = (part.topk_ids_MK, part.topk_logprobs_MK)
+    return _Against(divergence_M, part.sampled_logprobs_M, _entropy(part), *top, mass)
+
+
+@torch.no_grad()
+def _values_of(
+    against: _Against,
+    logits: LogitsChunk,
+    index_M: Tensor,
+    index: Tensor | None,
+    student_C: Tensor,
+    student_topk_CK: Tensor | None,
+) -> dict[str, Tensor]:
+    """What is worth watching of one teacher at its M tokens: metric key -> [M]."""
+    values = {
+        "distill/teacher_entropy": against.teacher_entropy_M,
+        "distill/entropy_gap": (against.teacher_entropy_M - logits.entropy_C[index_M]).abs(),
+        "distill/k3": kl_estimate(student_C[index_M], against.teacher_logprobs_M, estimator="k3"),
+    }
+    if against.support_mass_M is not None:
+        values["distill/student_mass"], values["distill/teacher_mass"] = against.support_mass_M
+    if student_topk_CK is not None and against.topk_ids_MK is not None:
+        # a teacher may have sent fewer
+        K = min(student_topk_CK.shape[1], against.topk_ids_MK.shape[1])
+        ids_MK = against.topk_ids_MK[:, :K]
+        values |= overlap_of(
+            student_topk_CK[index_M, :K],
+            ids_MK,
+            logits.gather(ids_MK, index),
+            against.topk_logprobs_MK[:, :K],
+        )
+    return values
 
 
 def _entropy(part: TeacherSlice) -> Tensor:
@@ -285,7 +291,10 @@ class Average:
         self.sums, self.weights = dict.fromkeys(keys, zero_C), dict.fromkeys(keys, zero_C)
 
     def add(self, index_M: Tensor, weights_M: Tensor, values: dict[str, Tensor]) -> None:
+        """Keys that the average was not made for are passed over."""
         for key, value_M in values.items():
+            if key not in self.sums:
+                continue
             known_M = (weights_M * ~value_M.isnan()).to(self.weights[key].dtype)
             self.sums[key] = self.sums[key].index_add(
                 0, index_M, known_M * value_M.masked_fill(value_M.isnan(), 0)

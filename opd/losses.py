@@ -6,6 +6,9 @@ are computed and returned in float32, float32 and float64 stay what they are. No
 the script sums over loss tokens and divides by their count over all ranks. s, t are the
 log-probabilities (in nats) of student and teacher, p, q their probabilities.
 
+`divergence` is the definition. Over the full vocabulary `kernels.divergence_and_gradient` is what
+trains, and tests hold it to this one; the other functions here train themselves.
+
 Shape legend: N tokens, V vocabulary, K support size, B sequences, S padded length.
 """
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opd import distributed
+from opd import distributed, processes
 from opd.config import LocalBackend, RolloutConfig
 from opd.engines.hf_engine import HFGenerator
 from opd.engines.vllm_engine import GeneratorEngine
@@ -182,6 +182,9 @@ class RolloutEngine:
     def save(self, directory: Path) -> None:
         """Nothing: what it wrote is trained on before a checkpoint."""
 
+    def load(self, directory: Path) -> None:
+        """Nothing: `save` has written nothing."""
+
     def close(self) -> None:
         """Nothing: the engine ends with its process."""
 
@@ -297,7 +300,7 @@ def _child_main() -> None:
     parser.add_argument("answer")
     parser.add_argument("parent", type=int)
     args = parser.parse_args()
-    distributed.die_with_parent()
+    processes.die_with_parent()
     if os.getppid() != args.parent:
         sys.exit("the trainer is gone")
     device = distributed.init()

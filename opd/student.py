@@ -8,7 +8,7 @@ hidden size.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +48,10 @@ class LossSettings:
     shared_vocab: int | None = None  # tokens that all models know; None is all of the student's
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     packing: bool = False  # sequences of a micro-batch end to end, without padding
+    domains: tuple[str, ...] = ()  # statistics are summed for each of them too
+    # Asks for a first pass that hands the loss the labels' log-probabilities [N] at that
+    # temperature: sequence-level weights need all of them before the first token's loss.
+    logprob_temperature: float | None = None
 
 
 def learning_rate_at(step: float, num_steps: int, optim: OptimConfig) -> float:
@@ -206,26 +210,14 @@ class Student:
                 f"by {difference:.2g}); leave it off, or try another --attn_implementation"
             )
 
-    def loss(
-        self,
-        mb: MicroBatch,
-        token_loss: TokenLoss,
-        *,
-        domains: list[str],
-        logprob_temperature: float | None = None,
-    ) -> LossOutput:
+    def loss(self, mb: MicroBatch, token_loss: TokenLoss) -> LossOutput:
         """Sum of `token_loss` over the loss tokens, with its statistics summed overall and per
         domain.
-
-        `logprob_temperature` asks for a first pass that hands `token_loss` the labels'
-        log-probabilities [N] at that temperature: sequence-level importance weights need all of
-        them before the first token's loss.
         """
-        mb = mb.to(self.device)
-        loss_sum, stats, logprobs_N = self.engine(mb, token_loss, logprob_temperature)
-        return LossOutput(
-            loss_sum, summarise(stats, mb.at_loss_tokens(mb.domain_ids_B), domains), logprobs_N
-        )
+        settings, mb = self._wrapped.settings, mb.to(self.device)
+        loss_sum, stats, logprobs_N = self.engine(mb, token_loss, settings.logprob_temperature)
+        domain_ids_N = mb.at_loss_tokens(mb.domain_ids_B)
+        return LossOutput(loss_sum, summarise(stats, domain_ids_N, settings.domains), logprobs_N)
 
     @torch.no_grad()
     def logprobs(self, mb: MicroBatch, temperature: float) -> Tensor:
@@ -293,7 +285,7 @@ def _without_noise(model: nn.Module) -> None:
 
 
 def summarise(
-    stats: dict[str, Tensor], domain_ids_N: Tensor, domains: list[str]
+    stats: dict[str, Tensor], domain_ids_N: Tensor, domains: Sequence[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """[N] statistics to (sum, count) under `key` and `key/domain`.
 

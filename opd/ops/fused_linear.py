@@ -168,32 +168,20 @@ def score_hidden(
     )
 
     head = OutputHead(weight_VH, bias_V, form)
-    columns: list[list[Tensor]] = [[], [], [], [], []]
+    tiles: list[tuple[Tensor, ...]] = []
     room_CV = None
     for chunk in _chunks(len(hidden_NH), weight_VH, chunk_bytes, buffers=1):
         size = chunk.stop - chunk.start
         room_CV = _buffer(weight_VH, size) if room_CV is None else room_CV
         hidden_CH = hidden_NH[chunk].to(weight_VH.device, weight_VH.dtype, non_blocking=True)
-        logits_CV = project(
-            hidden_CH, head, temperature, out=None if room_CV is None else room_CV[:size]
-        )
-        labels_C = labels_N[chunk].unsqueeze(-1)
-        for rows in kernels.tiles(logits_CV):
-            logits_TV = logits_CV[rows]
-            logsumexp_T, entropy_T = kernels.statistics(logits_TV)
-            top_TK, ids_TK = kernels.top_k(logits_TV, support_k)
-            sampled_T = logits_TV.gather(-1, labels_C[rows]).squeeze(-1)
-            row = (
-                sampled_T - logsumexp_T,
-                logsumexp_T,
-                entropy_T,
-                ids_TK,
-                top_TK - logsumexp_T.unsqueeze(-1),
-            )
-            for column, value in zip(columns, row, strict=True):
-                column.append(value)
-    sampled_N, logsumexp_N, entropy_N, ids_NK, logprobs_NK = (
-        torch.cat(column) for column in columns
+        out_CV = None if room_CV is None else room_CV[:size]
+        logits_CV, labels_C = project(hidden_CH, head, temperature, out=out_CV), labels_N[chunk]
+        tiles += [
+            _read_tile(logits_CV[rows], labels_C[rows], support_k)
+            for rows in kernels.tiles(logits_CV)
+        ]
+    sampled_N, logsumexp_N, entropy_N, logprobs_NK, ids_NK = map(
+        torch.cat, zip(*tiles, strict=True)
     )
     return HiddenScores(
         sampled_logprobs_N=sampled_N.float(),
@@ -202,6 +190,15 @@ def score_hidden(
         topk_ids_NK=ids_NK if support_k else None,
         topk_logprobs_NK=logprobs_NK.float() if support_k else None,
     )
+
+
+def _read_tile(logits_TV: Tensor, labels_T: Tensor, support_k: int) -> tuple[Tensor, ...]:
+    """(label's log-probability, logsumexp, entropy, top-k log-probabilities, their ids)."""
+    logsumexp_T, entropy_T = kernels.statistics(logits_TV)
+    top_TK, ids_TK = kernels.top_k(logits_TV, support_k)
+    sampled_T = logits_TV.gather(-1, labels_T.unsqueeze(-1)).squeeze(-1)
+    topk_TK = top_TK - logsumexp_T.unsqueeze(-1)
+    return sampled_T - logsumexp_T, logsumexp_T, entropy_T, topk_TK, ids_TK
 
 
 class _PrecomputedGradients(torch.autograd.Function):

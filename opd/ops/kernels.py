@@ -75,7 +75,8 @@ def divergence_and_gradient(
 
     Each of them is a sum over the vocabulary whose derivative with respect to p, at fixed q, is u
     up to a constant; through the softmax it becomes p (u - sum p u). Where s and t occur as a
-    difference only, the logits serve for them.
+    difference only, the logits serve for them. Raises ValueError for a kind that is not here:
+    `losses.divergence` is the definition, but this is what trains.
     """
     s_CV = logits_CV - logsumexp_C.unsqueeze(-1)
     p_CV = s_CV.exp()
@@ -98,11 +99,12 @@ def divergence_and_gradient(
     if kind == "skew_forward_kl":
         t_CV.sub_(_log(torch.lerp(p_CV, q_CV, skew_alpha)))
         divergence_C, u_CV = _dot(q_CV, t_CV), t_CV.exp().mul_(skew_alpha - 1)
-    # skew_reverse_kl: m = alpha p + (1 - alpha) q, D = sum p (s - log m), u = s - log m - alpha p /
-    # m
-    else:
+    # m = alpha p + (1 - alpha) q, D = sum p (s - log m), u = s - log m - alpha p / m
+    elif kind == "skew_reverse_kl":
         s_CV.sub_(_log(torch.lerp(q_CV, p_CV, skew_alpha)))
         divergence_C, u_CV = _dot(p_CV, s_CV), s_CV - skew_alpha * s_CV.exp()
+    else:
+        raise ValueError(f"kind={kind!r}: no divergence of this name is computed here")
     return divergence_C, (p_CV * u_CV.sub_(_dot(p_CV, u_CV).unsqueeze(-1))).to(gradient_dtype)
 
 

@@ -12,6 +12,7 @@ vocabulary, H hidden size.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,7 @@ from opd.ops.heads import LogitForm, OutputHead
 SLICE = 8192  # rows of a head
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherReading:
+class TeacherReading(NamedTuple):
     """What one teacher says about M tokens, at the chunk's temperature; log-probabilities and
     entropy in nats.
     """
@@ -134,26 +134,25 @@ class LogitsChunk:
             self.logits_CV.dtype
         )
         form = {"kind": kind, "jsd_beta": jsd_beta, "skew_alpha": skew_alpha}
-        columns: list[list[Tensor]] = [[], [], [], [], []]
+        tiles: list[TeacherReading] = []
         for rows in kernels.tiles(teacher_MV):
             mine = rows if index_M is None else index_M[rows]
-            gradient_TV, *tile = self._compare(mine, teacher_MV[rows], labels_M[rows], topk, form)
-            for column, value in zip(columns, tile, strict=True):
-                column.append(value)
+            tile, gradient_TV = self._compare(mine, teacher_MV[rows], labels_M[rows], topk, form)
+            tiles.append(tile)
             if len(gradient_TV) == len(teacher_MV):
                 teacher_MV = gradient_TV  # the only tile
             else:  # the gradient takes the place of the teacher's logits
                 teacher_MV[rows] = gradient_TV
-        divergence_M, *theirs = (torch.cat(column) for column in columns)
-        leaf = self._leaf(divergence_M)
+        whole = TeacherReading(*map(torch.cat, zip(*tiles, strict=True)))
+        leaf = self._leaf(whole.divergence_M)
         self._readings.append(_Reading(leaf, index_M, gradient_MV=teacher_MV))
-        return TeacherReading(leaf, *theirs)
+        return whole._replace(divergence_M=leaf)
 
     @torch.no_grad()
     def _compare(
         self, mine: Tensor | slice, theirs_TV: Tensor, labels_T: Tensor, topk: int, form: dict
-    ) -> tuple[Tensor, ...]:
-        """One tile of `divergence`: its gradient, and the columns of a TeacherReading."""
+    ) -> tuple[TeacherReading, Tensor]:
+        """One tile of `divergence`, and the gradient [T, V] of its divergence."""
         logits_TV = self.logits_CV[mine]
         logsumexp_T, entropy_T = kernels.statistics(theirs_TV)
         sampled_T = theirs_TV.gather(-1, labels_T.unsqueeze(-1)).squeeze(-1) - logsumexp_T
@@ -167,14 +166,8 @@ class LogitsChunk:
             **form,
         )
         top_TK = top_TK - logsumexp_T.unsqueeze(-1)
-        return (
-            self._through_form(gradient_TV, logits_TV),
-            divergence_T,
-            sampled_T,
-            entropy_T,
-            topk_ids_TK,
-            top_TK,
-        )
+        reading = TeacherReading(divergence_T, sampled_T, entropy_T, topk_ids_TK, top_TK)
+        return reading, self._through_form(gradient_TV, logits_TV)
 
     def _room(self, rows: int, dtype: torch.dtype) -> Tensor | None:
         """The next `rows` of the memory that was set aside, if they are left and fit."""

@@ -104,8 +104,6 @@ def build_async_engine(run: Run) -> AsyncRolloutEngine:
             logprob_servers=logprob_servers,
         )
         engine.on_close = stack
-        if run.resume_from is not None:
-            engine.load(run.resume_from)
     return engine
 
 

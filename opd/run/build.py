@@ -24,16 +24,13 @@ from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
 from opd.log import one_line, say, warn
 from opd.ops.heads import load_head, map_head
-from opd.records import checkpoint
-from opd.records.metrics import Metrics
-from opd.records.sample_ledger import SampleLedger
 from opd.rollout import RolloutEngine
 from opd.run.async_build import build_async_engine
 from opd.run.context import Run, is_async
 from opd.run.prepare import user_errors
 from opd.student import LossSettings, Student
 from opd.teachers import ColocatedTeacher, TeacherPool
-from opd.types import CANARY_IDS, LoopState
+from opd.types import CANARY_IDS
 
 
 @contextmanager
@@ -96,6 +93,8 @@ def build_student(run: Run) -> Student:
             shared_vocab=run.facts.shared_vocab,
             chunk_bytes=cfg.loss.loss_chunk_bytes,
             packing=cfg.batch.packing,
+            domains=run.domains,
+            logprob_temperature=run.logprob_temperature,
         )
         student = Student(cfg.model, cfg.optim, run.ds_config, settings=settings, device=run.device)
     if cfg.batch.packing:
@@ -212,17 +211,3 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
     with distributed.agree_on_error("putting the rollout engine to sleep"):
         engine.sleep()
     return engine
-
-
-def restore(run: Run, student: Student, metrics: Metrics, samples: SampleLedger) -> LoopState:
-    """The state to go on from: the checkpoint's, or a fresh one; what was written beyond it is
-    forgotten. Collective.
-    """
-    state, written = LoopState(), -1
-    if run.resume_from is not None:
-        student.load_shards(run.resume_from)
-        state = checkpoint.load_state(run.resume_from)
-        written = state.step
-    metrics.truncate(written)
-    samples.truncate(written)
-    return state

@@ -166,6 +166,15 @@ class Run:
         )
 
     @property
+    def logprob_temperature(self) -> float | None:
+        """Where sampler and student of the moment are compared in the loss: at which temperature.
+
+        With an old policy of its own, the correction compares the sampler with that.
+        """
+        compares = corrects(self.cfg.loss) and self.cfg.loss.old_logprobs == "rollout"
+        return self.cfg.rollout.temperature if compares else None
+
+    @property
     def reads_logprobs(self) -> bool:
         """Whether the loss reads the sampler's log-probabilities: a correction, or a PPO ratio."""
         return corrects(self.cfg.loss) or self.cfg.loss.clip_low is not None

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from opd import config, distributed, faults
+from opd import config, distributed, faults, processes
 from opd.clients.served_checks import check_served
 from opd.engines.deepspeed_engine import check_ds_config
 from opd.inputs import content, models, prompts, rewards
@@ -25,10 +24,8 @@ from opd.log import say, setup_logging
 from opd.plan.apply import plan_run
 from opd.records import checkpoint
 from opd.records.files import write_run_files
-from opd.records.metrics import Metrics
 from opd.run.context import Run
 from opd.run.evaluation import asked
-from opd.types import LoopState
 
 
 @contextmanager
@@ -88,7 +85,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
             f"--output_dir {run.run_dir}: cannot be made: {error}; choose another"
         ) from None
     checkpoint.set_aside_newer(run.run_dir, resume_from)
-    distributed.die_with_launcher()
+    processes.die_with_launcher()
     if distributed.rank() == 0:
         write_run_files(run.run_dir, config.to_dict(cfg), sys.argv)
     setup_logging(run.run_dir)
@@ -203,39 +200,3 @@ def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
         "inner_updates": cfg.batch.inner_updates,
         "seed": cfg.run.seed,
     }
-
-
-def is_due(step: int, every: int, last: int) -> bool:
-    """After `step` optimizer steps: at the last one, and at every multiple of `every` above 0."""
-    return step == last or (every > 0 and step % every == 0)
-
-
-@contextmanager
-def saves_on_failure(
-    run: Run, save_shards: Callable[[Path], None], state: LoopState, metrics: Metrics | None = None
-):
-    """Around what a step does with the weights of `state`.
-
-    If all ranks stop there, as without a teacher, they save it.
-
-    A checkpoint of other weights would train on a step twice. `metrics` are those of the step that
-    `state` has just finished, if its line is not yet written. A run that has no step to save starts
-    afresh, and repeats what it did.
-    """
-    try:
-        yield
-    except Exception as error:
-        if distributed.was_agreed(error) and state.step > 0:
-            say(
-                f"step {state.step + 1} cannot be done: saving step {state.step}, from where the "
-                f"same command goes on"
-            )
-            if metrics is not None:
-                metrics.flush(state.step)
-            checkpoint.save(
-                run.run_dir, state, save_shards, run.fingerprint, keep=run.cfg.run.keep_checkpoints
-            )
-        raise
-
-
-# ---- Evaluation and report -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from opd import distributed
+from opd import distributed, processes
 from tests.support.processes import ROOT, is_running, worker_environment
 
 WORKER = ROOT / "tests" / "support" / "workers" / "distributed_worker.py"
@@ -21,19 +21,13 @@ BIN = Path(sys.executable).parent
 
 
 def torchrun() -> list[str]:
-    port = str(distributed.free_port())
+    port = str(processes.free_port())
     where = ["--master-addr", "127.0.0.1", "--master-port", port]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *where]
 
 
 def deepspeed() -> list[str]:
-    return [
-        str(BIN / "deepspeed"),
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(distributed.free_port()),
-    ]
+    return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(processes.free_port())]
 
 
 LAUNCHERS = {"torchrun": torchrun, "deepspeed": deepspeed}

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opd import distributed
+from opd import processes
 from tests.support.processes import ROOT, worker_environment
 from tests.support.workers.gradient_worker import (
     ADAM_EPS,
@@ -241,7 +241,7 @@ def two_ranks(models, tmp_path_factory):
         "--master-addr",
         "127.0.0.1",
     ]
-    torchrun += ["--master-port", str(distributed.free_port())]
+    torchrun += ["--master-port", str(processes.free_port())]
     return launch(
         (*TWO_RANKS, *(dataclasses.replace(case, name=f"two_{case.name}") for case in REFRESHED)),
         models,

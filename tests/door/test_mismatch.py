@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd import distributed
+from opd import processes
 from opd.config import LossConfig
 from opd.mismatch import effective_share, log_mismatch, pearson
 from opd.records.metrics import Metrics
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
         "2",
         "--master-port",
     ]
-    commands = {1: [sys.executable], 2: [*launcher, str(distributed.free_port())]}
+    commands = {1: [sys.executable], 2: [*launcher, str(processes.free_port())]}
     found = {}
     for ranks, command in commands.items():
         found[ranks] = tmp_path_factory.mktemp(f"ranks_{ranks}")

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from opd import distributed
+from opd import processes
 from opd.engines.deepspeed_engine import HostCopy, what_leaves
 from opd.inputs.validation import load_ds_config
 from tests.support.processes import ROOT, worker_environment
@@ -46,7 +46,7 @@ def records(request, tiny, tmp_path_factory):
             "--master-addr",
             "127.0.0.1",
         ]
-        command += ["--master-port", str(distributed.free_port())]
+        command += ["--master-port", str(processes.free_port())]
     result = subprocess.run(
         [*command, str(WORKER), str(job)],
         env=worker_environment(),

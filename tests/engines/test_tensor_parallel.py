@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from opd import distributed
+from opd import processes
 from tests.support.processes import ROOT, worker_environment
 from tests.support.workers.tensor_parallel_worker import DEAL
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 
 def torchrun() -> list[str]:
-    where = ["--master-addr", "127.0.0.1", "--master-port", str(distributed.free_port())]
+    where = ["--master-addr", "127.0.0.1", "--master-port", str(processes.free_port())]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *where]
 
 

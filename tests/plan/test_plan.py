@@ -22,7 +22,7 @@ from transformers import (
 
 import train_gkd
 import train_mopd
-from opd import distributed
+from opd import processes
 from opd.config import GIB, TeacherSpec, groups_of, to_dict
 from opd.inputs.arguments import parse
 from opd.inputs.shapes import ModelShape, layer_values, model_of, shape_of
@@ -91,7 +91,7 @@ def counted(request, odd_models, tmp_path_factory) -> tuple[int, Path]:
             "--master-addr",
             "127.0.0.1",
         ]
-        command += ["--master-port", str(distributed.free_port())]
+        command += ["--master-port", str(processes.free_port())]
     command += [
         str(ROOT / "tests" / "support" / "workers" / "zero_worker.py"),
         str(out / "job.json"),

@@ -42,7 +42,8 @@ from pathlib import Path
 from transformers.utils import logging as hf_logging
 hf_logging.get_logger("transformers.early").warning("before the setup: this one may be seen")
 
-from opd.records.metrics import Metrics, say, setup_logging
+from opd.log import say, setup_logging
+from opd.records.metrics import Metrics
 print("----", flush=True)
 for stream in (1, 2):
     import os; os.write(stream, b"====\\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from opd import distributed
+from opd import processes
 from tests.support.launch import Models, command, start
 from tests.support.processes import ROOT, is_running, worker_environment
 
@@ -183,7 +183,7 @@ def test_no_start_on_two_ranks_is_aborted(tmp_path, starts):
     """
     failed = []
     for index in range(starts):
-        out, port = tmp_path / str(index), distributed.free_port()
+        out, port = tmp_path / str(index), processes.free_port()
         out.mkdir()
         ranks = [
             subprocess.Popen(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from opd import distributed
+from opd import processes
 from opd.records import sample_ledger
 from tests.support.processes import LAUNCH_VARIABLES, ROOT
 
@@ -43,7 +43,7 @@ def command(
     # one teacher for every domain; the answers are the dataset's responses
     if script == "train_gkd.py":
         teachers = [f"--teacher={next(iter(models.teachers.values()))}", "--response_key=answer"]
-    start = [part.format(ranks=ranks, port=distributed.free_port()) for part in LAUNCHERS[launcher]]
+    start = [part.format(ranks=ranks, port=processes.free_port()) for part in LAUNCHERS[launcher]]
     return [
         *(
             *start,

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import distributed
+from opd import distributed, processes
 from opd.config import OptimConfig
 from opd.engines.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
@@ -166,7 +166,7 @@ def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Pa
     status = 1
     try:
         signal.alarm(RANK_DEADLINE)
-        distributed.die_with_parent()
+        processes.die_with_parent()
         descriptor = os.open(stderr_path, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -190,7 +190,7 @@ def serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
-            port, ranks = distributed.free_port(), range(job.get("world_size", 1))
+            port, ranks = processes.free_port(), range(job.get("world_size", 1))
             files = [(Path(folder) / f"result{r}", Path(folder) / f"stderr{r}") for r in ranks]
             children = []
             for rank in ranks:

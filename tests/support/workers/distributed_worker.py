@@ -10,7 +10,7 @@ import os
 import time
 from pathlib import Path
 
-from opd import distributed
+from opd import distributed, processes
 
 
 def raised_by(work) -> str:
@@ -99,7 +99,7 @@ def crash(out: Path) -> None:
 
 def wait(out: Path) -> None:
     """Works until the launcher is gone."""
-    distributed.die_with_launcher()
+    processes.die_with_launcher()
     distributed.barrier()
     pid_file = out / f"pid_{distributed.rank()}"
     pid_file.with_suffix(".tmp").write_text(str(os.getpid()))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from opd import distributed
+from opd import distributed, processes
 
 DEADLINE = 120  # seconds; a rank that hangs is ended by SIGALRM, and its test fails
 SLOW = 1.0  # seconds that the slow rank needs for its exit hooks
@@ -175,7 +175,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     ends = {}
     for name, ways in job["cases"].items():
-        port, started = distributed.free_port(), time.monotonic()
+        port, started = processes.free_port(), time.monotonic()
         ranks = {
             fork(way, rank, len(ways), port, Path(job["out"], f"{name}_{rank}")): rank
             for rank, way in enumerate(ways)

@@ -156,6 +156,10 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
             shared_vocab=VOCAB,
             chunk_bytes=case.chunk_tokens * VOCAB * 4 * LIVE_BUFFERS,
             packing=case.packing,
+            domains=DOMAINS,
+            logprob_temperature=1.0
+            if cfg.is_mode != "none" and cfg.old_logprobs == "rollout"
+            else None,
         ),
     )
     teachers = [
@@ -181,8 +185,7 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
         micro_batches = [mb.with_old_logprobs(student.logprobs(mb, 1.0)) for mb in micro_batches]
     for update in range(case.inner_updates):
         for mb in micro_batches:
-            temperature = 1.0 if cfg.is_mode != "none" and cfg.old_logprobs == "rollout" else None
-            loss = student.loss(mb, loss_of_token, domains=DOMAINS, logprob_temperature=temperature)
+            loss = student.loss(mb, loss_of_token)
             student.backward(
                 loss.loss_sum * distributed.world_size() / num_loss_tokens,
                 last=mb is micro_batches[-1],

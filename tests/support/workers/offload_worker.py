@@ -33,7 +33,7 @@ def build(case: dict, model: str, device: torch.device, offloads: frozenset[str]
         OptimConfig(learning_rate=1e-2, max_grad_norm=1.0),
         load_ds_config(str(ROOT / "ds_configs" / f"{case['ds_config']}.json")),
         device=device,
-        settings=LossSettings(shared_vocab=VOCAB),
+        settings=LossSettings(shared_vocab=VOCAB, domains=DOMAINS),
     )
     student.sharded.offloads = offloads
     return student
@@ -47,7 +47,7 @@ def step(student) -> int:
     student.place(states=True, parameters=True)  # train
     micro_batches = my_micro_batches(Case(name="", micro_batch_size=3))
     for mb in micro_batches:
-        loss = student.loss(mb, token_loss, domains=DOMAINS)
+        loss = student.loss(mb, token_loss)
         student.backward(loss.loss_sum / 50, last=mb is micro_batches[-1])
     student.step(1e-2)
     return student.place(states=False, parameters=True)  # sync, while they leave
