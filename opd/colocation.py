@@ -60,7 +60,7 @@ class Colocation:
 
     `spare` are the bytes of a GPU that the plan leaves free in each phase; without it nothing
     overlaps. `needs(step)` names the teachers that a step needs, on all ranks together and in the
-    same order everywhere, for this step and the next ones; without it a teacher never stays awake.
+    same order everywhere, for this step and the next; without it a teacher never stays awake.
     """
 
     def __init__(
@@ -72,11 +72,10 @@ class Colocation:
         *,
         spare: Mapping[str, int] | None = None,
         needs: Callable[[int], Collection[str]] | None = None,
-        lookahead: int = 3,
     ):
         self.rollout_engine, self.student, self.ledger = rollout_engine, student, ledger
         self.teachers = {teacher.name: teacher for teacher in teachers}
-        self.spare, self.needs, self.lookahead = dict(spare or {}), needs, lookahead
+        self.spare, self.needs = dict(spare or {}), needs
         self.last, self.current = "start", None
         self._kept: str | None = None  # the teacher whose weights wait here for the next step
         self._planned: str | None = (
@@ -167,19 +166,14 @@ class Colocation:
         step = self.ledger.step
         if self.needs is None or step < 0:
             return [name for name in self.teachers if name in names], None
-        needs = [list(self.needs(step + ahead)) for ahead in range(self.lookahead)]
         room = min((self.spare.get(phase, 0) for phase in TABLE), default=0)
         may_stay = {
             n: t.bytes_awake
             for n, t in self.teachers.items()
             if t.can_sleep and t.bytes_awake <= room
         }
-        now, following = wake_orders(needs, may_stay, awake=self._planned)[:2]
-        stays = (
-            now[-1]
-            if now and following and now[-1] == following[0] and now[-1] in may_stay
-            else None
-        )
+        needed, following = list(self.needs(step)), self.needs(step + 1)
+        now, stays = turn_order(needed, following, may_stay, self._planned)
         self._planned = stays
         return [name for name in now if name in names], stays
 
@@ -230,42 +224,23 @@ class Colocation:
             raise failures[0]
 
 
-def wake_orders(
-    needs: Sequence[Collection[str]], cost: Mapping[str, float], *, awake: str | None = None
-) -> list[list[str]]:
-    """The cheapest orders: for each step, the teachers that it needs in the order of their turns.
+def turn_order(
+    needed: Sequence[str], following: Collection[str], cost: Mapping[str, float], awake: str | None
+) -> tuple[list[str], str | None]:
+    """The turns of the teachers that a step needs, and who stays awake after the last one.
 
-    `needs` are the teachers of this step and of those that follow, as far as one looks ahead;
-    `cost` is what waking a teacher costs (bytes or seconds) and names the only ones that may stay
-    awake between steps; `awake` is the one that is awake now. Exact over the steps given, by
-    dynamic programming over who stays awake after each step. Of equal orders the one that keeps the
-    given order of `needs` most is taken, so all ranks agree.
+    The one that is still `awake` begins, and the costliest to wake of those that the next step
+    needs too ends: each saves a wake. `cost` is what waking takes (bytes) and names the only ones
+    that may stay awake. The other turns keep the order of `needed`, so all ranks agree.
 
-        >>> wake_orders([["a", "b"], ["b", "c"]], {"a": 1, "b": 5, "c": 2}, awake="a")
-        [['a', 'b'], ['b', 'c']]
+        >>> turn_order(["a", "b", "c"], ["b", "c"], {"b": 5, "c": 2}, awake="c")
+        (['c', 'a', 'b'], 'b')
     """
-    # stays[i]: who may be awake between step i - 1 and step i -> (what is saved from there back,
-    # the choice before it)
-    stays: list[dict[str | None, tuple[float, str | None]]] = [{awake: (0.0, None)}]
-    for index, needed in enumerate(needs):
-        following = needs[index + 1] if index + 1 < len(needs) else ()
-        choices: dict[str | None, tuple[float, str | None]] = {}
-        for last in (None, *(name for name in needed if name in following and name in cost)):
-            for first, (saved, _) in stays[-1].items():
-                if first is not None and first == last and len(needed) > 1:
-                    continue  # it cannot have both the first and the last turn
-                gain = saved + (cost[first] if first in needed and first in cost else 0.0)
-                if last not in choices or gain > choices[last][0]:
-                    choices[last] = (gain, first)
-        stays.append(choices)
-    last = max(stays[-1], key=lambda name: stays[-1][name][0])
-    orders = []
-    for index in reversed(range(len(needs))):
-        first = stays[index + 1][last][1]
-        ends = [name for name in (first, last) if name is not None]
-        middle = [name for name in needs[index] if name not in ends]
-        head = [first] if first in needs[index] else []
-        tail = [last] if last is not None and last != first else []
-        orders.append([*head, *middle, *tail])
-        last = first
-    return orders[::-1]
+    first = awake if awake in needed else None
+    may_end = [
+        n for n in needed if n in following and n in cost and (n != first or len(needed) == 1)
+    ]
+    last = max(may_end, key=lambda name: cost[name], default=None)
+    middle = [name for name in needed if name not in (first, last)]
+    ends = [last] if last is not None and last != first else []
+    return [*([first] if first else []), *middle, *ends], last

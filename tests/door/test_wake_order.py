@@ -1,4 +1,4 @@
-"""The order in which teachers wake, against all orders there are."""
+"""The turns of teachers over the steps of a run: who begins, who stays awake, and what it saves."""
 
 import itertools
 
@@ -6,69 +6,67 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.colocation import wake_orders
+from opd.colocation import turn_order
 
-NAMES = "abcdef"
-
-
-def wakes(orders, cost, awake):
-    """What the wakes of these orders cost, if whoever ends a step and begins the next stays awake
-    between them.
-    """
-    total = 0.0
-    for place, order in enumerate(orders):
-        total += sum(cost.get(name, 1000) for name in order) - (
-            cost[awake] if order and order[0] == awake else 0
-        )
-        following = orders[place + 1] if place + 1 < len(orders) else []
-        awake = (
-            order[-1]
-            if order and following and order[-1] == following[0] and order[-1] in cost
-            else None
-        )
-    return total
+NAMES = "abcd"
 
 
-def cheapest(needs, cost, awake):
-    return min(
-        wakes(orders, cost, awake)
-        for orders in itertools.product(*(itertools.permutations(n) for n in needs))
+def walk(needs, cost) -> tuple[list[list[str]], float]:
+    """The orders of all steps, and what waking them costs."""
+    awake, orders, spent = None, [], 0.0
+    for step, needed in enumerate(needs):
+        following = needs[step + 1] if step + 1 < len(needs) else ()
+        order, stays = turn_order(needed, following, cost, awake)
+        spent += sum(cost.get(name, 0) for name in order if name != awake)
+        assert not awake or awake not in needed or order[0] == awake
+        assert stays is None or (order[-1] == stays and stays in following and stays in cost)
+        awake = stays
+        orders.append(order)
+    return orders, spent
+
+
+steps = st.lists(st.lists(st.sampled_from(NAMES), unique=True), min_size=1, max_size=5)
+costs = st.dictionaries(st.sampled_from(NAMES), st.integers(1, 9))
+
+
+@settings(deadline=None)
+@given(steps, costs)
+def test_each_needed_teacher_has_one_turn_and_nothing_costs_more_than_waking_all(needs, cost):
+    orders, spent = walk(needs, cost)
+    assert [sorted(order) for order in orders] == [sorted(needed) for needed in needs]
+    assert spent <= sum(cost.get(name, 0) for needed in needs for name in needed)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7])
+def test_with_the_same_teachers_in_every_step_one_wake_a_step_is_saved(steps):
+    cost = dict.fromkeys(NAMES, 1)
+    assert walk([list(NAMES)] * steps, cost)[1] == steps * len(NAMES) - (steps - 1)
+
+
+def test_a_single_teacher_is_woken_once():
+    assert walk([["a"]] * 4, {"a": 7}) == ([["a"]] * 4, 7)
+
+
+def test_the_costliest_to_wake_stays_but_not_the_one_that_has_the_first_turn():
+    assert turn_order(["small", "large"], ["small", "large"], {"small": 1, "large": 5}, None) == (
+        ["small", "large"],
+        "large",
     )
+    assert turn_order(
+        ["small", "large"], ["small", "large"], {"small": 1, "large": 5}, "large"
+    ) == (["large", "small"], "small")
 
 
-NEEDS = st.lists(
-    st.lists(st.sampled_from(NAMES[:4]), unique=True, max_size=4), min_size=1, max_size=3
-)
-COSTS = st.dictionaries(st.sampled_from(NAMES), st.integers(1, 100), max_size=6)
+def test_without_room_the_given_order_stays():
+    assert turn_order(["b", "a"], ["a", "b"], {}, None) == (["b", "a"], None)
 
 
-@settings(max_examples=120, deadline=None)
-@given(NEEDS, COSTS, st.data())
-def test_no_order_is_cheaper(needs, cost, data):
-    awake = data.draw(st.sampled_from([None, *cost]))
-    orders = wake_orders(needs, cost, awake=awake)
-    assert [sorted(order) for order in orders] == [sorted(needed) for needed in needs], (
-        "each wakes once per step"
+def test_two_steps_are_as_cheap_as_the_cheapest_orders_there_are():
+    cost = {"a": 1, "b": 5, "c": 2}
+    needs = [["a", "b"], ["b", "c"]]
+    cheapest = min(
+        sum(cost.values()) + cost["b"] - (cost[first[-1]] if first[-1] == second[0] else 0)
+        for first in itertools.permutations(needs[0])
+        for second in itertools.permutations(needs[1])
     )
-    assert wakes(orders, cost, awake) == cheapest(needs, cost, awake)
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_six_teachers(steps):
-    cost = {name: 1 + place for place, name in enumerate(NAMES)}
-    orders = wake_orders([list(NAMES)] * steps, cost, awake="c")
-    assert wakes(orders, cost, "c") == cheapest([list(NAMES)] * steps, cost, "c")
-
-
-def test_the_largest_stays_awake_and_the_order_alternates():
-    orders = wake_orders([["small", "large"]] * 3, {"small": 1, "large": 5})
-    assert orders[0][-1] == orders[1][0] == "large" and orders[1][-1] == orders[2][0] == "small"
-
-
-def test_a_lone_teacher_never_sleeps_between_steps():
-    assert wakes(wake_orders([["a"]] * 4, {"a": 7}), {"a": 7}, None) == 7
-
-
-def test_nobody_stays_who_may_not():
-    """Without memory to spare the order is the one given, so nothing changes from step to step."""
-    assert wake_orders([["b", "a"], ["a", "b"]], {}) == [["b", "a"], ["a", "b"]]
+    assert walk(needs, cost)[1] == cheapest
