@@ -321,7 +321,7 @@ def test_every_key_in_the_code_is_documented():
     patterns = documented_keys(ROOT / "docs/metrics.md")
     shape = re.compile(rf"({'|'.join(GROUPS)})/[a-z0-9_]*[a-z0-9]")
     keys = set(memory())
-    for path in (*ROOT.glob("opd/*.py"), *ROOT.glob("train_*.py")):
+    for path in (*ROOT.glob("opd/**/*.py"), *ROOT.glob("train_*.py")):
         strings = (
             node.value
             for node in ast.walk(ast.parse(path.read_text()))
