@@ -1,6 +1,7 @@
 """Write docs/config.md from the configuration dataclasses of the two trainers.
 
-`python scripts/make_config_docs.py` writes the page; with `--check` it only compares, and exits 1 if the page is stale.
+`python scripts/make_config_docs.py` writes the page; with `--check` it only compares, and exits 1
+if the page is stale. `EVERYDAY` names the flags of the first half.
 """
 
 import argparse
@@ -9,8 +10,6 @@ import sys
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gkd
 import train_mopd
@@ -50,9 +49,9 @@ For a run that works, and is to be faster, larger or different.
 EVERYDAY = (
     "student_model", "teacher", "data", "eval_data", "output_dir", "dry_run",
     "loss", "support", "support_k", "reward_fn", "reward_weight", "lmbda", "seq_kd",
-    "prompts_per_step", "num_generations", "max_prompt_tokens", "max_response_tokens", "temperature",
-    "domain_weights", "micro_batch_size", "gradient_checkpointing", "learning_rate", "warmup_steps",
-    "num_steps", "eval_every", "save_every", "resume", "seed",
+    "prompts_per_step", "num_generations", "max_prompt_tokens", "max_response_tokens",
+    "temperature", "domain_weights", "micro_batch_size", "gradient_checkpointing", "learning_rate",
+    "warmup_steps", "num_steps", "eval_every", "save_every", "resume", "seed",
     "teacher_backend", "teacher_residency", "rollout_kv_cache_gib", "ds_config", "plan",
     "mode", "max_staleness",
 )  # fmt: skip
@@ -91,15 +90,19 @@ teachers:
 
 TEACHER_KEYS = {
     "name": "Name of the teacher: unique, used in messages, logs and errors.",
-    "model": "A Hugging Face model directory or hub id. With backend `server`: the model's name there, or a local directory "
-    "of the same model; may be left out.",
-    "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. Default: its own name.',
-    "weight": "Share in the domains that it shares with other teachers, relative to theirs; every one of them needs it. A "
-    "teacher of weight 0 takes no part.",
-    "backend": "`vllm`, `hf` or `server`, see [teachers.md](teachers.md). Default: `--teacher_backend`.",
-    "tensor_parallel_size": "GPUs that share one copy of its weights; see [tensor_parallel.md](tensor_parallel.md).",
+    "model": "A Hugging Face model directory or hub id. With backend `server`: the model's name "
+    "there, or a local directory of the same model; may be left out.",
+    "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. '
+    "Default: its own name.",
+    "weight": "Share in the domains that it shares with other teachers, relative to theirs; every "
+    "one of them needs it. A teacher of weight 0 takes no part.",
+    "backend": "`vllm`, `hf` or `server`, see [teachers.md](teachers.md). Default: "
+    "`--teacher_backend`.",
+    "tensor_parallel_size": "GPUs that share one copy of its weights; see "
+    "[tensor_parallel.md](tensor_parallel.md).",
     "urls": "Backend `server`: list of the addresses of its replicas, like `http://127.0.0.1:8000`.",
-    "api_key_env": "Backend `server`: name of the environment variable with its API key. The key itself is written to no file.",
+    "api_key_env": "Backend `server`: name of the environment variable with its API key. The key "
+    "itself is written to no file.",
 }
 
 
@@ -119,7 +122,9 @@ def type_text(hint: Any) -> str:
 
 
 def default_of(field: dataclasses.Field) -> str:
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
     if value is dataclasses.MISSING:
         return "required"
     if value is None or value == "" or value == []:
@@ -136,7 +141,9 @@ def rows_of(group: type) -> dict[str, str]:
     rows = {}
     for f in dataclasses.fields(group):
         meaning = f.metadata["help"].replace("|", chr(92) + "|")
-        rows[f.name] = f"| `--{f.name}` | {type_text(hints[f.name])} | {default_of(f)} | {meaning} |"
+        rows[f.name] = (
+            f"| `--{f.name}` | {type_text(hints[f.name])} | {default_of(f)} | {meaning} |"
+        )
     return rows
 
 
@@ -158,7 +165,9 @@ def page() -> str:
     """The whole text of docs/config.md."""
     mopd, gkd = groups_of(train_mopd.Config), groups_of(train_gkd.Config)
     groups = {name: {**gkd, **mopd}[name] for name in TITLES}
-    assert groups == {**gkd, **mopd}, f"groups without a title: {(mopd.keys() | gkd.keys()) - groups.keys()}"
+    assert groups == {**gkd, **mopd}, (
+        f"groups without a title: {(mopd.keys() | gkd.keys()) - groups.keys()}"
+    )
     rows = {name: rows_of(group) for name, group in groups.items()}
     text = INTRODUCTION + table(EVERYDAY_TITLE, everyday_rows(rows, mopd, gkd)) + TEACHERS_NOTE
     for f in dataclasses.fields(TeacherSpec):
@@ -174,13 +183,18 @@ def page() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="compare only; exit status 1 if the page is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="compare only; exit status 1 if the page is stale"
+    )
     args = parser.parse_args()
     if not args.check:
         PAGE.write_text(page(), encoding="utf-8")
         print(f"wrote {PAGE.relative_to(ROOT)}")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-        print(f"{PAGE.relative_to(ROOT)} is stale: run python scripts/make_config_docs.py", file=sys.stderr)
+        print(
+            f"{PAGE.relative_to(ROOT)} is stale: run python scripts/make_config_docs.py",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

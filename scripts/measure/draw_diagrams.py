@@ -103,7 +103,7 @@ def picture() -> str:
         for start, end in parts:
             x, y = LEFT + start + GAP / 2, middle - BAR / 2
             lines.append(box(x, y, end - start - GAP, BAR, colour, ' rx="3"'))
-    note = "A bar: on the GPU. No bar: in host memory, or dropped. Time runs to the right, not to scale."
+    note = "A bar: on the GPU. No bar: in host memory, or dropped. Time is not to scale."
     lines += [
         text(LEFT, bottom + 22, note, size=12, anchor="start", more=' fill="#555555"'),
         "</svg>",
