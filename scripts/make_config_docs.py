@@ -1,6 +1,7 @@
 """Write docs/config.md from the configuration dataclasses of the two trainers.
 
-`python scripts/make_config_docs.py` writes the page; with `--check` it only compares, and exits 1 if the page is stale.
+`python scripts/make_config_docs.py` writes the page; with `--check` it only compares, and exits 1
+if the page is stale. `EVERYDAY` names the flags of the first half.
 """
 
 import argparse
@@ -9,8 +10,6 @@ import sys
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gkd
 import train_mopd
@@ -21,13 +20,41 @@ PAGE = ROOT / "docs" / "config.md"
 
 INTRODUCTION = """# Flags
 
-Made by `python scripts/make_config_docs.py` from the configuration dataclasses; a test compares the two. Do not edit.
+Made by `python scripts/make_config_docs.py` from the configuration dataclasses; a test compares the
+two. Do not edit.
 
-Each row is a flag (`--num_steps 200`) and a key of the YAML file that `--config FILE` names (`num_steps: 200`). The
-command line wins over the file. Lists take several values: `--data a.jsonl b.jsonl`, or a YAML list; NAME=WEIGHT pairs
-may also be a YAML mapping. A switch is turned on by its bare name (`--dry_run`) or by `true`, and off by `false`. An
-unknown flag or key is an error that offers the nearest name.
+Each row is a flag (`--num_steps 200`) and a key of the YAML file that `--config FILE` names
+(`num_steps: 200`). The command line wins over the file. Lists take several values:
+`--data a.jsonl b.jsonl`, or a YAML list. NAME=WEIGHT pairs may also be a YAML mapping. A switch is
+turned on by its bare name (`--dry_run`) or by `true`, and off by `false`. An unknown flag or key is
+an error that offers the nearest name.
+
+Contents: [Everyday flags](#everyday-flags) · [Teachers in YAML](#teachers-in-yaml) ·
+[Expert flags](#expert-flags)
 """
+
+EVERYDAY_TITLE = """
+## Everyday flags
+
+What most runs set. Everything else has a default that suits a first run.
+"""
+
+EXPERT_TITLE = """
+## Expert flags
+
+For a run that works, and is to be faster, larger or different.
+"""
+
+# In the order of the page. A name that no longer exists stops the script.
+EVERYDAY = (
+    "student_model", "teacher", "data", "eval_data", "output_dir", "dry_run",
+    "loss", "support", "support_k", "reward_fn", "reward_weight", "lmbda", "seq_kd",
+    "prompts_per_step", "num_generations", "max_prompt_tokens", "max_response_tokens",
+    "temperature", "domain_weights", "micro_batch_size", "gradient_checkpointing", "learning_rate",
+    "warmup_steps", "num_steps", "eval_every", "save_every", "resume", "seed",
+    "teacher_backend", "teacher_residency", "rollout_kv_cache_gib", "ds_config", "plan",
+    "mode", "max_staleness",
+)  # fmt: skip
 
 TITLES = {
     "model": "Model",
@@ -43,8 +70,11 @@ TITLES = {
 }
 
 TEACHERS_NOTE = """
-The YAML key `teachers` is a list with one entry per teacher. It takes the place of `--teacher`; a `--teacher` on the
-command line replaces the whole list. The teachers of one domain are a mixture: their weights are divided by their sum.
+## Teachers in YAML
+
+The YAML key `teachers` is a list with one entry per teacher. It takes the place of `--teacher`; a
+`--teacher` on the command line replaces the whole list. The teachers of one domain are a mixture:
+their weights are divided by their sum.
 
 ```yaml
 teachers:
@@ -60,15 +90,19 @@ teachers:
 
 TEACHER_KEYS = {
     "name": "Name of the teacher: unique, used in messages, logs and errors.",
-    "model": "A Hugging Face model directory or hub id. With backend `server`: the model's name there, or a local directory "
-    "of the same model; may be left out.",
-    "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. Default: its own name.',
-    "weight": "Share in the domains that it shares with other teachers, relative to theirs; every one of them needs it. A "
-    "teacher of weight 0 takes no part.",
-    "backend": "`vllm`, `hf` or `server`, see [teachers.md](teachers.md). Default: `--teacher_backend`.",
-    "tensor_parallel_size": "GPUs that share one copy of its weights; see [tensor_parallel.md](tensor_parallel.md).",
+    "model": "A Hugging Face model directory or hub id. With backend `server`: the model's name "
+    "there, or a local directory of the same model; may be left out.",
+    "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. '
+    "Default: its own name.",
+    "weight": "Share in the domains that it shares with other teachers, relative to theirs; every "
+    "one of them needs it. A teacher of weight 0 takes no part.",
+    "backend": "`vllm`, `hf` or `server`, see [teachers.md](teachers.md). Default: "
+    "`--teacher_backend`.",
+    "tensor_parallel_size": "GPUs that share one copy of its weights; see "
+    "[tensor_parallel.md](tensor_parallel.md).",
     "urls": "Backend `server`: list of the addresses of its replicas, like `http://127.0.0.1:8000`.",
-    "api_key_env": "Backend `server`: name of the environment variable with its API key. The key itself stands in no file.",
+    "api_key_env": "Backend `server`: name of the environment variable with its API key. The key "
+    "itself is written to no file.",
 }
 
 
@@ -88,7 +122,9 @@ def type_text(hint: Any) -> str:
 
 
 def default_of(field: dataclasses.Field) -> str:
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
     if value is dataclasses.MISSING:
         return "required"
     if value is None or value == "" or value == []:
@@ -96,42 +132,69 @@ def default_of(field: dataclasses.Field) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def group_section(name: str, group: type) -> str:
-    """The table of one configuration group."""
+TABLE_HEAD = ["| flag | value | default | meaning |", "|---|---|---|---|"]
+
+
+def rows_of(group: type) -> dict[str, str]:
+    """Flag -> its row, in the order of the fields."""
     hints = get_type_hints(group)
-    rows = [
-        f"| `--{f.name}` | {type_text(hints[f.name])} | {default_of(f)} | {f.metadata['help'].replace('|', chr(92) + '|')} |"
-        for f in dataclasses.fields(group)
-    ]
-    return "\n".join([f"\n## {TITLES[name]}\n", "| flag | value | default | meaning |", "|---|---|---|---|", *rows, ""])
+    rows = {}
+    for f in dataclasses.fields(group):
+        meaning = f.metadata["help"].replace("|", chr(92) + "|")
+        rows[f.name] = (
+            f"| `--{f.name}` | {type_text(hints[f.name])} | {default_of(f)} | {meaning} |"
+        )
+    return rows
+
+
+def table(title: str, rows: list[str]) -> str:
+    return "\n".join([title, *TABLE_HEAD, *rows, ""])
+
+
+def everyday_rows(rows: dict[str, dict[str, str]], mopd: dict, gkd: dict) -> list[str]:
+    """The rows of the first half; a flag that one script alone has says so."""
+    chosen = {}
+    for name, own in rows.items():
+        script = "train_gkd.py" if name not in mopd else "train_mopd.py" if name not in gkd else ""
+        only = f" `{script}` only. |" if script else " |"
+        chosen |= {flag: row.removesuffix(" |") + only for flag, row in own.items()}
+    return [chosen[flag] for flag in EVERYDAY]
 
 
 def page() -> str:
     """The whole text of docs/config.md."""
     mopd, gkd = groups_of(train_mopd.Config), groups_of(train_gkd.Config)
     groups = {name: {**gkd, **mopd}[name] for name in TITLES}
-    assert groups == {**gkd, **mopd}, f"groups without a title: {(mopd.keys() | gkd.keys()) - groups.keys()}"
-    text = INTRODUCTION
-    for name, group in groups.items():
-        text += group_section(name, group)
-        if name == "teacher":
-            keys = dataclasses.fields(TeacherSpec)
-            text += TEACHERS_NOTE + "".join(
-                f"| `{f.name}` | {'' if f.name in NO_DEFAULT else default_of(f)} | {TEACHER_KEYS[f.name]} |\n"
-                for f in keys
-            )
+    assert groups == {**gkd, **mopd}, (
+        f"groups without a title: {(mopd.keys() | gkd.keys()) - groups.keys()}"
+    )
+    rows = {name: rows_of(group) for name, group in groups.items()}
+    text = INTRODUCTION + table(EVERYDAY_TITLE, everyday_rows(rows, mopd, gkd)) + TEACHERS_NOTE
+    for f in dataclasses.fields(TeacherSpec):
+        default = "" if f.name in NO_DEFAULT else default_of(f)
+        text += f"| `{f.name}` | {default} | {TEACHER_KEYS[f.name]} |\n"
+    text += EXPERT_TITLE
+    for name, own in rows.items():
+        rest = [row for flag, row in own.items() if flag not in EVERYDAY]
+        if rest:
+            text += table(f"\n### {TITLES[name]}\n", rest)
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--check", action="store_true", help="compare only; exit status 1 if the page is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="compare only; exit status 1 if the page is stale"
+    )
     args = parser.parse_args()
     if not args.check:
         PAGE.write_text(page(), encoding="utf-8")
         print(f"wrote {PAGE.relative_to(ROOT)}")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-        print(f"{PAGE.relative_to(ROOT)} is stale: run python scripts/make_config_docs.py", file=sys.stderr)
+        print(
+            f"{PAGE.relative_to(ROOT)} is stale: run python scripts/make_config_docs.py",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
