@@ -118,7 +118,6 @@ def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) ->
         else None,
         task_advantages_B=_per_row([r.task_advantage for r, _ in scored], 0.0, torch.float32),
         domain_ids_B=_per_row([domains.index(r.prompt.domain) for r, _ in scored], -1, torch.long),
-        policy_versions_B=_per_row([r.policy_version for r, _ in scored], 0, torch.long),
         on_policy_B=_per_row([r.source == "student" for r, _ in scored], False, torch.bool),
         teacher_slices=_teacher_slices(scored),
     )

@@ -195,7 +195,6 @@ class Student:
             rollout_logprobs_BS=blank_BS,
             task_advantages_B=zero_B.float(),
             domain_ids_B=zero_B,
-            policy_versions_B=zero_B,
             on_policy_B=zero_B.bool(),
         )
         packed_N = self.logprobs(mb, 1.0)

@@ -143,7 +143,6 @@ class MicroBatch:
     rollout_logprobs_BS: Tensor  # float32, 0 off-mask
     task_advantages_B: Tensor  # float32
     domain_ids_B: Tensor  # int64, index into the run's domains; -1 for filler rows
-    policy_versions_B: Tensor  # int64
     on_policy_B: Tensor  # bool, the student wrote the response
     # float32, 0 off-mask: of the log-prob servers, or the student's before the step's first update;
     # None where nothing reads them

@@ -8,7 +8,7 @@ process.
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,13 +40,11 @@ def _forget_host_peak() -> None:
 class Ledger:
     """Writes a line at every entry, turn and exit of a phase, and keeps each phase's peak.
 
-    `clock` is for tests. Without a path nothing is written; peaks are kept all the same.
+    Without a path nothing is written; peaks are kept all the same.
     """
 
-    def __init__(
-        self, path: Path | None, rank: int = 0, clock: Callable[[], float] = time.perf_counter
-    ):
-        self.path, self.rank, self.clock = path, rank, clock
+    def __init__(self, path: Path | None, rank: int = 0):
+        self.path, self.rank = path, rank
         self.step = -1
         self.base = host_bytes()  # what the process weighed before it held any model
         self.peaks: dict[str, int] = {}  # of the whole run
@@ -57,7 +55,7 @@ class Ledger:
         """A phase begins here, before anything is moved for it: its seconds and its peak count the
         moves.
         """
-        self._entered = self.clock()
+        self._entered = time.perf_counter()
         self._forget_peak()
 
     def enter(self, phase: str, awake: Iterable[str]) -> None:
@@ -77,7 +75,7 @@ class Ledger:
         self._forget_peak()
 
     def leave(self, phase: str, awake: Iterable[str]) -> None:
-        self._write(phase, "exit", awake, self.clock() - self._entered)
+        self._write(phase, "exit", awake, time.perf_counter() - self._entered)
 
     def take_peaks(self) -> dict[str, int]:
         """Peak of each phase since the last call: the metrics `mem/<phase>_gib`."""

@@ -114,7 +114,6 @@ def rows_of(mb: MicroBatch) -> list[dict]:
                 "logprobs": mb.rollout_logprobs_BS[b, mask_S],
                 "advantage": float(mb.task_advantages_B[b]),
                 "domain": int(mb.domain_ids_B[b]),
-                "version": int(mb.policy_versions_B[b]),
                 "on_policy": bool(mb.on_policy_B[b]),
             }
         )
@@ -137,7 +136,6 @@ def test_round_trip(seed):
         assert torch.equal(row["logprobs"], torch.tensor(logprobs))
         assert row["advantage"] == pytest.approx(rollout.task_advantage)
         assert row["domain"] == DOMAINS.index(rollout.prompt.domain)
-        assert row["version"] == rollout.policy_version
         assert row["on_policy"] == (rollout.source == "student")
 
 
@@ -158,7 +156,6 @@ def test_the_worked_example():
     assert mb.loss_mask_BS.tolist() == [[False, True, True]]
     assert mb.rollout_logprobs_BS.tolist() == [[0.0, -0.5, -0.25]]
     assert mb.at_loss_tokens(mb.labels_BS).tolist() == [7, 8]
-    assert mb.at_loss_tokens(mb.policy_versions_B).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("seed", range(20))
