@@ -281,7 +281,8 @@ def test_every_line_on_the_console_of_a_good_run_is_known(
     done = start(
         command(
             models(tiny), tmp_path / "run", *flags, launcher=launcher, ranks=ranks, script=script
-        )
+        ),
+        forked=False,
     )
     console = done.stdout + done.stderr
     assert done.returncode == 0, console
@@ -320,7 +321,8 @@ def test_a_mistake_on_two_ranks_of_a_launcher_is_one_line_and_its_own(tiny, tmp_
 )
 def test_a_dry_run_says_nothing_but_its_report(tiny, tmp_path, launcher, ranks):
     done = start(
-        command(models(tiny), tmp_path / "run", "--dry_run", launcher=launcher, ranks=ranks)
+        command(models(tiny), tmp_path / "run", "--dry_run", launcher=launcher, ranks=ranks),
+        forked=False,
     )
     assert done.returncode == 0, done.stderr
     assert not unknown(done.stderr, THEIRS[launcher])

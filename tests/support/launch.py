@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,13 @@ from tests.support.processes import LAUNCH_VARIABLES, ROOT
 
 BIN = Path(sys.executable).parent
 DEADLINE = 420  # seconds; a run takes 20 to 60 when the machine is idle
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["scripts.trainer_imports"])
+SMALL = (
+    "--num_steps 2 --prompts_per_step 8 --micro_batch_size 3 --max_prompt_tokens 16 "
+    "--max_response_tokens 8 --learning_rate 1e-3 --rollout_kv_cache_gib 0.05 "
+    "--teacher_kv_cache_gib 0.05 --parity_every 1 --enforce_eager"
+)
 LAUNCHERS = {
     "python": [sys.executable],
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "{ranks}", "--master_port", "{port}"],
@@ -45,56 +56,56 @@ def command(
         teachers = [f"--teacher={next(iter(models.teachers.values()))}", "--response_key=answer"]
     start = [part.format(ranks=ranks, port=processes.free_port()) for part in LAUNCHERS[launcher]]
     return [
-        *(
-            *start,
-            script,
-            "--student_model",
-            str(models.student),
-            *teachers,
-            "--data",
-            *models.train,
-        ),
-        *(
-            "--output_dir",
-            str(output_dir),
-            "--num_steps",
-            "2",
-            "--prompts_per_step",
-            "8",
-            "--micro_batch_size",
-            "3",
-        ),
-        *("--max_prompt_tokens", "16", "--max_response_tokens", "8", "--learning_rate", "1e-3"),
-        *(
-            "--rollout_kv_cache_gib",
-            "0.05",
-            "--teacher_kv_cache_gib",
-            "0.05",
-            "--parity_every",
-            "1",
-        ),
-        *("--enforce_eager", *flags),
+        *(*start, script, "--student_model", str(models.student), *teachers),
+        *("--data", *models.train, "--output_dir", str(output_dir), *SMALL.split(), *flags),
     ]
 
 
-def start(arguments: list[str], **env) -> subprocess.CompletedProcess:
-    """Runs to the end; the output is in the error message if a test fails on it."""
+def start(arguments: list[str], *, forked=True, **env) -> subprocess.CompletedProcess:
+    """Runs to the end; the output is in the error message if a test fails on it.
+
+    What plain `python` starts is forked from a process that has imported everything, unless
+    `forked` is false: imports take most of the time of a short run.
+    """
     # this process may be a rank of its own
     mine = {k: v for k, v in os.environ.items() if k not in LAUNCH_VARIABLES}
     environment = {**mine, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}", **env}
-    return subprocess.run(
-        arguments,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
+    if forked and arguments[0] == sys.executable and arguments[1].startswith("train_"):
+        return _fork(arguments, environment)
+    options = {"cwd": ROOT, "env": environment, "timeout": DEADLINE, "check": False}
+    return subprocess.run(arguments, capture_output=True, text=True, **options)
 
 
-def succeed(arguments: list[str], **env) -> str:
-    done = start(arguments, **env)
+def _fork(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as streams:
+        process = FORKSERVER.Process(
+            target=_be_trainer, args=(arguments[1:], environment, Path(streams))
+        )
+        process.start()
+        process.join(DEADLINE)
+        status = process.exitcode
+        if status is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(arguments, DEADLINE)
+        out, err = ((Path(streams) / n).read_text(errors="replace") for n in ("out", "err"))
+    return subprocess.CompletedProcess(arguments, status, out, err)
+
+
+def _be_trainer(argv: list[str], environment: dict[str, str], streams: Path) -> None:
+    """In a process of the forkserver: what `python SCRIPT ...` is."""
+    os.setsid()
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a forkserver's children ignore it
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def succeed(arguments: list[str], *, forked=True, **env) -> str:
+    done = start(arguments, forked=forked, **env)
     assert done.returncode == 0, (
         f"{' '.join(arguments)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     )

@@ -65,7 +65,7 @@ def test_launchers_and_ranks_give_the_same_losses(models, tmp_path, script, star
     at_most_two(
         [
             lambda s=s, d=d: succeed(
-                command(models, d, *flags, script=script, launcher=s[0], ranks=s[1])
+                command(models, d, *flags, script=script, launcher=s[0], ranks=s[1]), forked=False
             )
             for s, d in dirs.items()
         ]
