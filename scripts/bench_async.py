@@ -1,14 +1,14 @@
 """How much faster asynchronous distillation is than synchronous, and how long the trainer waits.
 
-* Simulated (`scripts/async_simulation.py`): responses with a long tail on 8, 64 and 1,024 GPUs, the
+* Simulated (`scripts/measure/async_simulation.py`): responses with a long tail on 8, 64 and 1,024 GPUs, the
   same samples, updates and
   GPUs on all sides. *Colocated*: all GPUs write, then score, then train. *Split*: the GPUs of the
   asynchronous run, but every step waits for the one before. Reported is the fastest split that
   leaves the trainer idle for less than a tenth of the time.
 * Measured (`--measured`): real runs of the trainer on this machine, on tiny models whose responses
   have a long tail, and the
-  simulation of the same runs with the rates that were measured in them (`scripts/async_runs.py`,
-  `scripts/async_check.py`). `--runs RUN_SYNC RUN_ASYNC` reads the speed of two runs of your own
+  simulation of the same runs with the rates that were measured in them (`scripts/measure/async_runs.py`,
+  `scripts/measure/async_check.py`). `--runs RUN_SYNC RUN_ASYNC` reads the speed of two runs of your own
   instead.
 * Learned (`--recovery`): what a synchronous and an asynchronous run recovered from equally many
   samples.
@@ -16,7 +16,7 @@
     python scripts/bench_async.py --json                         # three minutes of one core
     python scripts/bench_async.py --json --gpus 8 --measured     # and eight minutes of two
     python scripts/bench_async.py --plot docs/async.png --gpus 8
-    python scripts/bench_async.py --gpus --recovery  # of scripts/quickstart.sh and scripts/mopd_async.sh
+    python scripts/bench_async.py --gpus --recovery  # of scripts/quickstart.sh and scripts/demos/mopd_async.sh
 """  # noqa: E501
 
 import argparse
@@ -29,12 +29,16 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts import async_check, async_runs, run_pairs
-from scripts import bench_tools as tools
-from scripts.async_model import Rates, Result, Rule, Workload, lognormal_lengths, synchronous
-from scripts.async_simulation import Choice, asynchronous, choose, promising, splits
+from scripts.measure import async_check, async_runs, run_pairs, tools
+from scripts.measure.async_model import (
+    Rates,
+    Result,
+    Rule,
+    Workload,
+    lognormal_lengths,
+    synchronous,
+)
+from scripts.measure.async_simulation import Choice, asynchronous, choose, promising, splits
 
 # A student of 7.6 billion parameters (Qwen2.5-7B) in bfloat16 and teachers of its size, on H100s:
 # 3.35 TB/s, 989 TFLOP/s. Derived from data sheets, with assumed efficiencies; none of it is
@@ -319,7 +323,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="*",
         metavar="RUN_DIR",
         help="a synchronous and an asynchronous run; alone: those of scripts/quickstart.sh and "
-        "scripts/mopd_async.sh",
+        "scripts/demos/mopd_async.sh",
     )
     args = parser.parse_args()
     if args.steps is not None and args.steps < 2:

@@ -40,14 +40,11 @@ from pathlib import Path
 
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_mopd  # noqa: E402
-from opd.inputs.arguments import parse  # noqa: E402
-from opd.plan import apply, planner  # noqa: E402
-from scripts import bench_tools as tools  # noqa: E402
-from scripts.bench_step import HEAD_DIM, RunFailed, environment, make_tokenizer, run_child  # noqa: E402
+import train_mopd
+from opd.inputs.arguments import parse
+from opd.plan import apply, planner
+from scripts.bench_step import HEAD_DIM, RunFailed, environment, make_tokenizer, run_child
+from scripts.measure import tools
 
 COUNTS = (1, 2, 4, 8)
 HIDDEN_SIZES = (1024, 960, 896, 832, 768, 640, 512, 384)  # of the teachers, largest first

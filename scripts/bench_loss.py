@@ -45,10 +45,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from opd.ops.fused_linear import fused_linear_divergence
-from scripts import bench_tools as tools
+from scripts.measure import tools
 
 TRL_VERSION = "1.16.0"
 KINDS = ("forward_kl", "reverse_kl", "jsd")

@@ -26,8 +26,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench_step import ROOT, RunFailed, environment, run_child
-from bench_tools import print_json, say, table
+from scripts.bench_step import ROOT, RunFailed, environment, run_child
+from scripts.measure.tools import print_json, say, table
 
 FORMS = {
     "full": ("--loss", "reverse_kl", "--support", "full"),

@@ -31,10 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from opd.ops.fused_linear import fused_linear_divergence, score_hidden
-from scripts import bench_tools as tools
+from scripts.measure import tools
 
 LOGIT_STD = 3.0
 KIND = "reverse_kl"

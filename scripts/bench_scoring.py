@@ -45,8 +45,6 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from opd import distributed
 from opd.clients.health import Limits
 from opd.clients.pool import ReplicaPool
@@ -56,8 +54,8 @@ from opd.clients.wire import Question
 from opd.engines import vllm_engine, vllm_process
 from opd.ops.fused_linear import HiddenScores, score_hidden
 from opd.servers.server_processes import serving
-from scripts import bench_tools as tools
 from scripts.make_demo import make_tokenizer
+from scripts.measure import tools
 
 HEAD_DIM = 64
 LOGIT_STD = 3.0

@@ -40,12 +40,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from opd.engines.vllm_process import ENVIRONMENT as VLLM_ENVIRONMENT  # noqa: E402
-from opd.processes import free_port  # noqa: E402
-from scripts.bench_tools import last_error  # noqa: E402
+from opd.engines.vllm_process import ENVIRONMENT as VLLM_ENVIRONMENT
+from opd.processes import free_port
+from scripts.measure.tools import ROOT, last_error
 
 BIN = Path(sys.executable).parent
 WARMUP_STEPS = 4
@@ -315,12 +312,13 @@ def trl_ds_config(case: Case, work: Path) -> list[str]:
 
 
 def run_trl(case: Case, work: Path, generation: str) -> dict:
-    """The same of TRL, as scripts/bench_step_trl.py wrote it down; RunFailed if it did not shard as
-    asked.
+    """The same of TRL, as scripts/measure/trl_step.py wrote it down.
+
+    RunFailed if it did not shard as asked.
     """
     w = case.workload
     command = [
-        *launched("scripts/bench_step_trl.py", case.mode, launcher="torchrun"),
+        *launched("scripts/measure/trl_step.py", case.mode, launcher="torchrun"),
         *("--student", str(case.root / "student"), "--teacher", str(case.root / "teacher")),
         *(
             "--data",

@@ -25,19 +25,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import psutil  # noqa: E402
-import yaml  # noqa: E402
+import psutil
+import yaml
 
 from opd import processes
-from opd.clients.protocols import TOKEN_VARIABLE  # noqa: E402
-from opd.inputs.content import content_hash  # noqa: E402
-from opd.records import sample_ledger  # noqa: E402
-from opd.servers.server_processes import ServerProcess, serving  # noqa: E402
-from scripts.bench_step import Workload, environment, write_workload  # noqa: E402
-from scripts.bench_tools import last_error, print_json, say  # noqa: E402
+from opd.clients.protocols import TOKEN_VARIABLE
+from opd.inputs.content import content_hash
+from opd.records import sample_ledger
+from opd.servers.server_processes import ServerProcess, serving
+from scripts.bench_step import Workload, environment, write_workload
+from scripts.measure.tools import ROOT, last_error, print_json, say
 
 WORK = Workload(prompts=4, prompt_tokens=8, response_tokens=24, student=(1, 64), teacher=(1, 64))
 VOCAB = 300

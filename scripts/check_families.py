@@ -1,12 +1,12 @@
 """Which model families can be distilled: every family trains two steps as its own teacher, or is
 refused in one line.
 
-A tiny random model S of the family (`scripts/families.py`) is the student of three teachers: itself
-run by vLLM, itself run by transformers, and another random model of the family. A family is *right*
-when student, sampler and teachers compute the same: in the first step the divergence from itself is
-0, and the log-probabilities of sampler and student agree in both steps, the second of which comes
-after a push of changed weights. A family is *refused* when the run ends before its first step with
-status 2 and one line on the console. Anything else is a fault.
+A tiny random model S of the family (`scripts/measure/families.py`) is the student of three
+teachers: itself run by vLLM, itself run by transformers, and another random model of the family. A
+family is *right* when student, sampler and teachers compute the same: in the first step the
+divergence from itself is 0, and the log-probabilities of sampler and student agree in both steps,
+the second of which comes after a push of changed weights. A family is *refused* when the run ends
+before its first step with status 2 and one line on the console. Anything else is a fault.
 
     python scripts/check_families.py                       # a short list
     python scripts/check_families.py --families gpt2,opt
@@ -35,15 +35,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
-from scripts.families import BY_NAME, FAMILIES, Family, save  # noqa: E402
-from scripts.make_demo import LETTERS, make_tokenizer  # noqa: E402
+from scripts.make_demo import LETTERS, make_tokenizer
+from scripts.measure.families import BY_NAME, FAMILIES, Family, save
+from scripts.measure.tools import ROOT
 
 SELF = {
     "same": "vllm",
@@ -57,7 +55,7 @@ TIMEOUT_S = 300
 SEE_STUDENT = "see student"
 KILL_S = 30
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["scripts.trainer_imports"])
+FORKSERVER.set_forkserver_preload(["scripts.measure.trainer_imports"])
 COMMON = {
     "num_steps": 2,
     "prompts_per_step": PROMPTS * 3,
@@ -381,7 +379,9 @@ def chosen(names: str, everything: bool) -> list[Family]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--families", default="", help="names from scripts/families.py, by commas")
+    parser.add_argument(
+        "--families", default="", help="names from scripts/measure/families.py, by commas"
+    )
     parser.add_argument("--all", action="store_true", help="every family: half an hour")
     parser.add_argument(
         "--jobs", type=int, default=1, help="families at a time, each with a core and 4 GB"

@@ -41,10 +41,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # torch is enough: scripts/setup.sh need not have run on that machine
 
 from scripts import bench_loss  # noqa: E402
-from scripts import bench_tools as tools  # noqa: E402
+from scripts.measure import tools  # noqa: E402
 
 GIB, GB = 2**30, 1e9
 MATMUL_TOKENS = 4096
@@ -110,13 +110,13 @@ SECTIONS = {
     "copies": Section("gpu_check", "measure_copies", gpu_only=True),
     "loss": Section("gpu_check", "measure_loss"),
     "scoring": Section("gpu_check", "measure_scoring"),
-    "sleep": Section("gpu_check_engines", "measure_sleep", ENGINES),
-    "parity": Section("gpu_check_engines", "measure_parity", ENGINES),
+    "sleep": Section("gpu_engines", "measure_sleep", ENGINES),
+    "parity": Section("gpu_engines", "measure_parity", ENGINES),
     "offload": Section(
-        "gpu_check_training", "measure_offload", ("deepspeed", "accelerate"), gpu_only=True
+        "gpu_training", "measure_offload", ("deepspeed", "accelerate"), gpu_only=True
     ),
-    "teachers": Section("gpu_check_engines", "measure_teachers", ENGINES, gpu_only=True),
-    "step": Section("gpu_check_training", "measure_step", TRAINER),
+    "teachers": Section("gpu_engines", "measure_teachers", ENGINES, gpu_only=True),
+    "step": Section("gpu_training", "measure_step", TRAINER),
 }
 
 
@@ -248,7 +248,7 @@ def run_here(name: str, size: Size, device: str) -> dict:
     module = (
         sys.modules[__name__]
         if section.module == "gpu_check"
-        else importlib.import_module(f"scripts.{section.module}")
+        else importlib.import_module(f"scripts.measure.{section.module}")
     )
     return getattr(module, section.function)(size, device)
 

@@ -13,8 +13,6 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from opd.inputs.rows import read_rows
 
 # In nats per token, on the student's own text: the full-vocabulary divergence that the optimizer

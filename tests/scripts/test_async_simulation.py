@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts import bench_async
-from scripts.async_model import (
+from scripts.measure.async_model import (
     Rates,
     Rule,
     Split,
@@ -22,7 +22,7 @@ from scripts.async_model import (
     lognormal_lengths,
     synchronous,
 )
-from scripts.async_simulation import asynchronous, choose, promising, splits
+from scripts.measure.async_simulation import asynchronous, choose, promising, splits
 
 RATES = Rates(
     decode_a=7e-3, decode_b=1.2e-4, max_batch=64, score=3e-5, train=1.5e-4, publish=3.0, load=3.0

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import async_check, async_runs, bench_async, run_pairs
-from scripts.async_model import Rates, Rule, Split, Workload, decode_times
-from scripts.async_runs import Measured, Setting
-from scripts.async_simulation import asynchronous
+from scripts import bench_async
+from scripts.measure import async_check, async_runs, run_pairs
+from scripts.measure.async_model import Rates, Rule, Split, Workload, decode_times
+from scripts.measure.async_runs import Measured, Setting
+from scripts.measure.async_simulation import asynchronous
 
 SETTING = Setting(steps=12, prompts=8, max_response_tokens=64)
 RATES = Rates(

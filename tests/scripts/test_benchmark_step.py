@@ -8,12 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench_recovery
-import bench_step
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from scripts import bench_recovery, bench_step
 from tests.support.processes import ROOT, worker_environment
 
 DEADLINE = 420

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scripts import bench_colocation, bench_loss, bench_scaling, bench_scoring
-from scripts import bench_tools as tools
+from scripts.measure import tools
 from tests.support.processes import ROOT, worker_environment
 
 TRL_DIR = ROOT / ".trl"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scripts import check_families as check
-from scripts.families import BY_NAME, FAMILIES, SIZES, make_config, make_model, save
+from scripts.measure.families import BY_NAME, FAMILIES, SIZES, make_config, make_model, save
 
 
 def row(step: int, *, mismatch=1e-6, other=1.0, **changes) -> dict:

@@ -141,13 +141,9 @@ def test_the_file_is_named_after_the_gpu(monkeypatch):
 
 
 def test_every_section_names_a_function():
-    from scripts import gpu_check_engines, gpu_check_training
+    from scripts.measure import gpu_engines, gpu_training
 
-    modules = {
-        "gpu_check": gpu_check,
-        "gpu_check_engines": gpu_check_engines,
-        "gpu_check_training": gpu_check_training,
-    }
+    modules = {"gpu_check": gpu_check, "gpu_engines": gpu_engines, "gpu_training": gpu_training}
     for name, section in gpu_check.SECTIONS.items():
         assert callable(getattr(modules[section.module], section.function)), name
     for size in gpu_check.SIZES.values():
@@ -155,28 +151,24 @@ def test_every_section_names_a_function():
 
 
 def test_a_wake_is_held_against_a_copy(monkeypatch):
-    from scripts import gpu_check_engines
+    from scripts.measure import gpu_engines
 
     rows = [
         {"engine": "host", "round": 0, "host_gib": 2.0, "wake_s": 9.0},
         {"engine": "host", "round": 1, "host_gib": 2.0, "wake_s": 0.1},
     ]
-    monkeypatch.setattr(
-        gpu_check_engines, "measure_copies", lambda size, device: {"to_gpu_gb_s": 50.0}
-    )
-    found = gpu_check_engines.against_copies(rows, None, "cuda")
+    monkeypatch.setattr(gpu_engines, "measure_copies", lambda size, device: {"to_gpu_gb_s": 50.0})
+    found = gpu_engines.against_copies(rows, None, "cuda")
     assert found["wake_gb_s"] == pytest.approx(2 * 2**30 / 1e9 / 0.1, abs=0.01)
     assert found["share_of_copy_bandwidth"] == pytest.approx(0.429, abs=1e-3)
 
 
 def test_an_engine_that_woke_up_different_is_caught():
-    from scripts import gpu_check_engines
+    from scripts.measure import gpu_engines
 
     engine = argparse.Namespace(sleep=lambda: None, bytes_awake=2**30, memory=None)
     for after, ok in ((1.0, True), (1.1, False)):
         known, says = torch.tensor([0.0, 1.0]), torch.tensor([0.0, after])
-        row = gpu_check_engines.cycle(
-            "math", engine, lambda says=says: says, known, lambda: None, "cpu"
-        )
+        row = gpu_engines.cycle("math", engine, lambda says=says: says, known, lambda: None, "cpu")
         assert row["ok"] is ok and row["holds_gib"] == 1.0
         assert row["canary_difference"] == pytest.approx(after - 1.0, abs=1e-3)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from scripts import bench_tools as tools
+from scripts.measure import tools
 
 QUICKSTART, ASYNC = Path("runs/quickstart"), Path("runs/async")
-MAKERS = {QUICKSTART: "bash scripts/quickstart.sh", ASYNC: "bash scripts/mopd_async.sh"}
+MAKERS = {QUICKSTART: "bash scripts/quickstart.sh", ASYNC: "bash scripts/demos/mopd_async.sh"}
 
 
 def read_steps(directory: Path) -> list[dict]:

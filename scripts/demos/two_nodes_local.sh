@@ -6,7 +6,7 @@
 #   MODELS   directory with student, teacher_addition, teacher_reversal and train.jsonl (default: the demo, made if need be)
 #   RUN      output directory (default: runs/two_nodes)      DOWN_S   seconds without a cable (default: 6)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 MODELS="${MODELS:-demo}" RUN="${RUN:-runs/two_nodes}" DOWN_S="${DOWN_S:-6}"
 WAIT_S="${WAIT_S:-300}" # for the server to load, for a step, for the end of the run

@@ -38,8 +38,8 @@ import torch
 from opd.clients.protocols import TOKEN_VARIABLE
 from opd.clients.wire import metric
 from opd.servers.server_processes import serving
-from scripts import bench_tools as tools
 from scripts.bench_step import environment, make_model, make_tokenizer, run_child
+from scripts.measure import tools
 
 SIDES = ("sync", "split", "async")
 PHASES = ("rollout", "score", "train", "sync")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
 

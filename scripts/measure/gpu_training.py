@@ -19,7 +19,7 @@ from opd.config import OptimConfig
 from opd.engines.deepspeed_engine import ShardedEngine, what_leaves
 from scripts.bench_step import environment, run_child
 from scripts.gpu_check import ROOT, Size
-from scripts.gpu_check_engines import (
+from scripts.measure.gpu_engines import (
     DTYPES,
     gib,
     model_config,

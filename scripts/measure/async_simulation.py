@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scripts.async_model import Pool, Rates, Result, Rule, Split, Workload
+from scripts.measure.async_model import Pool, Rates, Result, Rule, Split, Workload
 
 FULL = 1 << 30  # the load of a replica that takes nothing new
 

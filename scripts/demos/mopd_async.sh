@@ -4,7 +4,7 @@
 # one process of each role is killed in turn; servers are started again, and so is the trainer, which goes on from its last
 # checkpoint. No GPU needed. KILL_AT="" kills nobody. Arguments are passed on to train_mopd.py.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 bash scripts/setup.sh
 export PATH="$(cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"
