@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from opd import distributed
+from opd import distributed, processes
 from opd.config import LocalBackend, RolloutConfig
 from opd.engines.hf_engine import HFGenerator
 from opd.engines.vllm_engine import GeneratorEngine
@@ -297,7 +297,7 @@ def _child_main() -> None:
     parser.add_argument("answer")
     parser.add_argument("parent", type=int)
     args = parser.parse_args()
-    distributed.die_with_parent()
+    processes.die_with_parent()
     if os.getppid() != args.parent:
         sys.exit("the trainer is gone")
     device = distributed.init()
