@@ -42,7 +42,6 @@ done
 
 bash scripts/setup.sh
 export PATH="$(cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export OPD_SERVER_TOKEN="${OPD_SERVER_TOKEN:-$(python -c 'import secrets; print(secrets.token_urlsafe(32))')}"
 [ -e "$MODELS/train.jsonl" ] || python scripts/make_demo.py --output_dir "$MODELS"
