@@ -127,4 +127,4 @@ def check(runs: dict[str, list[Measured]], setting: Setting) -> dict:
 
 def rounded(rates: Rates) -> dict[str, float]:
     """To be printed."""
-    return {key: float(f"{value:.4g}") for key, value in asdict(rates).items() if key != "logprob"}
+    return {key: float(f"{value:.4g}") for key, value in asdict(rates).items()}
