@@ -281,10 +281,7 @@ def bytes_received(pool: ReplicaPool, run: Callable[[], object]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object last instead of a table"
-    )
+    parser = tools.make_parser(__doc__)
     parser.add_argument(
         "--served", action="store_true", help="measure servers of the same model too"
     )

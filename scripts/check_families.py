@@ -39,9 +39,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts.make_demo import LETTERS, make_tokenizer
+from scripts.make_demo import LETTERS, make_tokenizer, write_jsonl
 from scripts.measure.families import BY_NAME, FAMILIES, Family, save
-from scripts.measure.tools import ROOT
+from scripts.measure.tools import ROOT, read_jsonl
 
 SELF = {
     "same": "vllm",
@@ -173,9 +173,7 @@ def run_trainer(script: str, config: dict, directory: Path) -> Outcome:
         os.killpg(process.pid, signal.SIGKILL)
         process.join(KILL_S)
     metrics = directory / "run" / "metrics.jsonl"
-    rows = (
-        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    )
+    rows = read_jsonl(metrics) if metrics.is_file() else []
     rows = [row for row in rows if "loss/total" in row]
     return Outcome(status, (directory / "stderr").read_text(errors="replace"), rows)
 
@@ -259,7 +257,7 @@ def expected_loss(student: Path, teacher: Path, data: Path) -> float:
         for path in (student, teacher)
     ]
     total = count = 0
-    for row in map(json.loads, data.read_text().splitlines()):
+    for row in read_jsonl(data):
         prompt = tokenizer.apply_chat_template(
             row["prompt"], add_generation_prompt=True, return_dict=False
         )
@@ -289,7 +287,7 @@ def write_rows(path: Path, domains: tuple[str, ...]) -> None:
             rows.append(
                 {"data_source": domain, "prompt": prompt, "response": word[::-1] + word[:3]}
             )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
 
 
 def table(results: list[Result]) -> str:

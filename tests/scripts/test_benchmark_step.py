@@ -13,6 +13,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from scripts import bench_recovery, bench_step
+from scripts.measure import runs
 from tests.support.processes import ROOT, worker_environment
 
 DEADLINE = 420
@@ -70,9 +71,9 @@ def test_without_trl_our_step_is_measured_and_no_ratio_is_made_up(tmp_path):
 
 
 def test_prompts_have_the_asked_length_and_no_model_can_end_its_response(tmp_path):
-    workload = bench_step.Workload(2, 12, 4, student=(1, 64), teacher=(2, 96))
-    bench_step.write_workload(tmp_path, workload, steps=3, vocab_size=300)
-    tokenizer = bench_step.make_tokenizer(300)
+    workload = runs.Workload(2, 12, 4, student=(1, 64), teacher=(2, 96))
+    runs.write_workload(tmp_path, workload, steps=3, vocab_size=300)
+    tokenizer = runs.byte_tokenizer(300)
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     prompts = [
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
@@ -111,7 +112,7 @@ def test_medians_are_over_the_kept_steps_of_all_runs():
     result = bench_step.summary([a_run([*warm, 0.1, 0.2, 0.3]), a_run([*warm, 0.4, 0.5, 0.6])], 64)
     assert result["step_ms"] == 350 and result["phases_ms"] == {"rollout": 175}
     assert result["step_ms_of_each_run"] == [200, 500] and result["first_loss"] == 0.25
-    with pytest.raises(bench_step.RunFailed, match=r"63\.50 to 64\.00 tokens, 64 asked"):
+    with pytest.raises(runs.RunFailed, match=r"63\.50 to 64\.00 tokens, 64 asked"):
         bench_step.summary([a_run([*warm, 0.1]), a_run([*warm, 0.1], length=63.5)], 64)
 
 
@@ -124,7 +125,7 @@ def test_the_ratio_is_against_the_fastest_side_that_ran(tmp_path, monkeypatch):
             assert work.is_dir()
             calls.append(name)
             if seconds is None:
-                raise bench_step.RunFailed("no such engine")
+                raise runs.RunFailed("no such engine")
             return a_run([seconds] * 6)
 
         return run
@@ -151,13 +152,13 @@ def test_a_child_that_fails_says_why(tmp_path):
         "import sys; print('ValueError: the cause'); print('the launcher says goodbye'); "
         "sys.exit(3)"
     )
-    with pytest.raises(bench_step.RunFailed, match="exit status 3: ValueError: the cause"):
-        bench_step.run_child(
+    with pytest.raises(runs.RunFailed, match="exit status 3: ValueError: the cause"):
+        runs.run_child(
             [sys.executable, "-c", code], tmp_path / "log.txt", worker_environment()
         )
-    with pytest.raises(bench_step.RunFailed, match="no end after 1 s"):
+    with pytest.raises(runs.RunFailed, match="no end after 1 s"):
         wait = [sys.executable, "-c", "import signal; signal.pause()"]
-        bench_step.run_child(wait, tmp_path / "log.txt", worker_environment(), deadline_s=1)
+        runs.run_child(wait, tmp_path / "log.txt", worker_environment(), deadline_s=1)
 
 
 # ---- Quality per sample --------------------------------------------------------------------------
