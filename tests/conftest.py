@@ -31,15 +31,15 @@ from tests.support.processes import LAUNCH_VARIABLES, ROOT, worker_environment
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also the tests marked `nightly`: hours")
+    parser.addoption("--all", action="store_true", help="also the tests marked `long`: hours")
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is marked `nightly` is left out, and counted as deselected, unless `--all` is given."""
+    """What is marked `long` is left out, and counted as deselected, unless `--all` is given."""
     if not config.getoption("--all"):
-        nightly = [item for item in items if item.get_closest_marker("nightly")]
-        config.hook.pytest_deselected(items=nightly)
-        items[:] = [item for item in items if item not in nightly]
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
 
 
 @pytest.fixture(autouse=True)

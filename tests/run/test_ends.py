@@ -176,7 +176,7 @@ def test_a_rank_that_leaves_alone_waits_for_nobody(ends, case, statuses):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("starts", [5, pytest.param(200, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("starts", [5, pytest.param(200, marks=pytest.mark.long)])
 def test_no_start_on_two_ranks_is_aborted(tmp_path, starts):
     """An interpreter that took the groups down itself aborted one start in ten, after all work was
     done.
@@ -258,8 +258,8 @@ def unknown(console: str, patterns: list[str]) -> list[str]:
     ]
 
 
-def nightly(*values):
-    return pytest.param(*values, marks=pytest.mark.nightly)
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
 
 
 @pytest.mark.e2e
@@ -268,11 +268,11 @@ def nightly(*values):
     [
         ("python", 1, (), "train_mopd.py"),
         ("deepspeed", 2, TENSOR_PARALLEL, "train_mopd.py"),
-        *(nightly(launcher, 1, (), "train_mopd.py") for launcher in THEIRS if launcher != "python"),
-        *(nightly(launcher, 2, (), "train_mopd.py") for launcher in THEIRS if launcher != "python"),
-        nightly("torchrun", 2, TENSOR_PARALLEL, "train_mopd.py"),
-        nightly("deepspeed", 2, ("--loss", "jsd", "--lmbda", "0.5"), "train_gkd.py"),
-        nightly("torchrun", 2, ("--mode", "async", "--max_staleness", "1"), "train_mopd.py"),
+        *(long(launcher, 1, (), "train_mopd.py") for launcher in THEIRS if launcher != "python"),
+        *(long(launcher, 2, (), "train_mopd.py") for launcher in THEIRS if launcher != "python"),
+        long("torchrun", 2, TENSOR_PARALLEL, "train_mopd.py"),
+        long("deepspeed", 2, ("--loss", "jsd", "--lmbda", "0.5"), "train_gkd.py"),
+        long("torchrun", 2, ("--mode", "async", "--max_staleness", "1"), "train_mopd.py"),
     ],
 )
 def test_every_line_on_the_console_of_a_good_run_is_known(
@@ -314,7 +314,7 @@ def test_a_mistake_on_two_ranks_of_a_launcher_is_one_line_and_its_own(tiny, tmp_
 
 
 @pytest.mark.e2e
-@pytest.mark.nightly
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "ranks"), [("python", 1), *((name, 2) for name in THEIRS if name != "python")]
 )

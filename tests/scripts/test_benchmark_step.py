@@ -153,9 +153,7 @@ def test_a_child_that_fails_says_why(tmp_path):
         "sys.exit(3)"
     )
     with pytest.raises(runs.RunFailed, match="exit status 3: ValueError: the cause"):
-        runs.run_child(
-            [sys.executable, "-c", code], tmp_path / "log.txt", worker_environment()
-        )
+        runs.run_child([sys.executable, "-c", code], tmp_path / "log.txt", worker_environment())
     with pytest.raises(runs.RunFailed, match="no end after 1 s"):
         wait = [sys.executable, "-c", "import signal; signal.pause()"]
         runs.run_child(wait, tmp_path / "log.txt", worker_environment(), deadline_s=1)

@@ -223,7 +223,7 @@ def test_a_teacher_of_another_family_scores_as_transformers_does(tmp_path, token
     assert verdict.kind == "right" and verdict.figures["loss"] > 0.1, verdict
 
 
-@pytest.mark.nightly
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_family_is_right_or_refused_in_one_line(tmp_path, family):
     result = check.check_family(family, tmp_path)

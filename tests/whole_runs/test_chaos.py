@@ -12,7 +12,7 @@ from scripts import chaos
 pytestmark = pytest.mark.e2e
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_kills_of_every_role(tmp_path, capsys, monkeypatch, kills):
     monkeypatch.delenv("OPD_FAULT", raising=False)
     wanted = ["--kills", str(kills * len(chaos.ROLES)), "--gap_s", "1", "--steps", "16"]

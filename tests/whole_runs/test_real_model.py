@@ -316,7 +316,7 @@ def test_a_directory_without_a_run_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.e2e
-@pytest.mark.nightly
+@pytest.mark.long
 def test_a_student_of_twenty_layers_recovers_from_its_whole_self(smollm2, tmp_path):
     env = {"OPD_VENV": sys.prefix, "OPD_CACHE": str(smollm2.whole.parent), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(

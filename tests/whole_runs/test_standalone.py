@@ -190,7 +190,7 @@ PASSES = {
 }
 
 
-@pytest.mark.nightly
+@pytest.mark.long
 def test_a_run_killed_at_every_point_of_a_step_is_the_undisturbed_one(models, tmp_path):
     """Two runs, each killed at half of the points one after the other and resumed each time, with a
     served teacher.
