@@ -21,13 +21,9 @@ Shape suffixes: L tokens of a response, T of prompt and response, V vocabulary.
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
 import re
-import runpy
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -41,21 +37,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.make_demo import LETTERS, make_tokenizer, write_jsonl
 from scripts.measure.families import BY_NAME, FAMILIES, Family, save
+from scripts.measure.forked import run_forked
 from scripts.measure.tools import ROOT, read_jsonl
 
-SELF = {
-    "same": "vllm",
-    "samehf": "hf",
-}  # domains that the student itself teaches, and what runs it there
+# domains that the student itself teaches, and what runs it there
+SELF = {"same": "vllm", "samehf": "hf"}
 PROMPTS = 6  # of each domain: all of them in each step
-TOLERANCE = (
-    1e-4  # nats, float32: rounding of two implementations is below it, a dropped bias is not
-)
+# nats, float32: rounding of two implementations is below it, a dropped bias is not
+TOLERANCE = 1e-4
 TIMEOUT_S = 300
 SEE_STUDENT = "see student"
-KILL_S = 30
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["scripts.measure.trainer_imports"])
 COMMON = {
     "num_steps": 2,
     "prompts_per_step": PROMPTS * 3,
@@ -165,27 +156,12 @@ def run_trainer(script: str, config: dict, directory: Path) -> Outcome:
     directory.mkdir(parents=True)
     settings = directory / "config.yaml"
     settings.write_text(yaml.safe_dump(config | {"output_dir": str(directory / "run")}))
-    process = FORKSERVER.Process(target=_be_trainer, args=(ROOT / script, settings, directory))
-    process.start()
-    process.join(TIMEOUT_S)
-    status = process.exitcode
-    if status is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join(KILL_S)
+    command = [str(ROOT / script), "--config", str(settings)]
+    status = run_forked(command, directory / "stdout", directory / "stderr", TIMEOUT_S)
     metrics = directory / "run" / "metrics.jsonl"
     rows = read_jsonl(metrics) if metrics.is_file() else []
     rows = [row for row in rows if "loss/total" in row]
     return Outcome(status, (directory / "stderr").read_text(errors="replace"), rows)
-
-
-def _be_trainer(script: Path, settings: Path, directory: Path) -> None:
-    """In a process of the forkserver: what `python SCRIPT --config SETTINGS` is."""
-    os.setsid()
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(directory / name, os.O_WRONLY | os.O_CREAT), stream)
-    os.chdir(ROOT)
-    sys.argv = [str(script), "--config", str(settings)]
-    runpy.run_path(str(script), run_name="__main__")
 
 
 def check_family(family: Family, scratch: Path) -> Result:
