@@ -38,9 +38,9 @@ from pathlib import Path
 import train_mopd
 from opd.inputs.arguments import parse
 from opd.plan import apply, planner
+from scripts.make_demo import HEAD_DIM
 from scripts.measure import tools
 from scripts.measure.runs import (
-    HEAD_DIM,
     LEARNING_RATE,
     RunFailed,
     byte_tokenizer,

@@ -145,13 +145,6 @@ def hidden_of(
     return torch.cat([states[:-1] for states in engine.hidden_states(sequences)]).to(device)
 
 
-@torch.no_grad()
-def bare_matmul(hidden_NH: Tensor, weight_VH: Tensor, buffer_NV: Tensor) -> None:
-    """Logits, a chunk at a time, into memory that is there already."""
-    for chunk_NH in hidden_NH.split(len(buffer_NV)):
-        torch.mm(chunk_NH, weight_VH.t(), out=buffer_NV[: len(chunk_NH)])
-
-
 def check_agreement(outputs: list, scores: HiddenScores, support_k: int, dtype: str) -> float:
     """Largest difference of the top-k log-probabilities; ends the program if the routes score
     different things.
@@ -194,7 +187,7 @@ def measure(args: argparse.Namespace, model: Path, device: str, dtype: str) -> d
         "prompt_logprobs": lambda: usual.score(sequences),
         "prefill": lambda: hidden_of(ours, sequences, device),
         "score": score,
-        "matmul": lambda: bare_matmul(hidden_NH, weight_VH, buffer_NV),
+        "matmul": lambda: tools.bare_projection(hidden_NH, weight_VH, buffer_NV),
     }
     ms, _ = tools.take_turns(parts, args.repeats, device)
     our_ms, floor_ms = ms["prefill"] + ms["score"], ms["prefill"] + ms["matmul"]

@@ -3,10 +3,13 @@
 Shape suffixes: N tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from opd.ops.fused_linear import score_hidden
 from scripts import bench_loss
 from scripts.measure import tools
 
@@ -54,96 +57,64 @@ def measure_copies(size: Size, device: str) -> dict:
     }
 
 
-def _case(size: Size, hidden: int, device: str) -> bench_loss.Case:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return bench_loss.Case(
-        "reverse_kl", size.vocab, hidden, size.loss_tokens, 0.5, dtype, device, None
-    )
-
-
-def _compare(ours, bare, tokens: int, device: str, *, products: int, case: bench_loss.Case) -> dict:
-    """One row: our time, that of the products alone, their rate, and the memory that ours takes
-    beside its inputs.
-    """
-    # kernels are compiled and chosen for the shape
-    tools.take_turns({"ours": ours, "bare": bare}, 2, device)
-    ms, _ = tools.take_turns({"ours": ours, "bare": bare}, 5, device)
-    flops = 2 * products * tokens * case.hidden * case.vocab
-    extra = tools.peak_extra_bytes(ours, device) if device == "cuda" else None
-    return {
-        "H": case.hidden,
-        "V": case.vocab,
-        "N": tokens,
-        "ours_ms": round(ms["ours"], 3),
-        "matmul_ms": round(ms["bare"], 3),
-        "share_of_matmul_ceiling": tools.ratio(ms["bare"], ms["ours"]),
-        "tflop_s": round(flops / (ms["ours"] / 1e3) / 1e12, 2),
-        "extra_gib": None if extra is None else round(extra / GIB, 3),
-    }
-
-
 def measure_loss(size: Size, device: str) -> dict:
     """Reverse KL over the whole vocabulary, forward and backward: two projections and two
     gradients.
     """
-    rows = []
-    for hidden in size.loss_hidden:
-        case = _case(size, hidden, device)
-        inputs = bench_loss.make_inputs(case)
-        logits_NV = torch.empty(
-            min(case.tokens, MATMUL_TOKENS), case.vocab, dtype=case.dtype, device=device
+
+    def sides(case: bench_loss.Case, inputs: bench_loss.Inputs, logits_NV: Tensor):
+        return (
+            lambda: bench_loss.loss_and_gradients(bench_loss.our_loss, inputs, case),
+            lambda: bench_loss.bare_matmul(inputs, logits_NV),
         )
-        rows.append(
-            _compare(
-                lambda inputs=inputs, case=case: bench_loss.loss_and_gradients(
-                    bench_loss.our_loss, inputs, case
-                ),
-                lambda inputs=inputs, logits_NV=logits_NV: bench_loss.bare_matmul(
-                    inputs, logits_NV
-                ),
-                case.tokens,
-                device,
-                products=4,
-                case=case,
-            )
-        )
-    return {"headline": _shares(rows), "rows": rows}
+
+    return _against_products(size, device, sides, products=4)
 
 
 def measure_scoring(size: Size, device: str, support_k: int = 64) -> dict:
     """Log-probability, entropy and top-k of every token from hidden states: one projection."""
-    from opd.ops.fused_linear import score_hidden
 
-    rows = []
-    for hidden in size.loss_hidden:
-        case = _case(size, hidden, device)
-        inputs = bench_loss.make_inputs(case)
+    def sides(case: bench_loss.Case, inputs: bench_loss.Inputs, logits_NV: Tensor):
         hidden_NH, weight_VH = inputs.teacher_hidden_NG, inputs.teacher_weight_VG
         labels_N = torch.randint(case.vocab, (case.tokens,), device=device)
+        return (
+            lambda: score_hidden(hidden_NH, weight_VH, labels_N, support_k=support_k),
+            lambda: tools.bare_projection(hidden_NH, weight_VH, logits_NV),
+        )
+
+    return {**_against_products(size, device, sides, products=1), "support_k": support_k}
+
+
+def _against_products(size: Size, device: str, sides: Callable, *, products: int) -> dict:
+    """A row for each hidden size: our time, that of the `products` alone, their rate, and the
+    memory that ours takes beside its inputs. `sides` makes two calls: ours, and the products.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = []
+    for hidden in size.loss_hidden:
+        case = bench_loss.Case(
+            "reverse_kl", size.vocab, hidden, size.loss_tokens, 0.5, dtype, device, None
+        )
         logits_NV = torch.empty(
-            min(case.tokens, MATMUL_TOKENS), case.vocab, dtype=case.dtype, device=device
+            min(case.tokens, MATMUL_TOKENS), case.vocab, dtype=dtype, device=device
         )
-
-        def bare(hidden_NH=hidden_NH, weight_VH=weight_VH, logits_NV=logits_NV) -> None:
-            for chunk_NH in hidden_NH.split(len(logits_NV)):
-                torch.mm(chunk_NH, weight_VH.t(), out=logits_NV[: len(chunk_NH)])
-
+        ours, bare = sides(case, bench_loss.make_inputs(case), logits_NV)
+        # kernels are compiled and chosen for the shape
+        tools.take_turns({"ours": ours, "bare": bare}, 2, device)
+        ms, _ = tools.take_turns({"ours": ours, "bare": bare}, 5, device)
+        flops = 2 * products * case.tokens * hidden * case.vocab
+        extra = tools.peak_extra_bytes(ours, device) if device == "cuda" else None
         rows.append(
-            _compare(
-                lambda h=hidden_NH, w=weight_VH, labels_N=labels_N: score_hidden(
-                    h, w, labels_N, support_k=support_k
-                ),
-                bare,
-                case.tokens,
-                device,
-                products=1,
-                case=case,
-            )
+            {
+                "H": hidden,
+                "V": case.vocab,
+                "N": case.tokens,
+                "ours_ms": round(ms["ours"], 3),
+                "matmul_ms": round(ms["bare"], 3),
+                "share_of_matmul_ceiling": tools.ratio(ms["bare"], ms["ours"]),
+                "tflop_s": round(flops / (ms["ours"] / 1e3) / 1e12, 2),
+                "extra_gib": None if extra is None else round(extra / GIB, 3),
+            }
         )
-    return {"headline": _shares(rows), "support_k": support_k, "rows": rows}
-
-
-def _shares(rows: list[dict]) -> str:
-    return "of the matmul ceiling: " + ", ".join(
-        f"{row['share_of_matmul_ceiling']:.0%} (H {row['H']})" for row in rows
-    )
+    shares = ", ".join(f"{row['share_of_matmul_ceiling']:.0%} (H {row['H']})" for row in rows)
+    return {"headline": f"of the matmul ceiling: {shares}", "rows": rows}

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from opd.engines.vllm_process import ENVIRONMENT as VLLM_ENVIRONMENT
 from opd.processes import free_port
-from scripts.make_demo import write_jsonl
+from scripts.make_demo import random_qwen3, write_jsonl
 from scripts.measure.tools import ROOT, last_error, read_jsonl
 
 BIN = Path(sys.executable).parent
-HEAD_DIM = 32  # the smallest that vLLM's attention takes on the CPU
 LEARNING_RATE, SEED = 1e-3, 0
 DEADLINE_S = 900  # of one run
 CHAT_TEMPLATE = (
@@ -92,26 +91,9 @@ def silent_model(
     layers: int, hidden_size: int, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> Qwen3ForCausalLM:
     """A random model that never ends a response."""
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden_size // HEAD_DIM,
-            num_key_value_heads=hidden_size // HEAD_DIM,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            dtype="float32",
-            bos_token_id=None,
-            **special,
-        )
-    )
-    silence(model, list(special.values()))
-    model.generation_config = GenerationConfig(**special)
+    model = random_qwen3(hidden_size, layers, tokenizer, mlp_ratio=2, positions=512)
+    silence(model, [tokenizer.eos_token_id, tokenizer.pad_token_id])
     return model
 
 

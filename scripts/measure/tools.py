@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -107,6 +108,15 @@ def _limit_memory() -> None:
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (available * 9 // 10, hard))
+
+
+@torch.no_grad()
+def bare_projection(hidden_NH: Tensor, weight_VH: Tensor, buffer_NV: Tensor) -> None:
+    """Logits, a chunk at a time, into memory that is there already; N tokens, H hidden size, V
+    vocabulary.
+    """
+    for chunk_NH in hidden_NH.split(len(buffer_NV)):
+        torch.mm(chunk_NH, weight_VH.t(), out=buffer_NV[: len(chunk_NH)])
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
