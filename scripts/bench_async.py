@@ -1,23 +1,21 @@
 """How much faster asynchronous distillation is than synchronous, and how long the trainer waits.
 
-* Simulated (`scripts/async_simulation.py`): responses with a long tail on 8, 64 and 1,024 GPUs, the
-  same samples, updates and
-  GPUs on all sides. *Colocated*: all GPUs write, then score, then train. *Split*: the GPUs of the
-  asynchronous run, but every step waits for the one before. Reported is the fastest split that
-  leaves the trainer idle for less than a tenth of the time.
+* Simulated (`scripts/measure/async_simulation.py`): responses with a long tail on 8, 64 and 1,024
+  GPUs, the same samples, updates and GPUs on all sides. *Colocated*: all GPUs write, then score,
+  then train. *Split*: the GPUs of the asynchronous run, but every step waits for the one before.
+  Reported is the fastest split that leaves the trainer idle for less than a tenth of the time.
 * Measured (`--measured`): real runs of the trainer on this machine, on tiny models whose responses
-  have a long tail, and the
-  simulation of the same runs with the rates that were measured in them (`scripts/async_runs.py`,
-  `scripts/async_check.py`). `--runs RUN_SYNC RUN_ASYNC` reads the speed of two runs of your own
-  instead.
+  have a long tail (`scripts/measure/async_runs.py`), and the simulation of the same runs with the
+  rates that were measured in them (`async_check.py`). `--runs RUN_SYNC RUN_ASYNC` reads the speed
+  of two runs of your own instead.
 * Learned (`--recovery`): what a synchronous and an asynchronous run recovered from equally many
   samples.
 
     python scripts/bench_async.py --json                         # three minutes of one core
     python scripts/bench_async.py --json --gpus 8 --measured     # and eight minutes of two
     python scripts/bench_async.py --plot docs/async.png --gpus 8
-    python scripts/bench_async.py --gpus --recovery  # of scripts/quickstart.sh and scripts/mopd_async.sh
-"""  # noqa: E501
+    python scripts/bench_async.py --gpus --recovery  # quickstart.sh and demos/mopd_async.py
+"""
 
 import argparse
 import json
@@ -29,12 +27,16 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts import async_check, async_runs, run_pairs
-from scripts import bench_tools as tools
-from scripts.async_model import Rates, Result, Rule, Workload, lognormal_lengths, synchronous
-from scripts.async_simulation import Choice, asynchronous, choose, promising, splits
+from scripts.measure import async_check, async_runs, run_pairs, tools
+from scripts.measure.async_model import (
+    Rates,
+    Result,
+    Rule,
+    Workload,
+    lognormal_lengths,
+    synchronous,
+)
+from scripts.measure.async_simulation import Choice, asynchronous, choose, promising, splits
 
 # A student of 7.6 billion parameters (Qwen2.5-7B) in bfloat16 and teachers of its size, on H100s:
 # 3.35 TB/s, 989 TFLOP/s. Derived from data sheets, with assumed efficiencies; none of it is
@@ -49,12 +51,8 @@ RATES = Rates(
     publish=3.0,  # gather, and 15.2 GB into shared memory at 5 GB/s
     load=3.0,  # the same way back
 )
-MEAN, SIGMA, MAXIMUM, PROMPT = (
-    5000,
-    1.0,
-    32_768,
-    512,
-)  # tokens; see docs/benchmarks.md for where the shape comes from
+# tokens; see docs/benchmarks.md for where the shape comes from
+MEAN, SIGMA, MAXIMUM, PROMPT = 5000, 1.0, 32_768, 512
 # GPUs -> samples of a step (64 to 1,024 prompts of 8 responses), steps, portions in which GPUs are
 # dealt out
 SIZES = {8: (512, 100, 8), 64: (2048, 40, 16), 1024: (8192, 12, 16)}
@@ -244,42 +242,30 @@ def summary(runs: dict[str, list[async_runs.Measured]], setting: async_runs.Sett
 
 def save_plot(path: Path, staleness: list[dict], tails: list[dict], caption: str) -> None:
     """Speed-up and idle fractions against max_staleness; speed-up against the tail."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     bounds = [point["max_staleness"] for point in staleness]
-    left.plot(bounds, [point["vs_colocated"] for point in staleness], "o-")
-    left.axhline(1, color="tab:gray", linestyle="--")
-    left.set(title="times as fast as colocated", xlabel="max_staleness")
-    for key in ("trainer_idle", "rollout_idle"):
-        middle.plot(bounds, [point[key] for point in staleness], "o-", label=key.replace("_", " "))
-    middle.set(title="idle fraction", xlabel="max_staleness", ylim=(0, 1))
-    middle.legend()
     tails = [point for point in tails if point["maximum"] == MAXIMUM]
-    right.plot(
-        [point["sigma"] for point in tails], [point["vs_colocated"] for point in tails], "o-"
-    )
-    right.axhline(1, color="tab:gray", linestyle="--")
-    right.set(title="times as fast as colocated", xlabel="sigma of the lognormal lengths")
-    for axis in (left, right):
-        axis.set_ylim(bottom=0)
-    for axis in (left, middle, right):
-        axis.grid(alpha=0.3)
-    figure.suptitle(caption, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
-    pyplot.close(figure)
+    sigmas = [point["sigma"] for point in tails]
+    with tools.picture(path, 3, (12, 3.4)) as (figure, (left, middle, right)):
+        left.plot(bounds, [point["vs_colocated"] for point in staleness], "o-")
+        left.set(title="times as fast as colocated", xlabel="max_staleness")
+        for key in ("trainer_idle", "rollout_idle"):
+            shares = [point[key] for point in staleness]
+            middle.plot(bounds, shares, "o-", label=key.replace("_", " "))
+        middle.set(title="idle fraction", xlabel="max_staleness", ylim=(0, 1))
+        middle.legend()
+        right.plot(sigmas, [point["vs_colocated"] for point in tails], "o-")
+        right.set(title="times as fast as colocated", xlabel="sigma of the lognormal lengths")
+        for axis in (left, right):
+            axis.axhline(1, color="tab:gray", linestyle="--")
+            axis.set_ylim(bottom=0)
+        for axis in (left, middle, right):
+            axis.grid(alpha=0.3)
+        figure.suptitle(caption, fontsize=9)
 
 
 def parse_arguments() -> argparse.Namespace:
     """A mistake ends the process."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object last instead of tables"
-    )
+    parser = tools.make_parser(__doc__)
     parser.add_argument("--plot", type=Path, help="write a PNG here, for example docs/async.png")
     parser.add_argument(
         "--gpus",
@@ -319,7 +305,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="*",
         metavar="RUN_DIR",
         help="a synchronous and an asynchronous run; alone: those of scripts/quickstart.sh and "
-        "scripts/mopd_async.sh",
+        "scripts/demos/mopd_async.py",
     )
     args = parser.parse_args()
     if args.steps is not None and args.steps < 2:

@@ -27,27 +27,29 @@ stands there is measured too (``before_engines``).
     python scripts/bench_colocation.py --json   # five minutes on two cores
 """
 
-import argparse
 import json
 import os
-import random
-import string
 import sys
 import tempfile
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_mopd  # noqa: E402
-from opd.inputs.arguments import parse  # noqa: E402
-from opd.plan import apply, planner  # noqa: E402
-from scripts import bench_tools as tools  # noqa: E402
-from scripts.bench_step import HEAD_DIM, RunFailed, environment, make_tokenizer, run_child  # noqa: E402
+import train_mopd
+from opd.inputs.arguments import parse
+from opd.plan import apply, planner
+from scripts.make_demo import HEAD_DIM
+from scripts.measure import tools
+from scripts.measure.runs import (
+    LEARNING_RATE,
+    RunFailed,
+    byte_tokenizer,
+    environment,
+    flags,
+    run_child,
+    silent_model,
+    write_prompts,
+)
 
 COUNTS = (1, 2, 4, 8)
 HIDDEN_SIZES = (1024, 960, 896, 832, 768, 640, 512, 384)  # of the teachers, largest first
@@ -123,57 +125,28 @@ def peak_of_children():
 # ---- Models and prompts --------------------------------------------------------------------------
 
 
-def save_model(path: Path, layers: int, hidden_size: int, tokenizer) -> int:
+def save_model(path: Path, layers: int, hidden_size: int, tokenizer, seed: int) -> int:
     """A random model; bytes of its base model."""
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden_size // HEAD_DIM,
-            num_key_value_heads=hidden_size // HEAD_DIM,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            dtype="float32",
-            bos_token_id=None,
-            **special,
-        )
-    )
-    model.generation_config = GenerationConfig(**special)
+    model = silent_model(layers, hidden_size, tokenizer, seed)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return sum(p.numel() * p.element_size() for p in model.base_model.parameters())
 
 
-def write_workload(root: Path, hidden_sizes: list[int], layers: int) -> list[int]:
+def write_models(root: Path, hidden_sizes: list[int], layers: int) -> list[int]:
     """`student`, `teacher_0` ..., `prompts_N.jsonl` for each N, `ds_config.json`; the teachers'
     bytes.
     """
     (root / "ds_config.json").write_text(json.dumps(DS_CONFIG))
-    tokenizer = make_tokenizer(VOCAB_SIZE)
-    save_model(root / "student", *STUDENT, tokenizer)
-    sizes = [
-        save_model(root / f"teacher_{i}", layers, size, tokenizer)
+    tokenizer = byte_tokenizer(VOCAB_SIZE)
+    save_model(root / "student", *STUDENT, tokenizer, seed=0)
+    for count in range(1, len(hidden_sizes) + 1):
+        domains = tuple(f"teacher_{i}" for i in range(count))
+        write_prompts(root / f"prompts_{count}.jsonl", 4 * PROMPTS_PER_STEP, PROMPT_TOKENS, domains)
+    return [
+        save_model(root / f"teacher_{i}", layers, size, tokenizer, seed=1 + i)
         for i, size in enumerate(hidden_sizes)
     ]
-    rng = random.Random(0)
-    for count in range(1, len(hidden_sizes) + 1):
-        rows = []
-        for i in range(4 * PROMPTS_PER_STEP):
-            text = "".join(rng.choices(string.ascii_lowercase, k=PROMPT_TOKENS - 1))
-            rows.append(
-                {
-                    "data_source": f"teacher_{i % count}",
-                    "prompt": [{"role": "user", "content": text}],
-                }
-            )
-        (root / f"prompts_{count}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows)
-        )
-    return sizes
 
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -181,22 +154,26 @@ def write_workload(root: Path, hidden_sizes: list[int], layers: int) -> list[int
 
 def flags_of(root: Path, count: int, residency: str, steps: int) -> list[str]:
     """What train_mopd.py, and the planner, are given."""
-    return [
-        *("--student_model", str(root / "student"), "--data", str(root / f"prompts_{count}.jsonl")),
-        *(f"--teacher=teacher_{i}={root / f'teacher_{i}'}" for i in range(count)),
-        *("--teacher_backend", "hf", "--teacher_residency", residency, "--dtype", "float32"),
-        *(
-            "--output_dir",
-            str(root / f"{residency}_{count}"),
-            "--ds_config",
-            str(root / "ds_config.json"),
-        ),
-        *("--num_steps", str(steps), "--enforce_eager"),
-        *("--prompts_per_step", str(PROMPTS_PER_STEP), "--micro_batch_size", str(PROMPTS_PER_STEP)),
-        *("--max_prompt_tokens", str(PROMPT_TOKENS), "--max_response_tokens", str(RESPONSE_TOKENS)),
-        *("--rollout_kv_cache_gib", "0.05", "--parity_every", "0", "--rollout_every", "0"),
-        *("--learning_rate", "1e-3", "--save_every", str(steps + 1)),
-    ]
+    return [f"--teacher=teacher_{i}={root / f'teacher_{i}'}" for i in range(count)] + flags(
+        student_model=root / "student",
+        data=root / f"prompts_{count}.jsonl",
+        teacher_backend="hf",
+        teacher_residency=residency,
+        dtype="float32",
+        output_dir=root / f"{residency}_{count}",
+        ds_config=root / "ds_config.json",
+        num_steps=steps,
+        enforce_eager=True,
+        prompts_per_step=PROMPTS_PER_STEP,
+        micro_batch_size=PROMPTS_PER_STEP,
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_response_tokens=RESPONSE_TOKENS,
+        rollout_kv_cache_gib=0.05,
+        parity_every=0,
+        rollout_every=0,
+        learning_rate=LEARNING_RATE,
+        save_every=steps + 1,
+    )
 
 
 def peak_of(command: list[str], log: Path, threads: int) -> int:
@@ -208,14 +185,14 @@ def peak_of(command: list[str], log: Path, threads: int) -> int:
 
 def measure(root: Path, steps: int, threads: int, hidden_sizes: list[int], layers: int) -> dict:
     """All runs, one after the other."""
-    sizes = write_workload(root, hidden_sizes, layers)
+    sizes = write_models(root, hidden_sizes, layers)
     runs = [("disk", count) for count in COUNTS if count <= len(sizes)] + [
         ("host", min(4, len(sizes)))
     ]
     peaks: dict[tuple[str, int], int] = {}
     for residency, count in runs:
-        flags = flags_of(root, count, residency, steps)
-        peaks[residency, count] = peak_of(["train_mopd.py", *flags], root / "log.txt", threads)
+        command = ["train_mopd.py", *flags_of(root, count, residency, steps)]
+        peaks[residency, count] = peak_of(command, root / "log.txt", threads)
         tools.say(
             f"{residency}, {count} of {sum(sizes[:count]) >> 20} MiB: peak "
             f"{peaks[residency, count] >> 20} MiB"
@@ -249,11 +226,11 @@ def summary(peaks: dict[tuple[str, int], int], sizes: list[int]) -> dict:
     }
 
 
-def predicted_growth(flags: list[str]) -> int:
+def predicted_growth(arguments: list[str]) -> int:
     """Bytes that the planner expects a run to add at its peak to what it holds when
     `prepare` ends.
     """
-    job = apply.read_job(parse(train_mopd.Config, flags), apply.machine_here(1))
+    job = apply.read_job(parse(train_mopd.Config, arguments), apply.machine_here(1))
     return planner.make_plan(job).peak
 
 
@@ -267,10 +244,7 @@ def planned(predicted: int | None, measured: int | None) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object last instead of a table"
-    )
+    parser = tools.make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(

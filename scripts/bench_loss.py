@@ -45,10 +45,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from opd.ops.fused_linear import fused_linear_divergence
-from scripts import bench_tools as tools
+from scripts.measure import tools
 
 TRL_VERSION = "1.16.0"
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -388,10 +386,7 @@ def row(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object last instead of a table"
-    )
+    parser = tools.make_parser(__doc__)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])

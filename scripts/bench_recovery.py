@@ -24,26 +24,20 @@ import shutil
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
-from bench_step import ROOT, RunFailed, environment, run_child
-from bench_tools import print_json, say, table
+from scripts.measure.runs import RunFailed, environment, flags, run_child, steps_of
+from scripts.measure.tools import ROOT, picture, print_json, read_jsonl, say, table
 
-FORMS = {
-    "full": ("--loss", "reverse_kl", "--support", "full"),
-    "union_topk": ("--loss", "reverse_kl", "--support", "union_topk", "--tail", "bucket"),
+FORMS = {  # form -> the flags of its loss
+    "full": {"loss": "reverse_kl", "support": "full"},
+    "union_topk": {"loss": "reverse_kl", "support": "union_topk", "tail": "bucket"},
     **{
-        f"teacher_topk_{tail}": (
-            "--loss",
-            "reverse_kl",
-            "--support",
-            "teacher_topk",
-            "--tail",
-            tail,
-        )
+        f"teacher_topk_{tail}": {"loss": "reverse_kl", "support": "teacher_topk", "tail": tail}
         for tail in ("bucket", "generalized", "renormalize", "truncate")
     },
-    "sampled": ("--loss", "reverse_kl_pg", "--support", "sampled"),
+    "sampled": {"loss": "reverse_kl_pg", "support": "sampled"},
 }
 TARGET = 0.9  # of recovery
 LAST_STEPS = 10  # entropy at the end is a mean over these
@@ -61,38 +55,22 @@ def train(form: str, seed: int, args: argparse.Namespace) -> dict:
     run_dir = args.output_dir / form / f"seed_{seed}"
     run_dir.mkdir(parents=True)
     domains = [path.name.removeprefix("teacher_") for path in sorted(args.demo.glob("teacher_*"))]
-    every = max(1, args.steps // args.points)
-    support = ("--support_k", str(args.support_k)) if "topk" in form else ()
-    command = [
-        *(
-            sys.executable,
-            "train_mopd.py",
-            "--config",
-            "scripts/quickstart.yaml",
-            *FORMS[form],
-            *support,
-        ),
-        *("--student_model", str(args.demo / "student")),
-        *(f"--teacher={domain}={args.demo / f'teacher_{domain}'}" for domain in domains),
-        *("--data", str(args.demo / "train.jsonl"), "--eval_data", str(args.demo / "eval.jsonl")),
-        *(
-            "--output_dir",
-            str(run_dir / "run"),
-            "--seed",
-            str(seed),
-            "--num_steps",
-            str(args.steps),
-        ),
-        *(
-            "--prompts_per_step",
-            str(args.prompts_per_step),
-            "--eval_every",
-            str(every),
-            "--save_every",
-            "0",
-        ),
-        *("--ds_config", "ds_configs/zero0.json", "--rollout_every", "0"),
-    ]
+    command = [sys.executable, "train_mopd.py", *flags(config="scripts/quickstart.yaml")]
+    command += flags(**FORMS[form], support_k=args.support_k if "topk" in form else None)
+    command += [f"--teacher={domain}={args.demo / f'teacher_{domain}'}" for domain in domains]
+    command += flags(
+        student_model=args.demo / "student",
+        data=args.demo / "train.jsonl",
+        eval_data=args.demo / "eval.jsonl",
+        output_dir=run_dir / "run",
+        seed=seed,
+        num_steps=args.steps,
+        prompts_per_step=args.prompts_per_step,
+        eval_every=max(1, args.steps // args.points),
+        save_every=0,
+        ds_config="ds_configs/zero0.json",
+        rollout_every=0,
+    )
     say(f"{form}, seed {seed}: {args.steps} steps")
     run_child(command, run_dir / "log.txt", environment(1), deadline_s=DEADLINE_S)
     return read_run(run_dir / "run", args.prompts_per_step)
@@ -102,10 +80,10 @@ def read_run(run_dir: Path, samples_per_step: int) -> dict:
     """Recovery against samples per domain, the report's figures, entropy at the end and the
     milliseconds of a step.
     """
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(run_dir / "metrics.jsonl")
     report = json.loads((run_dir / "report.json").read_text())["domains"]
     marks = [row for row in rows if any(key.startswith("eval/accuracy/") for key in row)]
-    steps = [row for row in rows if row["step"] > 0]
+    steps = steps_of(run_dir)
     entropies = [row["distill/student_entropy"] for row in steps[-LAST_STEPS:]]
     curves = {}
     for domain, figures in report.items():
@@ -201,34 +179,19 @@ def plot(results: dict[str, dict], path: Path) -> str | None:
 
     Returns the file's name, None without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    if find_spec("matplotlib") is None:
         say("no plot: pip install matplotlib")
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     domains = list(next(iter(results.values()))["curves"])
-    figure, axes = pyplot.subplots(
-        1,
-        len(domains),
-        figsize=(5.5 * len(domains), 4),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, domain in zip(axes[0], domains, strict=True):
-        for form, result in results.items():
-            curve = [math.nan if value is None else value for value in result["curves"][domain]]
-            axis.plot(result["samples"], curve, marker=".", label=form)
-        axis.axhline(TARGET, color="grey", linewidth=0.5, linestyle="--")
-        axis.set(title=domain, xlabel="samples")
-    axes[0][0].set_ylabel("recovery")
-    axes[0][-1].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(path, len(domains), (5.5 * len(domains), 4), sharey=True) as (_, axes):
+        for axis, domain in zip(axes, domains, strict=True):
+            for form, result in results.items():
+                curve = [math.nan if value is None else value for value in result["curves"][domain]]
+                axis.plot(result["samples"], curve, marker=".", label=form)
+            axis.axhline(TARGET, color="grey", linewidth=0.5, linestyle="--")
+            axis.set(title=domain, xlabel="samples")
+        axes[0].set_ylabel("recovery")
+        axes[-1].legend(fontsize="small")
     return str(path)
 
 
@@ -286,11 +249,8 @@ def parse() -> argparse.Namespace:
             f"--demo {args.demo}: no demo there; python scripts/make_demo.py --output_dir "
             f"{args.demo}"
         )
-    for name in (
-        "demo",
-        "plot",
-        "output_dir",
-    ):  # the trainer runs in the repository, whoever starts this elsewhere
+    # the trainer runs in the repository, whoever starts this elsewhere
+    for name in ("demo", "plot", "output_dir"):
         setattr(args, name, getattr(args, name).resolve())
     return args
 
@@ -300,13 +260,13 @@ def main() -> int:
     remove_old_runs(args)
     results, reasons = measure(args)
     done = {form: result for form, result in results.items() if result}
-    picture = None
+    plotted = None
     if done:
         print(table([table_row(form, result) for form, result in done.items()]))
-        picture = plot(done, args.plot)
+        plotted = plot(done, args.plot)
     if args.json:
         setting = {k: getattr(args, k) for k in ("steps", "prompts_per_step", "seeds", "support_k")}
-        print_json({**setting, "plot": picture, "forms": results, "reasons": reasons})
+        print_json({**setting, "plot": plotted, "forms": results, "reasons": reasons})
     return 1 if reasons else 0
 
 

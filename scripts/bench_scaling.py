@@ -31,10 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from opd.ops.fused_linear import fused_linear_divergence, score_hidden
-from scripts import bench_tools as tools
+from scripts.measure import tools
 
 LOGIT_STD = 3.0
 KIND = "reverse_kl"
@@ -147,12 +145,6 @@ def save_plot(path: Path, points: dict[str, list[dict]], fitted: dict, caption: 
     What should be linear has log axes of equal spans and a line of slope 1, the rest begins at
     zero.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     titles = {
         "tokens": f"loss, slope {fitted['slope_tokens']:.2f}",
         "vocabulary": f"loss, slope {fitted['slope_vocabulary']:.2f}",
@@ -160,34 +152,33 @@ def save_plot(path: Path, points: dict[str, list[dict]], fitted: dict, caption: 
         "teachers": f"loss, 4 over 1: {fitted['teachers_4_vs_1'] or math.nan:.2f}",
     }
     labels = {"support": "support size", "teachers": "number of teachers"}
-    for axis, (panel, title) in zip(axes, titles.items(), strict=True):
-        x, ms = zip(*[(point["x"], point["ms"]) for point in points[panel]], strict=True)
-        axis.plot(x, ms, "o-", color="tab:blue", label="measured")
-        axis.set(title=title, xlabel=labels.get(panel, panel), ylabel="ms")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(x, [str(value) for value in x], fontsize=8)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        if panel in ("tokens", "vocabulary"):
-            axis.set_yscale("log", base=2)
-            axis.plot(
-                x, [ms[-1] * value / x[-1] for value in x], "--", color="tab:gray", label="linear"
-            )
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.legend()
-        else:
-            axis.set_ylim(0, 1.25 * max(ms))
-    figure.suptitle(caption, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
-    pyplot.close(figure)
+    with tools.picture(path, 4, (14, 3.6)) as (figure, axes):
+        for axis, (panel, title) in zip(axes, titles.items(), strict=True):
+            x, ms = zip(*[(point["x"], point["ms"]) for point in points[panel]], strict=True)
+            axis.plot(x, ms, "o-", color="tab:blue", label="measured")
+            axis.set(title=title, xlabel=labels.get(panel, panel), ylabel="ms")
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(x, [str(value) for value in x], fontsize=8)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            if panel in ("tokens", "vocabulary"):
+                axis.set_yscale("log", base=2)
+                axis.plot(
+                    x,
+                    [ms[-1] * value / x[-1] for value in x],
+                    "--",
+                    color="tab:gray",
+                    label="linear",
+                )
+                axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.legend()
+            else:
+                axis.set_ylim(0, 1.25 * max(ms))
+        figure.suptitle(caption, fontsize=9)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object last instead of a table"
-    )
+    parser = tools.make_parser(__doc__)
     parser.add_argument("--plot", type=Path, help="write a PNG here, for example docs/scaling.png")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument(

@@ -45,8 +45,6 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from opd import distributed
 from opd.clients.health import Limits
 from opd.clients.pool import ReplicaPool
@@ -56,8 +54,8 @@ from opd.clients.wire import Question
 from opd.engines import vllm_engine, vllm_process
 from opd.ops.fused_linear import HiddenScores, score_hidden
 from opd.servers.server_processes import serving
-from scripts import bench_tools as tools
 from scripts.make_demo import make_tokenizer
+from scripts.measure import tools
 
 HEAD_DIM = 64
 LOGIT_STD = 3.0
@@ -147,13 +145,6 @@ def hidden_of(
     return torch.cat([states[:-1] for states in engine.hidden_states(sequences)]).to(device)
 
 
-@torch.no_grad()
-def bare_matmul(hidden_NH: Tensor, weight_VH: Tensor, buffer_NV: Tensor) -> None:
-    """Logits, a chunk at a time, into memory that is there already."""
-    for chunk_NH in hidden_NH.split(len(buffer_NV)):
-        torch.mm(chunk_NH, weight_VH.t(), out=buffer_NV[: len(chunk_NH)])
-
-
 def check_agreement(outputs: list, scores: HiddenScores, support_k: int, dtype: str) -> float:
     """Largest difference of the top-k log-probabilities; ends the program if the routes score
     different things.
@@ -196,7 +187,7 @@ def measure(args: argparse.Namespace, model: Path, device: str, dtype: str) -> d
         "prompt_logprobs": lambda: usual.score(sequences),
         "prefill": lambda: hidden_of(ours, sequences, device),
         "score": score,
-        "matmul": lambda: bare_matmul(hidden_NH, weight_VH, buffer_NV),
+        "matmul": lambda: tools.bare_projection(hidden_NH, weight_VH, buffer_NV),
     }
     ms, _ = tools.take_turns(parts, args.repeats, device)
     our_ms, floor_ms = ms["prefill"] + ms["score"], ms["prefill"] + ms["matmul"]
@@ -283,10 +274,7 @@ def bytes_received(pool: ReplicaPool, run: Callable[[], object]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object last instead of a table"
-    )
+    parser = tools.make_parser(__doc__)
     parser.add_argument(
         "--served", action="store_true", help="measure servers of the same model too"
     )

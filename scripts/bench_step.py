@@ -26,49 +26,30 @@ faster.
 import argparse
 import json
 import os
-import random
-import signal
 import statistics
-import string
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from scripts.measure.runs import (
+    LEARNING_RATE,
+    SEED,
+    Mode,
+    RunFailed,
+    Workload,
+    environment,
+    flags,
+    launched,
+    run_child,
+    steps_of,
+    write_workload,
+)
+from scripts.measure.tools import ROOT, print_json, say
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from opd.engines.vllm_process import ENVIRONMENT as VLLM_ENVIRONMENT  # noqa: E402
-from opd.processes import free_port  # noqa: E402
-from scripts.bench_tools import last_error  # noqa: E402
-
-BIN = Path(sys.executable).parent
 WARMUP_STEPS = 4
-HEAD_DIM = 32  # the smallest that vLLM's attention takes on the CPU
-LEARNING_RATE, SEED = 1e-3, 0
-DEADLINE_S = 900  # of one run
 OUR_PHASES = ("rollout", "score", "train", "sync")
 INSTALL_TRL = "pip install --no-deps --target {} trl==1.16.0"
-
-
-@dataclass(frozen=True)
-class Workload:
-    prompts: int  # per step, over all ranks
-    prompt_tokens: int
-    response_tokens: int
-    student: tuple[int, int]  # layers, hidden size
-    teacher: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Mode:
-    ranks: int
-    ds_config: str
 
 
 @dataclass(frozen=True)
@@ -94,261 +75,86 @@ MODES = {
 }
 
 
-class RunFailed(Exception):
-    """A child process did not measure anything; the message is the reason."""
-
-
-# ---- Models and prompts --------------------------------------------------------------------------
-
-
-def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token per byte, EOS, padding, and fillers up to `vocab_size` that text never needs."""
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens += [f"<unused_{i}>" for i in range(vocab_size - len(tokens) - 2)] + ["<eos>", "<pad>"]
-    assert len(tokens) == vocab_size, f"{len(tokens)} tokens for a vocabulary of {vocab_size}"
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\n' if add_generation_prompt else '' }}"  # noqa: E501
-    return tokenizer
-
-
-@torch.no_grad()
-def silence(model: Qwen3ForCausalLM, token_ids: list[int]) -> None:
-    """Makes `token_ids` as good as impossible, for any sampler, and leaves them so while the model
-    trains.
-
-    The head has no bias, so one channel is made into one: every embedding has 1 there, the other
-    tokens read 0 from it and these read -20. The channel stays positive through the residual
-    stream, since the layers add little to it.
-    """
-    model.model.embed_tokens.weight[:, 0] = 1.0
-    model.lm_head.weight[:, 0] = 0.0
-    model.lm_head.weight[token_ids, 0] = -20.0
-
-
-def make_model(
-    layers: int, hidden_size: int, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> Qwen3ForCausalLM:
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden_size // HEAD_DIM,
-            num_key_value_heads=hidden_size // HEAD_DIM,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            dtype="float32",
-            bos_token_id=None,
-            **special,
-        )
-    )
-    silence(model, list(special.values()))
-    model.generation_config = GenerationConfig(**special)
-    return model
-
-
-def write_workload(root: Path, workload: Workload, *, steps: int, vocab_size: int) -> None:
-    """`student`, `teacher` and `prompts.jsonl`, as many prompts as all steps need, each of exactly
-    the asked length.
-    """
-    tokenizer = make_tokenizer(vocab_size)
-    for seed, name in enumerate(("student", "teacher")):
-        make_model(*getattr(workload, name), tokenizer, seed).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    rng = random.Random(SEED)
-    rows = []
-    for _ in range(steps * workload.prompts):
-        text = "".join(rng.choices(string.ascii_lowercase, k=workload.prompt_tokens - 1))
-        rows.append({"data_source": "teacher", "prompt": [{"role": "user", "content": text}]})
-    ids = tokenizer.apply_chat_template(
-        rows[0]["prompt"], add_generation_prompt=True, return_dict=False
-    )
-    assert len(ids) == workload.prompt_tokens, (len(ids), workload.prompt_tokens)
-    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 # ---- One run of one side -------------------------------------------------------------------------
-
-
-def environment(threads: int, **more: str) -> dict[str, str]:
-    """The same for both sides: threads, vLLM's placement of them, no network, and no rank of
-    whoever started us.
-    """
-    launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in launch}
-    on_cpu = (
-        {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    )
-    return {
-        **kept,
-        **VLLM_ENVIRONMENT,
-        **on_cpu,
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        **more,
-    }
-
-
-def run_child(
-    command: list[str], log: Path, env: dict[str, str], deadline_s: int = DEADLINE_S
-) -> None:
-    """Runs to the end, in a process group of its own; RunFailed with the last error it printed."""
-    with log.open("w") as output:
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status = child.wait(deadline_s)
-        except subprocess.TimeoutExpired:
-            raise RunFailed(f"no end after {deadline_s} s") from None
-        finally:
-            if child.poll() is None:  # nothing that we started outlives us
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait(60)
-    if status:
-        text = log.read_text(errors="replace")
-        sys.stderr.write(text[-3000:])
-        raise RunFailed(f"exit status {status}: {last_error(text)}")
-
-
-def launched(script: str, mode: Mode, *, launcher: str) -> list[str]:
-    if mode.ranks == 1:
-        return [sys.executable, script]
-    if launcher == "deepspeed":
-        return [
-            str(BIN / "deepspeed"),
-            "--num_gpus",
-            str(mode.ranks),
-            "--master_port",
-            str(free_port()),
-            script,
-        ]
-    return [
-        str(BIN / "torchrun"),
-        "--nproc-per-node",
-        str(mode.ranks),
-        "--master-port",
-        str(free_port()),
-        script,
-    ]
 
 
 def run_ours(case: Case, work: Path) -> dict:
     """Seconds per step and phase, lengths and losses, from a run's metrics.jsonl."""
     w = case.workload
-    command = [
-        *launched("train_mopd.py", case.mode, launcher="deepspeed"),
-        *(
-            "--student_model",
-            str(case.root / "student"),
-            "--teacher",
-            f"teacher={case.root / 'teacher'}",
-        ),
-        *("--data", str(case.root / "prompts.jsonl"), "--output_dir", str(work / "run")),
-        *(
-            "--loss",
-            "reverse_kl",
-            "--support",
-            "full",
-            "--dtype",
-            "float32",
-            "--ds_config",
-            case.mode.ds_config,
-        ),
-        *("--num_steps", str(case.steps), "--prompts_per_step", str(w.prompts)),
-        *("--micro_batch_size", str(w.prompts // case.mode.ranks)),
-        *(
-            "--max_prompt_tokens",
-            str(w.prompt_tokens),
-            "--max_response_tokens",
-            str(w.response_tokens),
-        ),
-        *("--learning_rate", str(LEARNING_RATE), "--lr_schedule", "constant", "--seed", str(SEED)),
-        *("--rollout_kv_cache_gib", "0.25", "--teacher_kv_cache_gib", "0.05"),
-        *(["--enforce_eager"] if case.enforce_eager else []),
-        *("--parity_every", "0", "--rollout_every", "0"),  # extras that TRL does not have
-    ]
+    command = launched("train_mopd.py", case.mode, launcher="deepspeed") + flags(
+        student_model=case.root / "student",
+        teacher=f"teacher={case.root / 'teacher'}",
+        data=case.root / "prompts.jsonl",
+        output_dir=work / "run",
+        loss="reverse_kl",
+        support="full",
+        dtype="float32",
+        ds_config=case.mode.ds_config,
+        num_steps=case.steps,
+        prompts_per_step=w.prompts,
+        micro_batch_size=w.prompts // case.mode.ranks,
+        max_prompt_tokens=w.prompt_tokens,
+        max_response_tokens=w.response_tokens,
+        learning_rate=LEARNING_RATE,
+        lr_schedule="constant",
+        seed=SEED,
+        rollout_kv_cache_gib=0.25,
+        teacher_kv_cache_gib=0.05,
+        enforce_eager=case.enforce_eager,
+        parity_every=0,  # extras that TRL does not have
+        rollout_every=0,
+    )
     run_child(command, work / "log.txt", environment(case.threads))
-    rows = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["step"] > 0]
+    rows = steps_of(work / "run")
+    phases = ("step", *OUR_PHASES)
     return {
-        "seconds": {
-            phase: [row[f"time/{phase}"] for row in rows] for phase in ("step", *OUR_PHASES)
-        },
+        "seconds": {phase: [row[f"time/{phase}"] for row in rows] for phase in phases},
         "response_tokens": [row["rollout/response_tokens"] for row in rows],
         "losses": [row["loss/total"] for row in rows],
     }
 
 
-def trl_ds_config(case: Case, work: Path) -> list[str]:
+def trl_ds_config(case: Case, work: Path) -> Path | None:
     """Our sharding, with the keys that the Trainer fills in."""
     if case.mode.ranks == 1:
-        return []
-    keys = (
+        return None
+    ds_config = json.loads((ROOT / case.mode.ds_config).read_text())
+    for key in (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
         "gradient_clipping",
-    )
-    ds_config = {
-        **json.loads((ROOT / case.mode.ds_config).read_text()),
-        **dict.fromkeys(keys, "auto"),
-    }
+    ):
+        ds_config[key] = "auto"
     path = work / "ds_config.json"
     path.write_text(json.dumps(ds_config))
-    return ["--ds_config", str(path)]
+    return path
 
 
 def run_trl(case: Case, work: Path, generation: str) -> dict:
-    """The same of TRL, as scripts/bench_step_trl.py wrote it down; RunFailed if it did not shard as
-    asked.
+    """The same of TRL, as scripts/measure/trl_step.py wrote it down.
+
+    RunFailed if it did not shard as asked.
     """
     w = case.workload
-    command = [
-        *launched("scripts/bench_step_trl.py", case.mode, launcher="torchrun"),
-        *("--student", str(case.root / "student"), "--teacher", str(case.root / "teacher")),
-        *(
-            "--data",
-            str(case.root / "prompts.jsonl"),
-            "--out",
-            str(work / "result.json"),
-            "--generation",
-            generation,
-        ),
-        *(
-            "--steps",
-            str(case.steps),
-            "--batch",
-            str(w.prompts // case.mode.ranks),
-            "--seed",
-            str(SEED),
-        ),
-        *("--prompt_tokens", str(w.prompt_tokens), "--response_tokens", str(w.response_tokens)),
-        *("--learning_rate", str(LEARNING_RATE), *trl_ds_config(case, work)),
-    ]
-    path = os.pathsep.join(
-        filter(None, [str(case.trl_dir.resolve()), os.environ.get("PYTHONPATH")])
+    command = launched("scripts/measure/trl_step.py", case.mode, launcher="torchrun") + flags(
+        student=case.root / "student",
+        teacher=case.root / "teacher",
+        data=case.root / "prompts.jsonl",
+        out=work / "result.json",
+        generation=generation,
+        steps=case.steps,
+        batch=w.prompts // case.mode.ranks,
+        seed=SEED,
+        prompt_tokens=w.prompt_tokens,
+        response_tokens=w.response_tokens,
+        learning_rate=LEARNING_RATE,
+        ds_config=trl_ds_config(case, work),
     )
-    run_child(
-        command,
-        work / "log.txt",
-        environment(case.threads, PYTHONPATH=path, VLLM_CPU_KVCACHE_SPACE="1"),
-    )
+    trl_dir = str(case.trl_dir.resolve())
+    path = os.pathsep.join(filter(None, [trl_dir, os.environ.get("PYTHONPATH")]))
+    env = environment(case.threads, PYTHONPATH=path, VLLM_CPU_KVCACHE_SPACE="1")
+    run_child(command, work / "log.txt", env)
     result = json.loads((work / "result.json").read_text())
     asked = json.loads((ROOT / case.mode.ds_config).read_text())["zero_optimization"]["stage"]
     if result["zero_stage"] != asked:
@@ -409,7 +215,7 @@ def compare(case: Case, sides: list[str], rounds: int, work: Path) -> dict:
                 continue
             directory = work / f"{side}_{r}"
             directory.mkdir(parents=True)
-            print(f"  {side}, round {r + 1} of {rounds}", file=sys.stderr, flush=True)
+            say(f"  {side}, round {r + 1} of {rounds}")
             try:
                 runs[side].append(SIDES[side](case, directory))
                 summary(runs[side], case.workload.response_tokens)
@@ -516,7 +322,7 @@ def main() -> int:
         setting = {key: getattr(args, key) for key in ("steps", "rounds", "threads", "vocab_size")}
         versions = [path.name for path in args.trl_dir.glob("trl-*.dist-info")]
         trl = {"trl": versions[0][4:-10] if versions else None, "install_trl": install}
-        print(json.dumps({**headline, **setting, **trl, "workloads": workloads}))
+        print_json({**headline, **setting, **trl, "workloads": workloads})
     return 0
 
 

@@ -24,102 +24,78 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import psutil  # noqa: E402
-import yaml  # noqa: E402
+import psutil
+import yaml
 
 from opd import processes
-from opd.clients.protocols import TOKEN_VARIABLE  # noqa: E402
-from opd.inputs.content import content_hash  # noqa: E402
-from opd.records import sample_ledger  # noqa: E402
-from opd.servers.server_processes import ServerProcess, serving  # noqa: E402
-from scripts.bench_step import Workload, environment, write_workload  # noqa: E402
-from scripts.bench_tools import last_error, print_json, say  # noqa: E402
+from opd.clients.protocols import TOKEN_VARIABLE
+from opd.inputs.content import content_hash
+from opd.records import sample_ledger
+from opd.servers.server_processes import ServerProcess, serving
+from scripts.measure.runs import LEARNING_RATE, SEED, Workload, environment, flags, write_workload
+from scripts.measure.tools import ROOT, last_error, print_json, say
 
 WORK = Workload(prompts=4, prompt_tokens=8, response_tokens=24, student=(1, 64), teacher=(1, 64))
 VOCAB = 300
 POLL_S = 0.05
 HASTE = 0.25  # of the kills come before the run has recovered
 MOST_LAUNCHES = 200  # of one round: a trainer that always fails must not go on for ever
-ROUND_S = 1800.0  # for one round
+ROUND_S = 1800.0  # for one run
 ROLES = ("trainer", "rollout", "logprob", "teacher")
+
+
+Servers = dict[str, list[ServerProcess]]  # role -> its servers
 
 
 @dataclass
 class Fleet:
     """The servers of all rounds, which outlive their trainers."""
 
-    servers: dict[str, list[ServerProcess]]
+    servers: Servers
     root: Path
     weights: Path
     steps: int
 
     def command(self, run_dir: Path, max_staleness: int) -> list[str]:
         """A launch of the trainer; the same again resumes."""
-        urls = {
-            role: [replica.url for replica in replicas] for role, replicas in self.servers.items()
-        }
+        urls = {role: [server.url for server in servers] for role, servers in self.servers.items()}
         teacher = {
             "name": "teacher",
             "backend": "server",
             "urls": urls["teacher"],
             "api_key_env": TOKEN_VARIABLE,
+            "domains": ["teacher"],
         }
         config = run_dir.with_suffix(".yaml")
-        config.write_text(yaml.safe_dump({"teachers": [{**teacher, "domains": ["teacher"]}]}))
-        return [
-            sys.executable,
-            str(ROOT / "train_mopd.py"),
-            "--config",
-            str(config),
-            "--student_model",
-            str(self.root / "student"),
-            "--data",
-            str(self.root / "prompts.jsonl"),
-            "--output_dir",
-            str(run_dir),
-            "--num_steps",
-            str(self.steps),
-            "--prompts_per_step",
-            str(WORK.prompts),
-            "--max_prompt_tokens",
-            str(WORK.prompt_tokens),
-            "--max_response_tokens",
-            str(WORK.response_tokens),
-            "--learning_rate",
-            "1e-3",
-            "--dtype",
-            "float32",
-            "--ds_config",
-            str(ROOT / "ds_configs" / "zero0.json"),
-            "--loss",
-            "reverse_kl_pg",
-            "--clip_low",
-            "0.2",
-            "--is_mode",
-            "truncate",
-            "--old_logprobs",
-            "server",
-            "--save_every",
-            "1",
-            "--parity_every",
-            "0",
-            "--rollout_every",
-            "0",
-            "--mode",
-            "async",
-            "--max_staleness",
-            str(max_staleness),
-            "--weights_dir",
-            str(self.weights),
-            "--rollout_servers",
-            *urls["rollout"],
-            "--logprob_servers",
-            *urls["logprob"],
-        ]
+        config.write_text(yaml.safe_dump({"teachers": [teacher]}))
+        arguments = flags(
+            config=config,
+            student_model=self.root / "student",
+            data=self.root / "prompts.jsonl",
+            output_dir=run_dir,
+            num_steps=self.steps,
+            prompts_per_step=WORK.prompts,
+            max_prompt_tokens=WORK.prompt_tokens,
+            max_response_tokens=WORK.response_tokens,
+            learning_rate=LEARNING_RATE,
+            dtype="float32",
+            ds_config=ROOT / "ds_configs" / "zero0.json",
+            loss="reverse_kl_pg",
+            clip_low=0.2,
+            is_mode="truncate",
+            old_logprobs="server",
+            save_every=1,
+            parity_every=0,
+            rollout_every=0,
+            mode="async",
+            max_staleness=max_staleness,
+            weights_dir=self.weights,
+            rollout_servers=urls["rollout"],
+            logprob_servers=urls["logprob"],
+        )
+        return [sys.executable, str(ROOT / "train_mopd.py"), *arguments]
 
 
 @contextmanager
@@ -129,9 +105,13 @@ def fleet_of(root: Path, steps: int) -> Iterator[Fleet]:
     weights = root / "weights"
     weights.mkdir(mode=0o700)
     length = WORK.prompt_tokens + WORK.response_tokens
-    student, common = str(root / "student"), {"replicas": 2, "dtype": "float32"}
-    pushed = {**common, "weights_dir": weights}
-    flags = {
+    pushed = {"weights_dir": weights}
+    roles = {  # role -> model, options
+        "rollout": ("student", {"protocol": "rollout", "kv_cache_gib": 0.05, **pushed}),
+        "logprob": ("student", {"protocol": "logprob", **pushed}),
+        "teacher": ("teacher", {"protocol": "binary", "kv_cache_gib": 0.05}),
+    }
+    extra = {
         "rollout": ["--max_model_len", str(length), "--enforce_eager"],
         # One sequence at a time: what a server says does not depend on what else it is asked, to
         # the last bit.
@@ -139,30 +119,42 @@ def fleet_of(root: Path, steps: int) -> Iterator[Fleet]:
         "teacher": [],
     }
     with ExitStack() as stack:
-        start = lambda role, model, **options: stack.enter_context(  # noqa: E731
-            serving(
-                model, name=role, log_dir=root / f"{role}_servers", extra=flags[role], **options
-            )
-        )
         servers = {
-            "rollout": start("rollout", student, protocol="rollout", kv_cache_gib=0.05, **pushed),
-            "logprob": start("logprob", student, protocol="logprob", **pushed),
-            "teacher": start(
-                "teacher", str(root / "teacher"), protocol="binary", kv_cache_gib=0.05, **common
-            ),
+            role: stack.enter_context(
+                serving(
+                    str(root / model),
+                    name=role,
+                    replicas=2,
+                    dtype="float32",
+                    log_dir=root / f"{role}_servers",
+                    extra=extra[role],
+                    **options,
+                )
+            )
+            for role, (model, options) in roles.items()
         }
         yield Fleet(servers, root, weights, steps)
 
 
+class Killer(Protocol):
+    """Who is killed, and when."""
+
+    rng: random.Random  # chooses among the servers of a role
+    done: collections.Counter  # role -> kills
+
+    def victim(self, step: int) -> str | None:
+        """The role of who is to be killed now, `step` being the last one that is trained."""
+
+
 @dataclass
-class Killer:
+class RandomKiller:
     """Whom it strikes, and when, is a function of the seed; how far they are by then is not."""
 
     kills: int
     gap_s: float  # mean time between a step and a kill
     roles: tuple[str, ...]
     rng: random.Random
-    done: collections.Counter = field(default_factory=collections.Counter)  # role -> kills
+    done: collections.Counter = field(default_factory=collections.Counter)
     # roles that are still to be struck before one is struck again
     turns: list[str] = field(default_factory=list)
     after_step: int | None = None  # which has to be trained before the next kill; None: none has to
@@ -170,13 +162,16 @@ class Killer:
 
     @property
     def left(self) -> int:
+        """Kills that are still to come."""
         return self.kills - self.done.total()
 
-    def victim(self, step: int) -> str | None:
-        """The role of who is to be killed now, `step` being the last one that is trained.
+    def begin_run(self) -> None:
+        """Nothing has been trained yet."""
+        self.after_step = self.next_at = None
 
-        A kill comes some time after a step that was trained since the last one, or else a run would
-        never end on a slow machine; now and then it comes without.
+    def victim(self, step: int) -> str | None:
+        """A kill comes some time after a step that was trained since the last one, or else a run
+        would never end on a slow machine; now and then it comes without.
         """
         if self.after_step is not None and step <= self.after_step:
             return None
@@ -190,54 +185,62 @@ class Killer:
         return self.turns.pop()
 
 
-def launch(fleet: Fleet, run_dir: Path, max_staleness: int):
-    env = environment(1, PYTHONPATH=str(ROOT))
-    return processes.start(
-        fleet.command(run_dir, max_staleness), log=run_dir.with_suffix(".log"), env=env
-    )
-
-
 def last_step(run_dir: Path) -> int:
+    """The last step that metrics.jsonl has; 0 before the first."""
     path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # without a torn last one
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
-def play(fleet: Fleet, run_dir: Path, max_staleness: int, killer: Killer | None) -> dict:
+def play(
+    command: list[str],
+    run_dir: Path,
+    servers: Servers,
+    killer: Killer | None,
+    deadline_s: float = ROUND_S,
+) -> dict:
     """One run from its first step to its last, however often it takes to launch it."""
     started, launches, stops = time.monotonic(), 1, []
-    trainer = launch(fleet, run_dir, max_staleness)
-    if killer:
-        killer.after_step = killer.next_at = None
+    log = run_dir.with_suffix(".log")
+
+    def launch():
+        return processes.start(command, log=log, env=environment(1))
+
+    trainer = launch()
     while True:
         time.sleep(POLL_S)
-        assert time.monotonic() - started < ROUND_S and launches <= MOST_LAUNCHES, (
+        assert time.monotonic() - started < deadline_s and launches <= MOST_LAUNCHES, (
             f"{run_dir.name} does not end: {stops[-3:]}"
         )
         if trainer.poll() is not None:
             if trainer.returncode == 0:
                 break
-            stops.append(last_error(run_dir.with_suffix(".log").read_text(errors="replace")))
+            stops.append(last_error(log.read_text(errors="replace")))
             say(f"the trainer stopped with status {trainer.returncode}: {stops[-1]}")
-            trainer, launches = launch(fleet, run_dir, max_staleness), launches + 1
+            trainer, launches = launch(), launches + 1
             continue
         role = killer.victim(last_step(run_dir)) if killer else None
         if role == "trainer":
             processes.end(trainer.pid, 0)
             trainer.wait(60)
-            trainer, launches = launch(fleet, run_dir, max_staleness), launches + 1
+            trainer, launches = launch(), launches + 1
         elif role:
-            replica = killer.rng.choice(fleet.servers[role])
-            replica.kill()
-            replica.restart()
+            server = killer.rng.choice(servers[role])
+            server.kill()
+            server.restart()
         if role:
             killer.done[role] += 1
     return {"launches": launches, "stops": stops, "seconds": round(time.monotonic() - started, 1)}
 
 
-def problems_of(fleet: Fleet, run_dir: Path, max_staleness: int, calm: Path | None) -> list[str]:
-    """What is not as it must be after a round, a line each."""
+def problems_of(
+    run_dir: Path, steps: int, prompts: int, max_staleness: int, calm: Path | None = None
+) -> list[str]:
+    """What is not as it must be after a run of one response a prompt, a line each; `calm` is the
+    undisturbed run whose samples and weights it must have.
+    """
     rows = sample_ledger.read(run_dir / sample_ledger.FILE)
-    expected = [f"{step}/{place}/0" for step in range(fleet.steps) for place in range(WORK.prompts)]
+    expected = [f"{step}/{place}/0" for step in range(steps) for place in range(prompts)]
     counts = collections.Counter(row["id"] for row in rows)
     problems = [f"{name}: lost" for name in expected if not counts[name]]
     problems += [f"{name}: trained on {count} times" for name, count in counts.items() if count > 1]
@@ -255,16 +258,18 @@ def problems_of(fleet: Fleet, run_dir: Path, max_staleness: int, calm: Path | No
 
 def chaos(fleet: Fleet, args: argparse.Namespace) -> dict:
     """Rounds until the kills are used up."""
-    killer = Killer(args.kills, args.gap_s, tuple(args.roles), random.Random(args.seed))
+    killer = RandomKiller(args.kills, args.gap_s, tuple(args.roles), random.Random(args.seed))
     calm, rounds = fleet.root / "calm", []
-    play(fleet, calm, 0, None)
+    play(fleet.command(calm, 0), calm, fleet.servers, None)
     bounds = [2, 0]
     while killer.left:
         bound = bounds[len(rounds) % len(bounds)]
         run_dir = fleet.root / f"round_{len(rounds)}"
         before = killer.done.total()
-        result = play(fleet, run_dir, bound, killer)
-        problems = problems_of(fleet, run_dir, bound, calm if bound == 0 else None)
+        killer.begin_run()
+        result = play(fleet.command(run_dir, bound), run_dir, fleet.servers, killer)
+        undisturbed = calm if bound == 0 else None
+        problems = problems_of(run_dir, fleet.steps, WORK.prompts, bound, undisturbed)
         rounds.append(
             {
                 "max_staleness": bound,
@@ -293,7 +298,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--gap_s", type=float, default=1.5, help="mean time between a step and the kill after it"
     )
     parser.add_argument("--steps", type=int, default=30, help="of a round")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES))
     parser.add_argument(
         "--work_dir", type=Path, help="kept (default: a temporary directory that is removed)"
@@ -307,11 +312,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, started, others = (
-        parse_arguments(argv),
-        time.monotonic(),
-        set(psutil.Process().children(recursive=True)),
-    )
+    args, started = parse_arguments(argv), time.monotonic()
+    others = set(psutil.Process().children(recursive=True))
     os.environ.setdefault(TOKEN_VARIABLE, secrets.token_hex(16))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ExitStack() as stack:

@@ -1,12 +1,12 @@
 """Which model families can be distilled: every family trains two steps as its own teacher, or is
 refused in one line.
 
-A tiny random model S of the family (`scripts/families.py`) is the student of three teachers: itself
-run by vLLM, itself run by transformers, and another random model of the family. A family is *right*
-when student, sampler and teachers compute the same: in the first step the divergence from itself is
-0, and the log-probabilities of sampler and student agree in both steps, the second of which comes
-after a push of changed weights. A family is *refused* when the run ends before its first step with
-status 2 and one line on the console. Anything else is a fault.
+A tiny random model S of the family (`scripts/measure/families.py`) is the student of three
+teachers: itself run by vLLM, itself run by transformers, and another random model of the family. A
+family is *right* when student, sampler and teachers compute the same: in the first step the
+divergence from itself is 0, and the log-probabilities of sampler and student agree in both steps,
+the second of which comes after a push of changed weights. A family is *refused* when the run ends
+before its first step with status 2 and one line on the console. Anything else is a fault.
 
     python scripts/check_families.py                       # a short list
     python scripts/check_families.py --families gpt2,opt
@@ -21,13 +21,9 @@ Shape suffixes: L tokens of a response, T of prompt and response, V vocabulary.
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
 import re
-import runpy
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -35,29 +31,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from scripts.make_demo import LETTERS, make_tokenizer, write_jsonl
+from scripts.measure.families import BY_NAME, FAMILIES, Family, save
+from scripts.measure.forked import run_forked
+from scripts.measure.tools import ROOT, read_jsonl
 
-from scripts.families import BY_NAME, FAMILIES, Family, save  # noqa: E402
-from scripts.make_demo import LETTERS, make_tokenizer  # noqa: E402
-
-SELF = {
-    "same": "vllm",
-    "samehf": "hf",
-}  # domains that the student itself teaches, and what runs it there
+# domains that the student itself teaches, and what runs it there
+SELF = {"same": "vllm", "samehf": "hf"}
 PROMPTS = 6  # of each domain: all of them in each step
-TOLERANCE = (
-    1e-4  # nats, float32: rounding of two implementations is below it, a dropped bias is not
-)
+# nats, float32: rounding of two implementations is below it, a dropped bias is not
+TOLERANCE = 1e-4
 TIMEOUT_S = 300
 SEE_STUDENT = "see student"
-KILL_S = 30
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["scripts.trainer_imports"])
 COMMON = {
     "num_steps": 2,
     "prompts_per_step": PROMPTS * 3,
@@ -167,29 +156,12 @@ def run_trainer(script: str, config: dict, directory: Path) -> Outcome:
     directory.mkdir(parents=True)
     settings = directory / "config.yaml"
     settings.write_text(yaml.safe_dump(config | {"output_dir": str(directory / "run")}))
-    process = FORKSERVER.Process(target=_be_trainer, args=(ROOT / script, settings, directory))
-    process.start()
-    process.join(TIMEOUT_S)
-    status = process.exitcode
-    if status is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join(KILL_S)
+    command = [str(ROOT / script), "--config", str(settings)]
+    status = run_forked(command, directory / "stdout", directory / "stderr", TIMEOUT_S)
     metrics = directory / "run" / "metrics.jsonl"
-    rows = (
-        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    )
+    rows = read_jsonl(metrics) if metrics.is_file() else []
     rows = [row for row in rows if "loss/total" in row]
     return Outcome(status, (directory / "stderr").read_text(errors="replace"), rows)
-
-
-def _be_trainer(script: Path, settings: Path, directory: Path) -> None:
-    """In a process of the forkserver: what `python SCRIPT --config SETTINGS` is."""
-    os.setsid()
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(directory / name, os.O_WRONLY | os.O_CREAT), stream)
-    os.chdir(ROOT)
-    sys.argv = [str(script), "--config", str(settings)]
-    runpy.run_path(str(script), run_name="__main__")
 
 
 def check_family(family: Family, scratch: Path) -> Result:
@@ -261,7 +233,7 @@ def expected_loss(student: Path, teacher: Path, data: Path) -> float:
         for path in (student, teacher)
     ]
     total = count = 0
-    for row in map(json.loads, data.read_text().splitlines()):
+    for row in read_jsonl(data):
         prompt = tokenizer.apply_chat_template(
             row["prompt"], add_generation_prompt=True, return_dict=False
         )
@@ -291,7 +263,7 @@ def write_rows(path: Path, domains: tuple[str, ...]) -> None:
             rows.append(
                 {"data_source": domain, "prompt": prompt, "response": word[::-1] + word[:3]}
             )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
 
 
 def table(results: list[Result]) -> str:
@@ -381,7 +353,9 @@ def chosen(names: str, everything: bool) -> list[Family]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--families", default="", help="names from scripts/families.py, by commas")
+    parser.add_argument(
+        "--families", default="", help="names from scripts/measure/families.py, by commas"
+    )
     parser.add_argument("--all", action="store_true", help="every family: half an hour")
     parser.add_argument(
         "--jobs", type=int, default=1, help="families at a time, each with a core and 4 GB"

@@ -29,8 +29,6 @@ Shape suffixes: N tokens, H hidden size, V vocabulary.
 import argparse
 import importlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,33 +39,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # torch is enough: scripts/setup.sh need not have run on that machine
 
-from scripts import bench_loss  # noqa: E402
-from scripts import bench_tools as tools  # noqa: E402
-
-GIB, GB = 2**30, 1e9
-MATMUL_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Size:
-    """What the sections run on.
-
-    Models are (hidden size, layers); the first teacher is the largest.
-    """
-
-    vocab: int
-    student: tuple[int, int]
-    teachers: tuple[tuple[int, int], ...]
-    loss_hidden: tuple[int, ...]
-    loss_tokens: int
-    prompts: int
-    prompt_tokens: int
-    response_tokens: int
-    kv_cache_gib: float
-    copy_bytes: int
-
+from scripts.measure import tools  # noqa: E402
+from scripts.measure.gpu_products import GIB, Size  # noqa: E402
+from scripts.measure.runs import RunFailed, environment, flags, run_child  # noqa: E402
 
 TEACHERS = ((2048, 16), (1536, 16), (1024, 20), (1024, 12))
 SIZES = {
@@ -94,8 +70,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Section:
-    """`function` of `module` takes (Size, device) and returns a dict with a `headline`; `ok: False`
-    in it is a failure.
+    """`function` of a `module` in scripts/measure/ takes (Size, device) and returns a dict with a
+    `headline`; `ok: False` in it is a failure.
     """
 
     module: str
@@ -107,136 +83,17 @@ class Section:
 ENGINES = ("vllm", "accelerate")
 TRAINER = (*ENGINES, "deepspeed", "datasets", "tensorboard")
 SECTIONS = {
-    "copies": Section("gpu_check", "measure_copies", gpu_only=True),
-    "loss": Section("gpu_check", "measure_loss"),
-    "scoring": Section("gpu_check", "measure_scoring"),
-    "sleep": Section("gpu_check_engines", "measure_sleep", ENGINES),
-    "parity": Section("gpu_check_engines", "measure_parity", ENGINES),
+    "copies": Section("gpu_products", "measure_copies", gpu_only=True),
+    "loss": Section("gpu_products", "measure_loss"),
+    "scoring": Section("gpu_products", "measure_scoring"),
+    "sleep": Section("gpu_engines", "measure_sleep", ENGINES),
+    "parity": Section("gpu_engines", "measure_parity", ENGINES),
     "offload": Section(
-        "gpu_check_training", "measure_offload", ("deepspeed", "accelerate"), gpu_only=True
+        "gpu_training", "measure_offload", ("deepspeed", "accelerate"), gpu_only=True
     ),
-    "teachers": Section("gpu_check_engines", "measure_teachers", ENGINES, gpu_only=True),
-    "step": Section("gpu_check_training", "measure_step", TRAINER),
+    "teachers": Section("gpu_engines", "measure_teachers", ENGINES, gpu_only=True),
+    "step": Section("gpu_training", "measure_step", TRAINER),
 }
-
-
-# ---- Sections that need torch alone --------------------------------------------------------------
-
-
-def measure_copies(size: Size, device: str) -> dict:
-    """GB/s of one large copy, as weights are copied."""
-    host = torch.empty(size.copy_bytes, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty_like(host, device=device, pin_memory=False)
-    ms, _ = tools.take_turns(
-        {
-            "to_gpu": lambda: there.copy_(host, non_blocking=True),
-            "to_host": lambda: host.copy_(there, non_blocking=True),
-        },
-        7,
-        device,
-    )
-    rates = {
-        f"{name}_gb_s": round(size.copy_bytes / GB / (value / 1e3), 2) for name, value in ms.items()
-    }
-    return {
-        "headline": f"{rates['to_gpu_gb_s']} GB/s in, {rates['to_host_gb_s']} GB/s out",
-        **rates,
-    }
-
-
-def _case(size: Size, hidden: int, device: str) -> bench_loss.Case:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return bench_loss.Case(
-        "reverse_kl", size.vocab, hidden, size.loss_tokens, 0.5, dtype, device, None
-    )
-
-
-def _compare(ours, bare, tokens: int, device: str, *, products: int, case: bench_loss.Case) -> dict:
-    """One row: our time, that of the products alone, their rate, and the memory that ours takes
-    beside its inputs.
-    """
-    # kernels are compiled and chosen for the shape
-    tools.take_turns({"ours": ours, "bare": bare}, 2, device)
-    ms, _ = tools.take_turns({"ours": ours, "bare": bare}, 5, device)
-    flops = 2 * products * tokens * case.hidden * case.vocab
-    extra = tools.peak_extra_bytes(ours, device) if device == "cuda" else None
-    return {
-        "H": case.hidden,
-        "V": case.vocab,
-        "N": tokens,
-        "ours_ms": round(ms["ours"], 3),
-        "matmul_ms": round(ms["bare"], 3),
-        "share_of_matmul_ceiling": tools.ratio(ms["bare"], ms["ours"]),
-        "tflop_s": round(flops / (ms["ours"] / 1e3) / 1e12, 2),
-        "extra_gib": None if extra is None else round(extra / GIB, 3),
-    }
-
-
-def measure_loss(size: Size, device: str) -> dict:
-    """Reverse KL over the whole vocabulary, forward and backward: two projections and two
-    gradients.
-    """
-    rows = []
-    for hidden in size.loss_hidden:
-        case = _case(size, hidden, device)
-        inputs = bench_loss.make_inputs(case)
-        logits_NV = torch.empty(
-            min(case.tokens, MATMUL_TOKENS), case.vocab, dtype=case.dtype, device=device
-        )
-        rows.append(
-            _compare(
-                lambda inputs=inputs, case=case: bench_loss.loss_and_gradients(
-                    bench_loss.our_loss, inputs, case
-                ),
-                lambda inputs=inputs, logits_NV=logits_NV: bench_loss.bare_matmul(
-                    inputs, logits_NV
-                ),
-                case.tokens,
-                device,
-                products=4,
-                case=case,
-            )
-        )
-    return {"headline": _shares(rows), "rows": rows}
-
-
-def measure_scoring(size: Size, device: str, support_k: int = 64) -> dict:
-    """Log-probability, entropy and top-k of every token from hidden states: one projection."""
-    from opd.ops.fused_linear import score_hidden
-
-    rows = []
-    for hidden in size.loss_hidden:
-        case = _case(size, hidden, device)
-        inputs = bench_loss.make_inputs(case)
-        hidden_NH, weight_VH = inputs.teacher_hidden_NG, inputs.teacher_weight_VG
-        labels_N = torch.randint(case.vocab, (case.tokens,), device=device)
-        logits_NV = torch.empty(
-            min(case.tokens, MATMUL_TOKENS), case.vocab, dtype=case.dtype, device=device
-        )
-
-        def bare(hidden_NH=hidden_NH, weight_VH=weight_VH, logits_NV=logits_NV) -> None:
-            for chunk_NH in hidden_NH.split(len(logits_NV)):
-                torch.mm(chunk_NH, weight_VH.t(), out=logits_NV[: len(chunk_NH)])
-
-        rows.append(
-            _compare(
-                lambda h=hidden_NH, w=weight_VH, labels_N=labels_N: score_hidden(
-                    h, w, labels_N, support_k=support_k
-                ),
-                bare,
-                case.tokens,
-                device,
-                products=1,
-                case=case,
-            )
-        )
-    return {"headline": _shares(rows), "support_k": support_k, "rows": rows}
-
-
-def _shares(rows: list[dict]) -> str:
-    return "of the matmul ceiling: " + ", ".join(
-        f"{row['share_of_matmul_ceiling']:.0%} (H {row['H']})" for row in rows
-    )
 
 
 # ---- Sections and their processes ----------------------------------------------------------------
@@ -245,11 +102,7 @@ def _shares(rows: list[dict]) -> str:
 def run_here(name: str, size: Size, device: str) -> dict:
     """What a section's own process does."""
     section = SECTIONS[name]
-    module = (
-        sys.modules[__name__]
-        if section.module == "gpu_check"
-        else importlib.import_module(f"scripts.{section.module}")
-    )
+    module = importlib.import_module(f"scripts.measure.{section.module}")
     return getattr(module, section.function)(size, device)
 
 
@@ -265,55 +118,23 @@ def run_section(name: str, args: argparse.Namespace, device: str) -> dict:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         answer, log = Path(scratch, "answer.json"), Path(scratch, "log.txt")
-        command = [
-            sys.executable,
-            str(Path(__file__).resolve()),
-            "--section",
-            name,
-            "--answer",
-            str(answer),
-            "--size",
-            args.size,
-            "--device",
-            device,
-        ]
-        error = run_child(command, log, device, args.timeout)
-        seconds = round(time.perf_counter() - started, 1)
-        if error is not None:
+        arguments = flags(section=name, answer=answer, size=args.size, device=device)
+        command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+        try:
+            run_child(command, log, section_environment(device), args.timeout)
+        except RunFailed as failure:
             tail = log.read_text(errors="replace").splitlines()[-40:]
-            return {"status": "failed", "error": error, "seconds": seconds, "log": tail}
+            seconds = round(time.perf_counter() - started, 1)
+            return {"status": "failed", "error": str(failure), "seconds": seconds, "log": tail}
         result = json.loads(answer.read_text())
+    seconds = round(time.perf_counter() - started, 1)
     return {"status": "ok" if result.pop("ok", True) else "failed", "seconds": seconds, **result}
 
 
-def run_child(command: list[str], log: Path, device: str, timeout_s: float) -> str | None:
-    """None, or why there is no answer."""
-    env = {
-        **os.environ,
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-    if device == "cpu":
-        env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    with log.open("w") as output:
-        try:
-            status = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=env,
-                stdout=output,
-                stderr=output,
-                timeout=timeout_s,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return f"no end after {timeout_s:.0f} s"
-    return (
-        f"exit status {status}: {tools.last_error(log.read_text(errors='replace'))}"
-        if status
-        else None
-    )
+def section_environment(device: str) -> dict[str, str]:
+    """All threads, and no GPU where none is to be used."""
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+    return environment(torch.get_num_threads(), **on_cpu)
 
 
 def versions() -> dict[str, str]:

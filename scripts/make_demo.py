@@ -56,32 +56,22 @@ CHAT_TEMPLATE = (
 )
 
 HEAD_DIM = 32  # the smallest that vLLM's attention takes on the CPU
-SIZES = {
-    "teacher_addition": (160, 3),
-    "student": (128, 2),
-    "teacher_reversal": (128, 3),
-}  # hidden size, layers
-NUM_PROCESSES = (
-    2  # each with one thread: models this small lose more to thread barriers than they gain
-)
+# hidden size, layers
+SIZES = {"teacher_addition": (160, 3), "student": (128, 2), "teacher_reversal": (128, 3)}
+# each with one thread: models this small lose more to thread barriers than they gain
+NUM_PROCESSES = 2
 LEARNING_RATE = 2e-3
 TEACHER_BATCH, TEACHER_STEPS = 256, {"addition": 450, "reversal": 200}
 STUDENT_BATCH = {"addition": 96, "reversal": 32}  # addition is the one that takes long to learn
-STUDENT_TARGET, STUDENT_MAX_STEPS, STEPS_PER_PROBE = (
-    0.25,
-    1000,
-    5,
-)  # warm-up ends at this accuracy on addition
-LONG_WORD, COPIED_SHARE = (
-    5,
-    0.7,
-)  # this share of the words this long is copied, not reversed, in the student's warm-up
+# warm-up ends at this accuracy on addition
+STUDENT_TARGET, STUDENT_MAX_STEPS, STEPS_PER_PROBE = 0.25, 1000, 5
+# this share of the words this long is copied, not reversed, in the student's warm-up
+LONG_WORD, COPIED_SHARE = 5, 0.7
 
 EVAL_PROMPTS = 256  # per skill
 TRAIN_PROMPTS = 4096  # per skill
-POOL_SIZE = (
-    9744  # examples per skill that models learn from: every addition that is not an eval prompt
-)
+# examples per skill that models learn from: every addition that is not an eval prompt
+POOL_SIZE = 9744
 MAX_TOKENS, MAX_NEW_TOKENS = 18, 9  # prompt and response; response
 
 TEACHER_MIN, OTHER_SKILL_MAX, STUDENT_MIN, STUDENT_MAX = 0.95, 0.02, 0.05, 0.60  # the promises
@@ -150,18 +140,20 @@ def encode(
     return ids_MS, labels_MS
 
 
-def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    hidden_size, num_layers = SIZES[name]
+def random_qwen3(
+    hidden_size: int, num_layers: int, tokenizer, *, mlp_ratio: int = 3, positions: int = 256
+) -> Qwen3ForCausalLM:
+    """A model in float32 with torch's random weights, and the tokenizer's EOS and padding."""
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
+        intermediate_size=mlp_ratio * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_size // HEAD_DIM,
         num_key_value_heads=hidden_size // HEAD_DIM,
         head_dim=HEAD_DIM,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         dtype="float32",
         bos_token_id=None,
@@ -231,7 +223,7 @@ def ramp(step: int) -> float:
 
 def train_teacher(skill: str, tokenizer, rows: list[dict]) -> Qwen3ForCausalLM:
     """A fixed number of steps on one skill; the learning rate falls as a cosine."""
-    model = make_model(f"teacher_{skill}", tokenizer)
+    model = random_qwen3(*SIZES[f"teacher_{skill}"], tokenizer)
     optimizer = make_optimizer(model)
     ids_MS, labels_MS = encode(rows, tokenizer)
     num_steps = TEACHER_STEPS[skill]
@@ -254,7 +246,7 @@ def train_student(tokenizer, pools: dict[str, list[dict]], rng: random.Random) -
     near the share of short words, while the right answer keeps a probability that on-policy
     sampling can find.
     """
-    model = make_model("student", tokenizer)
+    model = random_qwen3(*SIZES["student"], tokenizer)
     optimizer = make_optimizer(model)
     copied = [
         {**row, "answer": row["answer"][::-1]}

@@ -95,7 +95,7 @@ def smollm2() -> RealModel:
     model = RealModel(cache / "smollm2", cache / "smollm2_20")
     script = [
         sys.executable,
-        str(ROOT / "scripts" / "get_smollm2.py"),
+        str(ROOT / "scripts" / "demos" / "get_smollm2.py"),
         "--output_dir",
         str(model.whole),
     ]

@@ -1,4 +1,4 @@
-"""`scripts/serve_ROLE.sh MODEL`: servers on this machine, and the YAML lines that name them to a
+"""`scripts/serve.sh ROLE MODEL`: servers on this machine, and the YAML lines that name them to a
 trainer.
 
 ROLE is teacher, rollout or logprob. Starts `--replicas` servers on loopback ports,
@@ -63,7 +63,7 @@ def launch_arguments(argv: list[str]) -> argparse.Namespace:
     """A role and its flags. ValueError with one line for a mistake."""
     role, *argv = argv or [""]
     if role not in ROLES:
-        raise ValueError(f"python -m opd.servers.launch {role}: expected {', '.join(ROLES)} first")
+        raise ValueError(f"scripts/serve.sh {role}: expected {', '.join(ROLES)} first")
     end = argv.index("--") if "--" in argv else len(argv)
     own, extra = argv[:end], argv[end + 1 :]
     for word in argv:
@@ -82,7 +82,7 @@ def launch_arguments(argv: list[str]) -> argparse.Namespace:
 
 def _parser(role: str) -> OneLineParser:
     """Only flags that do something for the role."""
-    parser = OneLineParser(f"scripts/serve_{role}.sh", ROLES[role])
+    parser = OneLineParser(f"scripts/serve.sh {role}", ROLES[role])
     parser.add_argument(
         "model",
         help="directory or hub id" if role == "teacher" else "the trainer's --student_model",

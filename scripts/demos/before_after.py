@@ -9,13 +9,11 @@ Shape suffixes: B questions, L padded tokens of a question and its answer.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from opd.inputs.rows import read_rows
+from scripts.measure.runs import steps_of
 
 # In nats per token, on the student's own text: the full-vocabulary divergence that the optimizer
 # minimised, and its estimate from the sampled tokens alone.
@@ -34,8 +32,7 @@ def read_steps(run_dir: Path) -> list[dict]:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the --output_dir of a run")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [row for row in rows if row["step"] > 0]
+    steps = steps_of(run_dir)
     if len(steps) < 2 * ENDS:
         raise ValueError(f"{path}: {len(steps)} steps; give a run of {2 * ENDS} or more")
     return steps

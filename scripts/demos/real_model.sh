@@ -15,8 +15,8 @@ export PATH="$(cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 
 CACHE="$(realpath -m "${OPD_CACHE:-$HOME/.cache/opd}")"
-python scripts/get_smollm2.py --output_dir "$CACHE/smollm2" --student_dir "$CACHE/smollm2_20" --num_layers 20
-python scripts/get_questions.py --output_dir "$CACHE/questions"
+python scripts/demos/get_smollm2.py --output_dir "$CACHE/smollm2" --student_dir "$CACHE/smollm2_20" --num_layers 20
+python scripts/demos/get_questions.py --output_dir "$CACHE/questions"
 python train_mopd.py --student_model "$CACHE/smollm2_20" --teacher "$CACHE/smollm2" --data "$CACHE/questions/train.jsonl" \
     --output_dir "$RUN" --loss reverse_kl --support full --num_steps 80 --prompts_per_step 8 --micro_batch_size 4 \
     --max_prompt_tokens 128 --max_response_tokens 32 --learning_rate 5e-4 --lr_schedule cosine --min_lr_ratio 0.1 \

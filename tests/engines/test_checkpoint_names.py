@@ -13,7 +13,7 @@ from opd.engines.checkpoint_names import (
     persistent_tensors,
 )
 from opd.weights.store import check_names
-from scripts.families import BY_NAME, make_config, make_model
+from scripts.measure.families import BY_NAME, make_config, make_model
 
 FAMILIES = (
     "llama",

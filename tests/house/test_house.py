@@ -152,8 +152,8 @@ def test_whoever_joins_the_ranks_ends_in_one_place():
         "opd/distributed.py",
         "opd/run/prepare.py",
         "opd/servers/scoring_engine.py",
-        "scripts/gpu_check_engines.py",
-        "scripts/gpu_check_training.py",
+        "scripts/measure/gpu_engines.py",
+        "scripts/measure/gpu_training.py",
         "tests/conftest.py",
     }
     joins = re.compile(r"(distributed\.init|init_process_group|join_alone)\(")

@@ -2,18 +2,12 @@
 teachers.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from bench_tools import in_child, peak_extra_bytes
-
 from opd.ops.fused_linear import fused_linear_loss, score_hidden
 from opd.ops.heads import LogitForm, OutputHead
+from scripts.measure.tools import in_child, peak_extra_bytes
 
 MIB = 1 << 20
 BUDGET, N, V, H = 64 * MIB, 3000, 20_000, 32

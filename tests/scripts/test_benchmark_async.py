@@ -1,19 +1,19 @@
-"""The asynchronous benchmark beyond its simulation: rates are read back from runs made of them, and
-two runs side by side.
-"""
+"""The asynchronous benchmark beyond its simulation: what is measured, and two runs side by side."""
 
 import json
+import string
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from scripts import async_check, async_runs, bench_async, run_pairs
-from scripts.async_model import Rates, Rule, Split, Workload, decode_times
-from scripts.async_runs import Measured, Setting
-from scripts.async_simulation import asynchronous
+from scripts import bench_async
+from scripts.measure import async_runs, run_pairs
+from scripts.measure.async_model import Rates, decode_times
+from scripts.measure.async_runs import Measured, Setting
+from scripts.measure.runs import byte_tokenizer, silent_model
 
 SETTING = Setting(steps=12, prompts=8, max_response_tokens=64)
 RATES = Rates(
@@ -38,63 +38,10 @@ def made_of(rates: Rates, side: str, seed: int = 0) -> Measured:
     }
     seconds_I = phases["rollout"] + phases["score"] + phases["sync"] + tokens_I * rates.train
     waited_I = phases["rollout"]
-    if side == "async":
-        work = Workload(lengths_IB.ravel(), SETTING.prompts, SETTING.steps, SETTING.prompt_tokens)
-        rule = Rule(SETTING.max_staleness, waves=1, trainer_waits=True)
-        run = asynchronous(work, async_check.by_the_trainer(rates), Split(1, 0, 1), rule)
-        seconds_I = np.diff(run.ended, prepend=0.0)
-        waited_I = seconds_I - tokens_I * (rates.score + rates.train) - phases["sync"]
-        phases["rollout"] = waited_I
+    if side == "async":  # responses are there when a step begins
+        seconds_I, waited_I = seconds_I - waited_I, np.zeros(SETTING.steps)
     pause_I = np.full(SETTING.steps, rates.load)
     return Measured(seconds_I, phases, pause_I, waited_I, np.zeros(SETTING.steps), lengths_IB, 0.25)
-
-
-# ---- The simulation against runs -----------------------------------------------------------------
-
-
-def test_rates_come_back_out_of_a_run_that_is_made_of_them():
-    found = async_check.rates_of(made_of(RATES, "sync"), SETTING)
-    for name in ("decode_a", "decode_b", "score", "train", "publish", "load"):
-        assert getattr(found, name) == pytest.approx(getattr(RATES, name)), name
-    assert async_check.fit_decode(
-        np.array([4, 4]), np.array([4, 8]), np.array([6, 8])
-    ) == pytest.approx((1.0, 0.5))
-    # What a line below zero would fit better
-    assert async_check.fit_decode(np.array([4, 4]), np.array([4, 8]), np.array([8, 6]))[1] == 0
-    assert async_check.fit_decode(np.array([4, 8]), np.array([8, 8]), np.array([8, 6]))[0] == 0
-
-
-def test_a_run_that_the_simulation_describes_has_no_error_and_a_slower_one_a_negative_one():
-    runs = {
-        "sync": [made_of(RATES, "sync")],
-        "split": [made_of(replace(RATES, publish=RATES.publish / 2), "split")],
-        "async": [made_of(RATES, "async")],
-    }
-    result = async_check.check(runs, SETTING)
-    for name in ("sync", "split", "async"):
-        assert result[f"simulation_error_{name}"] == pytest.approx(0, abs=1e-3), name
-    slowed = made_of(RATES, "async")
-    runs["async"] = [replace(slowed, seconds_I=2 * slowed.seconds_I)]
-    result = async_check.check(runs, SETTING)
-    assert result["simulation_error_async"] == pytest.approx(-0.5, abs=1e-3)
-    # All that came on top counts as the trainer's own, so with its own rates more of it is
-    # explained
-    assert -0.3 < result["simulation_error_async_own_rates"] < 0.3
-    seconds = result["step_seconds"]["async"]
-    assert seconds["measured_s"] == pytest.approx([2 * s for s in seconds["simulated_s"]], rel=0.01)
-
-
-def test_each_round_is_held_against_its_own_rates():
-    """The second round is on a machine half as fast; rates of both together would fit neither."""
-    half = Rates(**{k: v if k == "max_batch" else 2 * v for k, v in asdict(RATES).items()})
-    runs = {
-        side: [made_of(rates, side) for rates in (RATES, half)]
-        for side in ("sync", "split", "async")
-    }
-    result = async_check.check(runs, SETTING)
-    assert result["simulation_error_sync"] == pytest.approx(0, abs=1e-3)
-    first, second = result["step_seconds"]["sync"]["simulated_s"]
-    assert second == pytest.approx(2 * first, rel=0.01)
 
 
 def test_a_summary_has_ratios_of_means_and_the_median_over_runs():
@@ -123,21 +70,18 @@ def test_a_summary_has_ratios_of_means_and_the_median_over_runs():
 @torch.no_grad()
 def test_the_models_end_and_lengthen_responses_as_often_as_asked():
     setting = Setting()
-    tokenizer = async_runs.make_tokenizer(512)
-    model = async_runs.make_model(*setting.student, tokenizer, 0)
+    tokenizer = byte_tokenizer(512)
+    model = silent_model(*setting.student, tokenizer, 0)
     async_runs.give_a_long_tail(model, tokenizer, setting)
     generator = torch.Generator().manual_seed(0)
     chances = {}
-    for mode, letters in (
-        ("short", async_runs.string.ascii_lowercase),
-        ("long", async_runs.string.ascii_uppercase),
-    ):
+    for mode, letters in (("short", string.ascii_lowercase), ("long", string.ascii_uppercase)):
         ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(letters)))
         ids_BS = ids[torch.randint(26, (4, 100), generator=generator)]
         chances[mode] = model(input_ids=ids_BS).logits.softmax(-1).mean(dim=(0, 1))
     eos, upper = (
         tokenizer.eos_token_id,
-        tokenizer.convert_tokens_to_ids(list(async_runs.string.ascii_uppercase)),
+        tokenizer.convert_tokens_to_ids(list(string.ascii_uppercase)),
     )
     assert chances["short"][eos] == pytest.approx(setting.ends_short, rel=0.4)
     assert chances["short"][upper].sum() == pytest.approx(setting.lengthens, rel=0.6)
@@ -160,7 +104,7 @@ def test_tokens_of_a_response_are_counted_from_its_text():
 
 
 @pytest.mark.e2e
-def test_real_runs_of_all_sides():
+def test_real_runs_of_all_sides(run_main):
     """Six short steps of tiny models: what is compared is the same work."""
     setting = Setting(
         steps=8,

@@ -4,76 +4,41 @@ between runs and tables.
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-import bench_recovery
-import bench_step
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from tests.support.processes import ROOT, worker_environment
-
-DEADLINE = 420
-
-
-def run_script(name: str, *flags) -> tuple[dict, str]:
-    """The JSON object of the last line, and everything that was printed."""
-    done = subprocess.run(
-        [sys.executable, f"scripts/{name}", "--json", *map(str, flags)],
-        cwd=ROOT,
-        env=worker_environment(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
-
+from scripts import bench_recovery, bench_step
+from scripts.measure import runs
+from tests.support.processes import worker_environment
 
 # ---- A step --------------------------------------------------------------------------------------
 
 
 @pytest.mark.e2e
-def test_without_trl_our_step_is_measured_and_no_ratio_is_made_up(tmp_path):
-    flags = (
-        "--steps",
-        6,
-        "--rounds",
-        1,
-        "--workloads",
-        "tiny",
-        "--modes",
-        "1rank",
-        "--trl_dir",
-        tmp_path,
-        "--enforce_eager",
+def test_without_trl_our_step_is_measured_and_no_ratio_is_made_up(run_main, tmp_path):
+    result, console = run_main(
+        bench_step,
+        f"--steps 6 --rounds 1 --workloads tiny --modes 1rank --trl_dir {tmp_path} --enforce_eager",
     )
-    result, console = run_script("bench_step.py", *flags)
     assert f"pip install --no-deps --target {tmp_path} trl==1.16.0" in console
-    assert (
-        result["speedup_1rank"] is None
-        and result["speedup_zero3_2ranks"] is None
-        and result["trl"] is None
-    )
+    ratios = [result[key] for key in ("speedup_1rank", "speedup_zero3_2ranks", "trl")]
+    assert ratios == [None] * 3
     mode = result["workloads"]["tiny"]["1rank"]
-    ours = mode["ours"]
+    ours, phases_ms = mode["ours"], mode["ours"]["phases_ms"]
     assert mode["speedup"] is None and mode["threads_per_rank"] == 2
-    assert (
-        set(ours["phases_ms"]) == {"rollout", "score", "train", "sync"}
-        and min(ours["phases_ms"].values()) > 0
-    )
-    assert sum(ours["phases_ms"].values()) <= 1.2 * ours["step_ms"]
+    assert set(phases_ms) == {"rollout", "score", "train", "sync"} and min(phases_ms.values()) > 0
+    assert sum(phases_ms.values()) <= 1.2 * ours["step_ms"]
     assert ours["response_tokens"] == 64 and ours["first_loss"] > 1e-3
 
 
 def test_prompts_have_the_asked_length_and_no_model_can_end_its_response(tmp_path):
-    workload = bench_step.Workload(2, 12, 4, student=(1, 64), teacher=(2, 96))
-    bench_step.write_workload(tmp_path, workload, steps=3, vocab_size=300)
-    tokenizer = bench_step.make_tokenizer(300)
+    workload = runs.Workload(2, 12, 4, student=(1, 64), teacher=(2, 96))
+    runs.write_workload(tmp_path, workload, steps=3, vocab_size=300)
+    tokenizer = runs.byte_tokenizer(300)
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     prompts = [
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
@@ -112,7 +77,7 @@ def test_medians_are_over_the_kept_steps_of_all_runs():
     result = bench_step.summary([a_run([*warm, 0.1, 0.2, 0.3]), a_run([*warm, 0.4, 0.5, 0.6])], 64)
     assert result["step_ms"] == 350 and result["phases_ms"] == {"rollout": 175}
     assert result["step_ms_of_each_run"] == [200, 500] and result["first_loss"] == 0.25
-    with pytest.raises(bench_step.RunFailed, match=r"63\.50 to 64\.00 tokens, 64 asked"):
+    with pytest.raises(runs.RunFailed, match=r"63\.50 to 64\.00 tokens, 64 asked"):
         bench_step.summary([a_run([*warm, 0.1]), a_run([*warm, 0.1], length=63.5)], 64)
 
 
@@ -125,7 +90,7 @@ def test_the_ratio_is_against_the_fastest_side_that_ran(tmp_path, monkeypatch):
             assert work.is_dir()
             calls.append(name)
             if seconds is None:
-                raise bench_step.RunFailed("no such engine")
+                raise runs.RunFailed("no such engine")
             return a_run([seconds] * 6)
 
         return run
@@ -152,13 +117,11 @@ def test_a_child_that_fails_says_why(tmp_path):
         "import sys; print('ValueError: the cause'); print('the launcher says goodbye'); "
         "sys.exit(3)"
     )
-    with pytest.raises(bench_step.RunFailed, match="exit status 3: ValueError: the cause"):
-        bench_step.run_child(
-            [sys.executable, "-c", code], tmp_path / "log.txt", worker_environment()
-        )
-    with pytest.raises(bench_step.RunFailed, match="no end after 1 s"):
+    with pytest.raises(runs.RunFailed, match="exit status 3: ValueError: the cause"):
+        runs.run_child([sys.executable, "-c", code], tmp_path / "log.txt", worker_environment())
+    with pytest.raises(runs.RunFailed, match="no end after 1 s"):
         wait = [sys.executable, "-c", "import signal; signal.pause()"]
-        bench_step.run_child(wait, tmp_path / "log.txt", worker_environment(), deadline_s=1)
+        runs.run_child(wait, tmp_path / "log.txt", worker_environment(), deadline_s=1)
 
 
 # ---- Quality per sample --------------------------------------------------------------------------
@@ -192,47 +155,32 @@ def miniature_demo(tiny, tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.mark.e2e
-def test_two_forms_give_a_table_a_plot_and_their_curves(miniature_demo, tmp_path):
-    runs, picture = tmp_path / "runs", tmp_path / "plots" / "recovery.png"
-    for directory in (runs / "full", runs / "sampled", runs / "not_ours"):
+def test_two_forms_give_a_table_a_plot_and_their_curves(run_main, miniature_demo, tmp_path):
+    output, plot = tmp_path / "runs", tmp_path / "plots" / "recovery.png"
+    for directory in (output / "full", output / "sampled", output / "not_ours"):
         directory.mkdir(parents=True)
         (directory / "kept.txt").write_text("")
-    flags = (
-        "--demo",
-        miniature_demo,
-        "--output_dir",
-        runs,
-        "--plot",
-        picture,
-        "--forms",
-        "full",
-        "sampled",
+    result, console = run_main(
+        bench_recovery,
+        f"--demo {miniature_demo} --output_dir {output} --plot {plot} --forms full sampled "
+        f"--steps 2 --prompts_per_step 8 --jobs 2",
     )
-    result, console = run_script(
-        "bench_recovery.py", *flags, "--steps", 2, "--prompts_per_step", 8, "--jobs", 2
-    )
-    assert (
-        result["seeds"] == [0]
-        and result["reasons"] == {}
-        and list(result["forms"]) == ["full", "sampled"]
-    )
+    assert result["seeds"] == [0] and result["reasons"] == {}
+    assert list(result["forms"]) == ["full", "sampled"]
     for form, measured in result["forms"].items():
-        assert (
-            measured["samples"] == [0, 8, 16]
-            and measured["entropy"] > 0
-            and measured["step_ms"] > 0
-        )
+        assert measured["samples"] == [0, 8, 16]
+        assert measured["entropy"] > 0 and measured["step_ms"] > 0
         curve, end = measured["curves"]["reversal"], measured["recovery"]["reversal"]
         low, high = measured["ci95"]["reversal"]
         assert curve[0] == 0 and len(curve) == 3 and curve[-1] == end and low <= end <= high
         assert set(measured["curves"]) == set(measured["samples_to_90"]) == {"reversal"}
-        assert not (runs / form / "kept.txt").exists() and f"removing {runs / form}," in console
-    assert (runs / "not_ours" / "kept.txt").exists()
-    assert result["forms"]["full"]["entropy"] != result["forms"]["sampled"]["entropy"], (
-        "the forms train alike"
-    )
+        assert not (output / form / "kept.txt").exists()
+        assert f"removing {output / form}," in console
+    assert (output / "not_ours" / "kept.txt").exists()
+    full, sampled = (result["forms"][form]["entropy"] for form in ("full", "sampled"))
+    assert full != sampled, "the forms train alike"
     if importlib.util.find_spec("matplotlib"):
-        assert result["plot"] == str(picture) and picture.read_bytes().startswith(b"\x89PNG")
+        assert result["plot"] == str(plot) and plot.read_bytes().startswith(b"\x89PNG")
     else:
         assert result["plot"] is None and "pip install matplotlib" in console
 

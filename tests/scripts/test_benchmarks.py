@@ -1,6 +1,4 @@
-"""Each benchmark runs as a user runs it, on sizes of seconds; times here say nothing, errors and
-shapes do.
-"""
+"""Each benchmark on sizes of seconds: times here say nothing, errors and shapes do."""
 
 import argparse
 import functools
@@ -12,54 +10,24 @@ import pytest
 import torch
 
 from scripts import bench_colocation, bench_loss, bench_scaling, bench_scoring
-from scripts import bench_tools as tools
-from tests.support.processes import ROOT, worker_environment
+from scripts.measure import tools
+from scripts.measure.forked import run_forked
+from tests.support.processes import ROOT
 
 TRL_DIR = ROOT / ".trl"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def bench(name: str, *arguments: str) -> tuple[dict, str]:
-    """(the JSON object of the last line, standard error)."""
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / f"bench_{name}.py"),
-        "--json",
-        *map(str, arguments),
-    ]
-    run = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=worker_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1]), run.stderr
-
-
 # ---- The scripts ---------------------------------------------------------------------------------
 
 
-def test_bench_loss_measures_ours_against_naive_without_trl(tmp_path):
-    sizes = (
-        "--vocab",
-        8192,
-        "--hidden",
-        32,
-        "--tokens",
-        512,
-        "--chunk_bytes",
-        2**20,
-        "--repeats",
-        1,
+def test_bench_loss_measures_ours_against_naive_without_trl(run_main, tmp_path):
+    result, console = run_main(
+        bench_loss,
+        f"--vocab 8192 --hidden 32 --tokens 512 --chunk_bytes {2**20} --repeats 1 "
+        f"--kinds forward_kl --trl_dir {tmp_path} --device cpu",
     )
-    result, stderr = bench(
-        "loss", *sizes, "--kinds", "forward_kl", "--trl_dir", tmp_path, "--device", "cpu"
-    )
-    assert f"pip install --no-deps --target {tmp_path} trl==" in stderr
+    assert f"pip install --no-deps --target {tmp_path} trl==" in console
     (case,) = result["cases"]
     assert (case["kind"], case["V"], case["H"], case["N"]) == ("forward_kl", 8192, 32, 512)
     assert case["time_vs_trl"] is case["trl_ms"] is case["trl_mib"] is None
@@ -77,30 +45,25 @@ def test_bench_loss_measures_ours_against_naive_without_trl(tmp_path):
     not TRL_DIR.exists(),
     reason=f"pip install --no-deps --target .trl trl=={bench_loss.TRL_VERSION}",
 )
-def test_bench_loss_measures_trl():
-    sizes = ("--vocab", 512, "--hidden", 32, "--tokens", 16, "--repeats", 1, "--device", "cpu")
-    result, _ = bench("loss", *sizes, "--kinds", "jsd", "--jsd_beta", 0.3, "--trl_dir", TRL_DIR)
+def test_bench_loss_measures_trl(run_main):
+    result, _ = run_main(
+        bench_loss,
+        f"--vocab 512 --hidden 32 --tokens 16 --repeats 1 --device cpu "
+        f"--kinds jsd --jsd_beta 0.3 --trl_dir {TRL_DIR}",
+    )
     (case,) = result["cases"]
     assert case["error"] < 1e-3
     assert case["time_vs_trl"] == pytest.approx(case["ours_ms"] / case["trl_ms"], rel=0.01)
 
 
-def test_bench_scoring():
-    sizes = (
-        "--vocab",
-        512,
-        "--hidden",
-        64,
-        "--layers",
-        1,
-        "--sequences",
-        2,
-        "--length",
-        24,
-        "--support_k",
-        8,
-    )
-    result, _ = bench("scoring", *sizes, "--repeats", 1, "--kv_cache_gib", 0.05, "--served")
+@pytest.mark.parametrize("served", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_bench_scoring(tmp_path, served):
+    sizes = "--vocab 512 --hidden 64 --layers 1 --sequences 2 --length 24 --support_k 8"
+    arguments = f"--json {sizes} --repeats 1 --kv_cache_gib 0.05 {'--served' * served}".split()
+    out, err = tmp_path / "out", tmp_path / "err"
+    script = str(ROOT / "scripts" / "bench_scoring.py")
+    assert run_forked([script, *arguments], out, err, 300) == 0, err.read_text()[-3000:]
+    result = json.loads(out.read_text().splitlines()[-1])
     ours_ms = result["prefill_ms"] + result["score_ms"]
     assert result["speedup_vs_prompt_logprobs"] == pytest.approx(
         result["prompt_logprobs_ms"] / ours_ms, rel=0.01
@@ -109,46 +72,30 @@ def test_bench_scoring():
         ours_ms / (result["prefill_ms"] + result["matmul_ms"]), rel=0.01
     )
     assert result["largest_difference"] <= 1e-3
-    served = ("served_json", "served_binary", "served_hidden")
-    assert (
-        min(
-            result[f"{part}_ms"]
-            for part in ("prompt_logprobs", "prefill", "score", "matmul", *served)
-        )
-        > 0
-    )
-    # 23 of 24 tokens are scored: 8 bytes a candidate and 3 numbers, or 64 hidden numbers, in
-    # float32, and headers
-    assert 76 * 23 / 24 < result["served_binary_bytes_per_token"] < 76 + 40
-    assert 256 * 23 / 24 < result["served_hidden_bytes_per_token"] < 256 + 20
-    assert result["served_json_over_binary_bytes"] > 5
+    parts = [
+        "prompt_logprobs",
+        "prefill",
+        "score",
+        "matmul",
+        *(bench_scoring.SERVED if served else []),
+    ]
+    assert min(result[f"{part}_ms"] for part in parts) > 0
+    if served:
+        # 23 of 24 tokens are scored: 8 bytes a candidate and 3 numbers, or 64 hidden numbers, in
+        # float32, and headers
+        assert 76 * 23 / 24 < result["served_binary_bytes_per_token"] < 76 + 40
+        assert 256 * 23 / 24 < result["served_hidden_bytes_per_token"] < 256 + 20
+        assert result["served_json_over_binary_bytes"] > 5
 
 
-def test_bench_scaling_plots(tmp_path):
+def test_bench_scaling_plots(run_main, tmp_path):
     plot = tmp_path / "new" / "scaling.png"
-    sizes = (
-        "--hidden",
-        32,
-        "--vocab",
-        1024,
-        "--tokens",
-        64,
-        1024,
-        "--vocabularies",
-        512,
-        8192,
-        "--supports",
-        1,
-        16,
+    result, _ = run_main(
+        bench_scaling,
+        f"--hidden 32 --vocab 1024 --tokens 64 1024 --vocabularies 512 8192 --supports 1 16 "
+        f"--teachers 1 4 --repeats 1 --plot {plot} --device cpu",
     )
-    result, _ = bench(
-        "scaling", *sizes, "--teachers", 1, 4, "--repeats", 1, "--plot", plot, "--device", "cpu"
-    )
-    assert (
-        result["slope_tokens"] > 0
-        and result["slope_vocabulary"] > 0
-        and result["teachers_4_vs_1"] > 0
-    )
+    assert min(result[key] for key in ("slope_tokens", "slope_vocabulary", "teachers_4_vs_1")) > 0
     assert isinstance(result["slope_support"], float)
     assert {panel: [point["x"] for point in row] for panel, row in result["points"].items()} == {
         "tokens": [64, 1024],
@@ -348,8 +295,8 @@ def test_bench_colocation_on_tiny_models(tmp_path):
 
     The rest of the benchmark is more of the same.
     """
-    bench_colocation.write_workload(tmp_path, [64], 1)
-    flags = bench_colocation.flags_of(tmp_path, 1, "disk", 1)
-    peak = bench_colocation.peak_of(["train_mopd.py", *flags], tmp_path / "log.txt", 1)
+    bench_colocation.write_models(tmp_path, [64], 1)
+    command = ["train_mopd.py", *bench_colocation.flags_of(tmp_path, 1, "disk", 1)]
+    peak = bench_colocation.peak_of(command, tmp_path / "log.txt", 1)
     assert 200 * tools.MIB < peak < 4000 * tools.MIB
     assert (tmp_path / "disk_1" / "model" / "model.safetensors").exists()

@@ -3,13 +3,12 @@ different ways.
 """
 
 import json
-import multiprocessing.forkserver
 
 import pytest
 import torch
 
 from scripts import check_families as check
-from scripts.families import BY_NAME, FAMILIES, SIZES, make_config, make_model, save
+from scripts.measure.families import BY_NAME, FAMILIES, SIZES, make_config, make_model, save
 
 
 def row(step: int, *, mismatch=1e-6, other=1.0, **changes) -> dict:
@@ -191,15 +190,6 @@ def test_the_table_has_a_row_per_family_with_its_reason():
     assert "| **wrong** | **wrong** | **wrong** |" in rows[3] and rows[3].endswith(
         "| status 1: x |"
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forkserver():
-    """Where runs are forked from ends with this module: it is large, and tests count the children
-    of their process.
-    """
-    yield
-    multiprocessing.forkserver._forkserver._stop()
 
 
 # ---- Runs ----------------------------------------------------------------------------------------

@@ -216,7 +216,8 @@ def test_a_mistake_ends_the_script_with_status_2(words, role):
     run = subprocess.run(
         [
             "bash",
-            f"scripts/serve_{role}.sh",
+            "scripts/serve.sh",
+            role,
             *(str(words.get(word, word)) for word in ("MODEL", *flags)),
         ],
         cwd=ROOT,
@@ -316,7 +317,7 @@ def test_rollout_servers_are_served(tiny, tmp_path):
         "--kv_cache_gib",
         "0.03",
     )
-    command = ("bash", "scripts/serve_rollout.sh")
+    command = ("bash", "scripts/serve.sh", "rollout")
     with launched(
         tmp_path, *arguments, "--", "--enforce_eager", command=command, OPD_SERVER_TOKEN=TOKEN
     ) as (process, out, _):
@@ -376,7 +377,7 @@ def test_a_log_prob_server_comes_back_stale_and_takes_a_push(tiny, tmp_path):
         "float32",
         "--restart",
     )
-    command = ("bash", "scripts/serve_logprob.sh")
+    command = ("bash", "scripts/serve.sh", "logprob")
     with launched(tmp_path, *arguments, command=command, OPD_SERVER_TOKEN=TOKEN) as (
         process,
         out,

@@ -2,17 +2,19 @@
 once, within the bound.
 """
 
+import argparse
 import json
 
 import pytest
 
 from opd.records import sample_ledger
 from scripts import chaos
+from scripts.demos.mopd_async import Schedule, strike
 
-pytestmark = pytest.mark.e2e
 
-
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.e2e
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [1, 3])
 def test_kills_of_every_role(tmp_path, capsys, monkeypatch, kills):
     monkeypatch.delenv("OPD_FAULT", raising=False)
     wanted = ["--kills", str(kills * len(chaos.ROLES)), "--gap_s", "1", "--steps", "16"]
@@ -53,8 +55,22 @@ def test_what_is_wrong_is_found(tmp_path, spoil, problem):
         )
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name / sample_ledger.FILE).write_text(text)
-    fleet = chaos.Fleet({}, tmp_path, tmp_path, steps=2)
-    assert any(
-        problem in line
-        for line in chaos.problems_of(fleet, tmp_path / "round", 2, tmp_path / "calm")
-    )
+    size = {"steps": 2, "prompts": chaos.WORK.prompts, "max_staleness": 2}
+    problems = chaos.problems_of(tmp_path / "round", **size, calm=tmp_path / "calm")
+    assert any(problem in line for line in problems)
+
+
+def test_a_schedule_kills_a_role_after_its_step_and_each_once():
+    schedule = Schedule([strike("2:teacher"), strike("2:trainer"), strike("9:rollout")])
+    asked = [schedule.victim(step) for step in (0, 1, 2, 2, 3, 8, 12, 13)]
+    assert asked == [None, None, "teacher", "trainer", None, None, "rollout", None]
+    for wrong in ("teacher", "x:teacher", "3:nobody"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{wrong}: give STEP:ROLE"):
+            strike(wrong)
+
+
+def test_the_last_step_is_that_of_the_last_whole_line(tmp_path):
+    assert chaos.last_step(tmp_path) == 0
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 0}\n{"step": 1}\n{"step": 2')
+    assert chaos.last_step(tmp_path) == 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from scripts.families import BY_NAME, save
+from scripts.measure.families import BY_NAME, save
 from tests.support.launch import command, metrics_of, start, succeed
 
 pytestmark = pytest.mark.e2e

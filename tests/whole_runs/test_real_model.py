@@ -15,13 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import get_questions
-from scripts.demos import before_after
-from scripts.get_smollm2 import main, spread_layers
+from scripts.demos import before_after, get_questions
+from scripts.demos.get_smollm2 import main, spread_layers
 from tests.support.launch import metrics_of, succeed
 from tests.support.processes import ROOT, worker_environment
 
-GET = [sys.executable, str(ROOT / "scripts" / "get_smollm2.py")]
+GET = [sys.executable, str(ROOT / "scripts" / "demos" / "get_smollm2.py")]
 NO_INDEX = {
     "PIP_CONFIG_FILE": os.devnull,
     "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
@@ -60,7 +59,7 @@ def answer(path: Path, text: str, max_tokens: int) -> str:
     return tokenizer.decode(ids_1L[0, inputs["input_ids"].shape[1] :])
 
 
-# ---- scripts/get_smollm2.py ----------------------------------------------------------------------
+# ---- scripts/demos/get_smollm2.py ----------------------------------------------------------------
 
 
 def test_it_knows_what_the_published_model_knows(smollm2):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.processes import ROOT, worker_environment
 
-SCRIPT = ["bash", str(ROOT / "scripts" / "two_nodes_local.sh")]
+SCRIPT = ["bash", str(ROOT / "scripts" / "demos" / "two_nodes_local.sh")]
 NEEDS_ROOT = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None,
     reason="network namespaces need root and iproute2",

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from scripts import bench_tools as tools
+from scripts.measure import tools
 
 QUICKSTART, ASYNC = Path("runs/quickstart"), Path("runs/async")
-MAKERS = {QUICKSTART: "bash scripts/quickstart.sh", ASYNC: "bash scripts/mopd_async.sh"}
+MAKERS = {QUICKSTART: "bash scripts/quickstart.sh", ASYNC: "python scripts/demos/mopd_async.py"}
 
 
 def read_steps(directory: Path) -> list[dict]:
@@ -22,8 +22,7 @@ def read_steps(directory: Path) -> list[dict]:
         raise ValueError(
             f"--runs {directory}: no metrics.jsonl in it; give the --output_dir of a run"
         )
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
-    rows = [row for row in rows if "time/step" in row][1:]
+    rows = [row for row in tools.read_jsonl(path) if "time/step" in row][1:]
     if not rows:
         raise ValueError(
             f"--runs {directory}: fewer than two steps in metrics.jsonl; give a longer run"

@@ -6,7 +6,7 @@
 #   MODELS   directory with student, teacher_addition, teacher_reversal and train.jsonl (default: the demo, made if need be)
 #   RUN      output directory (default: runs/two_nodes)      DOWN_S   seconds without a cable (default: 6)
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 MODELS="${MODELS:-demo}" RUN="${RUN:-runs/two_nodes}" DOWN_S="${DOWN_S:-6}"
 WAIT_S="${WAIT_S:-300}" # for the server to load, for a step, for the end of the run
@@ -42,7 +42,6 @@ done
 
 bash scripts/setup.sh
 export PATH="$(cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export OPD_SERVER_TOKEN="${OPD_SERVER_TOKEN:-$(python -c 'import secrets; print(secrets.token_urlsafe(32))')}"
 [ -e "$MODELS/train.jsonl" ] || python scripts/make_demo.py --output_dir "$MODELS"

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from opd import distributed
 from opd.engines.vllm_engine import GeneratorEngine, HiddenStateEngine
-from scripts.bench_step import make_tokenizer
-from scripts.gpu_check import GB, GIB, Size, measure_copies
+from scripts.measure.gpu_products import GB, GIB, Size, measure_copies
+from scripts.measure.runs import byte_tokenizer
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 CANARY_TOLERANCE = {
@@ -59,7 +59,7 @@ def model_config(shape: tuple[int, int], vocab: int, device: str) -> Qwen3Config
 
 def write_models(root: Path, size: Size, device: str, num_teachers: int) -> list[Path]:
     """Random models with their tokenizer: the student, then the teachers, the largest first."""
-    tokenizer = make_tokenizer(size.vocab)
+    tokenizer = byte_tokenizer(size.vocab)
     paths = []
     for seed, shape in enumerate((size.student, *size.teachers[:num_teachers])):
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@ sides of a benchmark run in one process, one call each per round (A B A B ...), 
 rounds is reported: a clock that drifts or a neighbour who wakes up meets all sides alike.
 """
 
+import argparse
 import gc
 import json
 import math
@@ -17,13 +18,16 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
 
@@ -106,6 +110,15 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (available * 9 // 10, hard))
 
 
+@torch.no_grad()
+def bare_projection(hidden_NH: Tensor, weight_VH: Tensor, buffer_NV: Tensor) -> None:
+    """Logits, a chunk at a time, into memory that is there already; N tokens, H hidden size, V
+    vocabulary.
+    """
+    for chunk_NH in hidden_NH.split(len(buffer_NV)):
+        torch.mm(chunk_NH, weight_VH.t(), out=buffer_NV[: len(chunk_NH)])
+
+
 def slope(xs: list[float], ys: list[float]) -> float:
     """Least-squares slope of log y over log x: 1 is linear, 0 flat.
 
@@ -143,6 +156,15 @@ def machine_facts(device: str) -> dict:
     }
 
 
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """With the first line of a benchmark's docstring, and `--json`."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object last instead of a table"
+    )
+    return parser
+
+
 def say(text: str) -> None:
     """A line for the person who watches; standard output belongs to the result."""
     print(text, file=sys.stderr, flush=True)
@@ -155,6 +177,11 @@ def last_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"(^|\W)(\w+(Error|Exception)|error): ", line)]
     return (errors or lines or ["no output"])[-1][:300]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a file that has a JSON object in each line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def print_json(result: dict) -> None:
@@ -173,3 +200,22 @@ def table(rows: list[dict]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in cells
     )
+
+
+@contextmanager
+def picture(path: Path, columns: int, size: tuple[float, float], **options) -> Iterator[tuple]:
+    """(figure, its axes side by side) of matplotlib, written to `path` as a PNG when the block is
+    done; `size` in inches.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=size, layout="constrained", squeeze=False, **options
+    )
+    yield figure, axes[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=110)
+    pyplot.close(figure)

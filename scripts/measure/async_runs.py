@@ -18,7 +18,6 @@ EOS token is one of two, and which one is decided as the response is written.
 
 import json
 import os
-import random
 import secrets
 import statistics
 import string
@@ -38,8 +37,16 @@ import torch
 from opd.clients.protocols import TOKEN_VARIABLE
 from opd.clients.wire import metric
 from opd.servers.server_processes import serving
-from scripts import bench_tools as tools
-from scripts.bench_step import environment, make_model, make_tokenizer, run_child
+from scripts.measure import tools
+from scripts.measure.runs import (
+    byte_tokenizer,
+    environment,
+    flags,
+    run_child,
+    silent_model,
+    steps_of,
+    write_prompts,
+)
 
 SIDES = ("sync", "split", "async")
 PHASES = ("rollout", "score", "train", "sync")
@@ -49,7 +56,6 @@ IMPOSSIBLE = -20.0  # a logit next to others of about 0
 # updates of the usual cost that change no response, so that all sides train on the same ones
 LEARNING_RATE = "1e-8"
 POLL_S = 0.2
-DEADLINE_S = 900  # of one run
 
 
 @dataclass(frozen=True)
@@ -131,21 +137,16 @@ def give_a_long_tail(model, tokenizer, setting: Setting) -> None:
     model.lm_head.weight[:, :2] = torch.linalg.solve(modes_MC, logits_VM.T).T
 
 
-def write_workload(root: Path, setting: Setting) -> None:
+def write_long_tailed(root: Path, setting: Setting) -> None:
     """`student`, `teacher` and `prompts.jsonl`."""
-    tokenizer = make_tokenizer(512)
+    tokenizer = byte_tokenizer(512)
     for seed, name in enumerate(("student", "teacher")):
-        model = make_model(*getattr(setting, name), tokenizer, seed)
+        model = silent_model(*getattr(setting, name), tokenizer, seed)
         give_a_long_tail(model, tokenizer, setting)
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    rng = random.Random(setting.seed)
-    rows = []
-    for _ in range(setting.steps * setting.prompts):
-        # the template adds one
-        text = "".join(rng.choices(string.ascii_lowercase, k=setting.prompt_tokens - 1))
-        rows.append({"data_source": "teacher", "prompt": [{"role": "user", "content": text}]})
-    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    count = setting.steps * setting.prompts
+    write_prompts(root / "prompts.jsonl", count, setting.prompt_tokens, seed=setting.seed)
 
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -153,57 +154,35 @@ def write_workload(root: Path, setting: Setting) -> None:
 
 def command(root: Path, run_dir: Path, side: str, setting: Setting, url: str) -> list[str]:
     """The run of a side."""
-    staleness = {"split": 0, "async": setting.max_staleness}.get(side)
-    ahead = (
-        []
-        if staleness is None
-        else [
-            *("--mode", "async", "--max_staleness", str(staleness)),
-            *("--rollout_servers", url, "--weights_dir", str(root / "weights")),
-        ]
+    arguments = flags(
+        student_model=root / "student",
+        teacher=f"teacher={root / 'teacher'}",
+        data=root / "prompts.jsonl",
+        output_dir=run_dir,
+        num_steps=setting.steps,
+        seed=setting.seed,
+        prompts_per_step=setting.prompts,
+        micro_batch_size=min(MICRO_BATCH_SIZE, setting.prompts),
+        max_prompt_tokens=setting.prompt_tokens,
+        max_response_tokens=setting.max_response_tokens,
+        dtype="float32",
+        ds_config="ds_configs/zero0.json",
+        learning_rate=LEARNING_RATE,
+        enforce_eager=True,
+        rollout_kv_cache_gib=0.25,
+        teacher_kv_cache_gib=0.05,
+        parity_every=0,
+        rollout_every=1,
+        rollout_samples=setting.prompts,
     )
-    return [
-        *(sys.executable, "train_mopd.py", "--student_model", str(root / "student")),
-        *("--teacher", f"teacher={root / 'teacher'}", "--data", str(root / "prompts.jsonl")),
-        *(
-            "--output_dir",
-            str(run_dir),
-            "--num_steps",
-            str(setting.steps),
-            "--seed",
-            str(setting.seed),
-        ),
-        *(
-            "--prompts_per_step",
-            str(setting.prompts),
-            "--micro_batch_size",
-            str(min(MICRO_BATCH_SIZE, setting.prompts)),
-        ),
-        *(
-            "--max_prompt_tokens",
-            str(setting.prompt_tokens),
-            "--max_response_tokens",
-            str(setting.max_response_tokens),
-        ),
-        *(
-            "--dtype",
-            "float32",
-            "--ds_config",
-            "ds_configs/zero0.json",
-            "--learning_rate",
-            LEARNING_RATE,
-        ),
-        *("--enforce_eager", "--rollout_kv_cache_gib", "0.25", "--teacher_kv_cache_gib", "0.05"),
-        *(
-            "--parity_every",
-            "0",
-            "--rollout_every",
-            "1",
-            "--rollout_samples",
-            str(setting.prompts),
-            *ahead,
-        ),
-    ]
+    if side != "sync":
+        arguments += flags(
+            mode="async",
+            max_staleness=setting.max_staleness if side == "async" else 0,
+            rollout_servers=url,
+            weights_dir=root / "weights",
+        )
+    return [sys.executable, "train_mopd.py", *arguments]
 
 
 @contextmanager
@@ -240,7 +219,7 @@ def run_all(setting: Setting, rounds: int) -> dict[str, list[Measured]]:
     os.environ.update(environment(setting.threads))  # for the server; a run is given the same
     with tempfile.TemporaryDirectory(prefix="bench_async_") as directory, ExitStack() as stack:
         root = Path(directory)
-        write_workload(root, setting)
+        write_long_tailed(root, setting)
         (root / "weights").mkdir(mode=0o700)
         longest = str(setting.prompt_tokens + setting.max_response_tokens)
         (server,) = stack.enter_context(
@@ -260,7 +239,7 @@ def run_all(setting: Setting, rounds: int) -> dict[str, list[Measured]]:
                 run_dir = root / f"{side}_{turn}"
                 with polled(server.url, "opd_running") as running:
                     arguments = command(root, run_dir, side, setting, server.url)
-                    run_child(arguments, root / "log.txt", environment(setting.threads), DEADLINE_S)
+                    run_child(arguments, root / "log.txt", environment(setting.threads))
                 runs[side].append(read_run(run_dir, setting, running if side != "sync" else []))
                 tools.say(f"{side}: {figures(runs[side][-1:], setting)}")
     return runs
@@ -273,8 +252,7 @@ def read_run(run_dir: Path, setting: Setting, running: list[tuple[float, float]]
     """The steps of a run that has ended; `running` are times and numbers of responses that its
     server was writing.
     """
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["step"] > 0]
+    rows = steps_of(run_dir)
     files = [run_dir / "rollouts" / f"step_{row['step']}.jsonl" for row in rows]
     assert len(rows) == setting.steps, (len(rows), setting.steps)
     ends = [path.stat().st_mtime for path in files]  # written at the end of each step

@@ -12,6 +12,7 @@ Pure: everything follows from the arguments. All times are seconds, all lengths 
 import heapq
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -28,10 +29,8 @@ class Rates:
     max_batch: int  # running sequences of a replica
     score: float  # GPU-s for each token of a sequence that a teacher reads
     train: float  # GPU-s for each token: forward, backward, step
-    logprob: float = 0.0  # GPU-s for each token that a log-prob server reads
-    publish: float = (
-        0.0  # s in which the trainer gathers and writes the weights, and does nothing else
-    )
+    # s in which the trainer gathers and writes the weights, and does nothing else
+    publish: float = 0.0
     load: float = 0.0  # s in which a replica is paused to take them
 
     def token_seconds(self, batch: int) -> float:
@@ -46,12 +45,11 @@ class Split:
     rollout: int
     teacher: int
     trainer: int
-    logprob: int = 0
 
     @property
     def gpus(self) -> int:
         """All of them."""
-        return self.rollout + self.teacher + self.trainer + self.logprob
+        return self.rollout + self.teacher + self.trainer
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Workload:
     lengths: np.ndarray
     batch: int
     steps: int
-    prompt: int = 0  # tokens of a prompt: read by teacher, log-prob server and trainer
+    prompt: int = 0  # tokens of a prompt: read by teacher and trainer
 
     def tokens(self, index: int) -> int:
         """Tokens of sample `index`, prompt and response."""
@@ -75,32 +73,17 @@ class Rule:
     """Who may be issued, what is trained next, and what a push does to running responses."""
 
     max_staleness: int
-    sync_every: int = 1
     # partial rollout; drain: they finish first; restart: they begin again under the new weights
-    at_push: str = "keep"
+    at_push: Literal["keep", "drain", "restart"] = "keep"
     # finished: the first B that are ready. Issues up to (max_staleness + 1) B ahead of training
-    order: str = "strict"
-    drop_stale: bool = (
-        False  # with finished: what is older than max_staleness when it is taken is thrown away
-    )
+    order: Literal["strict", "finished"] = "strict"
+    # with finished: what is older than max_staleness when it is taken is thrown away
+    drop_stale: bool = False
     # replicas take new weights in this many groups, one after the other, so that the rest keeps
     # serving
     waves: int = 2
-    trainer_waits: bool = (
-        True  # until the last replica has loaded, and not only until the weights are written
-    )
-
-    def __post_init__(self):
-        if self.order == "strict" and self.max_staleness < self.sync_every - 1:
-            raise ValueError(
-                f"max_staleness {self.max_staleness}: below sync_every - 1, so nothing could be "
-                f"issued"
-            )
-        if self.at_push not in ("keep", "drain", "restart") or self.order not in (
-            "strict",
-            "finished",
-        ):
-            raise ValueError(f"at_push {self.at_push}, order {self.order}: no such rule")
+    # until the last replica has loaded, and not only until the weights are written
+    trainer_waits: bool = True
 
 
 @dataclass
@@ -118,7 +101,6 @@ class Result:
     dropped: int = 0
     restarts: int = 0
     queue_mean: float = 0.0  # samples that are ready and wait for the trainer, over time
-    queue_max: int = 0
 
 
 def lognormal_lengths(count: int, mean: float, sigma: float, maximum: int, seed: int) -> np.ndarray:
@@ -208,11 +190,6 @@ def synchronous(work: Workload, rates: Rates, split: Split | int) -> Result:
 
 
 def _last_scored(ends: np.ndarray, tokens: np.ndarray, rates: Rates, split: Split) -> float:
-    teacher, logprob = Pool(split.teacher), Pool(split.logprob)
-    return max(
-        max(
-            teacher.end(ends[i], tokens[i] * rates.score),
-            logprob.end(ends[i], tokens[i] * rates.logprob),
-        )
-        for i in np.argsort(ends, kind="stable")
-    )
+    teacher = Pool(split.teacher)
+    order = np.argsort(ends, kind="stable")
+    return max(teacher.end(ends[i], tokens[i] * rates.score) for i in order)

@@ -1,5 +1,5 @@
-"""Is the simulation right? Rates of real runs (`scripts/async_runs.py`) go in, with the lengths
-that were written; step times come out, and are held against the measured ones.
+"""Is the simulation right? Rates of real runs (`scripts/measure/async_runs.py`) go in, with the
+lengths that were written; step times come out, and are held against the measured ones.
 
 * ``sync`` and ``split`` get the rates of their own run: what may be wrong is that a step is the sum
   of its parts, and that a
@@ -18,9 +18,9 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from scripts.async_model import Rates, Result, Rule, Split, Workload, synchronous
-from scripts.async_runs import Measured, Setting
-from scripts.async_simulation import asynchronous
+from scripts.measure.async_model import Rates, Result, Rule, Split, Workload, synchronous
+from scripts.measure.async_runs import Measured, Setting
+from scripts.measure.async_simulation import asynchronous
 
 SERVED = Split(rollout=1, teacher=0, trainer=1)  # the teacher is on the trainer's device
 
@@ -127,4 +127,4 @@ def check(runs: dict[str, list[Measured]], setting: Setting) -> dict:
 
 def rounded(rates: Rates) -> dict[str, float]:
     """To be printed."""
-    return {key: float(f"{value:.4g}") for key, value in asdict(rates).items() if key != "logprob"}
+    return {key: float(f"{value:.4g}") for key, value in asdict(rates).items()}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scripts.async_model import Pool, Rates, Result, Rule, Split, Workload
+from scripts.measure.async_model import Pool, Rates, Result, Rule, Split, Workload
 
 FULL = 1 << 30  # the load of a replica that takes nothing new
 
@@ -61,7 +61,7 @@ class Asynchronous:
     def __init__(self, work: Workload, rates: Rates, split: Split, rule: Rule):
         self.work, self.rates, self.rule, self.trainers = work, rates, rule, split.trainer
         self.replicas = [Replica(rates) for _ in range(split.rollout)]
-        self.teacher, self.logprob = Pool(split.teacher), Pool(split.logprob)
+        self.teacher = Pool(split.teacher)
         waves = min(rule.waves, split.rollout)
         self.waves = [range(wave, split.rollout, waves) for wave in range(waves)]
         # What the dispatcher looks at, as arrays: thousands of replicas, and a look for every
@@ -153,13 +153,8 @@ class Asynchronous:
             return
         replica.advance(self.now)
         for index in replica.pop_ended():
-            tokens = self.work.tokens(index)
-            scored = self.teacher.end(self.now, tokens * self.rates.score)
-            self._at(
-                max(scored, self.logprob.end(self.now, tokens * self.rates.logprob)),
-                self._scored,
-                index,
-            )
+            scored = self.teacher.end(self.now, self.work.tokens(index) * self.rates.score)
+            self._at(scored, self._scored, index)
             self.load[chosen] -= 1
         if replica.draining and not replica.running:
             self._pause(chosen)
@@ -179,7 +174,6 @@ class Asynchronous:
     def _count(self, change: int) -> None:
         self.queue_area += self.queued * (self.now - self.queue_since)
         self.queue_since, self.queued = self.now, self.queued + change
-        self.result.queue_max = max(self.result.queue_max, self.queued)
 
     def _take(self) -> list[int] | None:
         batch = self.work.batch
@@ -212,7 +206,7 @@ class Asynchronous:
         self.step += 1
         self.result.seconds = self.now
         self.result.ended.append(self.now)
-        if self.step % self.rule.sync_every or self.step == self.work.steps:
+        if self.step == self.work.steps:
             self._continue()
         else:
             self.publishing += self.rates.publish
@@ -314,18 +308,17 @@ class Choice:
     result: Result
 
 
-def splits(gpus: int, parts: int = 16, logprob: bool = False) -> list[Split]:
+def splits(gpus: int, parts: int = 16) -> list[Split]:
     """All ways to deal `gpus` out to the roles in portions of gpus / parts, at least one portion
     each.
     """
     unit = max(1, gpus // parts)
-    units, found = gpus // unit, []
-    for rollout in range(1, units - 1):
-        for trainer in range(1, units - rollout):
-            rest = (units - rollout - trainer) * unit
-            for scoring in range(unit, rest, unit) if logprob else [0]:
-                found.append(Split(rollout * unit, rest - scoring, trainer * unit, scoring))
-    return found
+    units = gpus // unit
+    return [
+        Split(rollout * unit, (units - rollout - trainer) * unit, trainer * unit)
+        for rollout in range(1, units - 1)
+        for trainer in range(1, units - rollout)
+    ]
 
 
 def promising(candidates: Iterable[Split], work: Workload, rates: Rates, count: int) -> list[Split]:
@@ -341,12 +334,8 @@ def promising(candidates: Iterable[Split], work: Workload, rates: Rates, count: 
             / rates.max_batch
             / split.rollout
         )
-        reading = [
-            (rates.score, split.teacher),
-            (rates.train, split.trainer),
-            (rates.logprob, split.logprob),
-        ]
-        return max(decoding, *(tokens * rate / gpus for rate, gpus in reading if gpus))
+        scoring, training = rates.score / split.teacher, rates.train / split.trainer
+        return max(decoding, tokens * scoring, tokens * training)
 
     return sorted(candidates, key=bound)[:count]
 

