@@ -16,7 +16,7 @@ from opd import faults
 from tests.support.processes import ROOT, worker_environment
 
 SOURCES = [
-    *sorted((ROOT / "opd").glob("*.py")),
+    *sorted((ROOT / "opd").rglob("*.py")),
     *ROOT.glob("train_*.py"),
     *sorted((ROOT / "scripts").glob("*.py")),
 ]

@@ -13,7 +13,7 @@ from tests.support.processes import ROOT
 
 SOURCES = [
     path
-    for pattern in ("opd/*.py", "train_*.py", "scripts/*.py")
+    for pattern in ("opd/**/*.py", "train_*.py", "scripts/**/*.py")
     for path in sorted(ROOT.glob(pattern))
 ]
 
@@ -23,7 +23,7 @@ ALLOWED = {
         "rollout.py",
         "subprocess.run",
     ): "a child writes responses as long as that takes, and dies with this process",
-    ("servers.py", "task.result"): "a callback of that task: it is done",
+    ("pool.py", "task.result"): "a callback of that task: it is done",
     (
         "bench_recovery.py",
         "future.result",

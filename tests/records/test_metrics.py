@@ -52,7 +52,8 @@ TWO_RANKS = """
 import json, math, torch
 from pathlib import Path
 from opd import distributed
-from opd.records.metrics import Metrics, write_rollouts, write_run_files
+from opd.records.files import write_rollouts, write_run_files
+from opd.records.metrics import Metrics
 
 with distributed.exit_together():
     distributed.init()
@@ -267,7 +268,8 @@ def test_the_time_left_is_that_of_recent_steps(tmp_path, capsys):
 
 TERMINAL = """
 from pathlib import Path
-from opd.records.metrics import Metrics, say
+from opd.log import say
+from opd.records.metrics import Metrics
 metrics = Metrics(Path("run"), num_steps=3, domains=[])
 for step in (1, 2, 3):
     metrics.flush(step)
@@ -319,7 +321,7 @@ def test_every_key_in_the_code_is_documented():
     patterns = documented_keys(ROOT / "docs/metrics.md")
     shape = re.compile(rf"({'|'.join(GROUPS)})/[a-z0-9_]*[a-z0-9]")
     keys = set(memory())
-    for path in (*ROOT.glob("opd/*.py"), *ROOT.glob("train_*.py")):
+    for path in (*ROOT.glob("opd/**/*.py"), *ROOT.glob("train_*.py")):
         strings = (
             node.value
             for node in ast.walk(ast.parse(path.read_text()))

@@ -103,8 +103,8 @@ def test_a_group_that_ignores_sigterm_is_ended_by_force(tmp_path):
 
 def test_a_parent_that_is_killed_leaves_nothing(tmp_path):
     program = (
-        "import os, sys, time, pathlib; from opd import process_group\n"
-        f"p = process_group.start(['bash', '-c', {FAMILY!r}], log=pathlib.Path(sys.argv[1]), "
+        "import os, sys, time, pathlib; from opd import processes\n"
+        f"p = processes.start(['bash', '-c', {FAMILY!r}], log=pathlib.Path(sys.argv[1]), "
         f"env=dict(os.environ))\n"
         "print(p.pid, flush=True); time.sleep(300)"
     )

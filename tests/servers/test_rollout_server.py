@@ -295,7 +295,8 @@ def test_a_client_that_goes_takes_its_request_along(client, replica):
 def test_a_killed_pushers_lease_ends_the_pause(client, replica, versions):
     versions.publish(3)
     code = (
-        f"from opd.weights.push import push; push([{replica.url!r}], 3, 1, {TOKEN!r}, lease_s=2.0)"
+        "from opd.weights.push import push_to_servers; "
+        f"push_to_servers([{replica.url!r}], 3, 1, {TOKEN!r}, lease_s=2.0)"
     )
     killed = subprocess.Popen(
         [sys.executable, "-c", code], env=worker_environment(OPD_FAULT="push.paused:kill")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 # A trainer in a process where a part of the package is another.
 BROKEN = """
 import runpy, sys
-from opd import vllm_engine
+from opd.engines import vllm_engine
 vllm_engine.reload_weights = lambda worker, **source: worker.reload_weights(**source)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
