@@ -9,16 +9,14 @@ docs/serving.md has the routes in detail:
 | `POST /pause` | `{"fence", "lease_s", "mode"}` | `{"version", "state": "paused"}` |
 | `POST /lease` | `{"fence", "lease_s"}` | the same; the lease runs from now |
 | `POST /update_weights` | `{"fence", "version"}` | the same, with weights that `weight_store.verify` believes, and caches reset |
-| | `{"fence", "version", "broadcast"}` | the same, with weights that the trainer sends: `weight_broadcast` |
 | `POST /resume` | `{"fence"}` | `{"version", "state": "ready"}` |
 | `GET /version` | | protocol, weights, state, fence |
 
-No path is ever named, so no request can make a server read a file of the caller's choice, and no
-address: a broadcast comes from where the request came from. Who may post knows OPD_SERVER_TOKEN;
-without one the routes that change something answer 403. A smaller fence than the largest seen is a
-trainer that has a successor: 409. A trainer that dies leaves its lease, after which a server goes
-on with the weights that it has; if those are half loaded it is stale, and answers 503 until a push
-is complete.
+No path is ever named, so no request can make a server read a file of the caller's choice. Who may
+post knows OPD_SERVER_TOKEN; without one the routes that change something answer 403. A smaller
+fence than the largest seen is a trainer that has a successor: 409. A trainer that dies leaves its
+lease, after which a server goes on with the weights that it has; if those are half loaded it is
+stale, and answers 503 until a push is complete.
 """  # noqa: E501
 
 import asyncio
@@ -35,8 +33,6 @@ from fastapi.responses import JSONResponse
 
 from opd.log import one_line
 from opd.servers.http_service import read_json
-from opd.weights.broadcast import check_reach
-from opd.weights.offer import MOST_OFFER_BYTES, Offer, Receivers, read_offer
 from opd.weights.store import verify
 
 State = Literal["stale", "ready", "paused"]
@@ -136,9 +132,8 @@ class Holder(Protocol):
         A second call is fine; "abort" then ends what "keep" had kept.
         """
 
-    async def load(self, source: Path | Offer, version: int) -> None:
-        """Replaces the weights by those of a directory, or by what a trainer sends, and resets
-        every cache.
+    async def load(self, directory: Path, version: int) -> None:
+        """Replaces the weights by those of a directory, and resets every cache.
 
         After an exception the weights count as half loaded.
         """
@@ -161,7 +156,6 @@ class Control:
         *,
         protocol: str,
         token: str | None,
-        receivers: Receivers | None = None,
         max_model_len: int | None = None,
     ):
         self.gate, self.holder, self.weights_dir, self.protocol = (
@@ -170,7 +164,6 @@ class Control:
             weights_dir,
             protocol,
         )
-        self.receivers = receivers  # None: of a broadcast nothing is taken
         self.max_model_len = (
             max_model_len  # tokens that a question may have, for a trainer to know before it asks
         )
@@ -217,11 +210,6 @@ class Control:
         facts = {"weights": gate.version, "state": gate.state, "fence": gate.fence}
         if self.max_model_len is not None:
             facts["max_model_len"] = self.max_model_len
-        if self.receivers is not None:
-            facts["receivers"] = {
-                "workers": self.receivers.workers,
-                "backend": self.receivers.backend,
-            }
         return {"version": "1", "protocol": self.protocol, **facts}
 
     # ---- What a trainer asks ----
@@ -229,11 +217,8 @@ class Control:
     async def _control(self, act: Callable, request: Request) -> JSONResponse:
         if not self._has_token:
             raise HTTPException(403, "set OPD_SERVER_TOKEN: without it nobody may change weights")
-        offers = act == self._update and self.receivers is not None
-        body = await read_json(request, MOST_OFFER_BYTES if offers else MOST_BYTES)
+        body = await read_json(request, MOST_BYTES)
         fence = _whole_or_not(body, "fence", whole=True)
-        if offers:
-            act = partial(self._update, host=request.client.host)
         try:
             if act == self._renew:  # not in turn: a long load needs it
                 await act(fence, body)
@@ -263,35 +248,23 @@ class Control:
         async with asyncio.timeout(ACT_SECONDS):
             await self.holder.pause(mode)
 
-    async def _update(self, fence: int, body: dict, host: str = "") -> None:
+    async def _update(self, fence: int, body: dict) -> None:
         version = _whole_or_not(body, "version", whole=True)
         self.gate.check_held(fence)
         try:
             async with asyncio.timeout(ACT_SECONDS):
-                source = await asyncio.to_thread(
-                    self._source, body.get("broadcast"), version, fence, host
-                )
+                directory = await asyncio.to_thread(verify, self.weights_dir, version, fence)
         except ValueError as error:
             raise HTTPException(422, one_line(error)) from None  # nothing has changed
         self.gate.begin_load(fence)
         try:
             async with asyncio.timeout(ACT_SECONDS):
-                await self.holder.load(source, version)
+                await self.holder.load(directory, version)
         except Exception as error:  # whatever the engine raises, the weights are half loaded
             raise HTTPException(
                 500, f"half loaded: {type(error).__name__}: {one_line(error)}"
             ) from error
         self.gate.finish_load(version)
-
-    def _source(self, broadcast: Any, version: int, fence: int, host: str) -> Path | Offer:
-        """What is to be loaded. ValueError, before anything has changed, for what cannot be."""
-        if broadcast is None:
-            return verify(self.weights_dir, version, fence)
-        if self.receivers is None:
-            raise ValueError("this server takes weights from its directory only")
-        offer = read_offer(broadcast, host, self.receivers)
-        check_reach(offer)
-        return offer
 
     async def _resume(self, fence: int, body: dict) -> None:
         self.gate.resume(fence)

@@ -236,7 +236,6 @@ async def serve_app(
         ws="none",
         lifespan="off",
         timeout_graceful_shutdown=end_seconds,
-        proxy_headers=False,  # a client's address is that of its connection, whatever it says
     )
     bound.listen()
     host, port = bound.getsockname()[:2]

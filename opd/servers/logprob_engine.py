@@ -28,8 +28,6 @@ from opd.inputs.shapes import load_part
 from opd.ops.attention import attention_of
 from opd.ops.fused_linear import score_hidden
 from opd.ops.heads import logit_form
-from opd.weights.broadcast import receiving
-from opd.weights.offer import Offer
 from opd.weights.store import check_names
 
 
@@ -146,17 +144,15 @@ class LogprobScorer:
         ]
 
     @torch.no_grad()
-    def load(self, source: Path | Offer, version: int) -> None:
-        """Copies a published version into the parameters, from its directory or as a trainer sends
-        it.
+    def load(self, directory: Path, version: int) -> None:
+        """Copies a published version into the parameters, from its directory.
 
         After an exception there are no whole weights: `version` is None. ValueError if names,
         shapes and dtypes are not the model's: then the trainer computes with something else.
         """
         self.version = None
         parameters = checkpoint_views(self.model)
-        opened = self._receive(source) if isinstance(source, Offer) else _read_version(source)
-        with opened as (names, tensors):
+        with _read_version(directory) as (names, tensors):
             check_names(names, parameters)
             filled: set[int] = set()  # where values lie, to find tied ones
             for name, value in tensors:
@@ -176,12 +172,6 @@ class LogprobScorer:
                 parameter.copy_(value)
                 filled.add(parameter.data_ptr())
         self.version = version
-
-    @contextmanager
-    def _receive(self, offer: Offer) -> Iterator[tuple[list[str], Iterator[tuple[str, Tensor]]]]:
-        """(names, tensors) that a trainer sends."""
-        with receiving(offer, 1, self.model.device) as tensors:
-            yield offer.names, tensors
 
 
 @contextmanager

@@ -15,8 +15,6 @@ import torch
 from opd.config import GIB
 from opd.engines.vllm_process import async_engine, reload_weights, sampling_params
 from opd.servers.control import PauseMode
-from opd.weights.broadcast import receiving
-from opd.weights.offer import Offer
 
 RELOAD_SECONDS = 600.0  # to read new weights
 FINISH_REASONS = {"stop": "stop", "length": "length", "abort": "aborted"}
@@ -137,17 +135,12 @@ class PushedEngine:
         """Returns when the engine is idle; what runs is kept in its queue, or ends as aborted."""
         await self.llm.pause_generation(mode=mode, clear_cache=True)
 
-    async def load(self, source: Path | Offer, version: int) -> None:
-        """Reads or receives weights; the old ones' prefixes go, those of requests that are kept
-        too: they are computed again.
+    async def load(self, directory: Path, version: int) -> None:
+        """Reads weights; the old ones' prefixes go, those of requests that are kept too: they are
+        computed again.
         """
         self._version = None
-        method, said = (
-            ("receive", asdict(source))
-            if isinstance(source, Offer)
-            else ("reload_from", str(source))
-        )
-        await self.llm.collective_rpc(method, timeout=RELOAD_SECONDS, args=(said,))
+        await self.llm.collective_rpc("reload_from", timeout=RELOAD_SECONDS, args=(str(directory),))
         await self._reset_cache()
         self._version = version
         await self._tell_version()
@@ -191,25 +184,15 @@ class ReloadingWorker:
     """
 
     def reload_from(self, directory: str) -> None:
-        """Reads a version from its directory."""
-        self._reload(weights_path=directory)
+        """Reads a version from its directory.
 
-    def receive(self, offer: dict[str, Any]) -> None:
-        """Takes what a trainer sends to every worker; each cuts its own part out, as from files."""
-        offer = Offer(**offer)
-        with receiving(
-            offer, 1 + self.rank, "cpu" if offer.backend == "gloo" else self.device
-        ) as tensors:
-            self._reload(weights_iterator=tensors)
-
-    def _reload(self, **source) -> None:
-        """vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here
-        it is forgotten.
+        vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here it
+        is forgotten.
         """
         from vllm.model_executor.model_loader.reload import layerwise
 
         try:
-            reload_weights(self, **source)
+            reload_weights(self, weights_path=directory)
         except BaseException:
             for layer in self.get_model().modules():
                 info = layerwise.get_layerwise_info(layer)

@@ -42,10 +42,8 @@ class WeightKeeper:
         *,
         mode: Literal["keep", "abort"],
         wait_s: float,
-        broadcast: bool = False,
     ):
         self.roles, self.root, self.fence, self.token, self.mode = roles, root, fence, token, mode
-        self.broadcast_from = root if broadcast else None
         self.wait_s = wait_s  # for the first server of a role, if all are being restarted
         self.version: int | None = None  # the last one that was pushed
         self._missing: set[str] = set()  # who has not got the version of the last push
@@ -111,7 +109,6 @@ class WeightKeeper:
             lease_s=LEASE_SECONDS,
             deadline_s=PUSH_SECONDS,
             say=self._warn_once,
-            broadcast_from=self.broadcast_from,
         )
 
     def _warn_once(self, message: str) -> None:

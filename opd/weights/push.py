@@ -12,14 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import httpx
 
 from opd.faults import fault_point
 from opd.log import warn
-from opd.weights.broadcast import sending
 
 CONNECT_SECONDS = 5.0
 ALIVE_SECONDS = (
@@ -68,27 +66,22 @@ def push_to_servers(
     mode: Literal["keep", "abort"] = "keep",
     lease_s: float = 30.0,
     deadline_s: float = 600.0,
-    broadcast_from: Path | None = None,
     say: Callable[[str], None] = warn,
 ) -> PushReport:
     """Makes the servers load a version that `weight_store.publish` has written: half of them, while
     the others serve, and these.
 
-    They read it in their own directory; with `broadcast_from` this process reads it there, and
-    sends it to one after the other. `keep` lets what is being sampled go on under the new weights;
-    `abort` ends it. `deadline_s` is for one server. A server that fails is reported, and said;
-    PushFailed if all did.
+    They read it in their own directory. `keep` lets what is being sampled go on under the new
+    weights; `abort` ends it. `deadline_s` is for one server. A server that fails is reported, and
+    said; PushFailed if all did.
     """
 
     def push_to(url: str) -> ReplicaPush:
-        return _push_one(
-            url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s, broadcast_from
-        )
+        return _push_one(url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s)
 
     half = (len(urls) + 1) // 2
-    waves = [urls[:half], urls[half:]] if broadcast_from is None else [[url] for url in urls]
     replicas: tuple[ReplicaPush, ...] = ()
-    for wave in filter(None, waves):
+    for wave in filter(None, (urls[:half], urls[half:])):
         with ThreadPoolExecutor(len(wave)) as threads:
             replicas += tuple(threads.map(push_to, wave))
     report = PushReport(version, replicas)
@@ -114,42 +107,9 @@ class _Server:
             raise ValueError(f"{path}: {answer.status_code}: {_error_of(answer)}")
         return answer.json()
 
-    def update(self, version: int, deadline: float, broadcast_from: Path | None) -> None:
-        """Has it load a version until `deadline`. One of FAILURES if it does not."""
-        if broadcast_from is None:
-            self.ask("/update_weights", deadline - time.monotonic(), version=version)
-            return
-        address, receivers = self._way()
-        left = max(0.1, deadline - time.monotonic())
-        with sending(
-            broadcast_from, version, self.fence, address=address, seconds=left, **receivers
-        ) as offer:
-            self.ask("/update_weights", left, version=version, broadcast=offer)
-
-    def _way(self) -> tuple[str, dict[str, Any]]:
-        """(the address of this process as the server sees it, what the server says of those who
-        receive).
-        """
-        answer = self.client.get("/version")
-        try:
-            facts = answer.json()["receivers"]
-            receivers = {"workers": int(facts["workers"]), "backend": str(facts["backend"])}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                "/version: it takes no broadcast; use --weight_transfer directory"
-            ) from None
-        return answer.extensions["network_stream"].get_extra_info("client_addr")[0], receivers
-
 
 def _push_one(
-    url: str,
-    version: int,
-    fence: int,
-    token: str,
-    mode: str,
-    lease_s: float,
-    deadline_s: float,
-    broadcast_from: Path | None,
+    url: str, version: int, fence: int, token: str, mode: str, lease_s: float, deadline_s: float
 ) -> ReplicaPush:
     start = time.monotonic()
     headers, failure, answer, paused = {"Authorization": f"Bearer {token}"}, None, {}, None
@@ -164,7 +124,8 @@ def _push_one(
             paused = time.monotonic()
             fault_point("push.paused")
             with _renewed(server, lease_s):
-                server.update(version, start + deadline_s, broadcast_from)
+                left = start + deadline_s - time.monotonic()
+                server.ask("/update_weights", left, version=version)
         except FAILURES as error:
             failure = error
         finally:

@@ -169,10 +169,7 @@ def test_a_server_without_a_push_serves_nothing(client, replica):
         "state": "stale",
         "fence": 0,
     }
-    assert client.get("/version").json() == facts | {
-        "max_model_len": 512,
-        "receivers": {"workers": 1, "backend": "gloo"},
-    }
+    assert client.get("/version").json() == facts | {"max_model_len": 512}
     children = psutil.Process(replica.process.pid).children(recursive=True)
     for pid in (replica.process.pid, *(child.pid for child in children)):
         assert listening_addresses(pid) <= LOOPBACK
@@ -418,6 +415,35 @@ def test_a_server_whose_engine_died_ends(tiny, tmp_path, monkeypatch):
         engine.kill()
         assert future.exception(timeout=SECONDS) is not None
         wait_for(lambda: replica.process.poll() is not None, 10)
+
+
+def test_each_process_of_a_server_reads_its_part_of_a_push(tiny, versions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_SERVER_TOKEN", TOKEN)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with (
+        serving(
+            str(tiny.student),
+            protocol="rollout",
+            weights_dir=versions.root,
+            tensor_parallel=2,
+            kv_cache_gib=KV_GIB,
+            dtype="float32",
+            log_dir=tmp_path,
+            start_seconds=300.0,
+            extra=("--enforce_eager",),
+        ) as (replica,),
+        httpx.Client(
+            base_url=replica.url, headers=headers, timeout=SECONDS, trust_env=False
+        ) as client,
+    ):
+        for version in (1, 2):
+            versions.publish(version)
+            push_to(versions, replica, version)
+            answer = generate(client, prompt_ids=[3, 4, 5], seed=version, max_tokens=30)
+            expected = versions.logprobs(version, [3, 4, 5], answer["token_ids"])
+            got = torch.tensor(answer["logprobs"])
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+            assert answer["spans"] == [[version, 0, 30]]
 
 
 # ---- Questions that make no sense ----------------------------------------------------------------
