@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from opd.config import GIB
-from opd.engines.vllm_process import async_engine, reload_weights, sampling_params
+from opd.engines.vllm_process import async_engine, sampling_params
 from opd.servers.control import PauseMode
 
 RELOAD_SECONDS = 600.0  # to read new weights
@@ -69,7 +69,6 @@ class PushedEngine:
         options = {"gpu_memory_utilization": 0.01} if torch.cuda.is_available() else {}
         self.llm = async_engine(
             self._stepped,
-            ReloadingWorker,
             model=model,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -176,27 +175,3 @@ def _response(completion: Any, with_logprobs: bool) -> Response:
         f"{spans} of {len(ids)} tokens"
     )
     return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, spans=spans)
-
-
-class ReloadingWorker:
-    """What vLLM mixes into the workers of a server's engine: a reload after which, if it fails,
-    another one can work.
-    """
-
-    def reload_from(self, directory: str) -> None:
-        """Reads a version from its directory.
-
-        vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here it
-        is forgotten.
-        """
-        from vllm.model_executor.model_loader.reload import layerwise
-
-        try:
-            reload_weights(self, weights_path=directory)
-        except BaseException:
-            for layer in self.get_model().modules():
-                info = layerwise.get_layerwise_info(layer)
-                if info.can_load():
-                    layerwise._place_kernel_tensors(layer, info)
-                info.reset()
-            raise
