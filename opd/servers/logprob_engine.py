@@ -26,8 +26,8 @@ from opd.engines.checkpoint_names import checkpoint_views, forget_prefixes
 from opd.engines.hf_engine import batches
 from opd.inputs.shapes import load_part
 from opd.ops.attention import attention_of
-from opd.ops.fused_linear import score_hidden
-from opd.ops.heads import logit_form
+from opd.ops.heads import OutputHead, logit_form
+from opd.ops.scores import score_responses
 from opd.weights.store import check_names
 
 
@@ -125,22 +125,15 @@ class LogprobScorer:
             input_ids=ids[:, :-1], attention_mask=real_BS, use_cache=False
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        scores = score_hidden(
-            states_BSH[predicts_BS],
-            head.weight,
-            ids[:, 1:][predicts_BS],
-            bias_V=getattr(head, "bias", None),
-            form=self.form,
+        responses = [question.response_ids for question in questions]
+        scores = score_responses(
+            states_BSH[predicts_BS].split([len(response) for response in responses]),
+            responses,
+            OutputHead(head.weight, getattr(head, "bias", None), self.form),
             temperature=temperature,
         )
-        lengths = [len(question.response_ids) for question in questions]
-        columns = (
-            values_N.cpu().split(lengths)
-            for values_N in (scores.sampled_logprobs_N, scores.entropy_N)
-        )
         return [
-            {"logprobs": logprobs_L, "entropy": entropy_L}
-            for logprobs_L, entropy_L in zip(*columns, strict=True)
+            {"logprobs": found["sampled_logprobs"], "entropy": found["entropy"]} for found in scores
         ]
 
     @torch.no_grad()
