@@ -22,14 +22,12 @@ stale, and answers 503 until a push is complete.
 import asyncio
 import math
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
 
 from opd.log import one_line
 from opd.servers.http_service import read_json
@@ -47,8 +45,11 @@ LEASE_POLL_SECONDS = 1.0  # a lease may be cut short by a resume
 MOST_BYTES = 4096  # of a control request
 
 
-class Refused(Exception):
-    """A transition that the state does not have, or a trainer that has a successor."""
+class Refused(HTTPException):
+    """409: a transition that the state does not have, or a trainer that has a successor."""
+
+    def __init__(self, why: str):
+        super().__init__(409, why)
 
 
 class WeightsGate:
@@ -158,15 +159,10 @@ class Control:
         token: str | None,
         max_model_len: int | None = None,
     ):
-        self.gate, self.holder, self.weights_dir, self.protocol = (
-            gate,
-            holder,
-            weights_dir,
-            protocol,
-        )
-        self.max_model_len = (
-            max_model_len  # tokens that a question may have, for a trainer to know before it asks
-        )
+        self.gate, self.holder = gate, holder
+        self.weights_dir, self.protocol = weights_dir, protocol
+        # tokens that a question may have, for a trainer to know before it asks
+        self.max_model_len = max_model_len
         self._has_token = token is not None
         self._turn = asyncio.Lock()  # one control request at a time
         # cleared from a pause until the holder does what the gate then says
@@ -180,13 +176,8 @@ class Control:
         The token itself is checked around the whole application, by `http_service.RequireToken`.
         """
         app.add_api_route("/version", self.tell_version, methods=["GET"])
-        for path, act in (
-            ("pause", self._pause),
-            ("update_weights", self._update),
-            ("resume", self._resume),
-            ("lease", self._renew),
-        ):
-            app.add_api_route(f"/{path}", partial(self._control, act), methods=["POST"])
+        for route in (self.pause, self.update_weights, self.resume, self.lease):
+            app.add_api_route(f"/{route.__name__}", route, methods=["POST"])
 
     async def ready(self, seconds: float = GATE_SECONDS) -> int:
         """The version that serves, as soon as the server is not paused.
@@ -214,66 +205,83 @@ class Control:
 
     # ---- What a trainer asks ----
 
-    async def _control(self, act: Callable, request: Request) -> JSONResponse:
+    async def pause(self, request: Request) -> dict[str, Any]:
+        """Closes the gate, until a resume or the end of the lease."""
+        fence, body = await self._read(request)
+        async with self._in_turn():
+            mode, lease_s = body.get("mode", "keep"), _whole_or_not(body, "lease_s")
+            if mode not in ("keep", "abort"):
+                raise HTTPException(400, 'mode: must be "keep" or "abort"')
+            self.gate.pause(fence, lease_s)
+            self._settled.clear()
+            if self._watch is None or self._watch.done():
+                self._watch = asyncio.create_task(self._keep_lease())
+            async with asyncio.timeout(ACT_SECONDS):
+                await self.holder.pause(mode)
+        return self._state()
+
+    async def update_weights(self, request: Request) -> dict[str, Any]:
+        """Loads a version of the directory that the server was started with."""
+        fence, body = await self._read(request)
+        async with self._in_turn():
+            version = _whole_or_not(body, "version", whole=True)
+            self.gate.check_held(fence)
+            try:
+                async with asyncio.timeout(ACT_SECONDS):
+                    directory = await asyncio.to_thread(verify, self.weights_dir, version, fence)
+            except ValueError as error:
+                raise HTTPException(422, one_line(error)) from None  # nothing has changed
+            self.gate.begin_load(fence)
+            try:
+                async with asyncio.timeout(ACT_SECONDS):
+                    await self.holder.load(directory, version)
+            except Exception as error:  # whatever the engine raises, the weights are half loaded
+                raise HTTPException(
+                    500, f"half loaded: {type(error).__name__}: {one_line(error)}"
+                ) from error
+            self.gate.finish_load(version)
+        return self._state()
+
+    async def resume(self, request: Request) -> dict[str, Any]:
+        """Opens the gate."""
+        fence, _ = await self._read(request)
+        async with self._in_turn():
+            self.gate.resume(fence)
+            await self._settle()
+            if self.gate.state == "stale":
+                raise HTTPException(503, "stale")
+        return self._state()
+
+    async def lease(self, request: Request) -> dict[str, Any]:
+        """Renews the lease; not in turn, since a long load needs it."""
+        fence, body = await self._read(request)
+        self.gate.renew(fence, _whole_or_not(body, "lease_s"))
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {"version": self.gate.version, "state": self.gate.state}
+
+    async def _read(self, request: Request) -> tuple[int, dict[str, Any]]:
+        """(fence, the whole body) of a control request."""
         if not self._has_token:
             raise HTTPException(403, "set OPD_SERVER_TOKEN: without it nobody may change weights")
         body = await read_json(request, MOST_BYTES)
-        fence = _whole_or_not(body, "fence", whole=True)
+        return _whole_or_not(body, "fence", whole=True), body
+
+    @asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
+        """One control request at a time."""
         try:
-            if act == self._renew:  # not in turn: a long load needs it
-                await act(fence, body)
-            else:
-                async with asyncio.timeout(TURN_SECONDS):
-                    await self._turn.acquire()
-                try:
-                    await act(fence, body)
-                finally:
-                    self._turn.release()
-        except Refused as error:
-            raise HTTPException(409, str(error)) from None
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._turn.acquire()
+            try:
+                yield
+            finally:
+                self._turn.release()
         except TimeoutError:
             raise HTTPException(
                 503, "another control request, or this one, takes too long"
             ) from None
-        return JSONResponse({"version": self.gate.version, "state": self.gate.state})
-
-    async def _pause(self, fence: int, body: dict) -> None:
-        mode, lease_s = body.get("mode", "keep"), _whole_or_not(body, "lease_s")
-        if mode not in ("keep", "abort"):
-            raise HTTPException(400, 'mode: must be "keep" or "abort"')
-        self.gate.pause(fence, lease_s)
-        self._settled.clear()
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._keep_lease())
-        async with asyncio.timeout(ACT_SECONDS):
-            await self.holder.pause(mode)
-
-    async def _update(self, fence: int, body: dict) -> None:
-        version = _whole_or_not(body, "version", whole=True)
-        self.gate.check_held(fence)
-        try:
-            async with asyncio.timeout(ACT_SECONDS):
-                directory = await asyncio.to_thread(verify, self.weights_dir, version, fence)
-        except ValueError as error:
-            raise HTTPException(422, one_line(error)) from None  # nothing has changed
-        self.gate.begin_load(fence)
-        try:
-            async with asyncio.timeout(ACT_SECONDS):
-                await self.holder.load(directory, version)
-        except Exception as error:  # whatever the engine raises, the weights are half loaded
-            raise HTTPException(
-                500, f"half loaded: {type(error).__name__}: {one_line(error)}"
-            ) from error
-        self.gate.finish_load(version)
-
-    async def _resume(self, fence: int, body: dict) -> None:
-        self.gate.resume(fence)
-        await self._settle()
-        if self.gate.state == "stale":
-            raise HTTPException(503, "stale")
-
-    async def _renew(self, fence: int, body: dict) -> None:
-        self.gate.renew(fence, _whole_or_not(body, "lease_s"))
 
     # ---- The end of a pause ----
 
