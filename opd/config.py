@@ -186,12 +186,6 @@ class AsyncConfig:
         "Where weights pass to servers: a folder that all of them see. Default: one of its own in "
         "shared memory.",
     )
-    weight_transfer: Literal["directory", "broadcast"] = option(
-        "directory",
-        "directory: servers read weights in --weights_dir. broadcast: rank 0 reads them there and "
-        "sends them, by NCCL "
-        "between GPUs and by gloo between CPUs, so that servers need not see it.",
-    )
 
 
 @dataclass(frozen=True)

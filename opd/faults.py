@@ -38,7 +38,6 @@ POINTS = {
     "sync.before": "before the rollout engine gets new weights; the first time is before the "
     "first step",
     "push.paused": "a server is paused for new weights and has not read them",
-    "push.sending": "a piece of the weights is about to be broadcast to a server that waits for it",
     "ledger.before_write": "a trained step is not in the sample ledger yet",
     "ledger.written": "a trained step is in the sample ledger, but in neither metrics nor "
     "checkpoint",

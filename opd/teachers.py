@@ -23,8 +23,8 @@ from opd.clients.served_teacher import ServedTeacher
 from opd.config import LossConfig, TeacherSpec
 from opd.faults import fault_point
 from opd.log import warn
-from opd.ops.fused_linear import score_hidden
 from opd.ops.heads import MappedHead, OutputHead
+from opd.ops.scores import response_states, score_responses
 from opd.types import CANARY_IDS, Rollout, TeacherEngine, TeacherPayload, TeacherScores
 
 CANARY_ROWS = 256  # of the head: a slice is enough to tell one hidden state from another
@@ -102,15 +102,10 @@ class ColocatedTeacher:
         )
 
     def hidden_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """[L, H] per rollout: the state that predicts response token t is the one at its
-        predecessor.
-        """
-        states = self.engine.hidden_states(
-            [(r.prompt.token_ids + r.response_ids)[:-1] for r in rollouts]
+        """[L, H] per rollout: the states that predict its response."""
+        return response_states(
+            self.engine, [(r.prompt.token_ids, r.response_ids) for r in rollouts]
         )
-        return [
-            state[len(r.prompt.token_ids) - 1 :] for r, state in zip(rollouts, states, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -414,38 +409,15 @@ class TeacherPool:
                     f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not "
                     f"finite"
                 )
-        if payload == "hidden":
-            return [
-                TeacherScores(teacher=name, weight=1.0, hidden=hidden_LH) for hidden_LH in states
-            ]
-        head = self.head(name)
-        labels_N = torch.tensor(
-            [token for r in rollouts for token in r.response_ids], device=self.device
-        )
-        result = score_hidden(
-            torch.cat(list(states)),
-            head.weight_VH,
-            labels_N,
-            support_k=0 if payload == "sampled" else self._k,
-            bias_V=head.bias_V,
-            form=head.form,
-            temperature=self.cfg.loss_temperature,
-            chunk_bytes=self.cfg.loss_chunk_bytes,
-        )
-        lengths = [len(r.response_ids) for r in rollouts]
-        fields = {
-            "sampled_logprobs": result.sampled_logprobs_N,
-            "entropy": result.entropy_N,
-            "logsumexp": result.logsumexp_N,
-            "topk_ids": result.topk_ids_NK,
-            "topk_logprobs": result.topk_logprobs_NK,
-        }
-        parts = {
-            key: value.cpu().split(lengths) for key, value in fields.items() if value is not None
-        }
-        if payload == "topk+hidden":
-            parts["hidden"] = states
-        return [
-            TeacherScores(teacher=name, weight=1.0, **{key: part[i] for key, part in parts.items()})
-            for i in range(len(rollouts))
-        ]
+        fields = [{"hidden": hidden_LH} if "hidden" in payload else {} for hidden_LH in states]
+        if payload != "hidden":
+            scores = score_responses(
+                states,
+                [r.response_ids for r in rollouts],
+                self.head(name),
+                support_k=0 if payload == "sampled" else self._k,
+                temperature=self.cfg.loss_temperature,
+                chunk_bytes=self.cfg.loss_chunk_bytes,
+            )
+            fields = [kept | found for kept, found in zip(fields, scores, strict=True)]
+        return [TeacherScores(teacher=name, weight=1.0, **found) for found in fields]

@@ -14,7 +14,7 @@ L response length, K support size, V vocabulary, H hidden size.
 import math
 import sys
 import urllib.parse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +34,6 @@ JSON_BYTES_PER_ENTRY = 256  # one candidate of one token with its text; they tak
 HEADER_BYTES = 1 << 16  # of safetensors, and of whatever else surrounds the numbers
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class BadAnswer(ValueError):
@@ -107,7 +106,7 @@ def decode_ids(body: bytes, *, vocab: int, most: int) -> list[int]:
 
 
 def encode_arrays(arrays: Mapping[str, Tensor]) -> bytes:
-    """safetensors of contiguous host tensors; int64 ids travel as int32."""
+    """safetensors; int64 ids travel as int32."""
     assert sys.byteorder == "little", "safetensors are little-endian"
     return safetensors.torch.save(
         {
@@ -115,33 +114,6 @@ def encode_arrays(arrays: Mapping[str, Tensor]) -> bytes:
             for k, v in arrays.items()
         }
     )
-
-
-def stream_arrays(
-    arrays: Mapping[str, Tensor], block_bytes: int = 1 << 22
-) -> tuple[int, Iterator[bytes]]:
-    """(length, blocks) of the safetensors that `encode_arrays` would make, without a second copy of
-    them.
-
-    The arrays may lie on a GPU: a block at a time visits the host.
-    """
-    assert sys.byteorder == "little", "safetensors are little-endian"
-    header, end = {}, 0
-    for name, array in arrays.items():
-        start, end = end, end + array.numel() * array.element_size()
-        kind = _DTYPE_NAMES[array.dtype]
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, end]}
-    text = msgspec.json.encode(header)
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    head = len(text).to_bytes(8, "little") + text
-
-    def blocks() -> Iterator[bytes]:
-        yield head
-        for array in arrays.values():
-            for block in array.reshape(-1).split(max(1, block_bytes // array.element_size())):
-                yield block.cpu().view(torch.uint8).numpy().tobytes()
-
-    return len(head) + end, blocks()
 
 
 def decode_scores(body: bytes, question: Question) -> dict[str, Tensor]:

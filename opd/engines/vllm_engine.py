@@ -1,9 +1,8 @@
-"""Everything that touches vLLM: one in-process engine per rank for rollouts, one per teacher for
-hidden states.
+"""The vLLM engines of a rank: one in-process engine for rollouts, one per teacher for hidden
+states.
 
-vLLM is imported here and in `opd/engines/vllm_process.py` only, and when the first engine is built:
-the import takes seconds, and a user's mistake must not wait for it. Each rank owns its engines
-(`external_launcher`, no worker processes).
+Each rank owns its engines (`external_launcher`, no worker processes). Whatever they need of vLLM's
+modules comes from `opd/engines/vllm_process.py`.
 """
 
 import functools
@@ -18,14 +17,17 @@ from opd import distributed
 from opd.config import GIB
 from opd.engines.engine_memory import KV_CACHE, WEIGHTS
 from opd.engines.vllm_process import (
+    Workspace,
     as_transformers,
     engine_memory,
     import_vllm,
     kept_classes,
     parallel_groups,
+    pooling_options,
     register_sleep_backend,
     reload_weights,
     sampling_params,
+    weight_bytes,
 )
 from opd.log import warn
 from opd.types import Sample
@@ -77,7 +79,7 @@ class _Engine:
         self._kv_cache_bytes = int(kv_cache_gib * GIB)
         self._asleep: set[str] = set()
         self._rests = False
-        self._workspace = None
+        self._workspace = Workspace()
         with self._active(), kept_classes():
             self.llm = vllm.LLM(
                 model=model,
@@ -97,23 +99,16 @@ class _Engine:
     def _active(self):
         """Around every call of vLLM: its globals are this engine's inside, and what it allocates.
 
-        vllm 0.32 keeps one workspace per process, the last engine's: others would compute in memory
-        that sleeps with it. Ranks that share an engine wait for each other inside, and cannot be
-        asked there.
+        Ranks that share an engine wait for each other inside, and cannot be asked there.
         """
-        from vllm.v1.worker import workspace
-
         shared = self.tensor_parallel_size > 1
-        outside, workspace._manager = workspace._manager, self._workspace
-        try:
-            with (
-                self._groups.active(),
-                self.memory.active() if self.memory is not None else nullcontext(),
-                distributed.collective_region() if shared else nullcontext(),
-            ):
-                yield
-        finally:
-            self._workspace, workspace._manager = workspace._manager, outside
+        with (
+            self._workspace.active(),
+            self._groups.active(),
+            self.memory.active() if self.memory is not None else nullcontext(),
+            distributed.collective_region() if shared else nullcontext(),
+        ):
+            yield
 
     @property
     def can_sleep(self) -> bool:
@@ -138,7 +133,7 @@ class _Engine:
         """Bytes of weights and KV cache that the engine holds on its device when awake."""
         if self.memory is not None:
             return self.memory.size()
-        (weights,) = self.llm.collective_rpc(_weight_bytes)
+        (weights,) = self.llm.collective_rpc(weight_bytes)
         return weights + self._kv_cache_bytes
 
     @property
@@ -240,18 +235,6 @@ def _use_own_sleep(worker) -> None:
     no argument for it.
     """
     worker.vllm_config.model_config.sleep_mode_backend = register_sleep_backend()
-
-
-def _weight_bytes(worker) -> int:
-    """Called by vLLM with its worker. vllm 0.32 packs parameters on a CPU and empties them; their
-    shapes it remembers.
-    """
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    shapes = [
-        get_layerwise_info(layer).restore_metadata[0] for layer in worker.get_model().modules()
-    ]
-    return sum(parameter.nbytes for parameters in shapes for parameter in parameters.values())
 
 
 class GeneratorEngine(_Engine):
@@ -380,9 +363,6 @@ class HiddenStateEngine(_Engine):
         tensor_parallel_size: int = 1,
         residency: str = "host",
     ):
-        import_vllm()
-        from vllm.config import PoolerConfig
-
         super().__init__(
             name,
             model,
@@ -395,10 +375,8 @@ class HiddenStateEngine(_Engine):
             dtype=dtype,
             max_model_len=max_model_len,
             trust_remote_code=trust_remote_code,
-            runner="pooling",
-            convert="embed",
-            pooler_config=PoolerConfig(task="token_embed", use_activation=False),
             enable_prefix_caching=False,
+            **pooling_options(),
         )
 
     def _wake(self, tags: list[str]) -> None:

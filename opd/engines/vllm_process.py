@@ -1,8 +1,11 @@
 """What the vLLM engines of one process share, and how each gets its own part of it.
 
-vLLM expects one engine in a process. Its environment, its sleep allocator and its process groups
-are global; here they are set before the first import, owned by the engine that made them, and
-exchanged around every call.
+vLLM expects one engine in a process. Its environment, its sleep allocator, its workspace and its
+process groups are global; here they are set before the first import, owned by the engine that made
+them, and exchanged around every call.
+
+vLLM is imported in this file only, and when the first engine is built: the import takes seconds,
+and a user's mistake must not wait for it.
 """
 
 import functools
@@ -56,6 +59,15 @@ def as_transformers() -> dict[str, Any]:
     if not torch.cuda.is_available():
         options["compilation_config"] = CompilationConfig(custom_ops=["-rotary_embedding"])
     return options
+
+
+def pooling_options() -> dict[str, Any]:
+    """Options of an engine that returns the final hidden states of every token."""
+    import_vllm()
+    from vllm.config import PoolerConfig
+
+    pooler_config = PoolerConfig(task="token_embed", use_activation=False)
+    return {"runner": "pooling", "convert": "embed", "pooler_config": pooler_config}
 
 
 def sampling_params(
@@ -118,6 +130,43 @@ def reload_weights(worker, **source) -> None:
             layer.quant_method.process_weights_after_loading(layer)
 
 
+class ReloadingWorker:
+    """What vLLM mixes into the workers of a server's engine: a reload after which, if it fails,
+    another one can work.
+    """
+
+    def reload_from(self, directory: str) -> None:
+        """Reads the weights of a directory.
+
+        vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here it
+        is forgotten.
+        """
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        try:
+            reload_weights(self, weights_path=directory)
+        except BaseException:
+            for layer in self.get_model().modules():
+                info = layerwise.get_layerwise_info(layer)
+                if info.can_load():
+                    layerwise._place_kernel_tensors(layer, info)
+                info.reset()
+            raise
+
+
+def weight_bytes(worker) -> int:
+    """Bytes of a model's parameters; called by vLLM with its worker.
+
+    vllm 0.32 packs parameters on a CPU and empties them; their shapes it remembers.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    shapes = [
+        get_layerwise_info(layer).restore_metadata[0] for layer in worker.get_model().modules()
+    ]
+    return sum(parameter.nbytes for parameters in shapes for parameter in parameters.values())
+
+
 @contextmanager
 def kept_classes():
     """Around the building of an engine: classes of transformers stay what they are, for the student
@@ -157,9 +206,9 @@ def kept_classes():
                     delattr(cls, name)
 
 
-def async_engine(on_step: Callable[[int], None], worker_extension: type, **options):
+def async_engine(on_step: Callable[[int], None], **options):
     """vLLM's engine for a server: it computes in a child process, whose worker gets the methods of
-    `worker_extension`.
+    `ReloadingWorker`.
 
     `on_step(running)` hears of every step.
     """
@@ -179,15 +228,36 @@ def async_engine(on_step: Callable[[int], None], worker_extension: type, **optio
 
         def log_engine_initialized(self): ...
 
-    extension = f"{worker_extension.__module__}.{worker_extension.__qualname__}"
     arguments = AsyncEngineArgs(
         disable_log_stats=True,
         enable_log_requests=False,
-        worker_extension_cls=extension,
+        worker_extension_cls=f"{__name__}.{ReloadingWorker.__name__}",
         **as_transformers(),
         **options,
     )
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[Steps])
+
+
+class Workspace:
+    """The workspace of one engine.
+
+    vllm 0.32 keeps one per process, the last engine's: others would compute in memory that sleeps
+    with it.
+    """
+
+    def __init__(self):
+        self.manager = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """vLLM's workspace is this one inside the block."""
+        from vllm.v1.worker import workspace
+
+        outside, workspace._manager = workspace._manager, self.manager
+        try:
+            yield
+        finally:
+            self.manager, workspace._manager = workspace._manager, outside
 
 
 # All but `_WORLD`, which every engine of the process shares.

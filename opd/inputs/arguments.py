@@ -31,6 +31,12 @@ _SECRET_KEYS = {
     "password",
 }
 
+# Flags that were taken away, and what to do instead.
+_REMOVED = {
+    "weight_transfer": "it was removed: leave it out, and let trainer and servers share the folder "
+    "--weights_dir"
+}
+
 
 class OneLineParser(argparse.ArgumentParser):
     """Of the programs beside the trainers, described by the first line of their page: a mistake is
@@ -160,8 +166,10 @@ def _refuse_secrets(content: dict[Any, Any], where: str) -> None:
 
 def nearest(name: str, known: list[str]) -> str:
     """A remedy to append to a message: the known name most like `name`, or nothing if none is
-    close.
+    close; for a flag that was removed, what to do instead.
     """
+    if remedy := _REMOVED.get(name.removeprefix("--")):
+        return f"; {remedy}"
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -247,7 +255,7 @@ def parse(config_class, argv: list[str] | None = None):
             action.default = None  # argparse would append to the default
     namespace, unknown = parser.parse_known_args(yaml_argv + argv)
     if unknown:
-        flag = unknown[0]
+        flag = unknown[0].partition("=")[0]
         raise ValueError(f"unknown flag {flag}{nearest(flag, ['--' + k for k in known])}")
     values = vars(namespace)
     for f in fields:

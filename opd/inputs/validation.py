@@ -257,10 +257,9 @@ def validate_ahead(config) -> None:
         )
     has_own = ahead.rollout_servers != ["auto"] or ahead.logprob_servers not in ([], ["auto"])
     _require(
-        not has_own or bool(ahead.weights_dir) or ahead.weight_transfer == "broadcast",
-        "--weights_dir is required with "
-        "servers of your own: the folder that they were started with; or use --weight_transfer "
-        "broadcast",
+        not has_own or bool(ahead.weights_dir),
+        "--weights_dir is required with servers of your own: the folder that they were started "
+        "with",
     )
     _require(
         (loss.old_logprobs == "server") == bool(ahead.logprob_servers),

@@ -12,16 +12,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 from opd.engines.host_memory import pinned_bytes
 
-_PAGE_SIZE = 4096  # of /proc/self/statm, on every platform that vLLM runs on
-
 
 def host_bytes() -> int:
     """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_SIZE
+    return psutil.Process().memory_info().rss
 
 
 def _host_peak_bytes() -> int:

@@ -12,7 +12,6 @@ import atexit
 import collections
 import datetime
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from opd.distributed import gather_objects, rank
 from opd.faults import fault_point
 from opd.log import logger
 from opd.records.files import append_text, json_line, parse_row, replace_text
+from opd.records.memory_ledger import host_bytes
 
 GROUPS = (
     "loss",
@@ -285,8 +285,7 @@ def _wait_for_gpu() -> None:
 
 def memory() -> dict[str, float]:
     """This rank's memory now, in GiB, for `add_max`. GPU figures are those of torch's allocator."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    gib = {"mem/host_rss_gib": pages * os.sysconf("SC_PAGE_SIZE") / GIB}
+    gib = {"mem/host_rss_gib": host_bytes() / GIB}
     if torch.cuda.is_available():
         gib["mem/gpu_allocated_gib"] = torch.cuda.memory_allocated() / GIB
         gib["mem/gpu_reserved_gib"] = torch.cuda.memory_reserved() / GIB

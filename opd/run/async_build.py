@@ -27,7 +27,6 @@ from opd.run.prepare import user_errors
 from opd.servers.http_service import read_token
 from opd.servers.server_processes import PUSHED, serving
 from opd.weights import store
-from opd.weights.broadcast import check_interface
 from opd.weights.keeper import WeightKeeper
 
 CHECK_SECONDS = 30.0  # for a server to say what it is
@@ -68,13 +67,7 @@ def build_async_engine(run: Run) -> AsyncRolloutEngine:
             fence = time.time_ns() // 1000  # a trainer that was started later has the larger one
             mode = "keep" if ahead.partial_rollout else "abort"
             keeper = WeightKeeper(
-                fleet.roles,
-                root,
-                fence,
-                token,
-                mode=mode,
-                wait_s=ahead.rollout_wait_s,
-                broadcast=ahead.weight_transfer == "broadcast",
+                fleet.roles, root, fence, token, mode=mode, wait_s=ahead.rollout_wait_s
             )
             stack.callback(keeper.close)
     fleet = distributed.broadcast_object(fleet)
@@ -119,8 +112,6 @@ def _check_ahead(run: Run, root: Path) -> None:
             read_token()
             if ahead.weights_dir:
                 _claim(root)
-            if ahead.weight_transfer == "broadcast":
-                check_interface([*ahead.rollout_servers, *ahead.logprob_servers], os.environ)
             for role in ("rollout", "logprob"):
                 if getattr(ahead, f"{role}_gpus") and not torch.cuda.device_count():
                     raise ValueError(

@@ -9,34 +9,28 @@ docs/serving.md has the routes in detail:
 | `POST /pause` | `{"fence", "lease_s", "mode"}` | `{"version", "state": "paused"}` |
 | `POST /lease` | `{"fence", "lease_s"}` | the same; the lease runs from now |
 | `POST /update_weights` | `{"fence", "version"}` | the same, with weights that `weight_store.verify` believes, and caches reset |
-| | `{"fence", "version", "broadcast"}` | the same, with weights that the trainer sends: `weight_broadcast` |
 | `POST /resume` | `{"fence"}` | `{"version", "state": "ready"}` |
 | `GET /version` | | protocol, weights, state, fence |
 
-No path is ever named, so no request can make a server read a file of the caller's choice, and no
-address: a broadcast comes from where the request came from. Who may post knows OPD_SERVER_TOKEN;
-without one the routes that change something answer 403. A smaller fence than the largest seen is a
-trainer that has a successor: 409. A trainer that dies leaves its lease, after which a server goes
-on with the weights that it has; if those are half loaded it is stale, and answers 503 until a push
-is complete.
+No path is ever named, so no request can make a server read a file of the caller's choice. Who may
+post knows OPD_SERVER_TOKEN; without one the routes that change something answer 403. A smaller
+fence than the largest seen is a trainer that has a successor: 409. A trainer that dies leaves its
+lease, after which a server goes on with the weights that it has; if those are half loaded it is
+stale, and answers 503 until a push is complete.
 """  # noqa: E501
 
 import asyncio
 import math
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
 
 from opd.log import one_line
 from opd.servers.http_service import read_json
-from opd.weights.broadcast import check_reach
-from opd.weights.offer import MOST_OFFER_BYTES, Offer, Receivers, read_offer
 from opd.weights.store import verify
 
 State = Literal["stale", "ready", "paused"]
@@ -51,8 +45,11 @@ LEASE_POLL_SECONDS = 1.0  # a lease may be cut short by a resume
 MOST_BYTES = 4096  # of a control request
 
 
-class Refused(Exception):
-    """A transition that the state does not have, or a trainer that has a successor."""
+class Refused(HTTPException):
+    """409: a transition that the state does not have, or a trainer that has a successor."""
+
+    def __init__(self, why: str):
+        super().__init__(409, why)
 
 
 class WeightsGate:
@@ -136,9 +133,8 @@ class Holder(Protocol):
         A second call is fine; "abort" then ends what "keep" had kept.
         """
 
-    async def load(self, source: Path | Offer, version: int) -> None:
-        """Replaces the weights by those of a directory, or by what a trainer sends, and resets
-        every cache.
+    async def load(self, directory: Path, version: int) -> None:
+        """Replaces the weights by those of a directory, and resets every cache.
 
         After an exception the weights count as half loaded.
         """
@@ -161,19 +157,12 @@ class Control:
         *,
         protocol: str,
         token: str | None,
-        receivers: Receivers | None = None,
         max_model_len: int | None = None,
     ):
-        self.gate, self.holder, self.weights_dir, self.protocol = (
-            gate,
-            holder,
-            weights_dir,
-            protocol,
-        )
-        self.receivers = receivers  # None: of a broadcast nothing is taken
-        self.max_model_len = (
-            max_model_len  # tokens that a question may have, for a trainer to know before it asks
-        )
+        self.gate, self.holder = gate, holder
+        self.weights_dir, self.protocol = weights_dir, protocol
+        # tokens that a question may have, for a trainer to know before it asks
+        self.max_model_len = max_model_len
         self._has_token = token is not None
         self._turn = asyncio.Lock()  # one control request at a time
         # cleared from a pause until the holder does what the gate then says
@@ -187,13 +176,8 @@ class Control:
         The token itself is checked around the whole application, by `http_service.RequireToken`.
         """
         app.add_api_route("/version", self.tell_version, methods=["GET"])
-        for path, act in (
-            ("pause", self._pause),
-            ("update_weights", self._update),
-            ("resume", self._resume),
-            ("lease", self._renew),
-        ):
-            app.add_api_route(f"/{path}", partial(self._control, act), methods=["POST"])
+        for route in (self.pause, self.update_weights, self.resume, self.lease):
+            app.add_api_route(f"/{route.__name__}", route, methods=["POST"])
 
     async def ready(self, seconds: float = GATE_SECONDS) -> int:
         """The version that serves, as soon as the server is not paused.
@@ -217,90 +201,87 @@ class Control:
         facts = {"weights": gate.version, "state": gate.state, "fence": gate.fence}
         if self.max_model_len is not None:
             facts["max_model_len"] = self.max_model_len
-        if self.receivers is not None:
-            facts["receivers"] = {
-                "workers": self.receivers.workers,
-                "backend": self.receivers.backend,
-            }
         return {"version": "1", "protocol": self.protocol, **facts}
 
     # ---- What a trainer asks ----
 
-    async def _control(self, act: Callable, request: Request) -> JSONResponse:
+    async def pause(self, request: Request) -> dict[str, Any]:
+        """Closes the gate, until a resume or the end of the lease."""
+        fence, body = await self._read(request)
+        async with self._in_turn():
+            mode, lease_s = body.get("mode", "keep"), _whole_or_not(body, "lease_s")
+            if mode not in ("keep", "abort"):
+                raise HTTPException(400, 'mode: must be "keep" or "abort"')
+            self.gate.pause(fence, lease_s)
+            self._settled.clear()
+            if self._watch is None or self._watch.done():
+                self._watch = asyncio.create_task(self._keep_lease())
+            async with asyncio.timeout(ACT_SECONDS):
+                await self.holder.pause(mode)
+        return self._state()
+
+    async def update_weights(self, request: Request) -> dict[str, Any]:
+        """Loads a version of the directory that the server was started with."""
+        fence, body = await self._read(request)
+        async with self._in_turn():
+            version = _whole_or_not(body, "version", whole=True)
+            self.gate.check_held(fence)
+            try:
+                async with asyncio.timeout(ACT_SECONDS):
+                    directory = await asyncio.to_thread(verify, self.weights_dir, version, fence)
+            except ValueError as error:
+                raise HTTPException(422, one_line(error)) from None  # nothing has changed
+            self.gate.begin_load(fence)
+            try:
+                async with asyncio.timeout(ACT_SECONDS):
+                    await self.holder.load(directory, version)
+            except Exception as error:  # whatever the engine raises, the weights are half loaded
+                raise HTTPException(
+                    500, f"half loaded: {type(error).__name__}: {one_line(error)}"
+                ) from error
+            self.gate.finish_load(version)
+        return self._state()
+
+    async def resume(self, request: Request) -> dict[str, Any]:
+        """Opens the gate."""
+        fence, _ = await self._read(request)
+        async with self._in_turn():
+            self.gate.resume(fence)
+            await self._settle()
+            if self.gate.state == "stale":
+                raise HTTPException(503, "stale")
+        return self._state()
+
+    async def lease(self, request: Request) -> dict[str, Any]:
+        """Renews the lease; not in turn, since a long load needs it."""
+        fence, body = await self._read(request)
+        self.gate.renew(fence, _whole_or_not(body, "lease_s"))
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {"version": self.gate.version, "state": self.gate.state}
+
+    async def _read(self, request: Request) -> tuple[int, dict[str, Any]]:
+        """(fence, the whole body) of a control request."""
         if not self._has_token:
             raise HTTPException(403, "set OPD_SERVER_TOKEN: without it nobody may change weights")
-        offers = act == self._update and self.receivers is not None
-        body = await read_json(request, MOST_OFFER_BYTES if offers else MOST_BYTES)
-        fence = _whole_or_not(body, "fence", whole=True)
-        if offers:
-            act = partial(self._update, host=request.client.host)
+        body = await read_json(request, MOST_BYTES)
+        return _whole_or_not(body, "fence", whole=True), body
+
+    @asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
+        """One control request at a time."""
         try:
-            if act == self._renew:  # not in turn: a long load needs it
-                await act(fence, body)
-            else:
-                async with asyncio.timeout(TURN_SECONDS):
-                    await self._turn.acquire()
-                try:
-                    await act(fence, body)
-                finally:
-                    self._turn.release()
-        except Refused as error:
-            raise HTTPException(409, str(error)) from None
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._turn.acquire()
+            try:
+                yield
+            finally:
+                self._turn.release()
         except TimeoutError:
             raise HTTPException(
                 503, "another control request, or this one, takes too long"
             ) from None
-        return JSONResponse({"version": self.gate.version, "state": self.gate.state})
-
-    async def _pause(self, fence: int, body: dict) -> None:
-        mode, lease_s = body.get("mode", "keep"), _whole_or_not(body, "lease_s")
-        if mode not in ("keep", "abort"):
-            raise HTTPException(400, 'mode: must be "keep" or "abort"')
-        self.gate.pause(fence, lease_s)
-        self._settled.clear()
-        if self._watch is None or self._watch.done():
-            self._watch = asyncio.create_task(self._keep_lease())
-        async with asyncio.timeout(ACT_SECONDS):
-            await self.holder.pause(mode)
-
-    async def _update(self, fence: int, body: dict, host: str = "") -> None:
-        version = _whole_or_not(body, "version", whole=True)
-        self.gate.check_held(fence)
-        try:
-            async with asyncio.timeout(ACT_SECONDS):
-                source = await asyncio.to_thread(
-                    self._source, body.get("broadcast"), version, fence, host
-                )
-        except ValueError as error:
-            raise HTTPException(422, one_line(error)) from None  # nothing has changed
-        self.gate.begin_load(fence)
-        try:
-            async with asyncio.timeout(ACT_SECONDS):
-                await self.holder.load(source, version)
-        except Exception as error:  # whatever the engine raises, the weights are half loaded
-            raise HTTPException(
-                500, f"half loaded: {type(error).__name__}: {one_line(error)}"
-            ) from error
-        self.gate.finish_load(version)
-
-    def _source(self, broadcast: Any, version: int, fence: int, host: str) -> Path | Offer:
-        """What is to be loaded. ValueError, before anything has changed, for what cannot be."""
-        if broadcast is None:
-            return verify(self.weights_dir, version, fence)
-        if self.receivers is None:
-            raise ValueError("this server takes weights from its directory only")
-        offer = read_offer(broadcast, host, self.receivers)
-        check_reach(offer)
-        return offer
-
-    async def _resume(self, fence: int, body: dict) -> None:
-        self.gate.resume(fence)
-        await self._settle()
-        if self.gate.state == "stale":
-            raise HTTPException(503, "stale")
-
-    async def _renew(self, fence: int, body: dict) -> None:
-        self.gate.renew(fence, _whole_or_not(body, "lease_s"))
 
     # ---- The end of a pause ----
 

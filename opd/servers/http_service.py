@@ -43,38 +43,6 @@ def new_app() -> FastAPI:
     return app
 
 
-class Linger:
-    """ASGI middleware: before an answer, the rest of the body is read, if it is short and comes
-    soon.
-
-    TCP resets a connection that is closed on unread bytes, and the client would see that instead of
-    the answer.
-    """
-
-    def __init__(self, app: Callable):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        whole, held = False, 0
-
-        async def hear() -> dict[str, Any]:
-            nonlocal whole, held
-            message = await receive()
-            whole, held = not message.get("more_body", False), held + len(message.get("body", b""))
-            return message
-
-        async def answer(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start" and not whole:
-                most = held + LINGER_BYTES
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LINGER_SECONDS):
-                        while not whole and held < most:
-                            await hear()
-            await send(message)
-
-        await self.app(scope, hear, answer)
-
-
 class RequireToken:
     """ASGI middleware: 401 for whoever does not know the token, before anything of the body is
     looked at.
@@ -90,14 +58,25 @@ class RequireToken:
                 refusal = JSONResponse(
                     {"error": "wrong or no token"}, 401, headers={"WWW-Authenticate": "Bearer"}
                 )
-                await _closing(refusal)(scope, receive, send)
+                await (await _closing(Request(scope, receive), refusal))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
 
-def _closing(response: Response) -> Response:
-    """The connection ends with it: what the client still sends is not read."""
+async def _closing(request: Request, response: Response) -> Response:
+    """An answer with which the connection ends, once a short rest of the body has come.
+
+    TCP resets a connection that is closed on unread bytes, and the client would see that instead of
+    the answer.
+    """
     response.headers["Connection"] = "close"
+    unheeded = 0
+    with suppress(TimeoutError, ClientDisconnect, RuntimeError):  # the last: it has all been read
+        async with asyncio.timeout(LINGER_SECONDS):
+            async for block in request.stream():
+                unheeded += len(block)
+                if unheeded > LINGER_BYTES:
+                    break
     return response
 
 
@@ -160,12 +139,14 @@ def metrics_text(counters: dict[str, int], gauges: dict[str, int]) -> Response:
 
 async def _bad_query(request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    return _closing(JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}"}, 400))
+    return await _closing(
+        request, JSONResponse({"error": f"{first['loc'][-1]}: {first['msg']}"}, 400)
+    )
 
 
 async def _as_error(request: Request, error: StarletteHTTPException) -> Response:
-    """A body that was refused may still be on its way."""
-    return _closing(JSONResponse({"error": error.detail}, error.status_code, headers=error.headers))
+    answer = JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+    return await _closing(request, answer)
 
 
 async def _nobody_listens(request: Request, error: ClientDisconnect) -> Response:
@@ -229,14 +210,13 @@ async def serve_app(
     again.
     """
     config = uvicorn.Config(
-        Linger(app),
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,
         ws="none",
         lifespan="off",
         timeout_graceful_shutdown=end_seconds,
-        proxy_headers=False,  # a client's address is that of its connection, whatever it says
     )
     bound.listen()
     host, port = bound.getsockname()[:2]

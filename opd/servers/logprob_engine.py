@@ -26,10 +26,8 @@ from opd.engines.checkpoint_names import checkpoint_views, forget_prefixes
 from opd.engines.hf_engine import batches
 from opd.inputs.shapes import load_part
 from opd.ops.attention import attention_of
-from opd.ops.fused_linear import score_hidden
-from opd.ops.heads import logit_form
-from opd.weights.broadcast import receiving
-from opd.weights.offer import Offer
+from opd.ops.heads import OutputHead, logit_form
+from opd.ops.scores import score_responses
 from opd.weights.store import check_names
 
 
@@ -127,36 +125,27 @@ class LogprobScorer:
             input_ids=ids[:, :-1], attention_mask=real_BS, use_cache=False
         ).last_hidden_state
         head = self.model.get_output_embeddings()
-        scores = score_hidden(
-            states_BSH[predicts_BS],
-            head.weight,
-            ids[:, 1:][predicts_BS],
-            bias_V=getattr(head, "bias", None),
-            form=self.form,
+        responses = [question.response_ids for question in questions]
+        scores = score_responses(
+            states_BSH[predicts_BS].split([len(response) for response in responses]),
+            responses,
+            OutputHead(head.weight, getattr(head, "bias", None), self.form),
             temperature=temperature,
         )
-        lengths = [len(question.response_ids) for question in questions]
-        columns = (
-            values_N.cpu().split(lengths)
-            for values_N in (scores.sampled_logprobs_N, scores.entropy_N)
-        )
         return [
-            {"logprobs": logprobs_L, "entropy": entropy_L}
-            for logprobs_L, entropy_L in zip(*columns, strict=True)
+            {"logprobs": found["sampled_logprobs"], "entropy": found["entropy"]} for found in scores
         ]
 
     @torch.no_grad()
-    def load(self, source: Path | Offer, version: int) -> None:
-        """Copies a published version into the parameters, from its directory or as a trainer sends
-        it.
+    def load(self, directory: Path, version: int) -> None:
+        """Copies a published version into the parameters, from its directory.
 
         After an exception there are no whole weights: `version` is None. ValueError if names,
         shapes and dtypes are not the model's: then the trainer computes with something else.
         """
         self.version = None
         parameters = checkpoint_views(self.model)
-        opened = self._receive(source) if isinstance(source, Offer) else _read_version(source)
-        with opened as (names, tensors):
+        with _read_version(directory) as (names, tensors):
             check_names(names, parameters)
             filled: set[int] = set()  # where values lie, to find tied ones
             for name, value in tensors:
@@ -176,12 +165,6 @@ class LogprobScorer:
                 parameter.copy_(value)
                 filled.add(parameter.data_ptr())
         self.version = version
-
-    @contextmanager
-    def _receive(self, offer: Offer) -> Iterator[tuple[list[str], Iterator[tuple[str, Tensor]]]]:
-        """(names, tensors) that a trainer sends."""
-        with receiving(offer, 1, self.model.device) as tensors:
-            yield offer.names, tensors
 
 
 @contextmanager

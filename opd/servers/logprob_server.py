@@ -2,8 +2,8 @@
 log-probabilities, computed beside the trainer.
 
 The trainer's forward behind a port: the same Hugging Face model, attention and dtype, with weights
-that the trainer pushes through a directory (`opd/weights/store.py`) or sends
-(`opd/weights/broadcast.py`). docs/serving.md has the routes in detail:
+that the trainer pushes through a directory (`opd/weights/store.py`). docs/serving.md has the routes
+in detail:
 
 | route | answer |
 |---|---|
@@ -34,7 +34,6 @@ from fastapi.responses import Response
 from opd.clients.protocols import LOGPROB, TOKEN_VARIABLE
 from opd.clients.wire import VERSION_HEADER, LogprobQuestion, decode_ids
 from opd.distributed import resolve_dtype
-from opd.engines.checkpoint_names import checkpoint_views
 from opd.inputs.arguments import OneLineParser
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import served_length
@@ -55,7 +54,6 @@ from opd.servers.http_service import (
 from opd.servers.logprob_engine import LogprobScorer, VersionedBody, load_model
 from opd.servers.scoring_engine import BatchLimits, ScoringThread
 from opd.servers.scoring_server import answer_or_give_up, binary
-from opd.weights.offer import Offer, Receivers, backend_of
 
 
 def logprob_arguments(argv: list[str]) -> argparse.Namespace:
@@ -100,11 +98,8 @@ def logprob_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _logprob_facts(args: argparse.Namespace) -> tuple[int, Receivers]:
-    """(tokens that a question may have, who takes weights).
-
-    ValueError for a model that cannot be served; none is loaded.
-    """
+def _longest_question(args: argparse.Namespace) -> int:
+    """Tokens. ValueError for a model that cannot be served; none is loaded."""
     model = read_checked(
         "--model",
         args.model,
@@ -113,12 +108,7 @@ def _logprob_facts(args: argparse.Namespace) -> tuple[int, Receivers]:
         attn_implementation=args.attn_implementation,
     )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    receivers = Receivers(1, backend_of(device_here()), checkpoint_views(model))
-    return served_length(args.model, context, args.max_model_len), receivers
-
-
-def device_here() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return served_length(args.model, context, args.max_model_len)
 
 
 def build_logprob_scorer(args: argparse.Namespace) -> LogprobScorer:
@@ -129,7 +119,7 @@ def build_logprob_scorer(args: argparse.Namespace) -> LogprobScorer:
         attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
     )
-    model.to(device_here())
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     version = 0 if args.serve_initial else None
     return LogprobScorer(model, version=version, tokens_per_batch=args.max_tokens_per_batch)
 
@@ -140,7 +130,7 @@ def serve_logprobs(argv: list[str], token: str | None) -> None:
     leave_on_signals()
     check_host(args.host, token)
     bound = bind(args.host, args.port)
-    max_model_len, receivers = _logprob_facts(args)
+    max_model_len = _longest_question(args)
     limits = BatchLimits(
         args.max_tokens_per_batch, args.max_tokens_per_batch, args.batch_wait_ms / 1000
     )
@@ -148,13 +138,7 @@ def serve_logprobs(argv: list[str], token: str | None) -> None:
     gate = WeightsGate(engine.ready.result(timeout=LOAD_SECONDS).version)
     holder = EngineHolder(engine)
     control = Control(
-        gate,
-        holder,
-        args.weights_dir,
-        protocol=LOGPROB,
-        token=token,
-        receivers=receivers,
-        max_model_len=max_model_len,
+        gate, holder, args.weights_dir, protocol=LOGPROB, token=token, max_model_len=max_model_len
     )
     app = LogprobService(
         engine, control, max_model_len=max_model_len, max_waiting=args.max_waiting
@@ -176,9 +160,9 @@ class EngineHolder:
         """Returns when every question that passed the gate has its answer."""
         await self._in_turn(lambda scorer: None)
 
-    async def load(self, source: Path | Offer, version: int) -> None:
+    async def load(self, directory: Path, version: int) -> None:
         """There are no caches to reset."""
-        await self._in_turn(lambda scorer: scorer.load(source, version))
+        await self._in_turn(lambda scorer: scorer.load(directory, version))
 
     async def resume(self) -> None:
         """Nothing was kept."""

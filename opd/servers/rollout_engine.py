@@ -13,10 +13,8 @@ from typing import Any, Literal
 import torch
 
 from opd.config import GIB
-from opd.engines.vllm_process import async_engine, reload_weights, sampling_params
+from opd.engines.vllm_process import async_engine, sampling_params
 from opd.servers.control import PauseMode
-from opd.weights.broadcast import receiving
-from opd.weights.offer import Offer
 
 RELOAD_SECONDS = 600.0  # to read new weights
 FINISH_REASONS = {"stop": "stop", "length": "length", "abort": "aborted"}
@@ -71,7 +69,6 @@ class PushedEngine:
         options = {"gpu_memory_utilization": 0.01} if torch.cuda.is_available() else {}
         self.llm = async_engine(
             self._stepped,
-            ReloadingWorker,
             model=model,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -137,17 +134,12 @@ class PushedEngine:
         """Returns when the engine is idle; what runs is kept in its queue, or ends as aborted."""
         await self.llm.pause_generation(mode=mode, clear_cache=True)
 
-    async def load(self, source: Path | Offer, version: int) -> None:
-        """Reads or receives weights; the old ones' prefixes go, those of requests that are kept
-        too: they are computed again.
+    async def load(self, directory: Path, version: int) -> None:
+        """Reads weights; the old ones' prefixes go, those of requests that are kept too: they are
+        computed again.
         """
         self._version = None
-        method, said = (
-            ("receive", asdict(source))
-            if isinstance(source, Offer)
-            else ("reload_from", str(source))
-        )
-        await self.llm.collective_rpc(method, timeout=RELOAD_SECONDS, args=(said,))
+        await self.llm.collective_rpc("reload_from", timeout=RELOAD_SECONDS, args=(str(directory),))
         await self._reset_cache()
         self._version = version
         await self._tell_version()
@@ -183,37 +175,3 @@ def _response(completion: Any, with_logprobs: bool) -> Response:
         f"{spans} of {len(ids)} tokens"
     )
     return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, spans=spans)
-
-
-class ReloadingWorker:
-    """What vLLM mixes into the workers of a server's engine: a reload after which, if it fails,
-    another one can work.
-    """
-
-    def reload_from(self, directory: str) -> None:
-        """Reads a version from its directory."""
-        self._reload(weights_path=directory)
-
-    def receive(self, offer: dict[str, Any]) -> None:
-        """Takes what a trainer sends to every worker; each cuts its own part out, as from files."""
-        offer = Offer(**offer)
-        with receiving(
-            offer, 1 + self.rank, "cpu" if offer.backend == "gloo" else self.device
-        ) as tensors:
-            self._reload(weights_iterator=tensors)
-
-    def _reload(self, **source) -> None:
-        """vllm 0.32 keeps what a failed reload has read, and would load it with the next one: here
-        it is forgotten.
-        """
-        from vllm.model_executor.model_loader.reload import layerwise
-
-        try:
-            reload_weights(self, **source)
-        except BaseException:
-            for layer in self.get_model().modules():
-                info = layerwise.get_layerwise_info(layer)
-                if info.can_load():
-                    layerwise._place_kernel_tensors(layer, info)
-                info.reset()
-            raise

@@ -26,7 +26,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import psutil
-import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from fastapi.responses import Response as HttpResponse
@@ -34,7 +33,6 @@ from starlette.requests import ClientDisconnect
 
 from opd.clients.protocols import ROLLOUT
 from opd.distributed import resolve_dtype
-from opd.engines.checkpoint_names import checkpoint_views
 from opd.inputs.arguments import OneLineParser
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import served_length
@@ -42,7 +40,6 @@ from opd.log import one_line
 from opd.servers import http_service
 from opd.servers.control import Control, WeightsGate
 from opd.servers.rollout_engine import PushedEngine, Sampling
-from opd.weights.offer import Receivers, backend_of
 
 ANSWER_SECONDS = (
     3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
@@ -226,17 +223,15 @@ def _end_children() -> None:
         child.kill()
 
 
-def _rollout_facts(args: argparse.Namespace) -> tuple[int, int, Receivers]:
-    """(vocabulary, context, who takes weights).
+def _rollout_facts(args: argparse.Namespace) -> tuple[int, int]:
+    """(vocabulary, context).
 
     ValueError for a model that cannot be served; no weight is loaded.
     """
     model = read_checked("--model", args.model, args.trust_remote_code)
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    backend = backend_of("cuda" if torch.cuda.is_available() else "cpu")
-    receivers = Receivers(args.tensor_parallel, backend, checkpoint_views(model))
-    return config.vocab_size, served_length(args.model, context, args.max_model_len), receivers
+    return config.vocab_size, served_length(args.model, context, args.max_model_len)
 
 
 def serve_rollouts(argv: list[str], token: str | None) -> None:
@@ -250,12 +245,7 @@ def serve_rollouts(argv: list[str], token: str | None) -> None:
 
 
 async def _serve(
-    args: argparse.Namespace,
-    token: str | None,
-    bound,
-    vocab_size: int,
-    max_model_len: int,
-    receivers: Receivers,
+    args: argparse.Namespace, token: str | None, bound, vocab_size: int, max_model_len: int
 ) -> None:
     """vLLM's engine belongs to the event loop that asks it first."""
     version = 0 if args.serve_initial else None
@@ -278,7 +268,6 @@ async def _serve(
         args.weights_dir,
         protocol=ROLLOUT,
         token=token,
-        receivers=receivers,
         max_model_len=max_model_len,
     )
     app = RolloutService(engine, control, vocab_size=vocab_size, max_model_len=max_model_len).app(

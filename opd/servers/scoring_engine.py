@@ -5,7 +5,7 @@ says; everybody else leaves questions in a queue. What waits there goes into a p
 to a budget of tokens: questions with other supports, temperatures or payloads differ only behind
 the hidden states, where they are scored group by group.
 
-N response tokens of a group, L of one question, V vocabulary, H hidden size.
+L response tokens of one question, H hidden size.
 """
 
 import os
@@ -25,8 +25,8 @@ from torch import Tensor
 from opd.clients.wire import Question, checked_scores, encode_arrays
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
-from opd.ops.fused_linear import HiddenScores, score_hidden
 from opd.ops.heads import OutputHead
+from opd.ops.scores import response_states, score_responses
 
 IDLE_SECONDS = 1.0  # between two looks of a thread that nobody has woken
 
@@ -79,33 +79,25 @@ class Scorer:
 
     def score(self, questions: Sequence[Question]) -> list[dict[str, Tensor]]:
         """The fields of `Question.shapes` for each, on the host."""
-        answers: list[dict[str, Tensor]] = [{} for _ in questions]
         states = self._hidden_states(questions)
+        answers = [
+            {"hidden": state} if "hidden" in question.payload else {}
+            for question, state in zip(questions, states, strict=True)
+        ]
         groups: dict[tuple[int, float, int], list[int]] = defaultdict(list)
         for index, question in enumerate(questions):
-            if "hidden" in question.payload:
-                answers[index]["hidden"] = states[index]
             if question.payload != "hidden":
                 groups[question.vocab, question.temperature, question.support_k].append(index)
         for (vocab, temperature, support_k), members in groups.items():
-            labels_N = [token for index in members for token in questions[index].response_ids]
-            if not labels_N:
-                scores = _no_scores(support_k)
-            else:
-                head = self.head.cut(vocab)
-                scores = score_hidden(
-                    torch.cat([states[index] for index in members]),
-                    head.weight_VH,
-                    torch.tensor(labels_N, device=head.weight_VH.device),
-                    support_k=support_k,
-                    bias_V=head.bias_V,
-                    form=head.form,
-                    temperature=temperature,
-                )
-            lengths = [len(questions[index].response_ids) for index in members]
-            for name, values in _fields(scores).items():
-                for index, value in zip(members, values.cpu().split(lengths), strict=True):
-                    answers[index][name] = value
+            scores = score_responses(
+                [states[index] for index in members],
+                [questions[index].response_ids for index in members],
+                self.head.cut(vocab),
+                support_k=support_k,
+                temperature=temperature,
+            )
+            for index, found in zip(members, scores, strict=True):
+                answers[index] |= found
         return answers
 
     def encode(self, arrays: dict[str, Tensor], question: Question) -> bytes:
@@ -113,35 +105,11 @@ class Scorer:
         return encode_arrays(checked_scores(arrays, question))
 
     def _hidden_states(self, questions: Sequence[Question]) -> list[Tensor]:
-        """[L, H] of each: the state that predicts response token t is the one at its
-        predecessor.
-        """
-        hidden_size = self.head.weight_VH.shape[1]
-        states = [torch.empty(0, hidden_size, dtype=self.dtype)] * len(questions)
-        asked = [index for index, question in enumerate(questions) if question.response_ids]
-        texts = [
-            [*questions[index].prompt_ids, *questions[index].response_ids][:-1] for index in asked
-        ]
-        for index, state in zip(asked, self.engine.hidden_states(texts), strict=True):
-            states[index] = state[len(questions[index].prompt_ids) - 1 :]
-        return states
-
-
-def _fields(scores: HiddenScores) -> dict[str, Tensor]:
-    fields = {
-        "sampled_logprobs": scores.sampled_logprobs_N,
-        "logsumexp": scores.logsumexp_N,
-        "entropy": scores.entropy_N,
-        "topk_ids": scores.topk_ids_NK,
-        "topk_logprobs": scores.topk_logprobs_NK,
-    }
-    return {name: values for name, values in fields.items() if values is not None}
-
-
-def _no_scores(support_k: int) -> HiddenScores:
-    numbers_N, numbers_NK = torch.empty(0), torch.empty(0, support_k)
-    topk = (numbers_NK.long(), numbers_NK) if support_k else (None, None)
-    return HiddenScores(numbers_N, numbers_N, numbers_N, *topk)
+        """[L, H] of each; the engine is not asked about an empty response."""
+        texts = [(q.prompt_ids, q.response_ids) for q in questions if q.response_ids]
+        found = iter(response_states(self.engine, texts))
+        nothing_0H = torch.empty(0, self.head.weight_VH.shape[1], dtype=self.dtype)
+        return [next(found) if q.response_ids else nothing_0H for q in questions]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -42,7 +42,7 @@ from transformers import AutoTokenizer
 
 from opd import distributed
 from opd.clients.protocols import SCORING, TOKEN_VARIABLE
-from opd.clients.wire import Question, decode_ids, stream_arrays
+from opd.clients.wire import Question, decode_ids, encode_arrays
 from opd.distributed import resolve_dtype
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
@@ -190,6 +190,9 @@ BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than t
 BINARY = "application/octet-stream"
 
 
+BLOCK_BYTES = 1 << 22  # of a head, which is too large to be handed to a connection at once
+
+
 LEAST_TEMPERATURE = 1e-3  # below, logits overflow
 
 
@@ -216,6 +219,9 @@ class ScoringService:
             max_waiting,
         )
         self.scorer = engine.ready.result(timeout=0)  # whoever serves has waited for it
+        head = self.scorer.head
+        bias = {} if head.bias_V is None else {"bias_V": head.bias_V}
+        self.head_body = encode_arrays({"weight_VH": head.weight_VH} | bias)
         self.admitted = 0  # questions whose body is being read or whose answer is due
 
     def app(self, token: str | None) -> Callable:
@@ -266,12 +272,11 @@ class ScoringService:
         return metrics_text(counts, {"waiting": engine.waiting})
 
     async def head(self) -> Response:
-        head = self.scorer.head
-        arrays = {"weight_VH": head.weight_VH} | (
-            {} if head.bias_V is None else {"bias_V": head.bias_V}
+        body = memoryview(self.head_body)
+        blocks = (body[start : start + BLOCK_BYTES] for start in range(0, len(body), BLOCK_BYTES))
+        return StreamingResponse(
+            blocks, media_type=BINARY, headers={"Content-Length": str(len(body))}
         )
-        length, blocks = stream_arrays(arrays)
-        return StreamingResponse(blocks, media_type=BINARY, headers={"Content-Length": str(length)})
 
     async def tokenize(self, request: Request) -> dict[str, list[int]]:
         content = await read_json(request, BYTES_PER_TOKEN_OF_TEXT * self.served.max_model_len)

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from opd.log import warn
 from opd.weights import store
-from opd.weights.push import PushFailed, PushReport, push_to_servers
+from opd.weights.push import Push, PushFailed, PushReport, push_to_servers
 
 LOOK_SECONDS = 2.0  # between two looks at the servers
 VERSION_SECONDS = 2.0  # for a server to say which version it has
@@ -42,12 +43,18 @@ class WeightKeeper:
         *,
         mode: Literal["keep", "abort"],
         wait_s: float,
-        broadcast: bool = False,
     ):
-        self.roles, self.root, self.fence, self.token, self.mode = roles, root, fence, token, mode
-        self.broadcast_from = root if broadcast else None
+        self.roles, self.root = roles, root
         self.wait_s = wait_s  # for the first server of a role, if all are being restarted
-        self.version: int | None = None  # the last one that was pushed
+        # the last one; no version was pushed yet
+        self._last = Push(
+            version=-1,
+            fence=fence,
+            token=token,
+            mode=mode,
+            lease_s=LEASE_SECONDS,
+            deadline_s=PUSH_SECONDS,
+        )
         self._missing: set[str] = set()  # who has not got the version of the last push
         self._said: deque[str] = deque(maxlen=64)
         self._turn = threading.Lock()  # one push at a time
@@ -63,16 +70,15 @@ class WeightKeeper:
         Raises PushFailed if no server of a role takes the weights.
         """
         with self._turn:
-            published = store.publish(self.root, named_parameters, version, self.fence)
+            push = replace(self._last, version=version)
+            published = store.publish(self.root, named_parameters, version, push.fence)
             started, pauses = time.perf_counter(), []
             for role, urls in self.roles.items():
-                report = self._push_to_one_at_least(
-                    role, [url.rstrip("/") for url in urls], version
-                )
+                report = self._push_to_one_at_least(role, [url.rstrip("/") for url in urls], push)
                 self._missing.difference_update(replica.url for replica in report.replicas)
                 self._missing.update(replica.url for replica in report.failed)
                 pauses += [replica.pause_s for replica in report.replicas if replica.ok]
-            self.version = version
+            self._last = push
         return {
             "bytes": published.bytes,
             "publish_s": published.seconds,
@@ -91,28 +97,15 @@ class WeightKeeper:
         self._over.set()
         self._thread.join(timeout=PUSH_SECONDS)
 
-    def _push_to_one_at_least(self, role: str, urls: Sequence[str], version: int) -> PushReport:
+    def _push_to_one_at_least(self, role: str, urls: Sequence[str], push: Push) -> PushReport:
         deadline, asked = time.monotonic() + self.wait_s, self._expected(urls)
         while True:
             try:
-                return self._push_to(asked, version)
+                return push_to_servers(asked, push, say=self._warn_once)
             except PushFailed as error:
                 if time.monotonic() > deadline or self._over.wait(AGAIN_SECONDS):
                     raise PushFailed(f"{role}: {error}") from None
                 asked = urls
-
-    def _push_to(self, urls: Sequence[str], version: int) -> PushReport:
-        return push_to_servers(
-            urls,
-            version,
-            self.fence,
-            self.token,
-            mode=self.mode,
-            lease_s=LEASE_SECONDS,
-            deadline_s=PUSH_SECONDS,
-            say=self._warn_once,
-            broadcast_from=self.broadcast_from,
-        )
 
     def _warn_once(self, message: str) -> None:
         """A server that stays away is said once for each version."""
@@ -121,7 +114,7 @@ class WeightKeeper:
             warn(message)
 
     def _look_after(self) -> None:
-        headers = {"Authorization": f"Bearer {self.token}"}
+        headers = {"Authorization": f"Bearer {self._last.token}"}
         with httpx.Client(headers=headers, trust_env=False, timeout=VERSION_SECONDS) as client:
             while not self._over.wait(LOOK_SECONDS):
                 for url in [url for urls in self.roles.values() for url in urls]:
@@ -138,7 +131,7 @@ class WeightKeeper:
             # it may have got it while we waited
             if not self._over.is_set() and self._is_behind(client, url):
                 with suppress(PushFailed):  # `push` has warned; the next look tries again
-                    self._push_to([url], self.version)
+                    push_to_servers([url], self._last, say=self._warn_once)
                     self._missing.discard(url.rstrip("/"))
         finally:
             self._turn.release()
@@ -147,14 +140,14 @@ class WeightKeeper:
         """Whether a server is there, serves nothing or something older, and nobody else's trainer
         has taken it over.
         """
-        if self.version is None:
+        if self._last.version < 0:
             return False
         try:
             facts = client.get(f"{url.rstrip('/')}/version").json()
             return (
                 facts["state"] != "paused"
-                and facts["fence"] <= self.fence
-                and facts["weights"] != self.version
+                and facts["fence"] <= self._last.fence
+                and facts["weights"] != self._last.version
             )
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return False

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import httpx
 
 from opd.faults import fault_point
 from opd.log import warn
-from opd.weights.broadcast import sending
 
 CONNECT_SECONDS = 5.0
 ALIVE_SECONDS = (
@@ -29,6 +28,19 @@ PAUSE_SECONDS = 60.0  # nor one that does not pause
 RESUME_SECONDS = 30.0  # beyond the deadline: a server is not left paused
 RENEWALS = 3.0  # of a lease while it lasts
 FAILURES = (httpx.HTTPError, ValueError)  # of a server, or of what it says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Push:
+    """What the servers are asked for."""
+
+    version: int  # one that `store.publish` has written
+    fence: int
+    token: str
+    # of what is being sampled: it goes on under the new weights, or ends unfinished
+    mode: Literal["keep", "abort"] = "keep"
+    lease_s: float = 30.0  # a server that hears nothing for so long goes on with what it has
+    deadline_s: float = 600.0  # of one server
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +58,6 @@ class ReplicaPush:
 class PushReport:
     """What a push did, replica by replica."""
 
-    version: int
     replicas: tuple[ReplicaPush, ...]
 
     @property
@@ -60,123 +71,65 @@ class PushFailed(RuntimeError):
 
 
 def push_to_servers(
-    urls: Sequence[str],
-    version: int,
-    fence: int,
-    token: str,
-    *,
-    mode: Literal["keep", "abort"] = "keep",
-    lease_s: float = 30.0,
-    deadline_s: float = 600.0,
-    broadcast_from: Path | None = None,
-    say: Callable[[str], None] = warn,
+    urls: Sequence[str], push: Push, *, say: Callable[[str], None] = warn
 ) -> PushReport:
-    """Makes the servers load a version that `weight_store.publish` has written: half of them, while
-    the others serve, and these.
+    """Makes the servers load a version from their own directory: half of them, while the others
+    serve, and these.
 
-    They read it in their own directory; with `broadcast_from` this process reads it there, and
-    sends it to one after the other. `keep` lets what is being sampled go on under the new weights;
-    `abort` ends it. `deadline_s` is for one server. A server that fails is reported, and said;
-    PushFailed if all did.
+    A server that fails is reported, and said; PushFailed if all did.
     """
-
-    def push_to(url: str) -> ReplicaPush:
-        return _push_one(
-            url.rstrip("/"), version, fence, token, mode, lease_s, deadline_s, broadcast_from
-        )
-
     half = (len(urls) + 1) // 2
-    waves = [urls[:half], urls[half:]] if broadcast_from is None else [[url] for url in urls]
     replicas: tuple[ReplicaPush, ...] = ()
-    for wave in filter(None, waves):
+    for wave in filter(None, (urls[:half], urls[half:])):
         with ThreadPoolExecutor(len(wave)) as threads:
-            replicas += tuple(threads.map(push_to, wave))
-    report = PushReport(version, replicas)
+            replicas += tuple(threads.map(partial(_push_one, push=push), wave))
+    report = PushReport(replicas)
     for replica in report.failed:
-        say(f"{replica.url} did not take the weights of version {version}: {replica.error}")
+        say(f"{replica.url} did not take the weights of version {push.version}: {replica.error}")
     if len(report.failed) == len(replicas):
         errors = "; ".join(f"{replica.url}: {replica.error}" for replica in report.failed)
-        raise PushFailed(f"no server took the weights of version {version}: {errors}")
+        raise PushFailed(f"no server took the weights of version {push.version}: {errors}")
     return report
 
 
-class _Server:
-    """Control requests to one server."""
-
-    def __init__(self, client: httpx.Client, fence: int):
-        self.client, self.fence = client, fence
-
-    def ask(self, path: str, seconds: float, **body) -> dict:
-        """The answer; one of FAILURES for everything but status 200."""
-        limits = httpx.Timeout(max(0.1, seconds), connect=CONNECT_SECONDS)
-        answer = self.client.post(path, json={"fence": self.fence, **body}, timeout=limits)
-        if answer.status_code != 200:
-            raise ValueError(f"{path}: {answer.status_code}: {_error_of(answer)}")
-        return answer.json()
-
-    def update(self, version: int, deadline: float, broadcast_from: Path | None) -> None:
-        """Has it load a version until `deadline`. One of FAILURES if it does not."""
-        if broadcast_from is None:
-            self.ask("/update_weights", deadline - time.monotonic(), version=version)
-            return
-        address, receivers = self._way()
-        left = max(0.1, deadline - time.monotonic())
-        with sending(
-            broadcast_from, version, self.fence, address=address, seconds=left, **receivers
-        ) as offer:
-            self.ask("/update_weights", left, version=version, broadcast=offer)
-
-    def _way(self) -> tuple[str, dict[str, Any]]:
-        """(the address of this process as the server sees it, what the server says of those who
-        receive).
-        """
-        answer = self.client.get("/version")
-        try:
-            facts = answer.json()["receivers"]
-            receivers = {"workers": int(facts["workers"]), "backend": str(facts["backend"])}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                "/version: it takes no broadcast; use --weight_transfer directory"
-            ) from None
-        return answer.extensions["network_stream"].get_extra_info("client_addr")[0], receivers
-
-
-def _push_one(
-    url: str,
-    version: int,
-    fence: int,
-    token: str,
-    mode: str,
-    lease_s: float,
-    deadline_s: float,
-    broadcast_from: Path | None,
-) -> ReplicaPush:
-    start = time.monotonic()
-    headers, failure, answer, paused = {"Authorization": f"Bearer {token}"}, None, {}, None
+def _push_one(url: str, push: Push) -> ReplicaPush:
+    start, url = time.monotonic(), url.rstrip("/")
+    headers, failure, answer, paused = {"Authorization": f"Bearer {push.token}"}, None, {}, None
     with httpx.Client(
         base_url=url, headers=headers, trust_env=False, timeout=CONNECT_SECONDS
     ) as client:
-        server = _Server(client, fence)
+        ask = partial(_ask, client, push.fence)
         try:
             # who hangs is found out before a pause is waited for
             client.get("/version", timeout=ALIVE_SECONDS)
-            server.ask("/pause", min(deadline_s, PAUSE_SECONDS), lease_s=lease_s, mode=mode)
+            pause_s = min(push.deadline_s, PAUSE_SECONDS)
+            ask("/pause", pause_s, lease_s=push.lease_s, mode=push.mode)
             paused = time.monotonic()
             fault_point("push.paused")
-            with _renewed(server, lease_s):
-                server.update(version, start + deadline_s, broadcast_from)
+            with _renewed(ask, push.lease_s):
+                left = start + push.deadline_s - time.monotonic()
+                ask("/update_weights", left, version=push.version)
         except FAILURES as error:
             failure = error
         finally:
             try:
-                answer = server.ask("/resume", RESUME_SECONDS if paused else CONNECT_SECONDS)
+                answer = ask("/resume", RESUME_SECONDS if paused else CONNECT_SECONDS)
             except FAILURES as error:
                 failure = failure or error
-    if failure is None and (answer.get("version"), answer.get("state")) != (version, "ready"):
+    if failure is None and (answer.get("version"), answer.get("state")) != (push.version, "ready"):
         failure = ValueError(f"/resume: it says {answer}")
     error = " ".join(f"{type(failure).__name__}: {failure}".split()) if failure else ""
     now = time.monotonic()
     return ReplicaPush(url, not error, now - start, now - paused if paused else 0.0, error)
+
+
+def _ask(client: httpx.Client, fence: int, path: str, seconds: float, **body) -> dict:
+    """The answer to a control request; one of FAILURES for everything but status 200."""
+    limits = httpx.Timeout(max(0.1, seconds), connect=CONNECT_SECONDS)
+    answer = client.post(path, json={"fence": fence, **body}, timeout=limits)
+    if answer.status_code != 200:
+        raise ValueError(f"{path}: {answer.status_code}: {_error_of(answer)}")
+    return answer.json()
 
 
 def _error_of(answer: httpx.Response) -> str:
@@ -186,7 +139,7 @@ def _error_of(answer: httpx.Response) -> str:
 
 
 @contextmanager
-def _renewed(server: _Server, lease_s: float):
+def _renewed(ask: Callable[..., dict], lease_s: float):
     """Renews the lease inside: to read large weights takes longer than a server should wait for a
     dead trainer.
     """
@@ -195,7 +148,7 @@ def _renewed(server: _Server, lease_s: float):
     def renew() -> None:
         while not over.wait(lease_s / RENEWALS):
             with suppress(*FAILURES):  # the next one comes in time, or the lease runs out
-                server.ask("/lease", min(CONNECT_SECONDS, lease_s), lease_s=lease_s)
+                ask("/lease", min(CONNECT_SECONDS, lease_s), lease_s=lease_s)
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()

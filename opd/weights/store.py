@@ -7,7 +7,7 @@ absent.
 
 A version appears by one rename. `verify` reads every byte again: what a server loads is what the
 trainer wrote. ROOT belongs to one user alone (mode 0700); links and other people's files are
-refused. It may lie in shared memory or in a folder that machines share.
+refused. It may lie in shared memory, or in a folder that machines share.
 """
 
 import hashlib
@@ -106,7 +106,15 @@ def verify(root: Path, version: int, fence: int | None = None) -> Path:
 
     With a `fence` it must be the one of the trainer that published the version.
     """
-    directory, manifest = read_manifest(root, version, fence)
+    directory = Path(root, f"v{version}")
+    _check_directory(Path(root))
+    _check_directory(directory)
+    manifest = _read_version_manifest(directory)
+    if manifest["version"] != version or (fence is not None and manifest["fence"] != fence):
+        raise ValueError(
+            f"{directory}: version {manifest['version']} of fence {manifest['fence']}, not "
+            f"version {version} of {fence}"
+        )
     expected = {entry["file"]: entry for entry in manifest["files"]}
     found = {path.name for path in directory.iterdir()} - {VERSION_MANIFEST}
     if found != set(expected) or len(expected) != len(manifest["files"]):
@@ -122,23 +130,6 @@ def verify(root: Path, version: int, fence: int | None = None) -> Path:
                 f"{digest[:12]}..."
             )
     return directory
-
-
-def read_manifest(root: Path, version: int, fence: int | None = None) -> tuple[Path, dict]:
-    """The directory of a version and what its manifest says, of files that nobody has looked at.
-
-    ValueError as in `verify`.
-    """
-    directory = Path(root, f"v{version}")
-    _check_directory(Path(root))
-    _check_directory(directory)
-    manifest = _read_version_manifest(directory)
-    if manifest["version"] != version or (fence is not None and manifest["fence"] != fence):
-        raise ValueError(
-            f"{directory}: version {manifest['version']} of fence {manifest['fence']}, not "
-            f"version {version} of {fence}"
-        )
-    return directory, manifest
 
 
 def check_names(published: Iterable[str], parameters: Mapping[str, Tensor]) -> None:
@@ -208,7 +199,7 @@ def _check_directory(path: Path) -> None:
         )
 
 
-def open_own(path: Path):
+def _open_own(path: Path):
     """A regular file of this user, for reading; ValueError for a link or another's."""
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
@@ -222,7 +213,7 @@ def open_own(path: Path):
 
 
 def _read_hash(path: Path) -> tuple[int, str]:
-    with open_own(path) as file:
+    with _open_own(path) as file:
         digest, size = hashlib.sha256(), 0
         while block := file.read(READ_BYTES):
             digest.update(block)
@@ -232,7 +223,7 @@ def _read_hash(path: Path) -> tuple[int, str]:
 
 def _read_version_manifest(directory: Path) -> dict:
     """A manifest with the right fields, or ValueError."""
-    with open_own(directory / VERSION_MANIFEST) as file:
+    with _open_own(directory / VERSION_MANIFEST) as file:
         try:
             manifest = json.loads(file.read())
             int(manifest["version"]), int(manifest["fence"])

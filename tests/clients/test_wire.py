@@ -4,7 +4,6 @@ import json
 import pickle
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -115,19 +114,6 @@ def test_a_truncated_answer_is_bad_wherever_it_ends():
 def test_a_pickle_is_a_bad_answer():
     with pytest.raises(BadAnswer):
         wire.decode_scores(pickle.dumps(answer_to(question())), question())
-
-
-@pytest.mark.parametrize("block_bytes", [1, 7, 64, 1 << 22])
-@pytest.mark.parametrize("dtype", wire.HIDDEN_DTYPES)
-def test_a_stream_is_safetensors(dtype, block_bytes):
-    arrays = {"weight_VH": torch.randn(V, H).to(dtype), "bias_V": torch.randn(V).to(dtype)}
-    length, blocks = wire.stream_arrays(arrays, block_bytes)
-    body = b"".join(blocks)
-    assert len(body) == length
-    found = safetensors.torch.load(body)
-    assert found.keys() == arrays.keys() and all(
-        torch.equal(found[name], arrays[name]) for name in arrays
-    )
 
 
 def edited(name: str, index, value):

@@ -432,6 +432,14 @@ BAD_FLAGS = {
     "--num_steps 1.5": ["--num_steps", "'1.5'"],
     "--config": ["--config", "expected one argument"],
     "--seed 1 stray": ["stray"],
+    "--weight_transfer broadcast": [
+        "unknown flag --weight_transfer; it was removed",
+        "--weights_dir",
+    ],
+    "--weight-transfer=directory": [
+        "unknown flag --weight_transfer; it was removed",
+        "--weights_dir",
+    ],
 }
 
 
@@ -444,6 +452,10 @@ def test_bad_flags(argv):
 
 BAD_YAML = {
     "learning_rat: 1": ["unknown key `learning_rat`", "did you mean learning_rate?"],
+    "weight_transfer: directory": [
+        "unknown key `weight_transfer`; it was removed",
+        "--weights_dir",
+    ],
     "teacherz: [a]": ["unknown key `teacherz`", "did you mean teacher"],
     "3: 4": ["unknown key `3`"],
     "- a\n- b": ["expected `flag: value` lines"],
@@ -635,7 +647,7 @@ def test_what_the_asynchronous_mode_refuses(argv):
         "--loss reverse_kl_pg --is_mode truncate --clip_low 0.2 --old_logprobs server "
         "--logprob_servers auto --logprob_gpus 3",
         "--loss reverse_kl_pg --is_mode truncate --old_logprobs recompute",
-        "--rollout_servers http://a:1 --weight_transfer broadcast --sync_every 2 --eval_every 4",
+        "--rollout_servers http://a:1 --weights_dir w --sync_every 2 --eval_every 4",
         "--loss reverse_kl_pg --max_staleness 0",
         "--rollout_gpus 4,5,6,7 --rollout_replicas 2 --rollout_tensor_parallel_size 2 "
         "--max_staleness 3 --sync_every 4",

@@ -552,7 +552,7 @@ def test_vllm_is_called_inside_the_engines_memory_alone(teachers, monkeypatch):
         monkeypatch.setattr(memory, name, lambda *level, name=name: calls.append((name, *level)))
     monkeypatch.setattr(engine, "memory", memory)
     monkeypatch.setattr(engine, "llm", Recorder(engine.llm))
-    monkeypatch.setattr(engine, "_workspace", mine)
+    monkeypatch.setattr(engine._workspace, "manager", mine)
     monkeypatch.setattr(workspace, "_manager", others)
     engine.wake()
     engine.prefetch()

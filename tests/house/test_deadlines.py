@@ -19,10 +19,10 @@ SOURCES = [
 
 # "file: the function that waits" -> why it may wait as long as it takes
 ALLOWED = {
-    "rollout.py: subprocess.run": "a child writes responses as long as that takes, and dies with us",
+    "rollout.py: subprocess.run": "a child writes responses as long as that takes, dies with us",
     "pool.py: task.result": "a callback of that task: it is done",
     "bench_recovery.py: future.result": "the pool is closed, and each run had its own deadline",
-    "bench_tools.py: process.submit(function, *args).result": "a measurement takes what it takes",
+    "tools.py: process.submit(function, *args).result": "a measurement takes what it takes",
     "make_demo.py: job.result": "training takes what it takes; a dead child raises",
 }
 

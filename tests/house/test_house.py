@@ -56,7 +56,7 @@ AHEAD_FLAGS = re.findall(
     r"\w+",
     """
 mode max_staleness sync_every partial_rollout rollout_servers rollout_replicas max_inflight rollout_timeout_s rollout_wait_s
-weights_dir weight_transfer rollout_gpus logprob_servers logprob_replicas logprob_gpus
+weights_dir rollout_gpus logprob_servers logprob_replicas logprob_gpus
 """,  # noqa: E501
 )
 GKD_FLAGS = [*MOPD_FLAGS, "lmbda", "seq_kd", "seq_kd_temperature", "sft_alpha"]

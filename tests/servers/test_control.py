@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from opd.servers import http_service
 from opd.servers.control import Control, Refused, WeightsGate
-from opd.servers.http_service import Linger, RequireToken, new_app
+from opd.servers.http_service import RequireToken, new_app
 from opd.weights import store
 
 TOKEN = "a-token-of-more-than-16-characters"
@@ -326,9 +326,10 @@ def test_a_mistake_is_one_line(root, path, body):
 
 
 @pytest.mark.parametrize(("blocks", "read"), [(3, 3), (10**6, 65)], ids=["short", "endless"])
-def test_a_refusal_waits_for_a_short_body(blocks, read):
+@pytest.mark.parametrize("app", [RequireToken(new_app(), "t" * 16), new_app()], ids=[401, 404])
+def test_a_refusal_waits_for_a_short_body(app, blocks, read):
     """TCP would reset a connection that is closed on unread bytes, before the client has read its
-    401.
+    401 or 404.
     """
     events = []
 
@@ -340,7 +341,7 @@ def test_a_refusal_waits_for_a_short_body(blocks, read):
         events.append(message["type"])
 
     scope = {"type": "http", "path": "/pause", "headers": [], "method": "POST"}
-    asyncio.run(Linger(RequireToken(new_app(), "t" * 16))(scope, receive, send))
+    asyncio.run(app(scope, receive, send))
     assert (
         events.index("http.response.start") == pytest.approx(read, abs=1)
         and events.count("block") <= read
@@ -359,7 +360,7 @@ def test_a_refusal_does_not_wait_long_for_a_body_that_does_not_come(monkeypatch)
 
     async def ask():
         async with asyncio.timeout(30):
-            await Linger(RequireToken(new_app(), "t" * 16))(
+            await RequireToken(new_app(), "t" * 16)(
                 {"type": "http", "path": "/pause", "headers": [], "method": "POST"}, receive, send
             )
 

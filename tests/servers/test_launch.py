@@ -23,7 +23,7 @@ from opd.inputs.arguments import parse
 from opd.servers import launch
 from opd.servers.server_processes import StartError, serving
 from opd.weights import store
-from opd.weights.push import push_to_servers
+from opd.weights.push import Push, push_to_servers
 from tests.support.processes import LOOPBACK, ROOT, listening_addresses, worker_environment
 
 DEADLINE = 300.0
@@ -394,7 +394,7 @@ def test_a_log_prob_server_comes_back_stale_and_takes_a_push(tiny, tmp_path):
                 f"{url}/version", headers=headers, timeout=DEADLINE, trust_env=False
             ).json()
             assert (said["protocol"], said["state"]) == ("opd-logprob-1", "stale")
-            assert not push_to_servers([url], 7, 1, TOKEN).failed
+            assert not push_to_servers([url], Push(version=7, fence=1, token=TOKEN)).failed
             if not last:
                 kill_and_wait_for_its_successor(process, err, url)
         ended(process, signal.SIGTERM, children_of(process.pid))

@@ -23,7 +23,7 @@ from opd import processes
 from opd.servers.rollout_server import read_sampling
 from opd.servers.server_processes import serving
 from opd.weights import store
-from opd.weights.push import PushFailed, push_to_servers
+from opd.weights.push import Push, PushFailed, push_to_servers
 from tests.support.processes import LOOPBACK, listening_addresses, worker_environment
 
 TOKEN = "a-token-of-more-than-16-characters"
@@ -147,13 +147,9 @@ def under_way(client, **question):
 
 
 def push_to(versions, replica, version, **options):
-    return push_to_servers(
-        [replica.url],
-        version,
-        versions.fence,
-        TOKEN,
-        **{"lease_s": 20.0, "deadline_s": SECONDS, **options},
-    )
+    facts = {"version": version, "fence": versions.fence, "token": TOKEN}
+    push = Push(**facts, lease_s=20.0, deadline_s=SECONDS, **options)
+    return push_to_servers([replica.url], push)
 
 
 # ---- One server's life ---------------------------------------------------------------------------
@@ -169,10 +165,7 @@ def test_a_server_without_a_push_serves_nothing(client, replica):
         "state": "stale",
         "fence": 0,
     }
-    assert client.get("/version").json() == facts | {
-        "max_model_len": 512,
-        "receivers": {"workers": 1, "backend": "gloo"},
-    }
+    assert client.get("/version").json() == facts | {"max_model_len": 512}
     children = psutil.Process(replica.process.pid).children(recursive=True)
     for pid in (replica.process.pid, *(child.pid for child in children)):
         assert listening_addresses(pid) <= LOOPBACK
@@ -294,7 +287,11 @@ def test_a_client_that_goes_takes_its_request_along(client, replica):
 
 def test_a_killed_pushers_lease_ends_the_pause(client, replica, versions):
     versions.publish(3)
-    code = f"from opd.weights.push import push_to_servers; push_to_servers([{replica.url!r}], 3, 1, {TOKEN!r}, lease_s=2.0)"
+    code = (
+        "from opd.weights.push import Push, push_to_servers; "
+        f"push = Push(version=3, fence=1, token={TOKEN!r}, lease_s=2.0); "
+        f"push_to_servers([{replica.url!r}], push)"
+    )
     killed = subprocess.Popen(
         [sys.executable, "-c", code], env=worker_environment(OPD_FAULT="push.paused:kill")
     )
@@ -324,7 +321,8 @@ def test_a_half_loaded_server_is_stale_until_the_next_push(client, replica, vers
 
 def test_one_dead_replica_is_reported_and_the_other_serves(client, replica, versions):
     versions.publish(2)
-    report = push_to_servers(["http://127.0.0.1:9", replica.url], 2, versions.fence, TOKEN)
+    push = Push(version=2, fence=versions.fence, token=TOKEN)
+    report = push_to_servers(["http://127.0.0.1:9", replica.url], push)
     assert [(r.url, r.ok) for r in report.replicas] == [
         ("http://127.0.0.1:9", False),
         (replica.url, True),
@@ -371,7 +369,7 @@ def test_a_zombie_is_refused(client, replica, versions):
     versions.publish(3)
     push_to(versions, replica, 3)
     with pytest.raises(PushFailed, match=r"409.*fence 2"):
-        push_to_servers([replica.url], 3, 1, TOKEN)
+        push_to_servers([replica.url], Push(version=3, fence=1, token=TOKEN))
     expected = {"weights": 3, "state": "ready", "fence": 2}
     assert client.get("/version").json() | expected == client.get("/version").json()
 
@@ -415,6 +413,35 @@ def test_a_server_whose_engine_died_ends(tiny, tmp_path, monkeypatch):
         engine.kill()
         assert future.exception(timeout=SECONDS) is not None
         wait_for(lambda: replica.process.poll() is not None, 10)
+
+
+def test_each_process_of_a_server_reads_its_part_of_a_push(tiny, versions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_SERVER_TOKEN", TOKEN)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with (
+        serving(
+            str(tiny.student),
+            protocol="rollout",
+            weights_dir=versions.root,
+            tensor_parallel=2,
+            kv_cache_gib=KV_GIB,
+            dtype="float32",
+            log_dir=tmp_path,
+            start_seconds=300.0,
+            extra=("--enforce_eager",),
+        ) as (replica,),
+        httpx.Client(
+            base_url=replica.url, headers=headers, timeout=SECONDS, trust_env=False
+        ) as client,
+    ):
+        for version in (1, 2):
+            versions.publish(version)
+            push_to(versions, replica, version)
+            answer = generate(client, prompt_ids=[3, 4, 5], seed=version, max_tokens=30)
+            expected = versions.logprobs(version, [3, 4, 5], answer["token_ids"])
+            got = torch.tensor(answer["logprobs"])
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+            assert answer["spans"] == [[version, 0, 30]]
 
 
 # ---- Questions that make no sense ----------------------------------------------------------------
