@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from opd import config, distributed, faults
+from opd import config, distributed, faults, processes
 from opd.clients.served_checks import check_served
 from opd.engines.deepspeed_engine import check_ds_config
 from opd.inputs import content, models, prompts, rewards
@@ -88,7 +88,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
             f"--output_dir {run.run_dir}: cannot be made: {error}; choose another"
         ) from None
     checkpoint.set_aside_newer(run.run_dir, resume_from)
-    distributed.die_with_launcher()
+    processes.die_with_launcher()
     if distributed.rank() == 0:
         write_run_files(run.run_dir, config.to_dict(cfg), sys.argv)
     setup_logging(run.run_dir)
