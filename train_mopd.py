@@ -36,7 +36,8 @@ from opd.colocation import Colocation
 from opd.distillation import compare
 from opd.inputs import rewards
 from opd.inputs.arguments import parse
-from opd.inputs.validation import validate_ahead, validate_common
+from opd.inputs.async_rules import validate_ahead
+from opd.inputs.validation import validate_common
 from opd.losses import (
     MAX_LOG_RATIO,
     accepted_sequences,
@@ -219,7 +220,7 @@ def main(run: Run) -> None:
     logprob_temperature = temperature if corrects(cfg.loss) and old_policy == "rollout" else None
     inner_updates = cfg.batch.inner_updates
     parity = Parity(
-        run.micro_batches, cfg.rollout, every=cfg.run.parity_every, dtype=student.model.dtype
+        run.micro_batches, cfg.rollout, every=cfg.rollout.parity_every, dtype=student.model.dtype
     )
 
     def save_parts(directory: Path) -> None:
