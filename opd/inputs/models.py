@@ -8,10 +8,8 @@ be the embedding, both.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -27,10 +25,6 @@ from opd.inputs.weight_files import check_not_quantised, check_weights
 from opd.log import cut, one_line
 from opd.ops.attention import AUTO
 from opd.ops.heads import find_head, logit_form, weights_beside_the_head
-
-# Keys that make a run another run. With --resume auto, everything else may change between two
-# starts.
-RUN_IDENTITY = ("student_model", "teachers", "data", "domain_key", "loss", "seed")
 
 
 @dataclass(frozen=True)
@@ -463,63 +457,3 @@ def dry_run_report(
             ),
         ]
     )
-
-
-def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
-    """Refuses a run directory that cannot be written or that holds another run.
-
-    With `resume` other than "never" a directory with a run is that run's continuation, unless
-    `config` is given and differs from its `config.yaml` in what makes a run the same run.
-    """
-    run_dir = Path(run_dir)
-    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise ValueError(
-            f"--output_dir {run_dir}: {existing} is a file, not a directory; choose another"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--output_dir {run_dir}: no permission to write in {existing}; choose another"
-        )
-    recorded = run_dir / "config.yaml"
-    if not recorded.exists():
-        return
-    if resume == "never":
-        raise ValueError(
-            f"--output_dir {run_dir}: holds another run; choose another directory, or continue it "
-            f"with --resume auto"
-        )
-    if config is None:
-        return
-    try:
-        old = yaml.safe_load(recorded.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        old = None
-    if not isinstance(old, dict):
-        raise ValueError(
-            f"--output_dir {run_dir}: its config.yaml is not a run's; choose another directory"
-        )
-    old, now = _identity(old), _identity(to_dict(config))
-    changed = [key for key in RUN_IDENTITY if key in now and old.get(key) != now[key]]
-    if changed:
-        raise ValueError(
-            f"--output_dir {run_dir}: holds another run ({', '.join(changed)} differ); choose "
-            f"another directory"
-        )
-
-
-def _identity(flat: dict[str, Any]) -> dict[str, Any]:
-    """A flat configuration without what runs a teacher: where it runs does not decide
-    what it says.
-    """
-    entries = flat.get("teachers")
-    if not isinstance(entries, list):
-        return flat
-    identities = []
-    for entry in entries:
-        if isinstance(entry, dict):
-            says = {k: v for k, v in entry.items() if k not in ("backend", "urls", "api_key_env")}
-            identities.append(
-                says | {"weight": 1.0 if entry.get("weight") is None else entry["weight"]}
-            )
-    return {**flat, "teachers": identities}

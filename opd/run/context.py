@@ -203,8 +203,3 @@ class Run:
             rank=distributed.rank() if rank is None else rank,
             world_size=world_size or distributed.world_size(),
         )
-
-
-def is_async(cfg) -> bool:
-    """Whether a script's Config asks for rollouts that run ahead."""
-    return hasattr(cfg, "ahead") and cfg.ahead.mode == "async"

@@ -750,7 +750,7 @@ def test_auto_changes_what_no_flag_said_and_says_so(tiny, tmp_path, capsys, scri
         run.cfg.rollout.rollout_kv_cache_gib == 1 / 16
         and "plan: --rollout_kv_cache_gib 0.0625" in said
     )
-    assert run.cfg.rollout.teacher_kv_cache_gib == 0.5
+    assert run.cfg.teacher.teacher_kv_cache_gib == 0.5
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["rollout_kv_cache_gib"] == 1 / 16
     assert (
