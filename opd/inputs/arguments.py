@@ -9,6 +9,7 @@ nearest name there is.
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -43,6 +44,23 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(message)
+
+
+def pairs(flag: str, values: list[str]) -> dict[str, float]:
+    """NAME=NUMBER pairs."""
+    parsed = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not 0 <= weight < math.inf:
+            raise ValueError(f"--{flag} {value}: expected NAME=NUMBER with a finite number >= 0")
+        if name in parsed:
+            raise ValueError(f"--{flag} {value}: {name} is given twice")
+        parsed[name] = weight
+    return parsed
 
 
 def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:
@@ -159,8 +177,7 @@ def _refuse_secrets(content: dict[Any, Any], where: str) -> None:
         if str(key).lower().replace("-", "_") in _SECRET_KEYS:
             raise ValueError(
                 f"{where}: `{key}`: no secret may stand in a file; put it into an environment "
-                f"variable and name that one in "
-                "the teacher's `api_key_env`"
+                "variable and name that one in the teacher's `api_key_env`"
             )
 
 

@@ -137,9 +137,8 @@ def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
     if names := weights_beside_the_head(model):
         raise ValueError(
             f"{flag} {path}: {model.config.model_type} has weights between its hidden states and "
-            f"its lm_head ({names[0]}), "
-            "which scores from hidden states do not reproduce; choose a causal language model "
-            "without them"
+            f"its lm_head ({names[0]}), which scores from hidden states do not reproduce; choose a "
+            "causal language model without them"
         )
 
 
@@ -273,9 +272,8 @@ def _check_same_tokenizer(fact: ModelFact, teacher_tokenizer, tokenizer) -> None
     token = differing[0]
     raise ValueError(
         f"{fact.flag} {fact.path}: its tokenizer is not the student's: {len(differing)} tokens "
-        f"differ, first {token!r} "
-        f"(id {theirs.get(token)}, the student's {mine.get(token)}); choose a teacher of the "
-        f"student's family"
+        f"differ, first {token!r} (id {theirs.get(token)}, the student's {mine.get(token)}); "
+        "choose a teacher of the student's family"
     )
 
 
@@ -307,9 +305,8 @@ def _check_residency(config) -> None:
             and not torch.cuda.is_available()
         ):
             raise ValueError(
-                f"--teacher_residency disk: on a CPU vLLM gives no memory back, and teacher "
-                f"{spec.name} runs on it; set "
-                "--teacher_backend hf, or `backend: hf` in its entry"
+                "--teacher_residency disk: on a CPU vLLM gives no memory back, and teacher "
+                f"{spec.name} runs on it; set --teacher_backend hf, or `backend: hf` in its entry"
             )
 
 
@@ -355,8 +352,7 @@ def check_models(config) -> ModelFacts:
         if fact.context is not None and prompt_tokens + response_tokens > fact.context:
             raise ValueError(
                 f"--max_prompt_tokens {prompt_tokens} + --max_response_tokens {response_tokens}: "
-                f"over the context of "
-                f"{fact.flag} {fact.path}, {fact.context} tokens; lower them"
+                f"over the context of {fact.flag} {fact.path}, {fact.context} tokens; lower them"
             )
     by_vllm = [
         student,
@@ -409,8 +405,7 @@ def check_tensor_parallel(config, facts: ModelFacts, world_size: int) -> None:
         if fact.kv_heads % size and size % fact.kv_heads:
             raise ValueError(
                 f"{flag}: neither divides the {fact.kv_heads} key-value heads of {fact.path} nor "
-                f"is a multiple of them"
-                "; choose another size"
+                "is a multiple of them; choose another size"
             )
 
 
@@ -440,8 +435,8 @@ def dry_run_report(
         chosen = list(prompt_set.prompts[:2])
     prompts = [
         f"--- prompt {p.prompt_id}, domain {p.domain}, {len(p.token_ids)} "
-        f"tokens\n{_marked(p.token_ids, tokenizer)}"
-        f"<< the response starts here and ends with EOS: {eos} >>"
+        f"tokens\n{_marked(p.token_ids, tokenizer)}<< the response starts here and ends with EOS: "
+        f"{eos} >>"
         for p in chosen
     ]
     rows = ", ".join(

@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
-from opd.config import LossConfig, RolloutConfig, is_async, options_of, pairs
+from opd.config import LossConfig, RolloutConfig, is_async, options_of
+from opd.inputs.arguments import pairs
 from opd.inputs.teacher_rules import validate_teachers
 
 

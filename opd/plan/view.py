@@ -62,8 +62,8 @@ def verdict(plan: Plan) -> str:
     phase = max(PHASES, key=plan.bytes_of)
     usable = USABLE * machine.device_bytes
     peak = (
-        f"{plan.peak / GIB:.1f} of {usable / GIB:.1f} GiB in {phase} ({USABLE:.0%} of the "
-        f"memory are counted on)"
+        f"{plan.peak / GIB:.1f} of {usable / GIB:.1f} GiB in {phase} ({USABLE:.0%} of the memory "
+        "are counted on)"
     )
     host = machine.gpus * max(map(plan.host_bytes, PHASES))
     if machine.is_gpu:
