@@ -24,7 +24,9 @@ vocabulary.
 import functools
 import json
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from opd import config, distributed
@@ -47,7 +49,7 @@ from opd.types import MicroBatch
 
 @dataclass(frozen=True)
 class GkdConfig:
-    lmbda: float = config.option(
+    lmbda: Annotated[float, Interval(ge=0, le=1)] = config.option(
         0.5, "Probability that a step trains on the student's own responses."
     )
     seq_kd: bool = config.option(
@@ -55,10 +57,10 @@ class GkdConfig:
         "The off-policy responses are written by the teacher, once, and kept in "
         "output_dir/seq_kd.json.",
     )
-    seq_kd_temperature: float = config.option(
+    seq_kd_temperature: Annotated[float, Ge(0)] = config.option(
         1.0, "Sampling temperature of the teacher's responses; 0 is greedy."
     )
-    sft_alpha: float = config.option(
+    sft_alpha: Annotated[float, Ge(0)] = config.option(
         0.0, "Weight of the cross-entropy on responses that the student did not write."
     )
 
@@ -79,45 +81,30 @@ class Config:
 
     def validate(self) -> None:
         validate_common(self)
-        gkd, loss = self.gkd, self.loss
-        for ok, message in (
-            (
-                len(self.teachers) == 1,
+        if len(self.teachers) != 1:
+            raise ValueError(
                 f"--teacher: train_gkd.py takes one teacher, got {len(self.teachers)}; use "
-                f"train_mopd.py",
-            ),
-            (0 <= gkd.lmbda <= 1, f"--lmbda {gkd.lmbda}: must lie in [0, 1]"),
-            (gkd.sft_alpha >= 0, f"--sft_alpha {gkd.sft_alpha}: must be at least 0"),
-            (
-                gkd.seq_kd_temperature >= 0,
-                f"--seq_kd_temperature {gkd.seq_kd_temperature}: must be at least 0",
-            ),
-            (
-                loss.loss != "reverse_kl_pg",
-                "--loss reverse_kl_pg: train_gkd.py minimises a divergence; use train_mopd.py",
-            ),
-            (
-                loss.reward_weight == 0,
-                f"--reward_weight {loss.reward_weight}: no task reward here; use train_mopd.py",
-            ),
-            (
-                loss.is_mode == "none",
-                f"--is_mode {loss.is_mode}: off-policy responses have no sampler; use "
-                f"train_mopd.py",
-            ),
-            (
-                loss.reject_level == "none",
-                f"--reject_level {loss.reject_level}: off-policy responses have no sampler; use "
-                f"train_mopd.py",
-            ),
-            (
-                loss.support != "sampled" or gkd.lmbda == 1,
+                "train_mopd.py"
+            )
+        if self.loss.loss == "reverse_kl_pg":
+            raise ValueError(
+                "--loss reverse_kl_pg: train_gkd.py minimises a divergence; use train_mopd.py"
+            )
+        if self.loss.reward_weight > 0:
+            raise ValueError(
+                f"--reward_weight {self.loss.reward_weight}: no task reward here; use train_mopd.py"
+            )
+        for flag in ("is_mode", "reject_level"):
+            if getattr(self.loss, flag) != "none":
+                raise ValueError(
+                    f"--{flag} {getattr(self.loss, flag)}: off-policy responses have no sampler; "
+                    "use train_mopd.py"
+                )
+        if self.loss.support == "sampled" and self.gkd.lmbda < 1:
+            raise ValueError(
                 "--support sampled: an estimate needs tokens that the student sampled; set "
-                "--lmbda 1 or --support full",
-            ),
-        ):
-            if not ok:
-                raise ValueError(message)
+                "--lmbda 1 or --support full"
+            )
 
 
 # ---- The algorithm -------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ from opd import config, distributed
 from opd.distillation import compare, policy_stats
 from opd.inputs import rewards
 from opd.inputs.arguments import parse
-from opd.inputs.validation import validate_ahead, validate_common
+from opd.inputs.async_rules import validate_ahead
+from opd.inputs.validation import validate_common
 from opd.losses import (
     accepted_sequences,
     distillation_advantage,

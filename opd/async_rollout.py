@@ -45,7 +45,7 @@ FRESH_PROMPTS, FRESH_TOKENS = (
 )  # of what is asked for to see whether the servers have the weights of now
 
 # (parameters, version) -> metrics; collective
-Push = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]
+PushWeights = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class AsyncRolloutEngine:
         seed: int,
         num_steps: int,
         prompts_of: Callable[[int], list[Prompt]],
-        push: Push,
+        push: PushWeights,
         logprob_servers: LogprobServers | None = None,
     ):
         self.servers, self.logprob_servers, self.cfg, self.ahead, self.seed = (
@@ -392,7 +392,7 @@ def _buffer_file() -> str:
 
 def push_from_rank_0(
     publish_and_push: Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]],
-) -> Push:
+) -> PushWeights:
     """Rank 0 writes and pushes; the others take part in the gathering, and hear if it failed."""
 
     def push(named_parameters: Iterable[tuple[str, Tensor]], version: int) -> dict[str, float]:

@@ -1,20 +1,31 @@
-"""Configuration: each dataclass field is a flag and a YAML key, and its help text is its
-documentation.
+"""Configuration: each field is a flag and a YAML key, and its help text is its documentation.
 
 A script composes its Config from the groups below. `parse` reads `--config FILE` first and lets the
-command line win. Nothing here imports torch, and nothing checks a value: that is
-`opd/inputs/validation.py`.
+command line win. Nothing here imports torch, and nothing checks a value: `opd/inputs/validation.py`
+does, by the bounds in the types of the fields and by its own rules.
 """
 
+import copy
 import dataclasses
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, Le
+
+PositiveInt, NonNegativeInt = Annotated[int, Ge(1)], Annotated[int, Ge(0)]
+PositiveFloat, NonNegativeFloat = Annotated[float, Gt(0)], Annotated[float, Ge(0)]
 
 
 def option(default: Any, help: str, **metadata):
-    """A field with its help text; a list default is copied."""
+    """A field with its help text; a list default is copied. Its bounds are in its type.
+
+    What else a field may say of itself: `fingerprinted`, whether another value makes it another run
+    (False, True, or the part of the fingerprint that it stands in; `opd/inputs/identity.py`);
+    `identifies`, whether a run directory with another value holds another run; `remedy`, what to do
+    with a value out of bounds.
+    """
     metadata["help"] = help
     if isinstance(default, list):
         metadata.setdefault("action", "append")  # `--data a b` and `--data a --data b` are the same
@@ -26,7 +37,9 @@ def option(default: Any, help: str, **metadata):
 class ModelConfig:
     """The student, and what all models share."""
 
-    student_model: str = option("", "Student: a Hugging Face model directory or hub id. Required.")
+    student_model: str = option(
+        "", "Student: a Hugging Face model directory or hub id. Required.", identifies=True
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
         "Computation type of student and engines; auto is bfloat16 on a GPU and float32 on a CPU.",
@@ -34,8 +47,7 @@ class ModelConfig:
     offload_student: Literal["none", "states", "all"] = option(
         "states",
         "What of the student leaves the GPU while others work: nothing; optimizer states, masters "
-        "and gradients; or its "
-        "parameters too.",
+        "and gradients; or its parameters too.",
     )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: slower, less memory."
@@ -63,10 +75,9 @@ class TeacherConfig:
     teacher: list[str] = option(
         [],
         "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every "
-        "domain. Instead of a path, the "
-        "URLs of servers of one model: NAME=http://HOST:PORT,http://HOST:PORT. The YAML key "
-        "`teachers` is the long form: a "
-        "list of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size, urls, "
+        "domain. Instead of a path, the URLs of servers of one model: "
+        "NAME=http://HOST:PORT,http://HOST:PORT. The YAML key `teachers` is the long form: a list "
+        "of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size, urls, "
         "api_key_env}.",
     )
     teacher_backend: LocalBackend = option(
@@ -85,19 +96,27 @@ class TeacherConfig:
     teacher_mode: Literal["auto", "colocate", "standalone"] = option(
         "auto",
         "When teachers score. standalone: served ones score each response as soon as it is "
-        "finished; colocate: all score "
-        "when all responses are; auto is standalone where a teacher is served.",
+        "finished; colocate: all score when all are; auto is standalone where one is served.",
     )
-    teacher_wait_s: float = option(
+    teacher_wait_s: PositiveFloat = option(
         30.0,
-        "How long a step waits for a served teacher none of whose replicas answers, before the "
-        "run saves and stops, s.",
+        "How long a step waits while no replica of a served teacher answers, before the run saves "
+        "and stops, s.",
     )
-    teacher_timeout_s: float = option(
+    teacher_timeout_s: PositiveFloat = option(
         120.0, "How long one request to a served teacher may take, s."
     )
-    teacher_max_inflight: int = option(
+    teacher_max_inflight: PositiveInt = option(
         32, "Requests in flight to one replica of a served teacher, per rank."
+    )
+    teacher_kv_cache_gib: PositiveFloat = option(
+        0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates."
+    )
+    teacher_cache_bytes: NonNegativeInt = option(
+        16 << 30,
+        "Host memory of a rank for the teachers' hidden states of a step, bytes; beyond it tokens "
+        "are scored on support_k.",
+        fingerprinted="rollout",
     )
 
 
@@ -109,9 +128,7 @@ class TeacherSpec:
     # of a served teacher: its name at the server or a local directory of the same model, or ""
     model: str
     domains: tuple[str, ...] | Literal["*"]
-    weight: float | None = (
-        None  # relative to the other teachers of the same domain, where several claim it
-    )
+    weight: float | None = None  # relative to the other teachers of a domain, if there are any
     backend: Backend = "vllm"
     tensor_parallel_size: int = 1  # GPUs that share one copy of its weights
     urls: tuple[str, ...] = ()  # of a served teacher: its replicas
@@ -125,11 +142,13 @@ class TeacherSpec:
 
     @property
     def has_local_model(self) -> bool:
-        """Whether `model` is a directory here.
-
-        A served teacher may have none, and "" is not the working directory.
-        """
+        """Whether `model` is a directory here; a served teacher may have none."""
         return bool(self.model) and Path(self.model).is_dir()
+
+    @property
+    def identity(self) -> tuple[str, str, tuple[str, ...] | str, float]:
+        """What decides what it says in a run. What runs it, and where, does not."""
+        return self.name, self.model, self.domains, self.share
 
     @property
     def is_served(self) -> bool:
@@ -146,22 +165,28 @@ class AsyncConfig:
         "sync: rollouts and training take turns on the same devices. async: rollout servers write "
         "ahead.",
     )
-    max_staleness: int = option(
+    max_staleness: NonNegativeInt = option(
         1,
-        "How many versions older than the weights in training a token may be. 0 is the "
-        "synchronous run, on servers.",
+        "How many versions older than the weights in training a token may be. 0 is the synchronous "
+        "run, on servers.",
+        fingerprinted="algorithm",
     )
-    sync_every: int = option(1, "Steps between pushes of the weights to the rollout servers.")
+    sync_every: PositiveInt = option(
+        1, "Steps between pushes of the weights to the rollout servers.", fingerprinted="algorithm"
+    )
     partial_rollout: bool = option(
         True,
         "At a push, responses that are being written go on under the new weights; otherwise they "
         "start again.",
+        fingerprinted="algorithm",
     )
     rollout_servers: list[str] = option(
         ["auto"],
         "URLs of rollout servers; auto starts them on this machine and stops them at the end.",
     )
-    rollout_replicas: int = option(1, "Rollout servers to start with --rollout_servers auto.")
+    rollout_replicas: PositiveInt = option(
+        1, "Rollout servers to start with --rollout_servers auto."
+    )
     rollout_gpus: str = option(
         "",
         "GPUs of the rollout servers that are started, such as 4,5,6,7: not the trainer's. "
@@ -170,16 +195,16 @@ class AsyncConfig:
     logprob_servers: list[str] = option(
         [], "URLs of log-prob servers for --old_logprobs server; auto starts them on this machine."
     )
-    logprob_replicas: int = option(1, "Log-prob servers to start with --logprob_servers auto.")
+    logprob_replicas: PositiveInt = option(
+        1, "Log-prob servers to start with --logprob_servers auto."
+    )
     logprob_gpus: str = option(
         "", "GPUs of the log-prob servers that are started. Default: the visible ones."
     )
-    max_inflight: int = option(256, "Responses in flight at one rollout server, per rank.")
-    rollout_timeout_s: float = option(1800.0, "How long one response may take, s.")
-    rollout_wait_s: float = option(
-        60.0,
-        "How long a step waits for servers none of which answers, before the run saves and stops, "
-        "s.",
+    max_inflight: PositiveInt = option(256, "Responses in flight at one rollout server, per rank.")
+    rollout_timeout_s: PositiveFloat = option(1800.0, "How long one response may take, s.")
+    rollout_wait_s: PositiveFloat = option(
+        60.0, "How long a step waits while no server answers, before the run saves and stops, s."
     )
     weights_dir: str = option(
         "",
@@ -193,17 +218,18 @@ class DataConfig:
     """Prompt files and their columns."""
 
     data: list[str] = option(
-        [], "Training prompts: JSONL or parquet files, directories or hub ids. Required."
+        [],
+        "Training prompts: JSONL or parquet files, directories or hub ids. Required.",
+        identifies=True,
     )
     eval_data: list[str] = option(
         [], "Held-out prompts with answers. Without it there is no evaluation."
     )
-    domain_key: str = option("data_source", "Column that names a row's domain.")
+    domain_key: str = option("data_source", "Column that names a row's domain.", identifies=True)
     prompt_key: str = option(
         "prompt",
         "Column with the prompt: text, or a list of chat messages. The columns `tools` and "
-        "`chat_template_kwargs`, if there, "
-        "reach the chat template too.",
+        "`chat_template_kwargs`, if there, reach the chat template too.",
     )
     answer_key: str = option(
         "answer", "Column with the reference answer for rewards and evaluation; may be absent."
@@ -211,10 +237,20 @@ class DataConfig:
     response_key: str = option(
         "response", "Column with a dataset response, for the off-policy share of train_gkd.py."
     )
-    domain_weights: list[str] = option(
-        [], "NAME=WEIGHT pairs: share of each domain in a step. Default: rows decide."
+    reward_fn: list[str] = option(
+        ["exact_match"],
+        "Task reward, for training and evaluation: exact_match, last_number, or "
+        "module:function(prompt, text) -> float. DOMAIN=REWARD sets one domain's.",
+        fingerprinted="loss",
     )
-    max_prompt_tokens: int = option(1024, "Longest prompt, in tokens, after the chat template.")
+    domain_weights: list[str] = option(
+        [],
+        "NAME=WEIGHT pairs: share of each domain in a step. Default: rows decide.",
+        fingerprinted=True,
+    )
+    max_prompt_tokens: PositiveInt = option(
+        1024, "Longest prompt, in tokens, after the chat template."
+    )
     overlong_prompts: Literal["drop", "truncate"] = option(
         "drop",
         "What happens to longer prompts: drop them, or cut their beginning. Both are counted at "
@@ -226,32 +262,36 @@ class DataConfig:
 class RolloutConfig:
     """Prompts of a step, sampling of responses, and the engines' KV caches."""
 
-    prompts_per_step: int = option(64, "Prompts in one optimizer step, over all ranks.")
-    num_generations: int = option(1, "Responses per prompt.")
-    max_response_tokens: int = option(
+    prompts_per_step: PositiveInt = option(64, "Prompts in one optimizer step, over all ranks.")
+    num_generations: PositiveInt = option(1, "Responses per prompt.")
+    max_response_tokens: PositiveInt = option(
         1024, "Longest response, in tokens; a longer one is truncated and counted."
     )
-    temperature: float = option(1.0, "Sampling temperature.")
-    top_p: float = option(1.0, "Nucleus sampling; below 1 the sampler is no longer the student.")
-    top_k: int = option(0, "Sample from the k likeliest tokens only; 0 is off.")
-    rollout_kv_cache_gib: float = option(1.0, "KV cache of the rollout engine per GPU, GiB.")
-    rollout_tensor_parallel_size: int = option(
+    temperature: PositiveFloat = option(1.0, "Sampling temperature.")
+    top_p: Annotated[float, Gt(0), Le(1)] = option(
+        1.0, "Nucleus sampling; below 1 the sampler is no longer the student."
+    )
+    top_k: NonNegativeInt = option(0, "Sample from the k likeliest tokens only; 0 is off.")
+    rollout_kv_cache_gib: PositiveFloat = option(
+        1.0, "KV cache of the rollout engine per GPU, GiB.", fingerprinted=False
+    )
+    rollout_tensor_parallel_size: PositiveInt = option(
         1,
         "GPUs that share one rollout engine: rank r is in group r // size. For a student larger "
         "than one GPU.",
+        fingerprinted=False,
     )
     enforce_eager: bool = option(
         False,
         "Sample without compiling and without CUDA graphs: slower, but starts sooner and takes "
         "less memory.",
+        fingerprinted=False,
     )
-    teacher_kv_cache_gib: float = option(
-        0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates."
-    )
-    teacher_cache_bytes: int = option(
-        16 << 30,
-        "Host memory of a rank for the teachers' hidden states of a step, bytes; beyond it tokens "
-        "are scored on support_k.",
+    parity_every: NonNegativeInt = option(
+        10,
+        "Compare rollout engine and student in the first two steps and every n steps, and stop "
+        "where they are not the same model; 0 is never.",
+        fingerprinted=False,
     )
 
 
@@ -267,12 +307,13 @@ class LossConfig:
     loss: LossName = option(
         "reverse_kl",
         "Divergence from the teacher, or reverse_kl_pg: the policy gradient of the reverse KL.",
+        identifies=True,
     )
     support: Literal["auto", "full", "union_topk", "teacher_topk", "sampled"] = option(
         "auto",
         "Tokens the loss sums over at each position; auto is full, and sampled for reverse_kl_pg.",
     )
-    support_k: int = option(
+    support_k: PositiveInt = option(
         64, "Tokens that each side brings to the supports teacher_topk and union_topk."
     )
     tail: Literal["bucket", "generalized", "renormalize", "truncate"] = option(
@@ -282,30 +323,34 @@ class LossConfig:
         "auto",
         "Estimate of the reverse KL at the sampled token; auto is k3, and k1 for reverse_kl_pg.",
     )
-    jsd_beta: float = option(0.5, "Weight of the teacher in the mixture of jsd, in (0, 1).")
-    skew_alpha: float = option(
+    jsd_beta: Annotated[float, Interval(gt=0, lt=1)] = option(
+        0.5,
+        "Weight of the teacher in the mixture of jsd, in (0, 1).",
+        remedy="; for the limits use --loss forward_kl or reverse_kl",
+    )
+    skew_alpha: Annotated[float, Interval(gt=0, lt=1)] = option(
         0.1, "Share of the other distribution in the skew divergences, in (0, 1)."
     )
-    loss_temperature: float = option(1.0, "Divides the logits of student and teacher in the loss.")
-    advantage_clip: float | None = option(
+    loss_temperature: PositiveFloat = option(
+        1.0, "Divides the logits of student and teacher in the loss."
+    )
+    advantage_clip: Annotated[float | None, Gt(0)] = option(
         None, "Clip the distillation advantage of reverse_kl_pg to +- this, in nats."
     )
-    clip_low: float | None = option(
+    clip_low: Annotated[float | None, Gt(0)] = option(
         None, "PPO clip below 1; without it reverse_kl_pg is REINFORCE."
     )
-    clip_high: float | None = option(None, "PPO clip above 1; default: clip_low.")
+    clip_high: Annotated[float | None, Gt(0)] = option(None, "PPO clip above 1; default: clip_low.")
     dual_clip: float | None = option(
         None, "Bound, above 1, on the PPO ratio where the advantage is negative."
     )
     old_logprobs: Literal["rollout", "server", "recompute"] = option(
         "rollout",
         "The old policy, which the PPO ratio is against. rollout: the sampler, by its own "
-        "log-probabilities; recompute: the "
-        "student before the step's first update, at the price of one more forward; server: the "
-        "weights of the last push "
-        "when a response was finished, asked of --logprob_servers while others are still being "
-        "written. With the latter "
-        "two, is_mode and reject_level weigh the old policy against the sampler.",
+        "log-probabilities; recompute: the student before the step's first update, at the price of "
+        "one more forward; server: the weights of the last push when a response was finished, "
+        "asked of --logprob_servers while others are still being written. With the latter two, "
+        "is_mode and reject_level weigh the old policy against the sampler.",
     )
     is_mode: Literal["none", "truncate", "mask"] = option(
         "none",
@@ -315,32 +360,27 @@ class LossConfig:
     is_level: Literal["token", "sequence", "geometric"] = option(
         "token", "Ratio per token, sequence, or their mean."
     )
-    is_low: float = option(0.5, "Lower bound of the mask mode.")
-    is_high: float = option(5.0, "Upper bound of both modes.")
+    is_low: PositiveFloat = option(0.5, "Lower bound of the mask mode.")
+    is_high: PositiveFloat = option(5.0, "Upper bound of both modes.")
     reject_level: Literal["none", "sequence", "geometric"] = option(
         "none",
         "Give no weight to a whole response whose ratio of trainer to sampler, the product over "
-        "its tokens or their "
-        "geometric mean, lies outside reject_low and reject_high.",
+        "its tokens or their geometric mean, lies outside reject_low and reject_high.",
     )
-    reject_low: float = option(0.5, "Lower bound of reject_level, at most 1.")
-    reject_high: float = option(
+    reject_low: PositiveFloat = option(0.5, "Lower bound of reject_level, at most 1.")
+    reject_high: PositiveFloat = option(
         2.0, "Upper bound of reject_level, at least 1; for geometric take one near 1."
     )
-    reward_weight: float = option(
+    reward_weight: NonNegativeFloat = option(
         0.0, "Weight of the group-relative task advantage; 0 is pure distillation."
     )
-    reward_fn: list[str] = option(
-        ["exact_match"],
-        "Task reward, for training and evaluation: exact_match, last_number, or "
-        "module:function(prompt, text) -> float. "
-        "DOMAIN=REWARD sets one domain's.",
+    overlap_k: NonNegativeInt = option(
+        16,
+        "Top tokens of both sides that the overlap diagnostics compare; 0 is off.",
+        fingerprinted=False,
     )
-    overlap_k: int = option(
-        16, "Top tokens of both sides that the overlap diagnostics compare; 0 is off."
-    )
-    loss_chunk_bytes: int = option(
-        320 << 20, "Memory for the logits of one chunk of loss tokens, bytes."
+    loss_chunk_bytes: PositiveInt = option(
+        320 << 20, "Memory for the logits of one chunk of loss tokens, bytes.", fingerprinted=False
     )
 
 
@@ -348,15 +388,19 @@ class LossConfig:
 class BatchConfig:
     """How a step is cut into micro-batches, and how often it is trained on."""
 
-    micro_batch_size: int = option(8, "Sequences in one forward and backward pass per rank.")
-    max_tokens_per_micro_batch: int = option(
+    micro_batch_size: PositiveInt = option(
+        8, "Sequences in one forward and backward pass per rank."
+    )
+    max_tokens_per_micro_batch: NonNegativeInt = option(
         0, "Cut micro-batches by tokens, padding included, instead of sequences; 0 is off."
     )
     packing: bool = option(
         False, "Put a micro-batch's sequences end to end instead of padding them."
     )
-    inner_updates: int = option(
-        1, "Optimizer steps on each batch of rollouts; the teachers score it once."
+    inner_updates: PositiveInt = option(
+        1,
+        "Optimizer steps on each batch of rollouts; the teachers score it once.",
+        fingerprinted=True,
     )
 
 
@@ -364,17 +408,19 @@ class BatchConfig:
 class OptimConfig:
     """AdamW and its learning rate."""
 
-    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
+    learning_rate: NonNegativeFloat = option(1e-6, "Peak learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
         "cosine", "Decay after the warm-up."
     )
-    warmup_steps: int = option(0, "Steps of linear warm-up.")
-    min_lr_ratio: float = option(0.1, "Learning rate at the last step, as a share of the peak.")
-    weight_decay: float = option(0.0, "AdamW weight decay; not on biases and norms.")
-    adam_beta1: float = option(0.9, "AdamW beta1.")
-    adam_beta2: float = option(0.95, "AdamW beta2.")
-    adam_eps: float = option(1e-8, "AdamW epsilon.")
-    max_grad_norm: float = option(1.0, "Gradient norm to clip at; 0 is off.")
+    warmup_steps: NonNegativeInt = option(0, "Steps of linear warm-up.")
+    min_lr_ratio: Annotated[float, Ge(0), Le(1)] = option(
+        0.1, "Learning rate at the last step, as a share of the peak."
+    )
+    weight_decay: NonNegativeFloat = option(0.0, "AdamW weight decay; not on biases and norms.")
+    adam_beta1: Annotated[float, Interval(ge=0, lt=1)] = option(0.9, "AdamW beta1.")
+    adam_beta2: Annotated[float, Interval(ge=0, lt=1)] = option(0.95, "AdamW beta2.")
+    adam_eps: PositiveFloat = option(1e-8, "AdamW epsilon.")
+    max_grad_norm: NonNegativeFloat = option(1.0, "Gradient norm to clip at; 0 is off.")
 
 
 @dataclass(frozen=True)
@@ -382,25 +428,23 @@ class RunConfig:
     """The run directory, and what happens how often."""
 
     output_dir: str = option("", "Run directory. Required.")
-    num_steps: int = option(100, "Steps: batches of rollouts, each trained on inner_updates times.")
-    seed: int = option(0, "Seed of data order and sampling.")
+    num_steps: NonNegativeInt = option(
+        100, "Steps: batches of rollouts, each trained on inner_updates times.", fingerprinted=True
+    )
+    seed: NonNegativeInt = option(
+        0, "Seed of data order and sampling.", fingerprinted=True, identifies=True
+    )
     ds_config: str = option(
         "ds_configs/zero3.json", "DeepSpeed: sharding, offload and communication only."
     )
-    eval_every: int = option(0, "Evaluate every n steps; 0 is before and after only.")
-    eval_max_prompts: int = option(0, "Held-out prompts per domain; 0 is all.")
-    save_every: int = option(0, "Checkpoint every n steps; 0 is at the end only.")
-    keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
-    parity_every: int = option(
-        10,
-        "Compare rollout engine and student in the first two steps and every n steps, and stop "
-        "where they are not the "
-        "same model; 0 is never.",
-    )
-    rollout_samples: int = option(
+    eval_every: NonNegativeInt = option(0, "Evaluate every n steps; 0 is before and after only.")
+    eval_max_prompts: NonNegativeInt = option(0, "Held-out prompts per domain; 0 is all.")
+    save_every: NonNegativeInt = option(0, "Checkpoint every n steps; 0 is at the end only.")
+    keep_checkpoints: PositiveInt = option(2, "Newest checkpoints to keep.")
+    rollout_samples: NonNegativeInt = option(
         4, "Responses written to rollouts/ and TensorBoard at each logged step."
     )
-    rollout_every: int = option(10, "Write sample responses every n steps; 0 is never.")
+    rollout_every: NonNegativeInt = option(10, "Write sample responses every n steps; 0 is never.")
     resume: str = option(
         "auto",
         "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path.",
@@ -416,6 +460,11 @@ class RunConfig:
     local_rank: int = option(-1, "Set by launchers.")
 
 
+def is_async(config) -> bool:
+    """Whether rollouts run ahead of training; the Config of train_gkd.py has no such group."""
+    return getattr(config, "ahead", AsyncConfig()).mode == "async"
+
+
 def groups_of(config_class) -> dict[str, type]:
     """The configuration groups of a script's Config: field name -> dataclass."""
     hints = get_type_hints(config_class)
@@ -426,33 +475,20 @@ def groups_of(config_class) -> dict[str, type]:
     }
 
 
+def options_of(config) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(group, field, value) of every flag, in order."""
+    for name in groups_of(type(config)):
+        group = getattr(config, name)
+        for flag in dataclasses.fields(group):
+            yield name, flag, getattr(group, flag.name)
+
+
 def to_dict(config) -> dict[str, Any]:
     """The flat mapping that `--config` reads back; `teachers` in its long form."""
-    flat = {
-        k: v
-        for name in groups_of(type(config))
-        for k, v in dataclasses.asdict(getattr(config, name)).items()
-    }
+    flat = {flag.name: copy.copy(value) for _, flag, value in options_of(config)}
     flat.pop("teacher", None)
-    entries = [dataclasses.asdict(spec) for spec in config.teachers]
     flat["teachers"] = [
-        {k: list(v) if isinstance(v, tuple) else v for k, v in entry.items()} for entry in entries
+        {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(spec).items()}
+        for spec in config.teachers
     ]
     return flat
-
-
-def pairs(flag: str, values: list[str]) -> dict[str, float]:
-    """NAME=NUMBER pairs."""
-    parsed = {}
-    for value in values:
-        name, _, number = value.partition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not name or not 0 <= weight < math.inf:
-            raise ValueError(f"--{flag} {value}: expected NAME=NUMBER with a finite number >= 0")
-        if name in parsed:
-            raise ValueError(f"--{flag} {value}: {name} is given twice")
-        parsed[name] = weight
-    return parsed

@@ -30,7 +30,7 @@ GRACE_SECONDS = 7.0  # between SIGTERM and SIGKILL: vLLM takes 6.6 s to unlink i
 POLL_SECONDS = 0.1
 
 
-def start(command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> subprocess.Popen:
+def spawn(command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> subprocess.Popen:
     """Starts `command` as the leader of a process group of its own: the group's id is its pid.
 
     Its output goes to `log`.

@@ -204,7 +204,7 @@ def play(
     log = run_dir.with_suffix(".log")
 
     def launch():
-        return processes.start(command, log=log, env=environment(1))
+        return processes.spawn(command, log=log, env=environment(1))
 
     trainer = launch()
     while True:

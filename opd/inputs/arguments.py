@@ -9,11 +9,13 @@ nearest name there is.
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 from urllib.parse import urlsplit
 
+import msgspec
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
@@ -48,6 +50,23 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(message)
+
+
+def pairs(flag: str, values: list[str]) -> dict[str, float]:
+    """NAME=NUMBER pairs."""
+    parsed = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not 0 <= weight < math.inf:
+            raise ValueError(f"--{flag} {value}: expected NAME=NUMBER with a finite number >= 0")
+        if name in parsed:
+            raise ValueError(f"--{flag} {value}: {name} is given twice")
+        parsed[name] = weight
+    return parsed
 
 
 def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:
@@ -100,54 +119,59 @@ def teachers_from_yaml(
     return tuple(_teacher_from_yaml(entry, path, backend) for entry in entries)
 
 
+_Word = str | int | float  # YAML reads the name 7 as a number
+_ENTRY = get_type_hints(TeacherSpec) | {
+    "name": _Word,
+    "model": _Word,
+    "domains": Annotated[tuple[_Word, ...], msgspec.Meta(min_length=1)] | Literal["*"],
+}
+_FORMS = {
+    "domains": "a list of names or '*'",
+    "weight": "a number",
+    "backend": "vllm, hf or server",
+    "tensor_parallel_size": "a whole number",
+    "urls": "a list like [http://127.0.0.1:8000]",
+}
+
+
 def _teacher_from_yaml(entry: Any, path: str, backend: LocalBackend) -> TeacherSpec:
-    known, backends = [f.name for f in dataclasses.fields(TeacherSpec)], get_args(Backend)
     if isinstance(entry, dict):
         _refuse_secrets(entry, f"{path}: teachers")
     if not isinstance(entry, dict) or not entry.get("name"):
         raise ValueError(f"{path}: teachers: {entry!r} needs at least `name` and `model`")
     where = f"{path}: teachers: {entry['name']}"
-    for key in entry:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key `{key}`{nearest(str(key), known)}")
-
-    own_backend = entry.get("backend", backend)
-    if own_backend not in backends:
-        raise ValueError(
-            f"{where}: backend must be {', '.join(backends[:-1])} or {backends[-1]}, got "
-            f"{own_backend!r}"
-            f"{nearest(str(own_backend).lower(), list(backends))}"
-        )
-    if not entry.get("model") and own_backend != "server":
+    values = {"model": "", "domains": (entry["name"],), "backend": backend}
+    for key, value in entry.items():
+        if key not in _ENTRY:
+            raise ValueError(f"{where}: unknown key `{key}`{nearest(str(key), [*_ENTRY])}")
+        if value is not None:
+            values[key] = _converted(where, key, value)
+    if not values["model"] and values["backend"] != "server":
         remedy = (
             "`urls` need `backend: server`"
-            if entry.get("urls")
+            if values.get("urls")
             else "only backend server does without a model"
         )
         raise ValueError(f"{where}: needs at least `name` and `model`; {remedy}")
-    domains = entry.get("domains", [entry["name"]])
-    if domains != "*" and not (isinstance(domains, list) and domains):
-        raise ValueError(f"{where}: domains must be a list of names or '*', got {domains!r}")
-    weight = entry.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
-        raise ValueError(f"{where}: weight must be a number, got {weight!r}")
-    size = entry.get("tensor_parallel_size", 1)
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise ValueError(f"{where}: tensor_parallel_size must be a whole number, got {size!r}")
-    urls = entry.get("urls") or []
-    # not shown: it may hold a secret
-    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
-        raise ValueError(f"{where}: urls must be a list like [http://127.0.0.1:8000]")
-    return TeacherSpec(
-        name=str(entry["name"]),
-        model=str(entry.get("model") or ""),
-        domains="*" if domains == "*" else tuple(map(str, domains)),
-        weight=None if weight is None else float(weight),
-        backend=own_backend,
-        tensor_parallel_size=size,
-        urls=tuple(map(base_url, urls)),
-        api_key_env=str(entry.get("api_key_env") or ""),
-    )
+    values |= {"name": str(values["name"]), "model": str(values["model"])}
+    values["urls"] = tuple(map(base_url, values.get("urls", ())))
+    if values["domains"] != "*":
+        values["domains"] = tuple(map(str, values["domains"]))
+    return TeacherSpec(**values)
+
+
+def _converted(where: str, key: str, value: Any) -> Any:
+    """The value of a key of an entry, in its type. Of URLs and keys nothing is shown: they may hold
+    a secret.
+    """
+    try:
+        return msgspec.convert(value, _ENTRY[key])
+    except msgspec.ValidationError:
+        shown = "" if key in ("urls", "api_key_env") else f", got {value!r}"
+        close = nearest(str(value).lower(), list(get_args(Backend))) if key == "backend" else ""
+        raise ValueError(
+            f"{where}: {key} must be {_FORMS.get(key, 'text')}{shown}{close}"
+        ) from None
 
 
 def _refuse_secrets(content: dict[Any, Any], where: str) -> None:
@@ -159,8 +183,7 @@ def _refuse_secrets(content: dict[Any, Any], where: str) -> None:
         if str(key).lower().replace("-", "_") in _SECRET_KEYS:
             raise ValueError(
                 f"{where}: `{key}`: no secret may stand in a file; put it into an environment "
-                f"variable and name that one in "
-                "the teacher's `api_key_env`"
+                "variable and name that one in the teacher's `api_key_env`"
             )
 
 
@@ -176,6 +199,10 @@ def nearest(name: str, known: list[str]) -> str:
 
 class _Parser(HfArgumentParser):
     """argparse, but a mistake is one line and exit status 2."""
+
+    def add_argument(self, *names, fingerprinted=None, identifies=None, remedy=None, **options):
+        """Of what a field says of itself, argparse takes what it knows."""
+        return super().add_argument(*names, **options)
 
     def error(self, message):
         raise ValueError(message.removeprefix("argument "))
@@ -223,8 +250,67 @@ def parse(config_class, argv: list[str] | None = None):
     it has a field `explicit` too, that is the set of flags and keys that were given, whatever their
     values. Raises ValueError with one line for any mistake.
     """
-    argv = [_underscored(a) for a in (sys.argv[1:] if argv is None else argv)]
+    argv = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     groups = groups_of(config_class)
+    fields = {f.name: f for group in groups.values() for f in dataclasses.fields(group)}
+    path, content = _file_of(argv)
+    _check_keys(path, content, [*fields, "teachers"])
+    flags = _flags_in(argv)
+    from_file = [
+        word
+        for key, value in content.items()
+        if key not in flags and key != "teachers"
+        for word in _as_argv(key, value, is_list=_is_list(fields[key]))
+    ]
+    values = _values(groups, fields, [*from_file, *argv])
+    built = {
+        name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)})
+        for name, group in groups.items()
+    }
+    if any(f.name == "explicit" for f in dataclasses.fields(config_class)):
+        built["explicit"] = frozenset(given(argv))
+    if "teachers" in content and "teacher" not in flags:
+        if values["teacher"]:
+            raise ValueError(f"--config {path}: both `teacher` and `teachers`; keep one")
+        teachers = teachers_from_yaml(content["teachers"], path, values["teacher_backend"])
+    else:
+        teachers = resolve_teachers(values["teacher"], values["teacher_backend"])
+    return config_class(**built, teachers=teachers)
+
+
+def given(argv: list[str]) -> set[str]:
+    """The flags of a command line, and the keys of its `--config FILE` that have a value."""
+    argv = [_underscored(argument) for argument in argv]
+    _, content = _file_of(argv)
+    return _flags_in(argv) | {key for key, value in content.items() if value is not None}
+
+
+def _flags_in(argv: list[str]) -> set[str]:
+    return {a[2:].partition("=")[0].removeprefix("no_") for a in argv if a.startswith("--")}
+
+
+def _file_of(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """The path behind `--config` and what the file holds."""
+    path = _value_of(argv, "--config")
+    content = _read_yaml(path) if path else {}
+    _refuse_secrets(content, f"--config {path}")
+    return path, content
+
+
+def _check_keys(path: str | None, content: dict[str, Any], known: list[str]) -> None:
+    for key in content:
+        if key not in known:
+            raise ValueError(f"--config {path}: unknown key `{key}`{nearest(str(key), known)}")
+
+
+def _is_list(field: dataclasses.Field) -> bool:
+    return field.default_factory is not dataclasses.MISSING
+
+
+def _values(
+    groups: dict[str, type], fields: dict[str, dataclasses.Field], argv: list[str]
+) -> dict[str, Any]:
+    """The value of every flag, from `argv` or by default."""
     parser = _Parser(
         list(groups.values()),
         allow_abbrev=False,
@@ -233,53 +319,19 @@ def parse(config_class, argv: list[str] | None = None):
     parser.add_argument(
         "--config", help="YAML file of the same flags; the command line overrides it."
     )
-    fields = [f for group in groups.values() for f in dataclasses.fields(group)]
-    known = [f.name for f in fields]
-    lists = {f.name for f in fields if f.default_factory is not dataclasses.MISSING}
-    given = {a[2:].partition("=")[0].removeprefix("no_") for a in argv if a.startswith("--")}
-
-    yaml_argv: list[str] = []
-    path = _value_of(argv, "--config")
-    content = _read_yaml(path) if path else {}
-    _refuse_secrets(content, f"--config {path}")
-    for key, value in content.items():
-        if key not in [*known, "teachers"]:
-            raise ValueError(
-                f"--config {path}: unknown key `{key}`{nearest(str(key), [*known, 'teachers'])}"
-            )
-        if key != "teachers" and key not in given:
-            yaml_argv += _as_argv(key, value, is_list=key in lists)
-
-    for action in parser._actions:
-        if action.dest in lists:
-            action.default = None  # argparse would append to the default
-    namespace, unknown = parser.parse_known_args(yaml_argv + argv)
+    lists = [name for name, field in fields.items() if _is_list(field)]
+    parser.set_defaults(**dict.fromkeys(lists))  # argparse would append to the default
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        raise ValueError(f"unknown flag {flag}{nearest(flag, ['--' + k for k in known])}")
+        raise ValueError(f"unknown flag {flag}{nearest(flag, ['--' + name for name in fields])}")
     values = vars(namespace)
-    for f in fields:
-        if f.name in lists:
-            given_values = values[f.name]
-            values[f.name] = (
-                f.default_factory()
-                if given_values is None
-                else [v for part in given_values for v in part]
-            )
-    backend, teachers = values["teacher_backend"], ()
-    if "teachers" in content and "teacher" not in given:
-        teachers = teachers_from_yaml(content["teachers"], path, backend)
-    if values["teacher"] and teachers:
-        raise ValueError(f"--config {path}: both `teacher` and `teachers`; keep one")
-    built = {
-        name: group(**{f.name: values[f.name] for f in dataclasses.fields(group)})
-        for name, group in groups.items()
-    }
-    if any(f.name == "explicit" for f in dataclasses.fields(config_class)):
-        built["explicit"] = frozenset(
-            given | {key for key, value in content.items() if value is not None}
-        )
-    return config_class(**built, teachers=teachers or resolve_teachers(values["teacher"], backend))
+    for name in lists:
+        parts = values[name]
+        if parts is None:
+            parts = [fields[name].default_factory()]
+        values[name] = [value for part in parts for value in part]
+    return values
 
 
 def _underscored(argument: str) -> str:

@@ -8,10 +8,8 @@ be the embedding, both.
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -27,10 +25,6 @@ from opd.inputs.weight_files import check_not_quantised, check_weights
 from opd.log import cut, one_line
 from opd.ops.attention import AUTO
 from opd.ops.heads import find_head, logit_form, weights_beside_the_head
-
-# Keys that make a run another run. With --resume auto, everything else may change between two
-# starts.
-RUN_IDENTITY = ("student_model", "teachers", "data", "domain_key", "loss", "seed")
 
 
 @dataclass(frozen=True)
@@ -143,9 +137,8 @@ def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
     if names := weights_beside_the_head(model):
         raise ValueError(
             f"{flag} {path}: {model.config.model_type} has weights between its hidden states and "
-            f"its lm_head ({names[0]}), "
-            "which scores from hidden states do not reproduce; choose a causal language model "
-            "without them"
+            f"its lm_head ({names[0]}), which scores from hidden states do not reproduce; choose a "
+            "causal language model without them"
         )
 
 
@@ -279,9 +272,8 @@ def _check_same_tokenizer(fact: ModelFact, teacher_tokenizer, tokenizer) -> None
     token = differing[0]
     raise ValueError(
         f"{fact.flag} {fact.path}: its tokenizer is not the student's: {len(differing)} tokens "
-        f"differ, first {token!r} "
-        f"(id {theirs.get(token)}, the student's {mine.get(token)}); choose a teacher of the "
-        f"student's family"
+        f"differ, first {token!r} (id {theirs.get(token)}, the student's {mine.get(token)}); "
+        "choose a teacher of the student's family"
     )
 
 
@@ -313,9 +305,8 @@ def _check_residency(config) -> None:
             and not torch.cuda.is_available()
         ):
             raise ValueError(
-                f"--teacher_residency disk: on a CPU vLLM gives no memory back, and teacher "
-                f"{spec.name} runs on it; set "
-                "--teacher_backend hf, or `backend: hf` in its entry"
+                "--teacher_residency disk: on a CPU vLLM gives no memory back, and teacher "
+                f"{spec.name} runs on it; set --teacher_backend hf, or `backend: hf` in its entry"
             )
 
 
@@ -361,8 +352,7 @@ def check_models(config) -> ModelFacts:
         if fact.context is not None and prompt_tokens + response_tokens > fact.context:
             raise ValueError(
                 f"--max_prompt_tokens {prompt_tokens} + --max_response_tokens {response_tokens}: "
-                f"over the context of "
-                f"{fact.flag} {fact.path}, {fact.context} tokens; lower them"
+                f"over the context of {fact.flag} {fact.path}, {fact.context} tokens; lower them"
             )
     by_vllm = [
         student,
@@ -415,8 +405,7 @@ def check_tensor_parallel(config, facts: ModelFacts, world_size: int) -> None:
         if fact.kv_heads % size and size % fact.kv_heads:
             raise ValueError(
                 f"{flag}: neither divides the {fact.kv_heads} key-value heads of {fact.path} nor "
-                f"is a multiple of them"
-                "; choose another size"
+                "is a multiple of them; choose another size"
             )
 
 
@@ -446,8 +435,8 @@ def dry_run_report(
         chosen = list(prompt_set.prompts[:2])
     prompts = [
         f"--- prompt {p.prompt_id}, domain {p.domain}, {len(p.token_ids)} "
-        f"tokens\n{_marked(p.token_ids, tokenizer)}"
-        f"<< the response starts here and ends with EOS: {eos} >>"
+        f"tokens\n{_marked(p.token_ids, tokenizer)}<< the response starts here and ends with EOS: "
+        f"{eos} >>"
         for p in chosen
     ]
     rows = ", ".join(
@@ -463,63 +452,3 @@ def dry_run_report(
             ),
         ]
     )
-
-
-def check_output_dir(run_dir: str | Path, resume: str, config=None) -> None:
-    """Refuses a run directory that cannot be written or that holds another run.
-
-    With `resume` other than "never" a directory with a run is that run's continuation, unless
-    `config` is given and differs from its `config.yaml` in what makes a run the same run.
-    """
-    run_dir = Path(run_dir)
-    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise ValueError(
-            f"--output_dir {run_dir}: {existing} is a file, not a directory; choose another"
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--output_dir {run_dir}: no permission to write in {existing}; choose another"
-        )
-    recorded = run_dir / "config.yaml"
-    if not recorded.exists():
-        return
-    if resume == "never":
-        raise ValueError(
-            f"--output_dir {run_dir}: holds another run; choose another directory, or continue it "
-            f"with --resume auto"
-        )
-    if config is None:
-        return
-    try:
-        old = yaml.safe_load(recorded.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        old = None
-    if not isinstance(old, dict):
-        raise ValueError(
-            f"--output_dir {run_dir}: its config.yaml is not a run's; choose another directory"
-        )
-    old, now = _identity(old), _identity(to_dict(config))
-    changed = [key for key in RUN_IDENTITY if key in now and old.get(key) != now[key]]
-    if changed:
-        raise ValueError(
-            f"--output_dir {run_dir}: holds another run ({', '.join(changed)} differ); choose "
-            f"another directory"
-        )
-
-
-def _identity(flat: dict[str, Any]) -> dict[str, Any]:
-    """A flat configuration without what runs a teacher: where it runs does not decide
-    what it says.
-    """
-    entries = flat.get("teachers")
-    if not isinstance(entries, list):
-        return flat
-    identities = []
-    for entry in entries:
-        if isinstance(entry, dict):
-            says = {k: v for k, v in entry.items() if k not in ("backend", "urls", "api_key_env")}
-            identities.append(
-                says | {"weight": 1.0 if entry.get("weight") is None else entry["weight"]}
-            )
-    return {**flat, "teachers": identities}

@@ -225,8 +225,7 @@ def load_prompts(
     if lost:
         raise ValueError(
             f"{flag}: every prompt is longer than --max_prompt_tokens {cfg.max_prompt_tokens} in "
-            f"{', '.join(lost)}; "
-            "raise it, or set --overlong_prompts truncate"
+            f"{', '.join(lost)}; raise it, or set --overlong_prompts truncate"
         )
     return PromptSet(
         prompts=tuple(prompts),

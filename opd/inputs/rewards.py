@@ -55,8 +55,7 @@ def last_number(prompt: Prompt, text: str) -> float:
     if reference is None:
         raise ValueError(
             f"--reward_fn last_number: no number in the answer of prompt {prompt.prompt_id}: "
-            f"{prompt.answer!r:.80}; "
-            f"give the domain another reward, {prompt.domain}=REWARD"
+            f"{prompt.answer!r:.80}; give the domain another reward, {prompt.domain}=REWARD"
         )
     return float(_last_number(text) == reference)
 

@@ -179,8 +179,8 @@ def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]
             files = _data_files(path)
             if not files:
                 raise ValueError(
-                    f"{flag} {name}: the directory holds no {', '.join(JSON_SUFFIXES)} or "
-                    f".parquet file"
+                    f"{flag} {name}: the directory holds no {', '.join(JSON_SUFFIXES)} or .parquet "
+                    "file"
                 )
         for file in files:
             if file.suffix not in (*JSON_SUFFIXES, ".parquet"):

@@ -90,8 +90,7 @@ class ModelShape:
         if self.num_heads % size:
             raise ValueError(
                 f"{flag} {size}: does not divide the {self.num_heads} attention heads of "
-                f"{self.flag} {self.path}; "
-                f"try {math.gcd(self.num_heads, size)}"
+                f"{self.flag} {self.path}; try {math.gcd(self.num_heads, size)}"
             )
 
 

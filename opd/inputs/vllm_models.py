@@ -121,8 +121,8 @@ def check_agrees(
     if family.startswith("cohere2") and window and tokens > window:
         raise ValueError(
             f"{flag} {path}: beyond its window of {window} tokens vLLM and transformers see other "
-            f"tokens (vLLM one more); "
-            f"--max_prompt_tokens and --max_response_tokens may be {window} together"
+            "tokens (vLLM one more); --max_prompt_tokens and --max_response_tokens may be "
+            f"{window} together"
         )
     if is_student and family == "gpt_oss":
         raise ValueError(
@@ -132,8 +132,7 @@ def check_agrees(
     if exact and family in ROUNDED:
         raise ValueError(
             f"{flag} {path}: vLLM and transformers compute {family} with other formulas "
-            f"({ROUNDED[family]}), which float32 "
-            f"shows; use --dtype bfloat16, or {other}"
+            f"({ROUNDED[family]}), which float32 shows; use --dtype bfloat16, or {other}"
         )
 
 

@@ -113,8 +113,8 @@ def _check_names(root: Path, model: PreTrainedModel, vllm: bool) -> None:
         name, there, here = min(found["mismatched_keys"])
         raise ValueError(
             f"{len(found['mismatched_keys'])} weights have another shape than config.json says, "
-            f"first {name}: "
-            f"{tuple(there)} in its files, {tuple(here)} by config.json; take both from one export"
+            f"first {name}: {tuple(there)} in its files, {tuple(here)} by config.json; take both "
+            "from one export"
         )
     _check_unexpected(model, found["unexpected_keys"])
     if vllm:
@@ -167,16 +167,16 @@ def _remedy(
 ) -> str:
     if extra := _extra_parts(model, missing, unexpected):
         return (
-            f"names in its files have `{extra}.` too many; save the model without what is "
-            f"wrapped around it"
+            f"names in its files have `{extra}.` too many; save the model without what is wrapped "
+            "around it"
         )
     if others:
         return _types(others)
     head = model.get_output_embeddings()
     if weight is head.weight and weight is not model.get_input_embeddings().weight:
         return (
-            "export the model with its lm_head, or set tie_word_embeddings to true in "
-            "config.json if the embedding is it"
+            "export the model with its lm_head, or set tie_word_embeddings to true in config.json "
+            "if the embedding is it"
         )
     return "export the model again, whole"
 
@@ -227,8 +227,8 @@ def _check_unexpected(model: PreTrainedModel, unexpected: Iterable[str]) -> None
     if strange:
         raise ValueError(
             f"{len(strange)} weights in its files have no place in the {type(model).__name__} of "
-            f"its config.json, first "
-            f"{strange[0]}; take both from one export, without adapters and further heads"
+            f"its config.json, first {strange[0]}; take both from one export, without adapters and "
+            "further heads"
         )
 
 
@@ -246,6 +246,5 @@ def _check_prefix(
     if bare:
         raise ValueError(
             f"{len(bare)} names in its files lack the prefix `{prefix}.`, first {bare[0]}, and "
-            f"vLLM does not know them so; "
-            f"export the {type(model).__name__}, not its base model"
+            f"vLLM does not know them so; export the {type(model).__name__}, not its base model"
         )

@@ -20,8 +20,8 @@ from opd import config as configuration
 from opd.config import GIB
 from opd.inputs.arguments import OneLineParser, parse
 from opd.inputs.validation import validate_common
-from opd.plan.apply import PCIE_GB_S, apply, free_host_memory, machine_here, read_job
-from opd.plan.job import Machine
+from opd.plan.apply import apply
+from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, read_job
 from opd.plan.planner import make_plan
 from opd.plan.view import as_json, draw, table, verdict
 

@@ -165,8 +165,8 @@ def make_job(cfg, student: ModelShape, teachers: dict[str, ModelShape], machine:
     ranks = machine.gpus
     if cfg.rollout.prompts_per_step % ranks:
         raise ValueError(
-            f"--prompts_per_step {cfg.rollout.prompts_per_step}: must be a multiple of the "
-            f"{ranks} ranks"
+            f"--prompts_per_step {cfg.rollout.prompts_per_step}: must be a multiple of the {ranks} "
+            "ranks"
         )
     size = cfg.rollout.rollout_tensor_parallel_size
     student.check_parallel("--rollout_tensor_parallel_size", size)

@@ -310,7 +310,7 @@ def teacher_weights(job: Job, name: str, choices: Choices) -> int:
 
 def teacher_awake(job: Job, name: str, choices: Choices) -> int:
     """Weights and KV cache; an `hf` teacher keeps no cache."""
-    kv = int(job.cfg.rollout.teacher_kv_cache_gib * GIB) if job.backend(name) == "vllm" else 0
+    kv = int(job.cfg.teacher.teacher_kv_cache_gib * GIB) if job.backend(name) == "vllm" else 0
     return teacher_weights(job, name, choices) + kv
 
 
@@ -336,7 +336,7 @@ def payload_bytes(job: Job, support: str) -> int:
         return numbers
     if support == "teacher_topk":
         return numbers + tokens * job.cfg.loss.support_k * TOPK_ENTRY
-    return numbers + min(hidden_bytes(job), job.cfg.rollout.teacher_cache_bytes)
+    return numbers + min(hidden_bytes(job), job.cfg.teacher.teacher_cache_bytes)
 
 
 def _sleeps(job: Job, name: str) -> bool:

@@ -206,7 +206,7 @@ def _support(job: Job, choices: Choices) -> str:
         if cfg.loss.loss == "reverse_kl"
         else ["auto", "teacher_topk"]
     )
-    if hidden_bytes(job) > 2 * cfg.rollout.teacher_cache_bytes:
+    if hidden_bytes(job) > 2 * cfg.teacher.teacher_cache_bytes:
         options.remove("auto")  # more than half would be spilled, and trained on as top-k anyway
     for option in options:
         candidate = replace(_all_offloaded(job, choices), support=option)

@@ -62,8 +62,8 @@ def verdict(plan: Plan) -> str:
     phase = max(PHASES, key=plan.bytes_of)
     usable = USABLE * machine.device_bytes
     peak = (
-        f"{plan.peak / GIB:.1f} of {usable / GIB:.1f} GiB in {phase} ({USABLE:.0%} of the "
-        f"memory are counted on)"
+        f"{plan.peak / GIB:.1f} of {usable / GIB:.1f} GiB in {phase} ({USABLE:.0%} of the memory "
+        "are counted on)"
     )
     host = machine.gpus * max(map(plan.host_bytes, PHASES))
     if machine.is_gpu:
@@ -118,8 +118,8 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
         )
     if job.machine.is_gpu and job.residency == "host":
         yield "--teacher_residency disk", _config("teacher", teacher_residency="disk")
-    if cfg.rollout.teacher_cache_bytes > GIB:
-        yield f"--teacher_cache_bytes {GIB}", _config("rollout", teacher_cache_bytes=GIB)
+    if cfg.teacher.teacher_cache_bytes > GIB:
+        yield f"--teacher_cache_bytes {GIB}", _config("teacher", teacher_cache_bytes=GIB)
     if zero.stage < 3:
         yield "--ds_config ds_configs/zero3.json", _zero(stage=3)
     if job.machine.is_gpu and not zero.offloads_optimizer:

@@ -26,7 +26,7 @@ from opd.log import one_line, say, warn
 from opd.ops.heads import load_head, map_head
 from opd.rollout import RolloutEngine
 from opd.run.async_build import build_async_engine
-from opd.run.context import Run, is_async
+from opd.run.context import Run
 from opd.run.prepare import user_errors
 from opd.student import LossSettings, Student
 from opd.teachers import ColocatedTeacher, TeacherPool
@@ -81,7 +81,7 @@ def build_student(run: Run) -> Student:
     cfg = run.cfg
     leaves, why = what_leaves(
         run.ds_config,
-        "none" if is_async(cfg) else cfg.model.offload_student,
+        "none" if config.is_async(cfg) else cfg.model.offload_student,
         dtype=resolve_dtype(cfg.model.dtype),
         use_cuda=run.device.type == "cuda",
     )
@@ -163,7 +163,7 @@ def build_teacher_pool(
         served=build_served_teachers(run),
         streams=cfg.teacher.teacher_mode != "colocate",
         payload=payload_of(cfg.loss),
-        cache_bytes=cfg.rollout.teacher_cache_bytes,
+        cache_bytes=cfg.teacher.teacher_cache_bytes,
         shared_vocab=run.facts.shared_vocab,
         device=run.device,
         turns=turns,
@@ -185,7 +185,7 @@ def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFE
         spec.name,
         spec.model,
         tokenizer=run.cfg.model.student_model,
-        kv_cache_gib=run.cfg.rollout.teacher_kv_cache_gib,
+        kv_cache_gib=run.cfg.teacher.teacher_kv_cache_gib,
         tensor_parallel_size=spec.tensor_parallel_size,
         residency=run.cfg.teacher.teacher_residency,
         **run.engine_options,
@@ -197,7 +197,7 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
 
     It sleeps, without weights, until the first push.
     """
-    if is_async(run.cfg):
+    if config.is_async(run.cfg):
         return build_async_engine(run)
     with _building(run, f"--student_model {run.cfg.model.student_model}"):
         engine = RolloutEngine(

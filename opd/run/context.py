@@ -16,6 +16,7 @@ from opd.clients.served_model import ServedModel
 from opd.clients.served_teacher import write_with_servers
 from opd.distributed import resolve_dtype
 from opd.inputs import prompts
+from opd.inputs.arguments import pairs
 from opd.inputs.models import ModelFacts
 from opd.inputs.prompts import PromptSet
 from opd.mismatch import corrects
@@ -208,12 +209,7 @@ class Run:
             step,
             seed=self.cfg.run.seed,
             prompts_per_step=self.cfg.rollout.prompts_per_step,
-            domain_weights=config.pairs("domain_weights", self.cfg.data.domain_weights),
+            domain_weights=pairs("domain_weights", self.cfg.data.domain_weights),
             rank=distributed.rank() if rank is None else rank,
             world_size=world_size or distributed.world_size(),
         )
-
-
-def is_async(cfg) -> bool:
-    """Whether a script's Config asks for rollouts that run ahead."""
-    return hasattr(cfg, "ahead") and cfg.ahead.mode == "async"

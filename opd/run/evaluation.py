@@ -72,7 +72,7 @@ def asked(run: Run) -> str:
     answers = {
         k: run.writing_options[k] for k in ("dtype", "max_model_len", "eos_ids", "max_tokens")
     }  # not what fits
-    return json.dumps([data_hash, run.cfg.run.eval_max_prompts, run.cfg.loss.reward_fn, answers])
+    return json.dumps([data_hash, run.cfg.run.eval_max_prompts, run.cfg.data.reward_fn, answers])
 
 
 def evaluate_teachers(run: Run) -> Scores:

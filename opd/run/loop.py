@@ -85,7 +85,7 @@ class Loop:
 
     def __post_init__(self):
         cfg = self.run.cfg
-        dtype, every = self.student.model.dtype, cfg.run.parity_every
+        dtype, every = self.student.model.dtype, cfg.rollout.parity_every
         self.parity = Parity(self.run.micro_batches, cfg.rollout, every=every, dtype=dtype)
         self._judged: Sequence[Rollout] | None = None  # for the check of this step, if it is due
 

@@ -11,7 +11,6 @@ import time
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from opd import config, distributed, faults, processes
 from opd.clients.served_checks import check_served
 from opd.engines.deepspeed_engine import check_ds_config
 from opd.inputs import content, models, prompts, rewards
+from opd.inputs.identity import check_output_dir, fingerprint_of
 from opd.inputs.validation import load_ds_config
 from opd.log import say, setup_logging
 from opd.plan.apply import plan_run
@@ -68,7 +68,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         else run.served[t.name].identity
         for t in cfg.teachers
     }
-    fingerprint = _fingerprint(cfg, hashes, run.train_set.content_hash)
+    fingerprint = fingerprint_of(cfg, hashes, run.train_set.content_hash)
     fingerprint["eval"] = asked(run)
     if run.train_set.moment:
         fingerprint[checkpoint.FIRST_START] = run.train_set.moment.isoformat()
@@ -77,7 +77,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     if resume_from is not None:
         checkpoint.check_fingerprint(resume_from, fingerprint)
     else:
-        models.check_output_dir(run.run_dir, cfg.run.resume, cfg)
+        check_output_dir(run.run_dir, cfg.run.resume, cfg)
     try:
         run.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,7 +131,7 @@ def _read_inputs(
         else None
     )
     routes = prompts.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
-    reward = rewards.load_rewards(cfg.loss.reward_fn, routes)
+    reward = rewards.load_rewards(cfg.data.reward_fn, routes)
     models.check_downloads(cfg)
     check_ds_config(cfg.run.ds_config, ds_config)
     run = Run(
@@ -153,50 +153,5 @@ def _read_inputs(
     )
     run.prompt_batch(0)  # refuses batch sizes and domain weights that do not fit
     judged = [*run.eval_prompts, *(train_set.prompts if cfg.loss.reward_weight > 0 else ())]
-    rewards.check_answers(judged, cfg.loss.reward_fn, routes)
+    rewards.check_answers(judged, cfg.data.reward_fn, routes)
     return run
-
-
-# May change under a resumed run, say after it ran out of memory: they decide what fits or is shown,
-# not what is computed.
-_WITHOUT_EFFECT = (
-    "rollout_kv_cache_gib",
-    "teacher_kv_cache_gib",
-    "rollout_tensor_parallel_size",
-    "enforce_eager",
-    "loss_chunk_bytes",
-    "overlap_k",
-)
-
-
-def _staleness(cfg) -> dict[str, Any]:
-    """What makes an asynchronous run another run; nothing if no token may be stale, because then it
-    is the synchronous one.
-    """
-    names = ("max_staleness", "sync_every", "partial_rollout")
-    is_stale = cfg.ahead.mode == "async" and cfg.ahead.max_staleness > 0
-    return {name: getattr(cfg.ahead, name) for name in names} if is_stale else {}
-
-
-def _fingerprint(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
-    """What must not change under a resumed run, by content: a renamed directory is the
-    same model.
-    """
-    return {
-        "student": content.content_hash(cfg.model.student_model),  # its tokenizer included
-        "teachers": {
-            t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.share}
-            for t in cfg.teachers
-        },
-        "data": data_hash,
-        "loss": {k: v for k, v in dataclasses.asdict(cfg.loss).items() if k not in _WITHOUT_EFFECT},
-        "algorithm": dataclasses.asdict(cfg.gkd) if hasattr(cfg, "gkd") else _staleness(cfg),
-        "optim": dataclasses.asdict(cfg.optim),
-        "rollout": {
-            k: v for k, v in dataclasses.asdict(cfg.rollout).items() if k not in _WITHOUT_EFFECT
-        },
-        "domain_weights": cfg.data.domain_weights,
-        "num_steps": cfg.run.num_steps,  # the learning rate depends on it
-        "inner_updates": cfg.batch.inner_updates,
-        "seed": cfg.run.seed,
-    }

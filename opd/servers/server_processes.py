@@ -358,7 +358,7 @@ def _start_server(
     A log is appended to: it tells what led to a death.
     """
     written = log.stat().st_size if log.exists() else 0
-    return written, processes.start(options.command(port), log=log, env=options.environment(gpus))
+    return written, processes.spawn(options.command(port), log=log, env=options.environment(gpus))
 
 
 def stop_all(replicas: Sequence[ServerProcess]) -> None:

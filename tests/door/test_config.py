@@ -19,10 +19,9 @@ from opd.config import (
     TeacherConfig,
     TeacherSpec,
     groups_of,
-    pairs,
     to_dict,
 )
-from opd.inputs.arguments import parse
+from opd.inputs.arguments import pairs, parse
 from opd.inputs.validation import load_ds_config, validate_common
 
 

@@ -22,8 +22,8 @@ from opd.config import TeacherSpec
 from opd.engines import hf_engine
 from opd.engines.hf_engine import HFEngine, HFGenerator, batches
 from opd.inputs.arguments import parse
+from opd.inputs.identity import fingerprint_of
 from opd.ops.heads import load_head, map_head
-from opd.run.prepare import _fingerprint
 from opd.teachers import ColocatedTeacher
 from tests.support.heads import CASES, make_model
 from tests.support.launch import Models, command, metrics_of, succeed
@@ -432,7 +432,7 @@ def test_residency_and_backend_may_change_under_a_resumed_run(tiny):
     ):
         cfg = parse(train_mopd.Config, [*argv, "--teacher", f"addition={tiny.addition}", *flags])
         prints.append(
-            json.dumps(_fingerprint(cfg, {"addition": "its hash"}, "data"), sort_keys=True)
+            json.dumps(fingerprint_of(cfg, {"addition": "its hash"}, "data"), sort_keys=True)
         )
     assert prints[0] == prints[1] == prints[2]
 

@@ -14,10 +14,11 @@ import train_gkd
 import train_mopd
 from opd import config
 from opd.inputs.arguments import parse
+from opd.inputs.identity import fingerprint_of
 from opd.records import checkpoint
 from opd.run.build import build_student
 from opd.run.evaluation import asked
-from opd.run.prepare import _fingerprint, _read_inputs, prepare, user_errors
+from opd.run.prepare import _read_inputs, prepare, user_errors
 from opd.types import LoopState
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -231,7 +232,7 @@ def test_what_a_resume_may_change(tiny, tmp_path, device):
             [*arguments(tiny, tmp_path / "run"), "--eval_data", str(tiny.eval), *flags],
         )
         inputs = _read_inputs(cfg, device, need_response=False)
-        return _fingerprint(cfg, {"addition": "a", "reversal": "r"}, "data"), asked(inputs)
+        return fingerprint_of(cfg, {"addition": "a", "reversal": "r"}, "data"), asked(inputs)
 
     first = identity()
     memory = (

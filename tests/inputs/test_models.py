@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import shutil
 import string
 import time
@@ -55,7 +54,6 @@ from opd.inputs.models import (
     _divided,
     check_downloads,
     check_models,
-    check_output_dir,
     check_tensor_parallel,
     dry_run_report,
     load_tokenizer,
@@ -766,59 +764,8 @@ def test_dry_run_report_loads_no_weights(student, tmp_path):
     assert "math 2 (0 over-long)" in report and "2 ranks" in report and "total" in report
 
 
-# --------------------------------------------------------------------------------- output directory
-
-
-def test_output_dir(student, tmp_path):
-    config = make_config(student, student)
-    run = tmp_path / "a" / "run"
-    check_output_dir(run, "never", config)
-    assert not run.exists()  # a check leaves nothing behind
-    run.mkdir(parents=True)
-    check_output_dir(run, "never", config)
-    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    assert "--resume auto" in error(check_output_dir, run, "never", config)
-    check_output_dir(run, "auto", config)
-    check_output_dir(run, "auto")
-    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, num_steps=999))
-    check_output_dir(run, "auto", longer)
-    for flags in (
-        ("--teacher_backend", "hf"),
-        ("--teacher_residency", "disk"),
-    ):  # what runs it, not what it says
-        check_output_dir(run, "auto", make_config(student, student, *flags))
-    old = to_dict(config)
-    del old["teachers"][0]["backend"]  # of a run that knew one backend only
-    (run / "config.yaml").write_text(yaml.safe_dump(old))
-    check_output_dir(run, "auto", config)
-    moved = dataclasses.replace(
-        config.teachers[0], backend="server", urls=("http://h:1",), api_key_env="KEY"
-    )
-    check_output_dir(run, "auto", dataclasses.replace(config, teachers=(moved,)))
-    heavier = dataclasses.replace(
-        config, teachers=(dataclasses.replace(config.teachers[0], weight=2.0),)
-    )
-    assert "holds another run (teachers differ)" in error(check_output_dir, run, "auto", heavier)
-    other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
-    assert "holds another run (seed differ)" in error(check_output_dir, run, "auto", other)
-    (run / "config.yaml").write_text("- a")
-    assert "its config.yaml is not a run's" in error(check_output_dir, run, "auto", config)
-
-
 def test_a_served_teacher_is_not_read_here(student):
     config = make_config(student, "http://127.0.0.1:9", "--teacher_residency", "disk")
     facts = check_models(config)
     assert facts.teachers == {} and facts.shared_vocab == facts.student.vocab_size
     check_tensor_parallel(config, facts, 1)
-
-
-def test_output_dir_that_is_a_file(tmp_path):
-    (tmp_path / "f").write_text("")
-    for path in (tmp_path / "f", tmp_path / "f" / "run"):
-        assert "is a file" in error(check_output_dir, path, "auto")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_output_dir_without_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    assert "no permission" in error(check_output_dir, tmp_path / "run", "auto")

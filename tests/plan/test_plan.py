@@ -25,9 +25,10 @@ import train_mopd
 from opd import processes
 from opd.config import GIB, TeacherSpec, groups_of, to_dict
 from opd.inputs.arguments import parse
-from opd.inputs.shapes import ModelShape, layer_values, model_of, shape_of
+from opd.inputs.shapes import ModelShape, layer_values, model_of, read_model, shape_of
+from opd.plan import __main__ as plan_main
 from opd.plan import apply, memory, planner
-from opd.plan.job import OFFLOADS, PHASES, Machine
+from opd.plan.job import OFFLOADS, PHASES, Machine, make_job
 from opd.plan.memory import activations, kv_least, kv_wanted
 from opd.plan.planner import Plan, make_plan
 from opd.plan.sharding import ZeroSettings, zero_shard
@@ -122,7 +123,7 @@ def test_bytes_of_every_zero_stage_are_those_of_the_real_tensors(
 
 
 def planner_shape(path: Path) -> ModelShape:
-    return shape_of(apply.read_model("--student_model", str(path)), "--student_model", str(path))
+    return shape_of(read_model("--student_model", str(path)), "--student_model", str(path))
 
 
 def test_tied_embeddings_count_once(odd_models):
@@ -290,7 +291,7 @@ def job_of(
     names = [f"t{i}" for i in range(len(teachers))]
     cfg = run_config(*(word for name in names for word in ("--teacher", f"{name}={name}")), *argv)
     machine = Machine(gpus, int(gib * GIB), int(host * GIB), 25e9, is_gpu)
-    found = apply.make_job(
+    found = make_job(
         cfg, shapes[student], {n: shapes[t] for n, t in zip(names, teachers, strict=True)}, machine
     )
     return replace(found, zero=replace(found.zero, stage=stage))
@@ -367,7 +368,7 @@ def test_offloaded_states_leave_the_device_between_their_phases(published):
     kept = planner.Plan(
         job,
         replace(base.choices, offload=()),
-        planner.rows_of(job, replace(base.choices, offload=())),
+        memory.memory_rows(job, replace(base.choices, offload=())),
     )
     assert base.choices.offload == OFFLOADS[:2]
     assert kept.bytes_of("train") == base.bytes_of("train")
@@ -485,7 +486,7 @@ def test_less_memory_offloads_more_and_caches_less(published):
     tight = plans[-1]
     more = replace(tight.choices, max_tokens=tight.choices.max_tokens + 200)
     # as many tokens as fit, not fewer
-    assert not Plan(tight.job, more, planner.rows_of(tight.job, more)).fits
+    assert not Plan(tight.job, more, memory.memory_rows(tight.job, more)).fits
 
 
 def test_a_teacher_too_large_for_one_gpu_is_shared(published):
@@ -574,7 +575,7 @@ def run_yaml(tiny, tmp_path) -> Path:
 
 
 def command(capsys, *argv: str) -> tuple[int, str, str]:
-    status = apply.main(list(argv))
+    status = plan_main.plan_command(list(argv))
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -612,7 +613,7 @@ def test_command_prints_a_table_a_verdict_and_a_plot(run_yaml, capsys):
 
 def test_the_planner_takes_every_flag_of_the_trainers():
     known = {
-        f.name for group in groups_of(apply.Config).values() for f in dataclasses.fields(group)
+        f.name for group in groups_of(plan_main.Config).values() for f in dataclasses.fields(group)
     }
     trainers = {f.name for g in groups_of(train_gkd.Config).values() for f in dataclasses.fields(g)}
     assert known == trainers
@@ -678,7 +679,7 @@ def test_tensor_parallelism_that_does_not_divide(published, size, ranks, what):
     with pytest.raises(
         ValueError, match=f"teachers: t0: tensor_parallel_size {size}: does not divide the {what}"
     ):
-        apply.make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
+        make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
 
 
 def test_a_served_teacher_takes_no_memory_here(run_yaml, capsys):
@@ -749,7 +750,7 @@ def test_auto_changes_what_no_flag_said_and_says_so(tiny, tmp_path, capsys, scri
         run.cfg.rollout.rollout_kv_cache_gib == 1 / 16
         and "plan: --rollout_kv_cache_gib 0.0625" in said
     )
-    assert run.cfg.rollout.teacher_kv_cache_gib == 0.5
+    assert run.cfg.teacher.teacher_kv_cache_gib == 0.5
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["rollout_kv_cache_gib"] == 1 / 16
     assert (

@@ -81,7 +81,7 @@ FAMILY = "sleep 300 & trap '' TERM; sleep 300; true"  # a leader that ignores SI
 
 
 def start_family(tmp_path) -> subprocess.Popen:
-    process = processes.start(["bash", "-c", FAMILY], log=tmp_path / "log", env=dict(os.environ))
+    process = processes.spawn(["bash", "-c", FAMILY], log=tmp_path / "log", env=dict(os.environ))
     wait_until(lambda: len(processes.members(process.pid)) == 3, DEADLINE, "the family")
     return process
 
@@ -104,7 +104,7 @@ def test_a_group_that_ignores_sigterm_is_ended_by_force(tmp_path):
 def test_a_parent_that_is_killed_leaves_nothing(tmp_path):
     program = (
         "import os, sys, time, pathlib; from opd import processes\n"
-        f"p = processes.start(['bash', '-c', {FAMILY!r}], log=pathlib.Path(sys.argv[1]), "
+        f"p = processes.spawn(['bash', '-c', {FAMILY!r}], log=pathlib.Path(sys.argv[1]), "
         f"env=dict(os.environ))\n"
         "print(p.pid, flush=True); time.sleep(300)"
     )

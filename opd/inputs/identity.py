@@ -1,0 +1,93 @@
+"""What makes a run another run: the fingerprint that its checkpoints hold, and what a run directory
+says of the run in it.
+
+Both follow from what the fields of the configuration say of themselves (`config.option`).
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd.config import is_async, options_of, to_dict
+from opd.inputs.arguments import teachers_from_yaml
+from opd.inputs.content import content_hash
+
+# Group -> the part of the fingerprint that its fields stand in, unless they say otherwise. Fields
+# of other groups stand in none, unless they name one.
+PARTS = {"loss": "loss", "optim": "optim", "rollout": "rollout", "gkd": "algorithm"}
+
+
+def fingerprint_of(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any]:
+    """What must not change under a resumed run, by content: a renamed directory is the same model.
+
+    `hashes` are those of the teachers, by name. Where no token may be stale an asynchronous run is
+    the synchronous one.
+    """
+    found = {
+        "student": content_hash(cfg.model.student_model),  # its tokenizer included
+        "teachers": {
+            t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.share}
+            for t in cfg.teachers
+        },
+        "data": data_hash,
+        "algorithm": {},
+    }
+    is_stale = is_async(cfg) and cfg.ahead.max_staleness > 0
+    for group, field, value in options_of(cfg):
+        part = field.metadata.get("fingerprinted", PARTS.get(group, False))
+        if part and (group != "ahead" or is_stale):
+            (found if part is True else found.setdefault(part, {}))[field.name] = value
+    return found
+
+
+def check_output_dir(run_dir: str | Path, resume: str, config) -> None:
+    """Refuses a run directory that cannot be written or that holds another run.
+
+    With `resume` other than "never" a directory with a run is that run's continuation, unless
+    `config` differs from its `config.yaml` in what makes a run the same run.
+    """
+    run_dir = Path(run_dir)
+    existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise ValueError(
+            f"--output_dir {run_dir}: {existing} is a file, not a directory; choose another"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--output_dir {run_dir}: no permission to write in {existing}; choose another"
+        )
+    recorded = run_dir / "config.yaml"
+    if not recorded.exists():
+        return
+    if resume == "never":
+        raise ValueError(
+            f"--output_dir {run_dir}: holds another run; choose another directory, or continue it "
+            "with --resume auto"
+        )
+    if changed := _changed(recorded, config):
+        raise ValueError(
+            f"--output_dir {run_dir}: holds another run ({', '.join(changed)} differ); choose "
+            "another directory"
+        )
+
+
+def _changed(recorded: Path, config) -> list[str]:
+    """Names of what differs between the run that wrote this file and that of `config`."""
+    try:
+        old = yaml.safe_load(recorded.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        old = None
+    if not isinstance(old, dict):
+        raise ValueError(
+            f"--output_dir {recorded.parent}: its config.yaml is not a run's; choose another "
+            "directory"
+        )
+    now = to_dict(config)
+    names = [field.name for _, field, _ in options_of(config) if field.metadata.get("identifies")]
+    changed = [name for name in names if old.get(name) != now[name]]
+    teachers = teachers_from_yaml(old.get("teachers"), str(recorded))
+    if [spec.identity for spec in teachers] != [spec.identity for spec in config.teachers]:
+        changed.append("teachers")
+    return changed
