@@ -70,6 +70,11 @@ from opd.servers.http_service import (
 from opd.servers.scoring_engine import BatchLimits, Scorer, ScoringThread, join_alone
 from opd.types import TeacherPayload
 
+SCORE_SECONDS = 600.0  # for the engine to compute; clients have shorter deadlines of their own
+BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than the context
+BINARY = "application/octet-stream"
+BLOCK_BYTES = 1 << 22  # of a head, which is too large to be handed to a connection at once
+LEAST_TEMPERATURE = 1e-3  # below, logits overflow
 BATCH_FLAGS = ("max_model_len", "max_tokens_per_batch", "max_waiting")
 
 
@@ -166,21 +171,6 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     )
     app = ScoringService(served, engine, tokenizer, max_waiting=args.max_waiting).app(token)
     asyncio.run(serve_app(app, bound, args.name))
-
-
-SCORE_SECONDS = 600.0  # for the engine to compute; clients have shorter deadlines of their own
-
-
-BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than the context
-
-
-BINARY = "application/octet-stream"
-
-
-BLOCK_BYTES = 1 << 22  # of a head, which is too large to be handed to a connection at once
-
-
-LEAST_TEMPERATURE = 1e-3  # below, logits overflow
 
 
 @dataclass(frozen=True, slots=True)
