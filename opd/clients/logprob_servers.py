@@ -51,7 +51,7 @@ class LogprobServers:
         """Asks what weights of at least version `oldest` say of a response: log-probabilities and
         entropies, [L] each.
 
-        The future raises `servers.Unanswered` or `Rejected`; an answer that no model gives is asked
+        The future raises `transport.Unanswered` or `Rejected`; an answer that no model gives is asked
         for again elsewhere.
         """
         question = LogprobQuestion(rollout.prompt.token_ids, rollout.response_ids, self.temperature)

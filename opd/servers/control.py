@@ -8,7 +8,7 @@ docs/serving.md has the routes in detail:
 |---|---|---|
 | `POST /pause` | `{"fence", "lease_s", "mode"}` | `{"version", "state": "paused"}` |
 | `POST /lease` | `{"fence", "lease_s"}` | the same; the lease runs from now |
-| `POST /update_weights` | `{"fence", "version"}` | the same, with weights that `weight_store.verify` believes, and caches reset |
+| `POST /update_weights` | `{"fence", "version"}` | the same, with weights that `store.verify` has checked, and caches reset |
 | `POST /resume` | `{"fence"}` | `{"version", "state": "ready"}` |
 | `GET /version` | | protocol, weights, state, fence |
 

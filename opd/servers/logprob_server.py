@@ -118,7 +118,7 @@ def serve_logprobs(argv: list[str], token: str | None) -> None:
 
 
 class EngineHolder:
-    """`server_control.Holder` of an engine whose thread does everything in order.
+    """`control.Holder` of an engine whose thread does everything in order.
 
     Whatever is in its queue when the gate closes is answered by the old weights, in either mode: a
     forward takes no longer than its end would.

@@ -228,7 +228,7 @@ class ServerProcess:
 
         What lives of the old one is ended first. The new one knows nothing of it: a server of
         PUSHED is stale until the next push. To be called in a thread that lives as long as the
-        server is needed (`process_group.start`).
+        server is needed (`processes.start`).
         """
         self.stop()
         port = urllib.parse.urlsplit(self.url).port if self.url else None
