@@ -51,8 +51,8 @@ class LogprobServers:
         """Asks what weights of at least version `oldest` say of a response: log-probabilities and
         entropies, [L] each.
 
-        The future raises `servers.Unanswered` or `Rejected`; an answer that no model gives is asked
-        for again elsewhere.
+        The future raises `transport.Unanswered` or `Rejected`; an answer that no model gives is
+        asked for again elsewhere.
         """
         question = LogprobQuestion(rollout.prompt.token_ids, rollout.response_ids, self.temperature)
         read = functools.partial(_read_answer, question=question, oldest=oldest)

@@ -277,9 +277,9 @@ def checked_scores(arrays: dict[str, Tensor], question: Question) -> dict[str, T
     return arrays
 
 
+# ---- Log-probabilities of a version of the student -----------------------------------------------
+
 VERSION_HEADER = "X-Weights-Version"
-
-
 FIELDS = ("logprobs", "entropy")
 
 

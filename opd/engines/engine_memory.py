@@ -91,14 +91,6 @@ class EngineMemory:
         return sum(data.handle[1] for data in self._all().values() if not tags or data.tag in tags)
 
     @property
-    def mapped_bytes(self) -> int:
-        """Bytes on the GPU now."""
-        mapped = [
-            d for address, d in self._all().items() if not d.is_asleep or address in self._arriving
-        ]
-        return sum(data.handle[1] for data in mapped)
-
-    @property
     def host_bytes(self) -> int:
         """Bytes of pinned host memory."""
         buffers = [data.cpu_backup_tensor for data in self._all().values()]

@@ -41,12 +41,12 @@ _REMOVED = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Of the programs beside the trainers, described by the first line of their page: a mistake is
-    a ValueError.
+    """Of the programs beside the trainers, described by the first paragraph of their page: a
+    mistake is a ValueError.
     """
 
     def __init__(self, prog: str, page: str):
-        super().__init__(prog=prog, description=page.splitlines()[0], allow_abbrev=False)
+        super().__init__(prog=prog, description=page.partition("\n\n")[0], allow_abbrev=False)
 
     def error(self, message: str):
         raise ValueError(message)

@@ -8,7 +8,7 @@ docs/serving.md has the routes in detail:
 |---|---|---|
 | `POST /pause` | `{"fence", "lease_s", "mode"}` | `{"version", "state": "paused"}` |
 | `POST /lease` | `{"fence", "lease_s"}` | the same; the lease runs from now |
-| `POST /update_weights` | `{"fence", "version"}` | the same, with weights that `weight_store.verify` believes, and caches reset |
+| `POST /update_weights` | `{"fence", "version"}` | the same, with weights that `store.verify` has checked, and caches reset |
 | `POST /resume` | `{"fence"}` | `{"version", "state": "ready"}` |
 | `GET /version` | | protocol, weights, state, fence |
 
@@ -19,6 +19,7 @@ lease, after which a server goes on with the weights that it has; if those are h
 stale, and answers 503 until a push is complete.
 """  # noqa: E501
 
+import argparse
 import asyncio
 import math
 import time
@@ -43,6 +44,18 @@ ACT_SECONDS = 600.0  # for a server to pause, to read its weights, to go on
 GATE_SECONDS = 600.0  # for a question to wait at a paused server
 LEASE_POLL_SECONDS = 1.0  # a lease may be cut short by a resume
 MOST_BYTES = 4096  # of a control request
+
+
+def add_weight_flags(parser: argparse.ArgumentParser) -> None:
+    """Of a server whose weights a trainer pushes."""
+    parser.add_argument(
+        "--weights_dir", required=True, type=Path, help="where the trainer publishes its weights"
+    )
+    parser.add_argument(
+        "--serve_initial",
+        action="store_true",
+        help="the model's own weights are version 0: no push is needed",
+    )
 
 
 class Refused(HTTPException):

@@ -6,6 +6,7 @@ route but `/health` wants `Authorization: Bearer TOKEN`. Every mistake is `{"err
 no more of a body is read than its question may have.
 """
 
+import argparse
 import asyncio
 import hmac
 import json
@@ -13,8 +14,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -25,6 +26,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from opd.clients.protocols import TOKEN_VARIABLE, is_loopback
+from opd.inputs.arguments import OneLineParser
 from opd.log import one_line
 
 SHORTEST_TOKEN = 16
@@ -32,6 +34,32 @@ READ_SECONDS = 30.0  # for a client to send a body
 LOAD_SECONDS = 1800.0  # for a model to be loaded: a large one from a slow disk
 END_SECONDS = 5  # for answers under way when the server is told to end
 LINGER_SECONDS, LINGER_BYTES = 1.0, 1 << 16  # for the rest of a body that was refused
+
+
+def server_parser(module: str, page: str, dtypes: Sequence[str]) -> OneLineParser:
+    """The flags that every server has."""
+    parser = OneLineParser(f"python -m {module}", page)
+    parser.add_argument("--model", required=True, help="directory or hub id")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=f"another than loopback needs a token in {TOKEN_VARIABLE}",
+    )
+    parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
+    parser.add_argument("--dtype", choices=["auto", *dtypes], default="auto")
+    parser.add_argument(
+        "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true")
+    return parser
+
+
+def check_flags(args: argparse.Namespace, *, at_least_1: Sequence[str]) -> None:
+    """ValueError for a number that is none; one that was not given passes."""
+    for flag in at_least_1:
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} {value}: must be at least 1")
 
 
 def new_app() -> FastAPI:
@@ -78,6 +106,28 @@ async def _closing(request: Request, response: Response) -> Response:
                 if unheeded > LINGER_BYTES:
                     break
     return response
+
+
+class Admission:
+    """The questions that a server has admitted, wherever they are: at most so many at a time."""
+
+    def __init__(self, most: int):
+        self.most, self.admitted = most, 0
+
+    @contextmanager
+    def of_one(self) -> Iterator[None]:
+        """Around a question, from its body to its answer. HTTPException 429 if it is one too
+        many.
+        """
+        if self.admitted >= self.most:
+            raise HTTPException(
+                429, f"{self.admitted} questions wait already", headers={"Retry-After": "1"}
+            )
+        self.admitted += 1
+        try:
+            yield
+        finally:
+            self.admitted -= 1
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -175,8 +225,12 @@ def check_host(host: str, token: str | None) -> None:
         )
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: connections are refused until the engine stands."""
+def bind(host: str, port: int, token: str | None) -> socket.socket:
+    """A bound socket that does not listen yet: connections are refused until the engine stands.
+
+    ValueError as `check_host`, or for an address that cannot be had.
+    """
+    check_host(host, token)
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

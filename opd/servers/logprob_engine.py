@@ -3,7 +3,7 @@ weights that change.
 
 The model is built as `Student` builds it: the same class, attention and dtype, the base model's
 hidden states at the tokens that predict the response, and `score_hidden` over the vocabulary chunk
-by chunk in float32. One thread owns it (`scoring.ScoringThread`): it scores a batch or it loads, so
+by chunk in float32. One thread owns it (`ScoringThread`): it scores a batch or it loads, so
 no batch sees two versions, and every answer says which one.
 
 B sequences, S padded length after the shift, N response tokens, L of one question, V vocabulary, H

@@ -31,68 +31,40 @@ import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import Response
 
-from opd.clients.protocols import LOGPROB, TOKEN_VARIABLE
+from opd.clients.protocols import LOGPROB
 from opd.clients.wire import VERSION_HEADER, LogprobQuestion, decode_ids
 from opd.distributed import resolve_dtype
-from opd.inputs.arguments import OneLineParser
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import served_length
 from opd.log import one_line
-from opd.servers.control import ACT_SECONDS, Control, PauseMode, WeightsGate
+from opd.servers.control import ACT_SECONDS, Control, PauseMode, WeightsGate, add_weight_flags
 from opd.servers.http_service import (
     LOAD_SECONDS,
+    Admission,
     RequireToken,
     bind,
-    check_host,
+    check_flags,
     leave_on_signals,
     metrics_text,
     new_app,
     read_body,
     run_main,
     serve_app,
+    server_parser,
 )
 from opd.servers.logprob_engine import LogprobScorer, VersionedBody, load_model
 from opd.servers.scoring_engine import BatchLimits, ScoringThread
-from opd.servers.scoring_server import answer_or_give_up, binary
+from opd.servers.scoring_server import BATCH_FLAGS, add_batch_flags, answer_or_give_up, binary
 
 
 def logprob_arguments(argv: list[str]) -> argparse.Namespace:
     """ValueError with one line for a mistake."""
-    parser = OneLineParser("python -m opd.servers.logprob_server", __doc__)
-    parser.add_argument(
-        "--model", required=True, help="the trainer's --student_model: directory or hub id"
-    )
-    parser.add_argument(
-        "--weights_dir", required=True, type=Path, help="where the trainer publishes its weights"
-    )
-    parser.add_argument(
-        "--serve_initial", action="store_true", help="the model's own weights are version 0"
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help=f"another than loopback needs a token in {TOKEN_VARIABLE}",
-    )
-    parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
-    parser.add_argument(
-        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="the trainer's"
-    )
+    parser = server_parser("opd.servers.logprob_server", __doc__, ["bfloat16", "float32"])
     parser.add_argument("--attn_implementation", default="auto", help="the trainer's")
-    parser.add_argument(
-        "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
-    )
-    parser.add_argument("--max_tokens_per_batch", type=int, default=8192)
-    parser.add_argument(
-        "--batch_wait_ms", type=float, default=2.0, help="for others to join a forward"
-    )
-    parser.add_argument(
-        "--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true")
+    add_weight_flags(parser)
+    add_batch_flags(parser)
     args = parser.parse_args(argv)
-    for flag in ("max_model_len", "max_tokens_per_batch", "max_waiting"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    check_flags(args, at_least_1=BATCH_FLAGS)
     if not args.batch_wait_ms >= 0:
         raise ValueError(f"--batch_wait_ms {args.batch_wait_ms}: must be at least 0")
     return args
@@ -128,8 +100,7 @@ def serve_logprobs(argv: list[str], token: str | None) -> None:
     """Until SIGTERM or SIGINT. ValueError for a user's mistake, before a weight is loaded."""
     args = logprob_arguments(argv)
     leave_on_signals()
-    check_host(args.host, token)
-    bound = bind(args.host, args.port)
+    bound = bind(args.host, args.port, token)
     max_model_len = _longest_question(args)
     limits = BatchLimits(
         args.max_tokens_per_batch, args.max_tokens_per_batch, args.batch_wait_ms / 1000
@@ -147,7 +118,7 @@ def serve_logprobs(argv: list[str], token: str | None) -> None:
 
 
 class EngineHolder:
-    """`server_control.Holder` of an engine whose thread does everything in order.
+    """`control.Holder` of an engine whose thread does everything in order.
 
     Whatever is in its queue when the gate closes is answered by the old weights, in either mode: a
     forward takes no longer than its end would.
@@ -178,15 +149,10 @@ class LogprobService:
     def __init__(
         self, engine: ScoringThread, control: Control, *, max_model_len: int, max_waiting: int
     ):
-        self.engine, self.control, self.max_model_len, self.max_waiting = (
-            engine,
-            control,
-            max_model_len,
-            max_waiting,
-        )
+        self.engine, self.control, self.max_model_len = engine, control, max_model_len
+        self.admission = Admission(max_waiting)
         # whoever serves has waited for it
         self.vocab_size = engine.ready.result(timeout=0).vocab_size
-        self.admitted = 0  # questions without an answer yet, wherever they are
 
     def app(self, token: str | None) -> Callable:
         """The ASGI application; with a token only /health is open."""
@@ -205,7 +171,7 @@ class LogprobService:
         counts = {"requests": engine.requests, "tokens": engine.tokens, "batches": engine.batches}
         version = -1 if gate.version is None else gate.version
         gauges = {
-            "waiting": self.admitted,
+            "waiting": self.admission.admitted,
             "weights_version": version,
             "paused": int(gate.state == "paused"),
         }
@@ -214,12 +180,7 @@ class LogprobService:
     async def logprobs(
         self, request: Request, prompt_length: int, temperature: float = 1.0
     ) -> Response:
-        if self.admitted >= self.max_waiting:
-            raise HTTPException(
-                429, f"{self.admitted} questions wait already", headers={"Retry-After": "1"}
-            )
-        self.admitted += 1
-        try:
+        with self.admission.of_one():
             body = await read_body(request, 4 * self.max_model_len)
             try:
                 question = self._question(body, prompt_length, temperature)
@@ -229,8 +190,6 @@ class LogprobService:
             # Nothing is awaited between the gate and the queue: a pause comes before both or after
             # both.
             return await answer_or_give_up(request, self.engine.submit(question), _respond)
-        finally:
-            self.admitted -= 1
 
     def _question(self, body: bytes, prompt_length: int, temperature: float) -> LogprobQuestion:
         """Raises ValueError for what cannot be answered."""

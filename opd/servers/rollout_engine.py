@@ -45,7 +45,7 @@ class Response:
 
 
 class PushedEngine:
-    """The `server_control.Holder` of a rollout server. To be called from one event loop."""
+    """The `control.Holder` of a rollout server. To be called from one event loop."""
 
     def __init__(
         self,

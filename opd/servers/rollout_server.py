@@ -33,12 +33,11 @@ from starlette.requests import ClientDisconnect
 
 from opd.clients.protocols import ROLLOUT
 from opd.distributed import resolve_dtype
-from opd.inputs.arguments import OneLineParser
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import served_length
 from opd.log import one_line
 from opd.servers import http_service
-from opd.servers.control import Control, WeightsGate
+from opd.servers.control import Control, WeightsGate, add_weight_flags
 from opd.servers.rollout_engine import PushedEngine, Sampling
 
 ANSWER_SECONDS = (
@@ -54,39 +53,21 @@ BYTES_PER_ID, BYTES_BESIDE_IDS = 12, 1 << 16
 
 def rollout_arguments(argv: list[str]) -> argparse.Namespace:
     """ValueError with one line for a mistake."""
-    parser = OneLineParser("python -m opd.servers.rollout_server", __doc__)
-    parser.add_argument("--model", required=True, help="directory or hub id")
-    parser.add_argument(
-        "--weights_dir", required=True, type=Path, help="where the trainer publishes its weights"
+    parser = http_service.server_parser(
+        "opd.servers.rollout_server", __doc__, ["bfloat16", "float16", "float32"]
     )
+    add_weight_flags(parser)
     parser.add_argument("--name", help="of the served model (default: the last part of --model)")
-    parser.add_argument(
-        "--serve_initial",
-        action="store_true",
-        help="M's own weights are version 0: no push is needed",
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="another than loopback needs OPD_SERVER_TOKEN"
-    )
-    parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
-    parser.add_argument(
-        "--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto"
-    )
-    parser.add_argument(
-        "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
-    )
     parser.add_argument("--kv_cache_gib", type=float, default=1.0, help="per GPU")
     parser.add_argument("--tensor_parallel", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the engine; a request has its own")
     parser.add_argument(
         "--enforce_eager", action="store_true", help="no compilation, no CUDA graphs"
     )
-    parser.add_argument("--trust_remote_code", action="store_true")
     args = parser.parse_args(argv)
-    if not args.kv_cache_gib > 0 or args.tensor_parallel < 1 or (args.max_model_len or 1) < 1:
-        raise ValueError(
-            "--kv_cache_gib must be above 0, --tensor_parallel and --max_model_len at least 1"
-        )
+    http_service.check_flags(args, at_least_1=["tensor_parallel", "max_model_len"])
+    if not args.kv_cache_gib > 0:
+        raise ValueError(f"--kv_cache_gib {args.kv_cache_gib}: must be above 0")
     args.name = args.name or Path(args.model).name
     return args
 
@@ -238,8 +219,7 @@ def serve_rollouts(argv: list[str], token: str | None) -> None:
     """Until SIGTERM or SIGINT. ValueError for a user's mistake, before a weight is loaded."""
     args = rollout_arguments(argv)
     http_service.leave_on_signals(_end_children)
-    http_service.check_host(args.host, token)
-    bound = http_service.bind(args.host, args.port)
+    bound = http_service.bind(args.host, args.port, token)
     facts = _rollout_facts(args)
     asyncio.run(_serve(args, token, bound, *facts))
 

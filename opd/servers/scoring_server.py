@@ -41,12 +41,11 @@ from starlette.requests import ClientDisconnect
 from transformers import AutoTokenizer
 
 from opd import distributed
-from opd.clients.protocols import SCORING, TOKEN_VARIABLE
+from opd.clients.protocols import SCORING
 from opd.clients.wire import Question, decode_ids, encode_arrays
 from opd.distributed import resolve_dtype
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
-from opd.inputs.arguments import OneLineParser
 from opd.inputs.content import content_hash
 from opd.inputs.models import ModelFact, read_fact
 from opd.inputs.shapes import check_path, load_part, served_length
@@ -54,9 +53,10 @@ from opd.log import one_line
 from opd.ops.heads import load_head
 from opd.servers.http_service import (
     LOAD_SECONDS,
+    Admission,
     RequireToken,
     bind,
-    check_host,
+    check_flags,
     leave_on_signals,
     metrics_text,
     new_app,
@@ -64,54 +64,47 @@ from opd.servers.http_service import (
     read_json,
     run_main,
     serve_app,
+    server_parser,
     unless_gone,
 )
 from opd.servers.scoring_engine import BatchLimits, Scorer, ScoringThread, join_alone
 from opd.types import TeacherPayload
 
+SCORE_SECONDS = 600.0  # for the engine to compute; clients have shorter deadlines of their own
+BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than the context
+BINARY = "application/octet-stream"
+BLOCK_BYTES = 1 << 22  # of a head, which is too large to be handed to a connection at once
+LEAST_TEMPERATURE = 1e-3  # below, logits overflow
+BATCH_FLAGS = ("max_model_len", "max_tokens_per_batch", "max_waiting")
 
-def scoring_arguments(argv: list[str]) -> argparse.Namespace:
-    """ValueError with one line for a mistake."""
-    parser = OneLineParser("python -m opd.servers.scoring_server", __doc__)
-    parser.add_argument("--model", required=True, help="directory or hub id")
-    parser.add_argument("--name", help="of the served model (default: the last part of --model)")
-    parser.add_argument("--backend", choices=["vllm", "hf"], default="vllm")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help=f"another than loopback needs a token in {TOKEN_VARIABLE}",
-    )
-    parser.add_argument("--port", type=int, default=0, help="0: the kernel chooses")
-    parser.add_argument(
-        "--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto"
-    )
-    parser.add_argument(
-        "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
-    )
-    parser.add_argument(
-        "--kv_cache_gib", type=float, default=0.25, help="KV cache of a vllm engine, GiB"
-    )
-    parser.add_argument("--max_support_k", type=int, default=1024)
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """Of a server whose engine answers several questions at a time; BATCH_FLAGS are at least 1."""
     parser.add_argument("--max_tokens_per_batch", type=int, default=8192)
-    parser.add_argument("--max_sequences_per_batch", type=int, default=64)
     parser.add_argument(
-        "--batch_wait_ms", type=float, default=2.0, help="for others to join a prefill"
+        "--batch_wait_ms", type=float, default=2.0, help="for others to join a batch"
     )
     parser.add_argument(
         "--max_waiting", type=int, default=1024, help="questions at a time; beyond it they get 429"
     )
+
+
+def scoring_arguments(argv: list[str]) -> argparse.Namespace:
+    """ValueError with one line for a mistake."""
+    parser = server_parser(
+        "opd.servers.scoring_server", __doc__, ["bfloat16", "float16", "float32"]
+    )
+    parser.add_argument("--name", help="of the served model (default: the last part of --model)")
+    parser.add_argument("--backend", choices=["vllm", "hf"], default="vllm")
+    parser.add_argument(
+        "--kv_cache_gib", type=float, default=0.25, help="KV cache of a vllm engine, GiB"
+    )
+    parser.add_argument("--max_support_k", type=int, default=1024)
+    parser.add_argument("--max_sequences_per_batch", type=int, default=64)
+    add_batch_flags(parser)
     parser.add_argument("--tokenizer", help="directory or hub id (default: --model)")
-    parser.add_argument("--trust_remote_code", action="store_true")
     args = parser.parse_args(argv)
-    for flag in (
-        "max_model_len",
-        "max_support_k",
-        "max_tokens_per_batch",
-        "max_sequences_per_batch",
-        "max_waiting",
-    ):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    check_flags(args, at_least_1=["max_support_k", "max_sequences_per_batch", *BATCH_FLAGS])
     if not args.batch_wait_ms >= 0 or not args.kv_cache_gib > 0:
         raise ValueError("--batch_wait_ms must be at least 0 and --kv_cache_gib above 0")
     args.name = args.name or Path(args.model).name
@@ -160,8 +153,7 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     """Until SIGTERM or SIGINT. ValueError for a user's mistake, before a weight is loaded."""
     args = scoring_arguments(argv)
     leave_on_signals()
-    check_host(args.host, token)
-    bound = bind(args.host, args.port)
+    bound = bind(args.host, args.port, token)
     fact, tokenizer = _read_model(args)
     max_model_len = served_length(args.model, fact.context, args.max_model_len)
     limits = BatchLimits(
@@ -181,21 +173,6 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     asyncio.run(serve_app(app, bound, args.name))
 
 
-SCORE_SECONDS = 600.0  # for the engine to compute; clients have shorter deadlines of their own
-
-
-BYTES_PER_TOKEN_OF_TEXT = 16  # of a text to be tokenized; more is longer than the context
-
-
-BINARY = "application/octet-stream"
-
-
-BLOCK_BYTES = 1 << 22  # of a head, which is too large to be handed to a connection at once
-
-
-LEAST_TEMPERATURE = 1e-3  # below, logits overflow
-
-
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a server says about itself."""
@@ -212,17 +189,12 @@ class ScoringService:
     """The routes of one model."""
 
     def __init__(self, served: ModelInfo, engine: ScoringThread, tokenizer, *, max_waiting: int):
-        self.served, self.engine, self.tokenizer, self.max_waiting = (
-            served,
-            engine,
-            tokenizer,
-            max_waiting,
-        )
+        self.served, self.engine, self.tokenizer = served, engine, tokenizer
+        self.admission = Admission(max_waiting)
         self.scorer = engine.ready.result(timeout=0)  # whoever serves has waited for it
         head = self.scorer.head
         bias = {} if head.bias_V is None else {"bias_V": head.bias_V}
         self.head_body = encode_arrays({"weight_VH": head.weight_VH} | bias)
-        self.admitted = 0  # questions whose body is being read or whose answer is due
 
     def app(self, token: str | None) -> Callable:
         """The ASGI application; with a token only /health is open."""
@@ -300,12 +272,7 @@ class ScoringService:
         temperature: float = 1.0,
         vocab: int | None = None,
     ) -> Response:
-        if self.admitted >= self.max_waiting:
-            raise HTTPException(
-                429, f"{self.admitted} questions wait already", headers={"Retry-After": "1"}
-            )
-        self.admitted += 1
-        try:
+        with self.admission.of_one():
             body = await read_body(request, 4 * self.served.max_model_len)
             try:
                 question = self._question(
@@ -314,8 +281,6 @@ class ScoringService:
             except ValueError as error:
                 raise HTTPException(400, one_line(error)) from None
             return await answer_or_give_up(request, self.engine.submit(question))
-        finally:
-            self.admitted -= 1
 
     def _question(
         self,

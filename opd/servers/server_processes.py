@@ -12,7 +12,6 @@ loopback interface, on a port that the kernel chooses, in a process group of whi
 when its starter ends.
 """
 
-import functools
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -36,6 +35,8 @@ import psutil
 from opd import processes
 from opd.clients import wire
 from opd.clients.protocols import LOGPROB, ROLLOUT, TOKEN_VARIABLE
+from opd.clients.served_model import score_call
+from opd.clients.transport import Call
 from opd.config import GIB
 from opd.distributed import resolve_dtype
 from opd.engines.vllm_process import ENVIRONMENT
@@ -72,12 +73,13 @@ LOOPBACK_ONLY = {
     "NCCL_SOCKET_IFNAME": "lo",
 }
 
-# Two tokens that every vocabulary has, and the one log-probability that follows.
-SCORE_PROBE = wire.Question([2], [3], payload="sampled", support_k=0, vocab=1 << 31)
-
 
 class StartError(RuntimeError):
     """A server that did not come up; with the end of its log."""
+
+
+# Two tokens that every vocabulary has, and the one log-probability that follows.
+SCORE_PROBE = wire.Question([2], [3], payload="sampled", support_k=0, vocab=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,86 +96,27 @@ class ServerOptions:
     weights_dir: str | Path | None = None  # where a trainer publishes what servers of PUSHED serve
     extra: Sequence[str] = ()  # flags for the server itself
 
+    @property
+    def dtype_name(self) -> str:
+        """vLLM's own "auto" is bfloat16 even for float32 files on a CPU."""
+        return str(resolve_dtype(self.dtype)).removeprefix("torch.")
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return int(self.kv_cache_gib * GIB)
+
     def command(self, port: int = 0) -> list[str]:
         """Of a server at `port`, 0: the kernel chooses.
 
         Ours come last, so that no extra flag opens what is closed.
         """
-        return [
-            sys.executable,
-            "-m",
-            *self._program(),
-            *self.extra,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ]
-
-    def _program(self) -> list[str]:
-        # vLLM's own "auto" is bfloat16 even for float32 files on a CPU
-        dtype = str(resolve_dtype(self.dtype)).removeprefix("torch.")
-        assert self.protocol not in PUSHED or self.weights_dir is not None, (
-            f"protocol {self.protocol}: no weights_dir"
-        )
-        if self.protocol == "logprob":
-            return [
-                "opd.servers.logprob_server",
-                "--model",
-                self.model,
-                "--weights_dir",
-                str(self.weights_dir),
-                "--dtype",
-                dtype,
-            ]
-        if self.protocol == "binary":
-            return [
-                "opd.servers.scoring_server",
-                "--model",
-                self.model,
-                "--name",
-                self.name,
-                "--dtype",
-                dtype,
-                "--max_support_k",
-                str(self.max_logprobs),
-                "--kv_cache_gib",
-                str(self.kv_cache_gib),
-            ]
-        if self.protocol == "rollout":
-            return [
-                "opd.servers.rollout_server",
-                "--model",
-                self.model,
-                "--name",
-                self.name,
-                "--dtype",
-                dtype,
-                "--weights_dir",
-                str(self.weights_dir),
-                "--kv_cache_gib",
-                str(self.kv_cache_gib),
-                "--tensor_parallel",
-                str(self.tensor_parallel),
-            ]
-        # the CPU package of vllm 0.32 has no metadata, without which `vllm serve` fails
-        return [
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            self.model,
-            "--served-model-name",
-            self.name,
-            "--dtype",
-            dtype,
-            "--max-logprobs",
-            str(self.max_logprobs),
-            "--kv-cache-memory-bytes",
-            str(int(self.kv_cache_gib * GIB)),
-            "--no-enable-prefix-caching",
-            "--tensor-parallel-size",
-            str(self.tensor_parallel),
-            "--disable-uvicorn-access-log",
-        ]
+        program = PROGRAMS[self.protocol]
+        options = {"--model": "model", "--dtype": "dtype_name", **program.flags}
+        values = {flag: getattr(self, option) for flag, option in options.items()}
+        assert None not in values.values(), f"protocol {self.protocol}: {values}"
+        flags = [word for flag, value in values.items() for word in (flag, str(value))]
+        command = [sys.executable, "-m", program.module, *flags, *program.switches, *self.extra]
+        return [*command, "--host", "127.0.0.1", "--port", str(port)]
 
     def environment(self, gpus: Sequence[str]) -> dict[str, str]:
         """This process's, closed and cut to `gpus`; vLLM's server takes the token of ours as its
@@ -189,6 +132,65 @@ class ServerOptions:
         if gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         return {k: v for k, v in env.items() if k not in NOT_INHERITED}
+
+
+def _asked_to_score(options: ServerOptions) -> Call:
+    return score_call(options.name, options.protocol, SCORE_PROBE)
+
+
+def _asked_what_it_is(options: ServerOptions) -> Call:
+    """It has computed before it listened, and serves nothing before the first push."""
+    expected = PUSHED[options.protocol]
+
+    def read(answer: bytes) -> None:
+        if json.loads(answer).get("protocol") != expected:
+            raise ValueError(f"it does not speak {expected}: {answer[:200]!r}")
+
+    return Call("/version", read=read)
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """The server that speaks a protocol."""
+
+    module: str
+    flags: dict[str, str]  # beside model and dtype: its flag -> which of the options
+    probe: Callable[[ServerOptions], Call]  # whoever answers it is ready
+    switches: tuple[str, ...] = ()
+
+
+PROGRAMS: dict[ServerProtocol, _Program] = {
+    "binary": _Program(
+        "opd.servers.scoring_server",
+        {"--name": "name", "--max_support_k": "max_logprobs", "--kv_cache_gib": "kv_cache_gib"},
+        _asked_to_score,
+    ),
+    "json": _Program(
+        # the CPU package of vllm 0.32 has no metadata, without which `vllm serve` fails
+        "vllm.entrypoints.openai.api_server",
+        {
+            "--served-model-name": "name",
+            "--max-logprobs": "max_logprobs",
+            "--kv-cache-memory-bytes": "kv_cache_bytes",
+            "--tensor-parallel-size": "tensor_parallel",
+        },
+        _asked_to_score,
+        ("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+    ),
+    "rollout": _Program(
+        "opd.servers.rollout_server",
+        {
+            "--name": "name",
+            "--weights_dir": "weights_dir",
+            "--kv_cache_gib": "kv_cache_gib",
+            "--tensor_parallel": "tensor_parallel",
+        },
+        _asked_what_it_is,
+    ),
+    "logprob": _Program(
+        "opd.servers.logprob_server", {"--weights_dir": "weights_dir"}, _asked_what_it_is
+    ),
+}
 
 
 @dataclass(slots=True)
@@ -309,39 +311,15 @@ class ServerProcess:
 
         OSError or ValueError for everything but a right answer.
         """
-        protocol = self.options.protocol
-        # it has computed before it listened, and serves nothing before the first push
-        if protocol in PUSHED:
-            path, body, decode = (
-                "/version",
-                None,
-                functools.partial(_check_protocol, PUSHED[protocol]),
-            )
-        elif protocol == "binary":
-            query = urllib.parse.urlencode(
-                {"prompt_length": len(SCORE_PROBE.prompt_ids), "payload": SCORE_PROBE.payload}
-            )
-            body = wire.encode_ids([*SCORE_PROBE.prompt_ids, *SCORE_PROBE.response_ids])
-            path, decode = f"/score?{query}", wire.decode_scores
-        else:
-            body = json.dumps(wire.completion_request(SCORE_PROBE, self.options.name)).encode()
-            path, decode = "/v1/completions", wire.decode_completion
-        headers = {
-            "Content-Type": "application/json" if protocol == "json" else "application/octet-stream"
-        }
+        call = PROGRAMS[self.options.protocol].probe(self.options)
+        headers = {"Content-Type": call.content_type}
         if token := os.environ.get(TOKEN_VARIABLE):
             headers["Authorization"] = f"Bearer {token}"
         # no proxy stands before this machine itself
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(
-            urllib.request.Request(url + path, body, headers), timeout=seconds
-        ) as answer:
-            decode(answer.read(), SCORE_PROBE)
-
-
-def _check_protocol(expected: str, answer: bytes, _) -> None:
-    if json.loads(answer).get("protocol") != expected:
-        raise ValueError(f"it does not speak {expected}: {answer[:200]!r}")
+        request = urllib.request.Request(url + call.path, call.body, headers)
+        with direct.open(request, timeout=seconds) as answer:
+            call.read(answer.read())
 
 
 def start_replica(options: ServerOptions, log: Path, gpus: Sequence[str] = ()) -> ServerProcess:

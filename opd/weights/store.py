@@ -35,11 +35,9 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A version that servers may load."""
+    """What it took to publish a version."""
 
-    version: int
     bytes: int
-    sha256: str  # of the manifest, and so of everything
     seconds: float
 
 
@@ -96,7 +94,7 @@ def publish(
         shutil.rmtree(staging, ignore_errors=True)
     _prune(root, target)
     size = sum(file["size"] for file in files)
-    return Published(version, size, hashlib.sha256(manifest).hexdigest(), time.monotonic() - start)
+    return Published(size, time.monotonic() - start)
 
 
 def verify(root: Path, version: int, fence: int | None = None) -> Path:

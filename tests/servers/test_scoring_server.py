@@ -371,7 +371,7 @@ def test_broken_weights_are_a_line_and_status_2(tiny, tmp_path, server):
 
 
 def assert_refused(flags: list[str], says: str, server: str = "scoring_server", **env: str) -> None:
-    command = [sys.executable, "-m", f"opd.{server}", *flags]
+    command = [sys.executable, "-m", f"opd.servers.{server}", *flags]
     environment = worker_environment(**env)
     run = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False
