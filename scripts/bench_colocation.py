@@ -45,7 +45,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_mopd  # noqa: E402
 from opd.inputs.arguments import parse  # noqa: E402
-from opd.plan import apply, planner  # noqa: E402
+from opd.plan.job import machine_here, make_job, read_shapes  # noqa: E402
+from opd.plan.planner import make_plan  # noqa: E402
 from scripts import bench_tools as tools  # noqa: E402
 from scripts.bench_step import HEAD_DIM, RunFailed, environment, make_tokenizer, run_child  # noqa: E402
 
@@ -253,8 +254,9 @@ def predicted_growth(flags: list[str]) -> int:
     """Bytes that the planner expects a run to add at its peak to what it holds when
     `prepare` ends.
     """
-    job = apply.read_job(parse(train_mopd.Config, flags), apply.machine_here(1))
-    return planner.make_plan(job).peak
+    cfg = parse(train_mopd.Config, flags)
+    job = make_job(cfg, *read_shapes(cfg), machine_here(1))
+    return make_plan(job).peak
 
 
 def planned(predicted: int | None, measured: int | None) -> dict:
