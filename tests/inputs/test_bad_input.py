@@ -193,7 +193,7 @@ def edit_config(path, **changes) -> None:
 @pytest.mark.parametrize("damage", WEIGHTS)
 @pytest.mark.parametrize("who", ["student", "addition"])
 def test_model_directories_that_do_not_hold_the_model(tiny, tmp_path, capsys, who, damage):
-    """tests/test_weight_files.py has the whole list."""
+    """tests/inputs/test_weight_files.py has the whole list."""
     change, says = WEIGHTS[damage]
     path = tmp_path / "model"
     shutil.copytree(getattr(tiny, who), path)

@@ -307,8 +307,8 @@ ENCODER = {key: value for key, value in SMALL.items() if key != "num_key_value_h
     ids=lambda config: config.model_type,
 )
 def test_heads_with_a_bias_a_scale_or_a_soft_cap_are_fine(student, tmp_path, config):
-    """What the head and its form express, in student and teacher; tests/test_heads.py shows that
-    they do.
+    """What the head and its form express, in student and teacher; tests/ops/test_heads.py shows
+    that they do.
     """
     shutil.copytree(student, tmp_path / "m")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")

@@ -4,7 +4,6 @@ import collections
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
@@ -221,13 +220,16 @@ def test_another_process_picks_the_same_prompts(prompt_set, tmp_path):
     """
     path = write(tmp_path / "a.jsonl", [row(f"{i}", domain="abc"[i % 7 // 3]) for i in range(37)])
     code = (
-        f"import sys; sys.path[:0] = "
-        f"{[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}\n"
-        f"import test_data as t\ns = t.load({path!r})\n"
+        f"import tests.inputs.test_prompts as t\ns = t.load({path!r})\n"
         f"print(t.batch(s, 12), t.batch(s, 12, domain_weights={WEIGHTS!r}))"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     ).stdout
     assert out.strip() == f"{batch(prompt_set, 12)} {batch(prompt_set, 12, domain_weights=WEIGHTS)}"
 
