@@ -37,7 +37,8 @@ from pathlib import Path
 
 import train_mopd
 from opd.inputs.arguments import parse
-from opd.plan import apply, planner
+from opd.plan.job import machine_here, make_job, read_shapes
+from opd.plan.planner import make_plan
 from scripts.make_demo import HEAD_DIM
 from scripts.measure import tools
 from scripts.measure.runs import (
@@ -230,8 +231,9 @@ def predicted_growth(arguments: list[str]) -> int:
     """Bytes that the planner expects a run to add at its peak to what it holds when
     `prepare` ends.
     """
-    job = apply.read_job(parse(train_mopd.Config, arguments), apply.machine_here(1))
-    return planner.make_plan(job).peak
+    cfg = parse(train_mopd.Config, arguments)
+    job = make_job(cfg, *read_shapes(cfg), machine_here(1))
+    return make_plan(job).peak
 
 
 def planned(predicted: int | None, measured: int | None) -> dict:

@@ -1,5 +1,4 @@
-"""Everything that can be checked before a weight is loaded: models, tokenizers and the run
-directory.
+"""The models of a run, read and checked before a weight is loaded.
 
 A wrong pair of models is the most expensive mistake of distillation: it shows after hours, as a
 curve. Here it costs a second and is one ValueError that names the flag, the value and the remedy.
@@ -7,19 +6,16 @@ Only configurations, tokenizers and the headers of weight files are read; of a h
 be the embedding, both.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from opd.config import to_dict
-from opd.inputs.prompts import PromptSet
-from opd.inputs.shapes import check_path, layer_values, load_part, read_model
+from opd.config import TeacherSpec
+from opd.inputs.shapes import ModelShape, check_path, head_of, load_part, read_model, shape_of
 from opd.inputs.vllm_models import check_agrees, check_vllm_runs
 from opd.inputs.weight_files import check_not_quantised, check_weights
 from opd.log import cut, one_line
@@ -28,20 +24,10 @@ from opd.ops.heads import find_head, logit_form, weights_beside_the_head
 
 
 @dataclass(frozen=True)
-class ModelFact:
-    """One model, from its configuration and tokenizer."""
+class ModelFact(ModelShape):
+    """One model: what its configuration says, and what ends its responses."""
 
-    flag: str  # what error messages call it
-    path: str
     eos_ids: tuple[int, ...]  # generation config, else config, else tokenizer
-    vocab_size: int  # rows of the lm_head, padding included
-    hidden_size: int
-    context: int | None  # most positions; None if the model states no limit
-    num_parameters: int
-    head_parameters: int  # rows times columns of the lm_head
-    kv_heads: int
-    # what tensor parallelism deals to the GPUs: its name -> how many there are
-    divided: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class ModelFacts:
     """All models of a run."""
 
     student: ModelFact
-    teachers: dict[str, ModelFact]  # by teacher name
+    teachers: dict[str, ModelFact]  # by teacher name, without those that are served
     pad_id: int
     # highest token id of the tokenizer, plus one; ids beyond it are padding of the vocabulary
     num_tokens: int
@@ -126,10 +112,7 @@ def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
     """Scores are computed from hidden states and the head; a model that does more would be scored
     wrongly, in silence.
     """
-    if model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{flag} {path}: {model.config.model_type} has no lm_head; give a causal language model"
-        )
+    head_of(model, flag, path)
     try:
         logit_form(model.config)
     except ValueError as error:
@@ -209,56 +192,25 @@ def check_downloads(config) -> None:
 
 
 def read_fact(
-    flag: str,
-    path: str,
-    tokenizer,
-    trust_remote_code: bool,
-    *,
-    vllm: bool = True,
-    attn_implementation: str = AUTO,
+    flag: str, path: str, tokenizer, trust_remote_code: bool, *, vllm: bool = True
 ) -> ModelFact:
     """Of the model at `path`. ValueError as `read_checked` says, and if it has no EOS."""
-    model = read_checked(
-        flag, path, trust_remote_code, vllm=vllm, attn_implementation=attn_implementation
-    )
-    model_config = model.config
-    head = model.get_output_embeddings()
-    eos_ids = _eos_ids(flag, path, model_config, tokenizer)
-    text_config = model_config.get_text_config()
+    return _fact_of(read_checked(flag, path, trust_remote_code, vllm=vllm), flag, path, tokenizer)
+
+
+def _fact_of(model: torch.nn.Module, flag: str, path: str, tokenizer) -> ModelFact:
+    shape = shape_of(model, flag, path)
+    eos_ids = _eos_ids(flag, path, model.config, tokenizer)
     if not eos_ids:
         raise ValueError(
             f"{flag} {path}: has no EOS token; name one in its generation_config.json "
-            f"(eos_token_id)"
+            "(eos_token_id)"
         )
-    if not all(0 <= e < head.weight.shape[0] for e in eos_ids):
+    if not all(0 <= e < shape.vocab_size for e in eos_ids):
         raise ValueError(
-            f"{flag} {path}: EOS token {list(eos_ids)} is not one of its {head.weight.shape[0]} "
-            f"tokens"
+            f"{flag} {path}: EOS token {list(eos_ids)} is not one of its {shape.vocab_size} tokens"
         )
-    return ModelFact(
-        flag=flag,
-        path=path,
-        eos_ids=eos_ids,
-        vocab_size=head.weight.shape[0],
-        hidden_size=head.weight.shape[1],
-        context=getattr(text_config, "max_position_embeddings", None),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        head_parameters=head.weight.numel(),
-        kv_heads=math.gcd(*layer_values(text_config, "num_key_value_heads"))
-        or math.gcd(*layer_values(text_config, "num_attention_heads"))
-        or 1,
-        divided=_divided(text_config),
-    )
-
-
-def _divided(text_config: PreTrainedConfig) -> dict[str, int]:
-    """Where layers differ, what divides the number of each of them."""
-    sizes = {"num_attention_heads": "attention heads", "intermediate_size": "intermediate channels"}
-    return {
-        name: math.gcd(*values)
-        for key, name in sizes.items()
-        if (values := layer_values(text_config, key))
-    }
+    return ModelFact(**vars(shape), eos_ids=eos_ids)
 
 
 def _check_same_tokenizer(fact: ModelFact, teacher_tokenizer, tokenizer) -> None:
@@ -310,145 +262,74 @@ def _check_residency(config) -> None:
             )
 
 
-def check_models(config) -> ModelFacts:
-    """Checks student and teachers of a script's Config against each other; ValueError on the first
-    mistake.
+def check_models(config, tokenizer) -> ModelFacts:
+    """Reads the student and the teachers of a script's Config, each once, and checks them against
+    each other; ValueError on the first mistake.
+
+    `tokenizer` is the student's. A served teacher is asked for its tokenizer and context when the
+    servers are.
     """
     _check_residency(config)
-    trust = config.model.trust_remote_code
-    tokenizer = load_tokenizer(config.model.student_model, trust)
-    student = read_fact(
-        "--student_model",
-        config.model.student_model,
-        tokenizer,
-        trust,
-        attn_implementation=config.model.attn_implementation,
-    )
+    student = _read("--student_model", config.model.student_model, tokenizer, config)
     teachers: dict[str, ModelFact] = {}
     for spec in config.teachers:
         if spec.is_served:
-            continue  # it is asked for its tokenizer and context when the servers are
+            continue
         flag = f"--teacher {spec.name}"
-        teacher_tokenizer = load_tokenizer(spec.model, trust, flag=flag)
-        teachers[spec.name] = fact = read_fact(
-            flag, spec.model, teacher_tokenizer, trust, vllm=spec.backend == "vllm"
-        )
-        _check_same_tokenizer(fact, teacher_tokenizer, tokenizer)
+        own = load_tokenizer(spec.model, config.model.trust_remote_code, flag=flag)
+        teachers[spec.name] = fact = _read(flag, spec.model, own, config, teacher=spec)
+        _check_same_tokenizer(fact, own, tokenizer)
         if not config.teacher.allow_template_mismatch:
-            _check_same_dialect(fact, student, teacher_tokenizer, tokenizer)
+            _check_same_dialect(fact, student, own, tokenizer)
     models = [student, *teachers.values()]
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    prompt_tokens, response_tokens = (
-        config.data.max_prompt_tokens,
-        config.rollout.max_response_tokens,
-    )
     for fact in models:
-        if num_tokens > fact.vocab_size:
-            rows = f"its lm_head has {fact.vocab_size} rows"
-            raise ValueError(
-                f"{fact.flag} {fact.path}: the tokenizer has ids up to {num_tokens - 1}, {rows}; "
-                f"resize it"
-            )
-        if fact.context is not None and prompt_tokens + response_tokens > fact.context:
-            raise ValueError(
-                f"--max_prompt_tokens {prompt_tokens} + --max_response_tokens {response_tokens}: "
-                f"over the context of {fact.flag} {fact.path}, {fact.context} tokens; lower them"
-            )
-    by_vllm = [
-        student,
-        *(teachers[t.name] for t in config.teachers if t.name in teachers and t.backend == "vllm"),
-    ]
-    dtype, on_gpu = config.model.dtype, torch.cuda.is_available()
-    for fact in by_vllm:
-        check_agrees(
-            fact.flag,
-            fact.path,
-            AutoConfig.from_pretrained(fact.path, trust_remote_code=trust),
-            is_student=fact is student,
-            exact=dtype == "float32" or (dtype == "auto" and not on_gpu),
-            on_gpu=on_gpu,
-            tokens=prompt_tokens + response_tokens,
-        )
+        _check_sizes(fact, num_tokens, config)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else student.eos_ids[0]
     return ModelFacts(
         student, teachers, pad_id, num_tokens, min(fact.vocab_size for fact in models)
     )
 
 
-def check_tensor_parallel(config, facts: ModelFacts, world_size: int) -> None:
-    """Every group of ranks is whole, and every rank of it gets an equal part of the model;
-    ValueError otherwise.
-
-    Where heads of keys and values are fewer than ranks, vLLM keeps copies of them; it refuses
-    numbers without a common measure.
-    """
-    flag, size = "--rollout_tensor_parallel_size", config.rollout.rollout_tensor_parallel_size
-    engines = [(f"{flag} {size}", size, facts.student)]
-    for spec in config.teachers:
-        if spec.is_served:
-            continue
-        size = spec.tensor_parallel_size
-        engines.append(
-            (f"--teacher {spec.name}: tensor_parallel_size {size}", size, facts.teachers[spec.name])
+def _read(
+    flag: str, path: str, tokenizer, config, *, teacher: TeacherSpec | None = None
+) -> ModelFact:
+    """The facts of the student, or of a teacher that runs here."""
+    vllm = teacher is None or teacher.backend == "vllm"
+    model = read_checked(
+        flag,
+        path,
+        config.model.trust_remote_code,
+        vllm=vllm,
+        attn_implementation=config.model.attn_implementation if teacher is None else AUTO,
+    )
+    fact = _fact_of(model, flag, path, tokenizer)
+    if vllm:
+        dtype, on_gpu = config.model.dtype, torch.cuda.is_available()
+        check_agrees(
+            flag,
+            path,
+            model.config,
+            is_student=teacher is None,
+            exact=dtype == "float32" or (dtype == "auto" and not on_gpu),
+            on_gpu=on_gpu,
+            tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         )
-    for flag, size, fact in engines:
-        if world_size % size:
-            fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-            raise ValueError(
-                f"{flag}: does not divide the {world_size} ranks of this run; choose {fitting}"
-            )
-        for name, count in fact.divided.items():
-            if count % size:
-                raise ValueError(
-                    f"{flag}: does not divide the {count} {name} of {fact.path}; choose a divisor"
-                )
-        if fact.kv_heads % size and size % fact.kv_heads:
-            raise ValueError(
-                f"{flag}: neither divides the {fact.kv_heads} key-value heads of {fact.path} nor "
-                "is a multiple of them; choose another size"
-            )
+    return fact
 
 
-def _marked(token_ids: list[int], tokenizer) -> str:
-    """Text with every special token in brackets."""
-    special, parts, text = set(tokenizer.all_special_ids), [], []
-    for token_id in [*token_ids, None]:
-        if token_id is not None and token_id not in special:
-            text.append(token_id)
-            continue
-        parts.append(tokenizer.decode(text) if text else "")
-        parts.append("" if token_id is None else f"[{tokenizer.convert_ids_to_tokens(token_id)}]")
-        text = []
-    return "".join(parts)
-
-
-def dry_run_report(
-    config, prompt_set: PromptSet, tokenizer, facts: ModelFacts, *, memory: str
-) -> str:
-    """What a run would do: its configuration, its `memory` as the planner sees it, two prompts as
-    the models will.
+def _check_sizes(fact: ModelFact, num_tokens: int, config) -> None:
+    """The model has a row for every token, and a position for every token of the longest
+    response.
     """
-    eos = ", ".join(f"{tokenizer.convert_ids_to_tokens(e)} ({e})" for e in facts.student.eos_ids)
-    firsts = {prompt.domain: prompt for prompt in reversed(prompt_set.prompts)}
-    chosen = [firsts[domain] for domain in prompt_set.domains[:2]]
-    if len(chosen) < 2:
-        chosen = list(prompt_set.prompts[:2])
-    prompts = [
-        f"--- prompt {p.prompt_id}, domain {p.domain}, {len(p.token_ids)} "
-        f"tokens\n{_marked(p.token_ids, tokenizer)}<< the response starts here and ends with EOS: "
-        f"{eos} >>"
-        for p in chosen
-    ]
-    rows = ", ".join(
-        f"{d} {n} ({prompt_set.overlong.get(d, 0)} over-long)" for d, n in prompt_set.counts.items()
-    )
-    return "\n\n".join(
-        [
-            "Configuration\n"
-            + yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).rstrip(),
-            memory,
-            "\n".join(
-                [f"Prompts: {rows}; special tokens in brackets", *prompt_set.notes, *prompts]
-            ),
-        ]
-    )
+    if num_tokens > fact.vocab_size:
+        raise ValueError(
+            f"{fact.flag} {fact.path}: the tokenizer has ids up to {num_tokens - 1}, its lm_head "
+            f"has {fact.vocab_size} rows; resize it"
+        )
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if fact.context is not None and prompt + response > fact.context:
+        raise ValueError(
+            f"--max_prompt_tokens {prompt} + --max_response_tokens {response}: over the context of "
+            f"{fact.flag} {fact.path}, {fact.context} tokens; lower them"
+        )

@@ -200,28 +200,36 @@ def load_prompts(
             raise ValueError(
                 f"{where}: column `{cfg.prompt_key}`: the prompt is empty after tokenisation"
             )
+        # read of every row, dropped or not: a row that cannot be used is an error
         answer = text_column(where, row, cfg.answer_key, "--answer_key", is_needed=need_answer)
-        target_ids = (
-            _targets(where, row, cfg.response_key, tokenizer, end)[:max_response_tokens]
-            if end
-            else None
-        )
+        target_ids = _targets(where, row, cfg.response_key, tokenizer, end) if end else None
         if len(token_ids) > cfg.max_prompt_tokens:
             overlong[domain] += 1
             if cfg.overlong_prompts == "drop":
                 continue
-            token_ids = token_ids[-cfg.max_prompt_tokens :]
         prompts.append(
             Prompt(
                 prompt_id=len(prompts),
                 domain=domain,
-                token_ids=token_ids,
-                target_ids=target_ids,
+                token_ids=token_ids[-cfg.max_prompt_tokens :],
+                target_ids=target_ids and target_ids[:max_response_tokens],
                 answer=answer,
             )
         )
+    return _prompt_set(prompts, overlong, flag, cfg, template, chats)
+
+
+def _prompt_set(
+    prompts: list[Prompt],
+    overlong: Counter[str],
+    flag: str,
+    cfg: DataConfig,
+    template: ChatTemplate | None,
+    chats: list[Chat],
+) -> PromptSet:
+    """ValueError for a domain that lost all of its prompts."""
     counts = Counter(prompt.domain for prompt in prompts)
-    lost = [f"{domain} ({overlong[domain]} rows)" for domain in sorted(set(domains) - set(counts))]
+    lost = [f"{domain} ({overlong[domain]} rows)" for domain in sorted(set(overlong) - set(counts))]
     if lost:
         raise ValueError(
             f"{flag}: every prompt is longer than --max_prompt_tokens {cfg.max_prompt_tokens} in "

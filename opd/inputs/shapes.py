@@ -1,14 +1,13 @@
-"""Shapes of models, from their configurations alone: parameters, KV cache, activations.
+"""Shapes of models, from their configurations alone: parameters, KV cache, activations, and what
+tensor parallelism deals to GPUs.
 
-No weight and no tokenizer is read.
-
-A model is built on the meta device, where tensors have shapes and no memory, so its parameters are
-those that will be loaded.
+No weight and no tokenizer is read. A model is built on the meta device, where tensors have shapes
+and no memory, so its parameters are those that will be loaded.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,28 +18,34 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
+from opd.config import is_async
 from opd.log import one_line
 from opd.ops.attention import AUTO, attention_for
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides the memory of one model. Sizes are numbers of values, not bytes."""
+    """What the configuration of a model says of it. Sizes are numbers of values, not bytes."""
 
     flag: str  # what error messages call it
     path: str
+    context: int | None  # most positions; None if the model states no limit
     # the shape of each, in the model's order; tied ones once
     parameters: tuple[tuple[int, ...], ...]
     vocab_size: int  # rows of the head, padding included
     hidden_size: int
     tied: bool  # whether the head is the embedding
-    num_layers: int
+    num_layers: int  # this and the next: 0 where the configuration has no such field
     num_heads: int  # this and the following: the largest, where layers differ
     num_kv_heads: int
     head_dim: int
     # columns that a token passes in one layer; of a mixture of experts those of its experts
     # together
     mlp_size: int
+    # What tensor parallelism deals to the GPUs: its name -> how many there are. Here and of the
+    # key-value heads: where layers differ, what divides the number of each.
+    divided: dict[str, int]
+    common_kv_heads: int
 
     @property
     def num_parameters(self) -> int:
@@ -85,13 +90,57 @@ class ModelShape:
         mlp = 4 * self.mlp_size * width
         return norms + heads + mlp
 
-    def check_parallel(self, flag: str, size: int) -> None:
-        """ValueError if `size` GPUs cannot share the attention heads evenly."""
-        if self.num_heads % size:
-            raise ValueError(
-                f"{flag} {size}: does not divide the {self.num_heads} attention heads of "
-                f"{self.flag} {self.path}; try {math.gcd(self.num_heads, size)}"
+    def check_plannable(self) -> None:
+        """ValueError if the configuration does not say enough for a prediction of memory."""
+        for name, number in (
+            ("num_hidden_layers", self.num_layers),
+            ("num_attention_heads", self.num_heads),
+        ):
+            if not number:
+                raise ValueError(
+                    f"{self.flag} {self.path}: config.json has no {name}; without it memory cannot "
+                    "be planned"
+                )
+
+    def why_not_shared(self, size: int) -> str | None:
+        """Why `size` GPUs cannot each take an equal part of the model; None if they can.
+
+        Where heads of keys and values are fewer than GPUs, vLLM keeps copies of them; it refuses
+        numbers without a common measure.
+        """
+        for name, count in self.divided.items():
+            if count % size:
+                return f"does not divide the {count} {name} of {self.path}; choose a divisor"
+        if self.common_kv_heads % size and size % self.common_kv_heads:
+            return (
+                f"neither divides the {self.common_kv_heads} key-value heads of {self.path} nor is "
+                "a multiple of them; choose another size"
             )
+        return None
+
+
+def check_tensor_parallel(
+    config, student: ModelShape, teachers: Mapping[str, ModelShape], ranks: int
+) -> None:
+    """Every group of ranks is whole, and every rank of it gets an equal part of the model;
+    ValueError otherwise.
+
+    Rollout servers of an asynchronous run are no ranks. Served teachers are not in `teachers`.
+    """
+    flag, size = "--rollout_tensor_parallel_size", config.rollout.rollout_tensor_parallel_size
+    engines = [(flag, size, student, 0 if is_async(config) else ranks)]
+    for spec in config.teachers:
+        if not spec.is_served:
+            flag = f"teachers: {spec.name}: tensor_parallel_size"
+            engines.append((flag, spec.tensor_parallel_size, teachers[spec.name], ranks))
+    for flag, size, shape, sharing in engines:
+        if sharing % size:
+            fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+            raise ValueError(
+                f"{flag} {size}: does not divide the {ranks} ranks of this run; choose {fitting}"
+            )
+        if reason := shape.why_not_shared(size):
+            raise ValueError(f"{flag} {size}: {reason}")
 
 
 @contextmanager
@@ -189,38 +238,50 @@ def model_of(config: PreTrainedConfig, flag: str, path: str, **options) -> torch
         )
 
 
-def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
-    """The shape of a model, real or on the meta device.
-
-    ValueError if its configuration does not say enough.
-    """
-    config = model.config.get_text_config()
-    for name in ("num_hidden_layers", "num_attention_heads"):
-        if not layer_values(config, name):
-            raise ValueError(
-                f"{flag} {path}: config.json has no {name}; without it memory cannot be planned"
-            )
+def head_of(model: torch.nn.Module, flag: str, path: str) -> torch.nn.Module:
+    """The output head of a model. ValueError if it has none."""
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(
-            f"{flag} {path}: {config.model_type} has no lm_head; give a causal language model"
+            f"{flag} {path}: {model.config.model_type} has no lm_head; give a causal language model"
         )
+    return head
+
+
+def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
+    """The shape of a model, real or on the meta device. ValueError if it has no output head."""
+    config = model.config.get_text_config()
+    head = head_of(model, flag, path)
     vocab_size, hidden_size = head.weight.shape
     embedding = model.get_input_embeddings()
-    num_heads = _widest(config, "num_attention_heads")
+    num_heads = _widest(config, "num_attention_heads") or 0
     return ModelShape(
         flag=flag,
         path=path,
+        context=getattr(config, "max_position_embeddings", None),
         parameters=tuple(tuple(p.shape) for p in model.parameters()),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         tied=embedding is not None and embedding.weight is head.weight,
-        num_layers=_widest(config, "num_hidden_layers"),
+        num_layers=_widest(config, "num_hidden_layers") or 0,
         num_heads=num_heads,
         num_kv_heads=_widest(config, "num_key_value_heads") or num_heads,
-        head_dim=_widest(config, "head_dim") or hidden_size // num_heads,
+        head_dim=_widest(config, "head_dim") or hidden_size // max(1, num_heads),
         mlp_size=_mlp_size(config, hidden_size),
+        divided=_divided(config),
+        common_kv_heads=math.gcd(*layer_values(config, "num_key_value_heads"))
+        or math.gcd(*layer_values(config, "num_attention_heads"))
+        or 1,
     )
+
+
+def _divided(config: PreTrainedConfig) -> dict[str, int]:
+    sizes = {"num_attention_heads": "attention heads", "intermediate_size": "intermediate channels"}
+    return {
+        name: math.gcd(*values)
+        for key, name in sizes.items()
+        if (values := layer_values(config, key))
+    }
 
 
 def layer_values(config: PreTrainedConfig, name: str) -> list[int]:

@@ -8,53 +8,40 @@ tokenizers or data. The trainers use the same planner with `--plan auto` and `--
 """
 
 import argparse
+import importlib
 import json
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from opd import config as configuration
-from opd.config import GIB
-from opd.inputs.arguments import OneLineParser, parse
-from opd.inputs.validation import validate_common
+from opd.config import GIB, groups_of
+from opd.inputs.arguments import OneLineParser, given, parse
 from opd.plan.apply import apply
-from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, read_job
+from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, make_job, read_shapes
 from opd.plan.planner import make_plan
 from opd.plan.view import as_json, draw, table, verdict
 
 
-@dataclass(frozen=True)
-class _OtherFlags:
-    """Flags of train_gkd.py alone. They change no byte here."""
+def trainer_config(argv: list[str]) -> type:
+    """The Config of the trainer that these flags are for: train_gkd.py where only it has one of
+    them.
 
-    lmbda: str | None = configuration.option(None, "Of train_gkd.py.")
-    seq_kd: str | None = configuration.option(None, "Of train_gkd.py.", nargs="?", const="true")
-    seq_kd_temperature: str | None = configuration.option(None, "Of train_gkd.py.")
-    sft_alpha: str | None = configuration.option(None, "Of train_gkd.py.")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Any trainer's configuration."""
-
-    model: configuration.ModelConfig
-    teacher: configuration.TeacherConfig
-    data: configuration.DataConfig
-    rollout: configuration.RolloutConfig
-    loss: configuration.LossConfig
-    batch: configuration.BatchConfig
-    optim: configuration.OptimConfig
-    run: configuration.RunConfig
-    other: _OtherFlags
-    teachers: tuple[configuration.TeacherSpec, ...] = ()
-    explicit: frozenset[str] = field(default=frozenset(), compare=False)
+    The trainers are programs and no part of this package, so this program finds them by name.
+    """
+    mopd, gkd = (importlib.import_module(name).Config for name in ("train_mopd", "train_gkd"))
+    known, others = (
+        {field.name for group in groups_of(config).values() for field in fields(group)}
+        for config in (mopd, gkd)
+    )
+    return gkd if given(argv) & (others - known) else mopd
 
 
-def plan_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
-    """(the machine and the outputs, the run). ValueError with one line for a mistake."""
+def plan_arguments(argv: list[str]) -> tuple[argparse.Namespace, Any]:
+    """(the machine and the outputs, a trainer's Config). ValueError with one line for a mistake."""
     parser = OneLineParser("python -m opd.plan", __doc__)
     parser.add_argument(
         "--gpus", type=int, help="GPUs, one rank each (default: those of this machine)"
@@ -81,14 +68,14 @@ def plan_arguments(argv: list[str]) -> tuple[argparse.Namespace, Config]:
         value = getattr(args, flag)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{flag} {value:g}: must be above 0 and finite")
-    cfg = parse(Config, rest)
+    cfg = parse(trainer_config(rest), rest)
     # Where prompts come from and results go does not matter here.
     complete = replace(
         cfg,
         data=replace(cfg.data, data=cfg.data.data or ["any"]),
         run=replace(cfg.run, output_dir=cfg.run.output_dir or "any"),
     )
-    validate_common(complete)
+    complete.validate()
     return args, cfg
 
 
@@ -116,7 +103,7 @@ def plan_command(argv: list[str] | None = None) -> int:
     """Exit status 0 if the run fits, 1 if it does not, 2 for a mistake."""
     try:
         args, cfg = plan_arguments(sys.argv[1:] if argv is None else argv)
-        plan = make_plan(read_job(cfg, machine_of(args)), cfg.explicit)
+        plan = make_plan(make_job(cfg, *read_shapes(cfg), machine_of(args)), cfg.explicit)
         if args.plot:
             draw(plan, Path(args.plot))
     except ValueError as error:

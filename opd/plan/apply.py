@@ -10,8 +10,9 @@ import yaml
 
 from opd import distributed
 from opd.config import GIB
+from opd.inputs.models import ModelFacts
 from opd.log import say
-from opd.plan.job import machine_here, read_job
+from opd.plan.job import machine_here, make_job
 from opd.plan.planner import OFFLOAD_LEVEL, Plan, as_configured, make_plan
 from opd.plan.view import table, verdict
 
@@ -19,40 +20,32 @@ from opd.plan.view import table, verdict
 def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
     """The configuration with the plan's choices, and one line for each value that changed."""
     choices = plan.choices
-    values: dict[str, dict[str, Any]] = {
-        "rollout": {},
-        "loss": {"support": choices.support},
-        "batch": {"max_tokens_per_micro_batch": choices.max_tokens},
-    }
-    lines = []
-    if plan.job.machine.is_gpu and choices.offload != as_configured(plan.job).offload:
-        levels = {level: name for name, level in OFFLOAD_LEVEL.items()}
-        values["model"] = {"offload_student": levels[len(choices.offload)]}
+    values: dict[tuple[str, str], Any] = {}
     # a number that was given stays as it was written
     if choices.kv_cache != int(cfg.rollout.rollout_kv_cache_gib * GIB):
-        values["rollout"]["rollout_kv_cache_gib"] = choices.kv_cache / GIB
-    for group, changes in values.items():
-        for name, value in changes.items():
-            old = getattr(getattr(cfg, group), name)
-            if value != old:
-                lines.append(
-                    f"plan: --{name} {value:g}"
-                    if isinstance(value, float)
-                    else f"plan: --{name} {value}"
-                )
-                cfg = replace(cfg, **{group: replace(getattr(cfg, group), **{name: value})})
+        values["rollout", "rollout_kv_cache_gib"] = choices.kv_cache / GIB
+    values["loss", "support"] = choices.support
+    values["batch", "max_tokens_per_micro_batch"] = choices.max_tokens
+    if choices.offload != as_configured(plan.job).offload:
+        levels = {level: name for name, level in OFFLOAD_LEVEL.items()}
+        values["model", "offload_student"] = levels[len(choices.offload)]
+    lines = []
+    for (group, name), value in values.items():
+        section = getattr(cfg, group)
+        if value != getattr(section, name):
+            shown = f"{value:g}" if isinstance(value, float) else value
+            lines.append(f"plan: --{name} {shown}")
+            cfg = replace(cfg, **{group: replace(section, **{name: value})})
     specs = []
     for spec in cfg.teachers:
         size = choices.tensor_parallel.get(spec.name, 1)  # a served teacher is not in the plan
-        if size != getattr(spec, "tensor_parallel_size", 1):
+        if size != spec.tensor_parallel_size:
             lines.append(f"plan: teachers: {spec.name}: tensor_parallel_size {size}")
-            if hasattr(spec, "tensor_parallel_size"):
-                spec = replace(spec, tensor_parallel_size=size)
-        specs.append(spec)
+        specs.append(replace(spec, tensor_parallel_size=size))
     return replace(cfg, teachers=tuple(specs)), lines
 
 
-def plan_run(cfg) -> tuple[Any, Plan | None, str]:
+def plan_run(cfg, facts: ModelFacts) -> tuple[Any, Plan | None, str]:
     """(configuration, plan, what to show of it) of a run on this machine; all ranks plan for the
     one with least memory.
 
@@ -69,7 +62,8 @@ def plan_run(cfg) -> tuple[Any, Plan | None, str]:
     machine = replace(machine, device_bytes=int(device_bytes), host_bytes=int(host_bytes))
     with distributed.agree_on_error("planning memory"):
         try:
-            plan = make_plan(read_job(cfg, machine), cfg.explicit if auto else None)
+            job = make_job(cfg, facts.student, facts.teachers, machine)
+            plan = make_plan(job, cfg.explicit if auto else None)
         except ValueError as error:
             if auto:
                 raise
@@ -95,6 +89,3 @@ def _with_choices_of(cfg):
     return replace(
         cfg, loss=replace(cfg.loss, support=support), explicit=cfg.explicit | {"support"}
     )
-
-
-# ---- Command line --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 of the result.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +10,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from opd.config import GIB
-from opd.inputs.shapes import ModelShape, read_model, shape_of
+from opd.config import GIB, TeacherSpec, is_async
+from opd.inputs.shapes import ModelShape, check_tensor_parallel, read_model, shape_of
 from opd.inputs.validation import load_ds_config
 from opd.plan.sharding import Shard, ZeroSettings, zero_shard
 
@@ -59,7 +60,7 @@ class MemoryRow:
 class Job:
     """A run as memory sees it."""
 
-    cfg: Any  # a script's Config
+    cfg: Any  # a script's Config, without the teachers that are served
     student: ModelShape
     teachers: dict[str, ModelShape]
     zero: ZeroSettings
@@ -102,29 +103,23 @@ class Job:
             return ENGINE_LIMITS["cpu"]
         return ENGINE_LIMITS["above" if self.machine.device_bytes >= 70 * GIB else "below 70 GiB"]
 
-    def spec(self, name: str):
-        return next(spec for spec in self.cfg.teachers if spec.name == name)
-
     @property
-    def residency(self) -> str:
-        return getattr(self.cfg.teacher, "teacher_residency", "host")
+    def is_async(self) -> bool:
+        """Whether responses are written by servers, which have devices of their own."""
+        return is_async(self.cfg)
 
-    def backend(self, name: str) -> str:
-        return getattr(self.spec(name), "backend", "vllm")
+    def spec(self, name: str) -> TeacherSpec:
+        return next(spec for spec in self.cfg.teachers if spec.name == name)
 
 
 PCIE_GB_S = 25.0  # what PCIe 4.0 x16 gives to a pinned copy in one direction
 
 
-def machine_here(
-    world_size: int, *, local_ranks: int | None = None, pcie_gb_s: float = PCIE_GB_S
-) -> Machine:
+def machine_here(world_size: int, *, pcie_gb_s: float = PCIE_GB_S) -> Machine:
     """This machine: its GPUs' memory, or on a CPU each rank's share of the host's free memory."""
     free = free_host_memory()
     if not torch.cuda.is_available():
-        return Machine(
-            world_size, free // (local_ranks or world_size), 0, pcie_gb_s * 1e9, is_gpu=False
-        )
+        return Machine(world_size, free // world_size, 0, pcie_gb_s * 1e9, is_gpu=False)
     device = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return Machine(world_size, device, free, pcie_gb_s * 1e9, is_gpu=True)
 
@@ -138,50 +133,32 @@ def free_host_memory() -> int:
     return max(0, free)
 
 
-def read_job(cfg, machine: Machine) -> Job:
-    """Reads the models' configurations and the ds_config.
+def read_shapes(cfg) -> tuple[ModelShape, dict[str, ModelShape]]:
+    """(student, teachers by name), from configurations alone. A served teacher has none here."""
 
-    ValueError with one line for what is wrong with them.
+    def shape(flag: str, path: str) -> ModelShape:
+        return shape_of(read_model(flag, path, cfg.model.trust_remote_code), flag, path)
 
-    A served teacher takes no memory here: the job does not know it.
+    local = [spec for spec in cfg.teachers if not spec.is_served]
+    student = shape("--student_model", cfg.model.student_model)
+    return student, {spec.name: shape(f"--teacher {spec.name}", spec.model) for spec in local}
+
+
+def make_job(cfg, student: ModelShape, teachers: Mapping[str, ModelShape], machine: Machine) -> Job:
+    """A run, with the shapes of its models as they were read.
+
+    ValueError with one line for a model that says too little, for numbers that do not divide the
+    ranks, and for a wrong ds_config. A served teacher takes no memory here: the job does not know
+    it.
     """
-    cfg = replace(cfg, teachers=tuple(spec for spec in cfg.teachers if not spec.is_served))
-    trust = cfg.model.trust_remote_code
-    paths = {"": ("--student_model", cfg.model.student_model)}
-    paths |= {spec.name: (f"--teacher {spec.name}", spec.model) for spec in cfg.teachers}
-    shapes = {
-        name: shape_of(read_model(flag, path, trust), flag, path)
-        for name, (flag, path) in paths.items()
-    }
-    student = shapes.pop("")
-    return make_job(cfg, student, shapes, machine)
-
-
-def make_job(cfg, student: ModelShape, teachers: dict[str, ModelShape], machine: Machine) -> Job:
-    """A run with models whose shapes are known.
-
-    ValueError for tensor parallelism that does not divide their heads.
-    """
-    ranks = machine.gpus
-    if cfg.rollout.prompts_per_step % ranks:
+    for shape in (student, *teachers.values()):
+        shape.check_plannable()
+    if cfg.rollout.prompts_per_step % machine.gpus:
         raise ValueError(
-            f"--prompts_per_step {cfg.rollout.prompts_per_step}: must be a multiple of the {ranks} "
-            "ranks"
+            f"--prompts_per_step {cfg.rollout.prompts_per_step}: must be a multiple of the "
+            f"{machine.gpus} ranks"
         )
-    size = cfg.rollout.rollout_tensor_parallel_size
-    student.check_parallel("--rollout_tensor_parallel_size", size)
-    for name, number in [
-        ("--rollout_tensor_parallel_size", size),
-        *(
-            (f"teachers: {spec.name}: tensor_parallel_size", spec.tensor_parallel_size)
-            for spec in cfg.teachers
-        ),
-    ]:
-        if ranks % number:
-            raise ValueError(
-                f"{name} {number}: does not divide the {ranks} ranks; choose a divisor"
-            )
-    for spec in cfg.teachers:
-        flag = f"teachers: {spec.name}: tensor_parallel_size"
-        teachers[spec.name].check_parallel(flag, getattr(spec, "tensor_parallel_size", 1))
-    return Job(cfg, student, teachers, ZeroSettings.of(load_ds_config(cfg.run.ds_config)), machine)
+    check_tensor_parallel(cfg, student, teachers, machine.gpus)
+    cfg = replace(cfg, teachers=tuple(spec for spec in cfg.teachers if not spec.is_served))
+    zero = ZeroSettings.of(load_ds_config(cfg.run.ds_config))
+    return Job(cfg, student, dict(teachers), zero, machine)

@@ -26,6 +26,8 @@ KEPT_BY_HEAP = (
     0.4  # (estimate) share of smaller blocks that stays after packing: .3 to .45 was measured
 )
 CUDA_GRAPHS = 1 * GIB  # (estimate) of the rollout engine, unless --enforce_eager; not measured yet
+# of published weights: `weights/store.py` keeps two while the next one is written
+VERSIONS = 3
 TOPK_ENTRY = 8 + 4  # an id and a log-probability
 GPU_STEP_TEMPORARIES, CPU_STEP_TEMPORARIES = (
     1,
@@ -235,9 +237,7 @@ def _step_temporaries(job: Job) -> int:
 
 def kv_per_token(job: Job) -> int:
     """Bytes of the rollout engine's KV cache for one token on one GPU."""
-    share = min(
-        job.student.num_kv_heads, getattr(job.cfg.rollout, "rollout_tensor_parallel_size", 1)
-    )
+    share = min(job.student.num_kv_heads, job.cfg.rollout.rollout_tensor_parallel_size)
     return job.student.kv_per_token * job.width // share
 
 
@@ -269,11 +269,13 @@ def engine_weights(job: Job, shape: ModelShape, *, with_head: bool, gpus: int = 
 
 
 def _rollout(job: Job, choices: Choices) -> Iterator[MemoryRow]:
-    if hasattr(job.cfg, "ahead") and job.cfg.ahead.mode == "async":
-        return  # its servers have devices of their own
     cfg, student = job.cfg.rollout, job.student
-    size = getattr(cfg, "rollout_tensor_parallel_size", 1)
-    weights = engine_weights(job, student, with_head=True, gpus=size)
+    if job.is_async:
+        if not job.cfg.ahead.weights_dir:
+            versions = VERSIONS * job.width * student.num_parameters // job.machine.gpus
+            yield _host(job, "weights for the servers, in shared memory", versions, PHASES)
+        return
+    weights = engine_weights(job, student, with_head=True, gpus=cfg.rollout_tensor_parallel_size)
     most_tokens, most_sequences = job.engine_limits
     work = _forward(student, job.width, min(most_tokens, job.sequences * cfg.max_response_tokens))
     # the sampler's logits, and their probabilities
@@ -303,14 +305,14 @@ def teacher_weights(job: Job, name: str, choices: Choices) -> int:
     A teacher returns hidden states: a head that is not the embedding stays on the host.
     """
     shape = job.teachers[name]
-    if job.backend(name) != "vllm":
+    if job.spec(name).backend != "vllm":
         return (shape.num_parameters - (0 if shape.tied else shape.head_parameters)) * job.width
     return engine_weights(job, shape, with_head=False, gpus=choices.tensor_parallel.get(name, 1))
 
 
 def teacher_awake(job: Job, name: str, choices: Choices) -> int:
     """Weights and KV cache; an `hf` teacher keeps no cache."""
-    kv = int(job.cfg.teacher.teacher_kv_cache_gib * GIB) if job.backend(name) == "vllm" else 0
+    kv = int(job.cfg.teacher.teacher_kv_cache_gib * GIB) if job.spec(name).backend == "vllm" else 0
     return teacher_weights(job, name, choices) + kv
 
 
@@ -345,8 +347,8 @@ def _sleeps(job: Job, name: str) -> bool:
     On a CPU vLLM cannot, and a copy on the host is the same memory.
     """
     if job.machine.is_gpu:
-        return job.residency != "gpu"
-    return job.backend(name) == "hf" and job.residency == "disk"
+        return job.cfg.teacher.teacher_residency != "gpu"
+    return job.spec(name).backend == "hf" and job.cfg.teacher.teacher_residency == "disk"
 
 
 def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
@@ -354,7 +356,7 @@ def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     awake = {name: teacher_awake(job, name, choices) for name in job.teachers}
     sleepers = [name for name in awake if _sleeps(job, name)]
     largest = max(sleepers, key=awake.__getitem__, default=None)
-    keeps_copy = job.machine.is_gpu and job.residency == "host"
+    keeps_copy = job.machine.is_gpu and job.cfg.teacher.teacher_residency == "host"
     for name, size in awake.items():
         weights = teacher_weights(job, name, choices)
         phases = PHASES if name not in sleepers else ("score",) if name == largest else ()

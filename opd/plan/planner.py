@@ -97,19 +97,18 @@ def as_configured(job: Job) -> Choices:
         offload=OFFLOADS[: OFFLOAD_LEVEL[cfg.model.offload_student]] if _can_offload(job) else (),
         support=cfg.loss.support,
         max_tokens=cfg.batch.max_tokens_per_micro_batch,
-        tensor_parallel={
-            spec.name: getattr(spec, "tensor_parallel_size", 1) for spec in cfg.teachers
-        },
+        tensor_parallel={spec.name: spec.tensor_parallel_size for spec in cfg.teachers},
     )
 
 
 def _can_offload(job: Job) -> bool:
     """DeepSpeed 0.19.8 moves the states of an engine that shards them and does not offload them by
-    itself.
+    itself. With asynchronous rollouts they stay: no sampler needs their place.
     """
     zero = job.zero
     return (
         job.machine.is_gpu
+        and not job.is_async
         and zero.stage > 0
         and not zero.offloads_optimizer
         and not zero.offloads_parameters
@@ -119,7 +118,7 @@ def _can_offload(job: Job) -> bool:
 def choose(job: Job, choices: Choices, explicit: Set[str]) -> Choices:
     """The cheapest choices that fit, phase by phase; where nothing fits, those that need least."""
     free_tokens = not explicit & {"max_tokens_per_micro_batch", "micro_batch_size"}
-    free_cache = "rollout_kv_cache_gib" not in explicit
+    free_cache = "rollout_kv_cache_gib" not in explicit and not job.is_async
     choices = replace(choices, tensor_parallel=_teacher_parallel(job, choices))
     if free_tokens:
         choices = replace(choices, max_tokens=job.longest - 1)
@@ -159,11 +158,11 @@ def _teacher_parallel(job: Job, choices: Choices) -> dict[str, int]:
     if not job.machine.is_gpu:
         return sizes
     for name, shape in job.teachers.items():
-        if sizes[name] > 1 or job.backend(name) != "vllm":
+        if sizes[name] > 1 or job.spec(name).backend != "vllm":
             continue
         alone = replace(job, teachers={name: shape})
         options = [
-            n for n in (1, 2, 4, 8) if job.machine.gpus % n == 0 and shape.num_heads % n == 0
+            n for n in (1, 2, 4, 8) if job.machine.gpus % n == 0 and not shape.why_not_shared(n)
         ]
         fitting = (
             n

@@ -49,6 +49,8 @@ def table(plan: Plan) -> str:
                 f"{row.participant:{width}}{cells}" + (_size(row.moved, unit) if moves else "")
             )
         lines.append(f"{title:{width}}" + "".join(_size(total(phase), unit) for phase in PHASES))
+    if plan.job.is_async:
+        lines.append("rollout and log-prob servers are not in this table: devices of their own")
     return "\n".join(lines)
 
 
@@ -110,13 +112,13 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
             f"--max_tokens_per_micro_batch {least}",
             lambda j, c: (j, replace(c, max_tokens=least)),
         )
-    if cfg.rollout.rollout_kv_cache_gib > 1 / 4:
+    if cfg.rollout.rollout_kv_cache_gib > 1 / 4 and not job.is_async:
         small = max(choices.kv_cache // 4, 64 * MIB)
         yield (
             f"--rollout_kv_cache_gib {small / GIB:g}",
             lambda j, c: (j, replace(c, kv_cache=small)),
         )
-    if job.machine.is_gpu and job.residency == "host":
+    if job.machine.is_gpu and job.cfg.teacher.teacher_residency == "host":
         yield "--teacher_residency disk", _config("teacher", teacher_residency="disk")
     if cfg.teacher.teacher_cache_bytes > GIB:
         yield f"--teacher_cache_bytes {GIB}", _config("teacher", teacher_cache_bytes=GIB)
@@ -124,10 +126,11 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
         yield "--ds_config ds_configs/zero3.json", _zero(stage=3)
     if job.machine.is_gpu and not zero.offloads_optimizer:
         yield "offload_optimizer in the ds_config", _zero(offloads_optimizer=True)
-    heads = [shape.num_heads for shape in job.teachers.values()]
     for size in (2, 4, 8):
         possible = (
-            job.machine.is_gpu and size <= job.machine.gpus and all(n % size == 0 for n in heads)
+            job.machine.is_gpu
+            and size <= job.machine.gpus
+            and not any(shape.why_not_shared(size) for shape in job.teachers.values())
         )
         if possible and size > max(choices.tensor_parallel.values(), default=size):
             sizes = dict.fromkeys(job.teachers, size)
@@ -135,7 +138,7 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
             yield text, lambda j, c, sizes=sizes: (j, replace(c, tensor_parallel=sizes))
     half = cfg.rollout.max_response_tokens // 2
     yield f"--max_response_tokens {half}", _config("rollout", max_response_tokens=half)
-    if not job.machine.is_gpu and any(job.backend(name) == "vllm" for name in job.teachers):
+    if not job.machine.is_gpu and any(job.spec(name).backend == "vllm" for name in job.teachers):
         yield "backend hf with --teacher_residency disk", _on_disk
     more = 2 * job.machine.gpus
     if job.machine.is_gpu:
@@ -144,9 +147,8 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
 
 def _config(group: str, **values: Any) -> Change:
     def change(job: Job, choices: Choices) -> tuple[Job, Choices]:
-        section = getattr(job.cfg, group)
-        known = {name: value for name, value in values.items() if hasattr(section, name)}
-        return replace(job, cfg=replace(job.cfg, **{group: replace(section, **known)})), choices
+        section = replace(getattr(job.cfg, group), **values)
+        return replace(job, cfg=replace(job.cfg, **{group: section})), choices
 
     return change
 
@@ -159,10 +161,7 @@ def _zero(**values: Any) -> Change:
 
 
 def _on_disk(job: Job, choices: Choices) -> tuple[Job, Choices]:
-    specs = tuple(
-        replace(spec, backend="hf") if hasattr(spec, "backend") else spec
-        for spec in job.cfg.teachers
-    )
+    specs = tuple(replace(spec, backend="hf") for spec in job.cfg.teachers)
     job = replace(job, cfg=replace(job.cfg, teachers=specs))
     return _config("teacher", teacher_residency="disk")(job, choices)
 

@@ -40,27 +40,18 @@ def held_out(prompt_set: PromptSet, max_per_domain: int) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run whose inputs are all known to be good."""
+class Inputs:
+    """What a run is made of: read, and all known to be good."""
 
     cfg: Any  # the script's Config
-    device: torch.device
-    run_dir: Path
     ds_config: dict[str, Any]
     tokenizer: Any
     facts: ModelFacts
+    served: dict[str, ServedModel]  # teacher name -> what its servers say it is
     train_set: PromptSet
     eval_set: PromptSet | None
     routes: dict[str, tuple[tuple[str, float], ...]]  # domain -> ((teacher, weight), ...)
     reward: Any  # (prompt, text) -> float
-    hashes: dict[str, str]  # teacher name -> content hash
-    served: dict[str, ServedModel]  # teacher name -> what its servers say it is
-    fingerprint: dict[str, Any]
-    resume_from: Path | None
-    started: float
-    plan: Plan | None = (
-        None  # what memory the run should take; None for a model that says too little
-    )
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -71,6 +62,56 @@ class Run:
         return held_out(self.eval_set, self.cfg.run.eval_max_prompts) if self.eval_set else []
 
     @property
+    def engine_options(self) -> dict[str, Any]:
+        """What every engine of this run is built with."""
+        return {
+            "dtype": str(resolve_dtype(self.cfg.model.dtype)).removeprefix("torch."),
+            "max_model_len": self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens,
+            "trust_remote_code": self.cfg.model.trust_remote_code,
+        }
+
+    @property
+    def writing_options(self) -> dict[str, Any]:
+        """What a teacher writes with, in a child process."""
+        return {
+            **self.engine_options,
+            "kv_cache_gib": self.cfg.rollout.rollout_kv_cache_gib,
+            "eos_ids": self.facts.student.eos_ids,
+            "max_tokens": self.cfg.rollout.max_response_tokens,
+            "seed": self.cfg.run.seed,
+            "enforce_eager": self.cfg.rollout.enforce_eager,
+        }
+
+    def prompt_batch(
+        self, step: int, rank: int | None = None, world_size: int | None = None
+    ) -> list[Prompt]:
+        """A rank's prompts of a step, this one's by default, mixed domains: a pure function of
+        (seed, step).
+        """
+        return prompts.prompt_batch(
+            self.train_set,
+            step,
+            seed=self.cfg.run.seed,
+            prompts_per_step=self.cfg.rollout.prompts_per_step,
+            domain_weights=pairs("domain_weights", self.cfg.data.domain_weights),
+            rank=distributed.rank() if rank is None else rank,
+            world_size=world_size or distributed.world_size(),
+        )
+
+
+@dataclass(frozen=True)
+class Run(Inputs):
+    """A run that may begin: its inputs, and its directory."""
+
+    device: torch.device
+    run_dir: Path
+    hashes: dict[str, str]  # teacher name -> content hash
+    fingerprint: dict[str, Any]
+    resume_from: Path | None
+    started: float
+    plan: Plan | None  # what memory the run should take; None for a model that says too little
+
+    @property
     def predicted(self) -> dict[str, int]:
         """phase -> bytes of this rank that the plan expects."""
         return {phase: self.plan.bytes_of(phase) for phase in PHASES} if self.plan else {}
@@ -79,15 +120,6 @@ class Run:
     def spare(self) -> dict[str, int]:
         """phase -> bytes of the GPU that the plan leaves free."""
         return {phase: self.plan.spare(phase) for phase in PHASES} if self.plan else {}
-
-    @property
-    def engine_options(self) -> dict[str, Any]:
-        """What every engine of this run is built with."""
-        return {
-            "dtype": str(resolve_dtype(self.cfg.model.dtype)).removeprefix("torch."),
-            "max_model_len": self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens,
-            "trust_remote_code": self.cfg.model.trust_remote_code,
-        }
 
     @property
     def limits(self) -> Limits:
@@ -131,18 +163,6 @@ class Run:
             vocab=self.facts.shared_vocab,
             **asked,
         )
-
-    @property
-    def writing_options(self) -> dict[str, Any]:
-        """What a teacher writes with, in a child process."""
-        return {
-            **self.engine_options,
-            "kv_cache_gib": self.cfg.rollout.rollout_kv_cache_gib,
-            "eos_ids": self.facts.student.eos_ids,
-            "max_tokens": self.cfg.rollout.max_response_tokens,
-            "seed": self.cfg.run.seed,
-            "enforce_eager": self.cfg.rollout.enforce_eager,
-        }
 
     def judge(self, prompt: Prompt, response_ids: list[int]) -> float:
         """The task reward of a response."""
@@ -197,19 +217,3 @@ class Run:
             )
 
         return teachers_of
-
-    def prompt_batch(
-        self, step: int, rank: int | None = None, world_size: int | None = None
-    ) -> list[Prompt]:
-        """A rank's prompts of a step, this one's by default, mixed domains: a pure function of
-        (seed, step).
-        """
-        return prompts.prompt_batch(
-            self.train_set,
-            step,
-            seed=self.cfg.run.seed,
-            prompts_per_step=self.cfg.rollout.prompts_per_step,
-            domain_weights=pairs("domain_weights", self.cfg.data.domain_weights),
-            rank=distributed.rank() if rank is None else rank,
-            world_size=world_size or distributed.world_size(),
-        )

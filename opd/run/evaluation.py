@@ -16,7 +16,7 @@ from opd.records.memory_ledger import Ledger
 from opd.records.metrics import Metrics
 from opd.records.report import Scores
 from opd.rollout import RolloutEngine
-from opd.run.context import Judge, Run
+from opd.run.context import Inputs, Judge, Run
 from opd.student import Student
 from opd.types import Prompt
 
@@ -64,7 +64,7 @@ def recall(run_dir: Path, step: int) -> Scores | None:
     return distributed.broadcast_object(json.loads(path.read_text()) if path.exists() else None)
 
 
-def asked(run: Run) -> str:
+def asked(run: Inputs) -> str:
     """What decides held-out scores beside the model, as text: kept scores are good for the same
     question only.
     """

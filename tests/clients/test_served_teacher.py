@@ -297,7 +297,8 @@ def checked(tiny, served, *flags: str, urls: list[str] | None = None):
     }
     required |= dict(zip(flags[::2], flags[1::2], strict=True))
     config = parse(train_mopd.Config, [word for pair in required.items() for word in pair])
-    return check_served(config, load_tokenizer(str(tiny.student)), check_models(config))
+    tokenizer = load_tokenizer(str(tiny.student))
+    return check_served(config, tokenizer, check_models(config, tokenizer))
 
 
 def test_a_run_that_fits(tiny, served, models):

@@ -18,7 +18,7 @@ from opd.inputs.identity import fingerprint_of
 from opd.records import checkpoint
 from opd.run.build import build_student
 from opd.run.evaluation import asked
-from opd.run.prepare import _read_inputs, prepare, user_errors
+from opd.run.prepare import prepare, read_inputs, user_errors
 from opd.types import LoopState
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -193,7 +193,7 @@ def edit_config(path, **changes) -> None:
 @pytest.mark.parametrize("damage", WEIGHTS)
 @pytest.mark.parametrize("who", ["student", "addition"])
 def test_model_directories_that_do_not_hold_the_model(tiny, tmp_path, capsys, who, damage):
-    """tests/test_weight_files.py has the whole list."""
+    """tests/inputs/test_weight_files.py has the whole list."""
     change, says = WEIGHTS[damage]
     path = tmp_path / "model"
     shutil.copytree(getattr(tiny, who), path)
@@ -220,7 +220,7 @@ def test_an_output_directory_of_another_run(tiny, tmp_path, capsys):
     assert "--output_dir" in line and "another run" in line
 
 
-def test_what_a_resume_may_change(tiny, tmp_path, device):
+def test_what_a_resume_may_change(tiny, tmp_path):
     """Memory settings may: they are what somebody changes after running out of it.
 
     The held-out question may not.
@@ -231,7 +231,7 @@ def test_what_a_resume_may_change(tiny, tmp_path, device):
             train_mopd.Config,
             [*arguments(tiny, tmp_path / "run"), "--eval_data", str(tiny.eval), *flags],
         )
-        inputs = _read_inputs(cfg, device, need_response=False)
+        inputs = read_inputs(cfg, need_response=False)
         return fingerprint_of(cfg, {"addition": "a", "reversal": "r"}, "data"), asked(inputs)
 
     first = identity()

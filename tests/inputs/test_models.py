@@ -50,21 +50,19 @@ from opd.config import (
 )
 from opd.inputs import vllm_models
 from opd.inputs.arguments import parse
+from opd.inputs.dry_run import dry_run_report
 from opd.inputs.models import (
-    _divided,
+    ModelFacts,
     check_downloads,
     check_models,
-    check_tensor_parallel,
-    dry_run_report,
     load_tokenizer,
-    read_fact,
+    read_checked,
 )
 from opd.inputs.prompts import load_prompts
-from opd.inputs.shapes import layer_values, read_model
+from opd.inputs.shapes import _divided, check_tensor_parallel, layer_values, read_model
 from opd.inputs.vllm_models import check_agrees
 from opd.ops.attention import attention_for
-from opd.plan.apply import read_job
-from opd.plan.job import Machine
+from opd.plan.job import Machine, make_job
 from opd.plan.planner import make_plan
 from opd.plan.view import table
 from tests.support.processes import ROOT
@@ -165,8 +163,12 @@ def error(call, *args) -> str:
     return message
 
 
+def read(config: Config) -> ModelFacts:
+    return check_models(config, load_tokenizer(config.model.student_model))
+
+
 def refusal(student: str, teacher: str, *argv: str) -> str:
-    return error(check_models, make_config(student, teacher, *argv))
+    return error(read, make_config(student, teacher, *argv))
 
 
 # ------------------------------------------------------------------------------ facts of good pairs
@@ -181,7 +183,7 @@ def test_facts(student, tmp_path):
         vocab_size=64,
         max_position_embeddings=128,
     )
-    facts = check_models(make_config(student, teacher))
+    facts = read(make_config(student, teacher))
     assert facts.student.eos_ids == facts.teachers["math"].eos_ids == (1,)
     assert (
         facts.pad_id == 0
@@ -198,7 +200,7 @@ def test_facts(student, tmp_path):
 
 def test_tied_embeddings_count_once(tmp_path):
     path = save_model(tmp_path / "t", tie_word_embeddings=True)
-    fact = check_models(make_config(path, path)).student
+    fact = read(make_config(path, path)).student
     assert fact.num_parameters == AutoModelForCausalLM.from_pretrained(path).num_parameters()
 
 
@@ -210,7 +212,7 @@ def test_eos_from_generation_config_then_config_then_tokenizer(
     tmp_path, generation, model, eos_ids
 ):
     path = save_model(tmp_path / "m", eos=generation, eos_token_id=model)
-    assert check_models(make_config(path, path)).student.eos_ids == eos_ids
+    assert read(make_config(path, path)).student.eos_ids == eos_ids
 
 
 # ---------------------------------------------------------------------------------------- bad pairs
@@ -239,14 +241,14 @@ def test_another_eos(student, tmp_path):
     teacher = save_model(tmp_path / "t", eos=[3])
     assert "its EOS is ['<assistant>'], the student's is ['<eos>']" in refusal(student, teacher)
     assert "--allow_template_mismatch" in refusal(student, teacher)
-    facts = check_models(make_config(student, teacher, "--allow_template_mismatch"))
+    facts = read(make_config(student, teacher, "--allow_template_mismatch"))
     assert facts.student.eos_ids == (1,) and facts.teachers["math"].eos_ids == (3,)
 
 
 def test_another_chat_template(student, tmp_path):
     teacher = save_model(tmp_path / "t", tokenizer={"chat_template": TEMPLATE + " "})
     assert "its chat template is not the student's" in refusal(student, teacher)
-    check_models(make_config(student, teacher, "--allow_template_mismatch"))
+    read(make_config(student, teacher, "--allow_template_mismatch"))
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -305,12 +307,12 @@ ENCODER = {key: value for key, value in SMALL.items() if key != "num_key_value_h
     ids=lambda config: config.model_type,
 )
 def test_heads_with_a_bias_a_scale_or_a_soft_cap_are_fine(student, tmp_path, config):
-    """What the head and its form express, in student and teacher; tests/test_heads.py shows that
-    they do.
+    """What the head and its form express, in student and teacher; tests/ops/test_heads.py shows
+    that they do.
     """
     shutil.copytree(student, tmp_path / "m")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
-    facts = check_models(make_config(str(tmp_path / "m"), str(tmp_path / "m")))
+    facts = read(make_config(str(tmp_path / "m"), str(tmp_path / "m")))
     assert facts.student.vocab_size == facts.teachers["math"].vocab_size == len(VOCABULARY)
 
 
@@ -353,8 +355,8 @@ def test_families_without_the_attention_that_is_asked_for(student, tmp_path, con
         f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager"
     )
     for attention in ("auto", "eager"):
-        read_fact("--student_model", odd, load_tokenizer(odd), False, attn_implementation=attention)
-    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+        read_checked("--student_model", odd, False, attn_implementation=attention)
+    read(make_config(student, odd, "--teacher_backend", "hf"))
 
 
 def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
@@ -370,7 +372,7 @@ def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
     )
     assert attention_for(config) == "eager" and attention_for(config, "eager") == "eager"
     assert attention_for(Gemma2Config(attn_logit_softcapping=None)) is None
-    check_models(make_config(odd, odd))
+    read(make_config(odd, odd))
 
 
 @pytest.mark.parametrize(
@@ -416,7 +418,7 @@ def test_teachers_that_vllm_computes_otherwise(student, tmp_path):
         and "without its dynamic mask" in found
         and "`backend: hf`" in found
     )
-    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+    read(make_config(student, odd, "--teacher_backend", "hf"))
     options = {"is_student": False, "exact": True, "tokens": 8}
     config = AutoConfig.for_model("gemma3n_text")
     with pytest.raises(ValueError, match="on a CPU"):
@@ -435,7 +437,7 @@ def test_a_path_that_vllm_takes_for_a_pattern(student, tmp_path):
         == f"--student_model {odd}: vLLM takes [, * and ? in a path for a pattern; rename the "
         f"directory"
     )
-    check_models(make_config(student, odd, "--teacher_backend", "hf"))
+    read(make_config(student, odd, "--teacher_backend", "hf"))
 
 
 def test_an_attention_that_nobody_has(student):
@@ -459,10 +461,10 @@ def test_architectures_of_the_configuration(student, tmp_path):
             assert (
                 f"architectures {names}" in message and 'set it to ["Qwen3ForCausalLM"]' in message
             )
-        check_models(make_config(student, path, "--teacher_backend", "hf"))
+        read(make_config(student, path, "--teacher_backend", "hf"))
     for names in (["Qwen3ForCausalLM"], ["Qwen3Model", "Qwen3ForCausalLM"], None, []):
         edit_json(tmp_path / "m" / "config.json", architectures=names)
-        check_models(make_config(path, path))
+        read(make_config(path, path))
 
 
 def test_a_family_that_vllm_does_not_know(student, tmp_path):
@@ -484,7 +486,7 @@ def test_a_family_that_vllm_does_not_know(student, tmp_path):
         path, student, *eager
     )
     assert "or `backend: hf` in its entry" in refusal(student, path)
-    check_models(make_config(student, path, "--teacher_backend", "hf"))
+    read(make_config(student, path, "--teacher_backend", "hf"))
 
 
 def test_reasons_why_vllm_cannot_run_a_class_here():
@@ -517,7 +519,7 @@ def test_a_class_whose_imports_fail_is_refused_with_the_reason(student, tmp_path
         f"(ModuleNotFoundError: "
     )
     assert "'torchvision'" in message and "choose another model" in message
-    check_models(make_config(student, str(tmp_path / "m"), "--teacher_backend", "hf"))
+    read(make_config(student, str(tmp_path / "m"), "--teacher_backend", "hf"))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -647,13 +649,13 @@ def test_teachers_that_sleep_on_the_disk(student, tmp_path, monkeypatch):
         and "teacher math" in found
         and "--teacher_backend hf" in found
     )
-    check_models(make_config(student, student, *disk, *hf))
-    check_models(make_config(student, student, "--teacher_residency", "gpu"))
+    read(make_config(student, student, *disk, *hf))
+    read(make_config(student, student, "--teacher_residency", "gpu"))
     shutil.copytree(student, tmp_path / "t")
     break_no_weights(tmp_path / "t")
     assert "convert the .bin files" in refusal(student, str(tmp_path / "t"), *disk, *hf)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    check_models(make_config(student, student, *disk))
+    read(make_config(student, student, *disk))
 
 
 def test_hub_ids_are_checked_when_their_files_are_there(student, tmp_path, monkeypatch):
@@ -668,29 +670,29 @@ def test_hub_ids_are_checked_when_their_files_are_there(student, tmp_path, monke
         "--teacher math": make_config(student, "group/model"),
     }
     for config in by_flag.values():
-        check_models(config)
+        read(config)
         check_downloads(config)
     break_weights(snapshot)
     for flag, config in by_flag.items():
-        check_models(config)
+        read(config)
         assert error(check_downloads, config).startswith(
             f"{flag} group/model: 1 of 14 weights are not in its files"
         )
 
 
-def test_tensor_parallel_divides_every_layer(student, tmp_path):
+def test_tensor_parallel_divides_every_layer(student):
     """Layers of 4 and of 6 key-value heads go to 2 GPUs, not to 4."""
     config = tiny(num_hidden_layers=2, num_attention_heads=12, num_key_value_heads=4)
     config.per_layer_config = {1: {"num_key_value_heads": 6, "intermediate_size": 48}}
-    fact = dataclasses.replace(
-        check_models(make_config(student, student)).student,
-        kv_heads=math.gcd(*layer_values(config, "num_key_value_heads")),
+    shape = dataclasses.replace(
+        read(make_config(student, student)).student,
+        common_kv_heads=math.gcd(*layer_values(config, "num_key_value_heads")),
         divided=_divided(config),
     )
-    assert fact.kv_heads == 2 and fact.divided == {
-        "attention heads": 12,
-        "intermediate channels": 16,
-    }
+    assert shape.common_kv_heads == 2
+    assert shape.divided == {"attention heads": 12, "intermediate channels": 16}
+    assert [n for n in (1, 2, 3, 4, 6) if shape.why_not_shared(n) is None] == [1, 2, 4]
+    assert "the 16 intermediate channels of" in shape.why_not_shared(3)
 
 
 def test_a_file_is_not_a_model(student, tmp_path):
@@ -744,10 +746,10 @@ def test_dry_run_report_loads_no_weights(student, tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(str(model), str(model), "--teacher", f"code={model}")
     tokenizer = load_tokenizer(str(model))
-    facts = check_models(config)
+    facts = read(config)
     prompts = load_prompts([str(tmp_path / "d.jsonl")], tokenizer, config.data, flag="--data")
     machine = Machine(gpus=2, device_bytes=GIB, host_bytes=GIB, pcie=1e9, is_gpu=True)
-    memory = table(make_plan(read_job(config, machine)))
+    memory = table(make_plan(make_job(config, facts.student, facts.teachers, machine)))
     report = dry_run_report(config, prompts, tokenizer, facts, memory=memory)
     assert (
         "[<user>]abc[<assistant>]<< the response starts here and ends with EOS: <eos> (1) >>"
@@ -766,6 +768,6 @@ def test_dry_run_report_loads_no_weights(student, tmp_path):
 
 def test_a_served_teacher_is_not_read_here(student):
     config = make_config(student, "http://127.0.0.1:9", "--teacher_residency", "disk")
-    facts = check_models(config)
+    facts = read(config)
     assert facts.teachers == {} and facts.shared_vocab == facts.student.vocab_size
-    check_tensor_parallel(config, facts, 1)
+    check_tensor_parallel(config, facts.student, facts.teachers, 1)

@@ -220,7 +220,7 @@ def test_another_process_picks_the_same_prompts(prompt_set, tmp_path):
     """
     path = write(tmp_path / "a.jsonl", [row(f"{i}", domain="abc"[i % 7 // 3]) for i in range(37)])
     code = (
-        f"from tests.inputs import test_prompts as t\ns = t.load({path!r})\n"
+        f"import tests.inputs.test_prompts as t\ns = t.load({path!r})\n"
         f"print(t.batch(s, 12), t.batch(s, 12, domain_weights={WEIGHTS!r}))"
     )
     out = subprocess.run(

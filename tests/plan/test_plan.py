@@ -23,8 +23,9 @@ from transformers import (
 import train_gkd
 import train_mopd
 from opd import processes
-from opd.config import GIB, TeacherSpec, groups_of, to_dict
+from opd.config import GIB, AsyncConfig, TeacherSpec, groups_of, to_dict
 from opd.inputs.arguments import parse
+from opd.inputs.models import ModelFact, ModelFacts
 from opd.inputs.shapes import ModelShape, layer_values, model_of, read_model, shape_of
 from opd.plan import __main__ as plan_main
 from opd.plan import apply, memory, planner
@@ -217,7 +218,7 @@ def test_a_configuration_that_does_not_say_enough_is_one_line():
         MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), "--x", "m"
     )
     with pytest.raises(ValueError, match=r"--x m: config\.json has no num_attention_heads"):
-        shape_of(model, "--x", "m")
+        shape_of(model, "--x", "m").check_plannable()
 
 
 # ---- Published shapes ----------------------------------------------------------------------------
@@ -331,12 +332,16 @@ def test_more_parameters_take_more_and_more_ranks_and_stages_take_less(published
 def test_rollout_servers_take_nothing_of_the_trainers_devices(published):
     here = make_plan(job_of(published, "1.7B", ["8B"]))
     elsewhere = make_plan(job_of(published, "1.7B", ["8B"], "--mode", "async"))
-    names = {row.participant for row in here.rows} - {row.participant for row in elsewhere.rows}
-    assert names == {
+    names, others = ({row.participant for row in made.rows} for made in (here, elsewhere))
+    states = {
+        f"{name}, pinned copy" for name in ("student gradients", "fp32 masters", "AdamW moments")
+    }
+    assert names - others == states | {
         "rollout engine weights",
         "rollout KV cache",
         "rollout engine, working memory (estimate)",
     }
+    assert others - names == {"weights for the servers, in shared memory"}
     assert elsewhere.bytes_of("rollout") < here.bytes_of("rollout")
 
 
@@ -611,12 +616,75 @@ def test_command_prints_a_table_a_verdict_and_a_plot(run_yaml, capsys):
     assert command(capsys, "--config", str(run_yaml), "--gpus", "1", "--gpu_memory", "1")[0] == 1
 
 
-def test_the_planner_takes_every_flag_of_the_trainers():
-    known = {
-        f.name for group in groups_of(plan_main.Config).values() for f in dataclasses.fields(group)
+ALONE = {
+    train_gkd: {"lmbda", "seq_kd", "seq_kd_temperature", "sft_alpha"},
+    train_mopd: {f.name for f in dataclasses.fields(AsyncConfig)},
+}
+
+
+@pytest.mark.parametrize("script", [train_mopd, train_gkd], ids=["mopd", "gkd"])
+def test_the_planner_takes_every_flag_of_the_trainers(script):
+    """By their own Config; that of train_gkd.py where only it has a flag that is given."""
+    for group in groups_of(script.Config).values():
+        for field in dataclasses.fields(group):
+            found = plan_main.trainer_config([f"--{field.name.replace('_', '-')}", "1"])
+            assert field.name in {
+                f.name for g in groups_of(found).values() for f in dataclasses.fields(g)
+            }
+            assert found is (train_gkd if field.name in ALONE[train_gkd] else train_mopd).Config
+    assert plan_main.trainer_config(["--nonsense"]) is train_mopd.Config
+
+
+def test_only_configurations_are_read(run_yaml, tiny, tmp_path, capsys):
+    """No weight, no tokenizer and no data: a laptop plans for GPUs that are elsewhere."""
+    alone = []
+    for name in ("student", "addition"):
+        (tmp_path / "alone" / name).mkdir(parents=True)
+        config = (getattr(tiny, name) / "config.json").read_text()
+        (tmp_path / "alone" / name / "config.json").write_text(config)
+        alone.append(str(tmp_path / "alone" / name))
+    flags = ("--student_model", alone[0], "--teacher", alone[1], "--data", "/nope.jsonl")
+    assert command(capsys, "--config", str(run_yaml), *flags)[0] == 0
+
+
+@pytest.fixture
+def async_yaml(run_yaml) -> Path:
+    content = yaml.safe_load(run_yaml.read_text()) | {
+        "mode": "async",
+        "max_staleness": 2,
+        "rollout_gpus": "4,5,6,7",
+        "rollout_replicas": 2,
+        "rollout_tensor_parallel_size": 2,
+        "teachers": [
+            *yaml.safe_load(run_yaml.read_text())["teachers"],
+            {"name": "far", "backend": "server", "urls": ["http://127.0.0.1:9"]},
+        ],
     }
-    trainers = {f.name for g in groups_of(train_gkd.Config).values() for f in dataclasses.fields(g)}
-    assert known == trainers
+    path = run_yaml.with_name("async.yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_an_asynchronous_run_is_planned_without_its_servers(async_yaml, run_yaml, capsys):
+    """On a trainer of one GPU: its servers, which share a model between two, are no ranks of it."""
+    machine = ("--gpus", "1", "--gpu_memory", "24", "--host_memory", "64", "--prompts_per_step=8")
+    status, out, err = command(capsys, "--config", str(async_yaml), *machine, "--json")
+    assert status == 0, err
+    answer = json.loads(out)
+    rows = {row["participant"]: row for row in answer["rows"]}
+    assert not [name for name in rows if "rollout" in name or "far" in name]
+    assert "teacher addition" in rows
+    # what the trainer offloads nowhere stays on the GPU in every phase
+    assert answer["choices"]["offload"] == []
+    assert len(set(rows["AdamW moments"]["bytes"].values())) == 1
+    assert answer["choices"]["rollout_kv_cache_gib"] == 1.0, "the servers' own, as configured"
+    weights = rows["weights for the servers, in shared memory"]
+    assert weights["kind"] == "host" and weights["bytes"]["train"] > 0
+    status, out, _ = command(capsys, "--config", str(async_yaml), *machine)
+    assert "servers are not in this table" in out
+    assert "servers are not in this table" not in command(capsys, "--config", str(run_yaml))[1]
+    status, _, err = command(capsys, "--config", str(async_yaml), *machine, "--sync_every", "9")
+    assert status == 2 and err.startswith("error: --max_staleness 2: with --sync_every 9")
 
 
 @pytest.mark.parametrize(
@@ -797,7 +865,9 @@ def test_without_a_prediction_a_run_goes_on_but_auto_stops(tiny, says_too_little
     cfg = parse(
         train_mopd.Config, [*trainer_flags(tiny, tmp_path), "--student_model", str(says_too_little)]
     )
-    same, made, text = apply.plan_run(cfg)
+    student = ModelFact(**vars(planner_shape(says_too_little)), eos_ids=(1,))
+    facts = ModelFacts(student, {}, pad_id=0, num_tokens=40, shared_vocab=40)
+    same, made, text = apply.plan_run(cfg, facts)
     assert same is cfg and made is None and "no num_attention_heads" in text
     with pytest.raises(ValueError, match="no num_attention_heads"):
-        apply.plan_run(replace(cfg, run=replace(cfg.run, plan="auto")))
+        apply.plan_run(replace(cfg, run=replace(cfg.run, plan="auto")), facts)
