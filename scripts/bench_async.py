@@ -263,8 +263,8 @@ def save_plot(path: Path, staleness: list[dict], tails: list[dict], caption: str
         figure.suptitle(caption, fontsize=9)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """A mistake ends the process."""
+def make_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = tools.make_parser(__doc__)
     parser.add_argument("--plot", type=Path, help="write a PNG here, for example docs/async.png")
     parser.add_argument(
@@ -307,6 +307,12 @@ def parse_arguments() -> argparse.Namespace:
         help="a synchronous and an asynchronous run; alone: those of scripts/quickstart.sh and "
         "scripts/demos/mopd_async.py",
     )
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """A mistake ends the process."""
+    parser = make_parser()
     args = parser.parse_args()
     if args.steps is not None and args.steps < 2:
         parser.error(f"--steps {args.steps}: take at least 2")

@@ -386,6 +386,7 @@ def row(
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """All flags."""
     parser = tools.make_parser(__doc__)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2048])

@@ -107,6 +107,7 @@ def recovery(before: float, now: float, teacher: float) -> float | None:
 
 
 def mean_or_none(values: list[float | None]) -> float | None:
+    """Over what is known; None where nothing is."""
     known = [value for value in values if value is not None]
     return round(statistics.mean(known), 4) if known else None
 
@@ -160,6 +161,7 @@ def summary(runs: list[dict]) -> dict:
 
 
 def table_row(form: str, result: dict) -> dict:
+    """A form's line of the printed table."""
     row = {"form": form}
     for domain, value in result["recovery"].items():
         low, high = result["ci95"][domain]
@@ -225,6 +227,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str,
 
 
 def parse() -> argparse.Namespace:
+    """A mistake ends the process."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument(

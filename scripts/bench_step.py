@@ -173,6 +173,7 @@ SIDES = {
 
 
 def kept_ms(values: list[float]) -> list[float]:
+    """Milliseconds of the steps that count."""
     return [1000 * value for value in values[WARMUP_STEPS:]]
 
 
@@ -243,6 +244,7 @@ def compare(case: Case, sides: list[str], rounds: int, work: Path) -> dict:
 
 
 def table(name: str, mode: str, result: dict) -> str:
+    """A line for each side, under a line with the ratio."""
     ratio = (
         "no ratio"
         if result["speedup"] is None
@@ -261,6 +263,7 @@ def table(name: str, mode: str, result: dict) -> str:
 
 
 def parse() -> argparse.Namespace:
+    """A mistake ends the process."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))

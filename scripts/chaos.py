@@ -292,6 +292,7 @@ def chaos(fleet: Fleet, args: argparse.Namespace) -> dict:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """A mistake ends the process."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument(

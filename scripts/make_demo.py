@@ -187,12 +187,14 @@ def accuracy(
 
 
 def make_optimizer(model: Qwen3ForCausalLM) -> torch.optim.Optimizer:
+    """The same for every model."""
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def sample(
     ids_MS: torch.Tensor, labels_MS: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of `size` random examples: ids and labels [B, S]."""
     chosen_B = torch.randint(len(ids_MS), (size,))
     return ids_MS[chosen_B], labels_MS[chosen_B]
 
@@ -289,10 +291,12 @@ def broken_promises(accuracies: dict[str, dict[str, float]]) -> list[str]:
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """A JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def print_table(accuracies: dict[str, dict[str, float]], seconds: float) -> None:
+    """Accuracies, a line for each model."""
     print(f"{'accuracy':<18}" + "".join(f"{skill:>10}" for skill in SKILLS))
     for name, by_skill in accuracies.items():
         print(f"{name:<18}" + "".join(f"{by_skill[skill]:>10.3f}" for skill in SKILLS))
@@ -300,6 +304,7 @@ def print_table(accuracies: dict[str, dict[str, float]], seconds: float) -> None
 
 
 def quiet_process() -> None:
+    """What each training process begins with."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
 

@@ -67,6 +67,7 @@ CONVERTERS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
 
 
 def is_eval(row: dict[str, Any], seed: int, eval_fraction: float) -> bool:
+    """Whether a row is held out, by a hash of the seed and its question."""
     digest = hashlib.sha256(f"{seed}/{row['prompt'][0]['content']}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < eval_fraction * 2**64
 

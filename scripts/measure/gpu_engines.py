@@ -79,6 +79,7 @@ def write_models(root: Path, size: Size, device: str, num_teachers: int) -> list
 
 
 def options(size: Size, device: str) -> dict:
+    """What all engines have in common."""
     return {
         "dtype": str(DTYPES[device]).removeprefix("torch."),
         "max_model_len": size.prompt_tokens + size.response_tokens,
@@ -90,12 +91,14 @@ def options(size: Size, device: str) -> dict:
 def build_teacher(
     name: str, path: Path, size: Size, device: str, residency: str = "host"
 ) -> HiddenStateEngine:
+    """A teacher's engine, awake."""
     return HiddenStateEngine(
         name, str(path), tokenizer=str(path), residency=residency, **options(size, device)
     )
 
 
 def build_generator(path: Path, size: Size, device: str) -> GeneratorEngine:
+    """The sampler's engine, awake."""
     return GeneratorEngine(
         str(path), seed=0, enforce_eager=device == "cpu", **options(size, device)
     )
@@ -140,6 +143,7 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 
 def gib(number: int | None) -> float | None:
+    """Bytes in GiB; None stays None."""
     return None if number is None else round(number / GIB, 3)
 
 

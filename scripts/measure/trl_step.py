@@ -77,6 +77,7 @@ def repair_vllm() -> None:
 
 
 def make_trainer(args: argparse.Namespace, clock: Clock):
+    """TRL's trainer with our models, prompts and loss, and a clock in it."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -137,6 +138,7 @@ def make_trainer(args: argparse.Namespace, clock: Clock):
 
 
 def result_of(trainer, clock: Clock) -> dict:
+    """What a finished run measured."""
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     seconds = {name: values for name, values in clock.seconds.items() if values}
     if "sync" in seconds:

@@ -14,13 +14,23 @@ from scripts.measure.runs import RunFailed
 from scripts.measure.tools import last_error
 
 
+def stop_forkserver() -> None:
+    """Ends the process that children are forked from: it is large, and some tests count the
+    children of their own process. The next fork starts another.
+    """
+    multiprocessing.forkserver._forkserver._stop()
+
+
 @pytest.fixture(scope="package", autouse=True)
 def forkserver():
-    """Where children are forked from ends with these tests: it is large, and other tests count the
-    children of their process.
-    """
     yield
-    multiprocessing.forkserver._forkserver._stop()
+    stop_forkserver()
+
+
+@pytest.fixture
+def childless():
+    """This process has no children yet."""
+    stop_forkserver()
 
 
 def forked_child(command: list[str], log: Path, env: dict[str, str], deadline_s: float = 600):

@@ -256,7 +256,7 @@ def test_a_table_aligns_and_shows_what_is_missing_as_a_dash():
 HOLDS_64_MIB = "held = bytearray(b'x') * (64 << 20); print('held', flush=True); input()"
 
 
-def test_the_peak_is_that_of_children_and_grandchildren_together():
+def test_the_peak_is_that_of_children_and_grandchildren_together(childless):
     """What they gave back, and what has ended, still counts; this process does not."""
     grandchild = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLDS_64_MIB!r}])"
     for code, least in (
@@ -290,7 +290,7 @@ def test_growth_is_over_the_weights_that_came():
 
 
 @pytest.mark.e2e
-def test_bench_colocation_on_tiny_models(tmp_path):
+def test_bench_colocation_on_tiny_models(childless, tmp_path):
     """One teacher of 1 MiB: what a run holds beside it.
 
     The rest of the benchmark is more of the same.
