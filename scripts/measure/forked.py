@@ -28,9 +28,9 @@ def run_forked(
     """Exit status of `python COMMAND...` in the repository; its output is appended to the files.
 
     None if it took longer than `timeout_s`: then it was killed, and what it had started. `env` is
-    added to what the forkserver has.
+    all of its environment; without it that of the forkserver.
     """
-    process = FORKSERVER.Process(target=_become, args=(command, stdout, stderr, dict(env or {})))
+    process = FORKSERVER.Process(target=_become, args=(command, stdout, stderr, env and dict(env)))
     process.start()
     process.join(timeout_s)
     status = process.exitcode
@@ -40,11 +40,14 @@ def run_forked(
     return status
 
 
-def _become(command: list[str], stdout: Path, stderr: Path, env: dict[str, str]) -> None:
+def _become(command: list[str], stdout: Path, stderr: Path, env: dict[str, str] | None) -> None:
     os.setsid()
     for stream, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.environ.update(env)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a forkserver's children ignore it
     os.chdir(ROOT)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

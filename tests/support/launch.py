@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
-import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,12 +14,11 @@ from safetensors import safe_open
 
 from opd import processes
 from opd.records import sample_ledger
+from scripts.measure.forked import run_forked
 from tests.support.processes import LAUNCH_VARIABLES, ROOT
 
 BIN = Path(sys.executable).parent
 DEADLINE = 420  # seconds; a run takes 20 to 60 when the machine is idle
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["scripts.trainer_imports"])
 SMALL = (
     "--num_steps 2 --prompts_per_step 8 --micro_batch_size 3 --max_prompt_tokens 16 "
     "--max_response_tokens 8 --learning_rate 1e-3 --rollout_kv_cache_gib 0.05 "
@@ -78,30 +74,12 @@ def start(arguments: list[str], *, forked=True, **env) -> subprocess.CompletedPr
 
 def _fork(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as streams:
-        process = FORKSERVER.Process(
-            target=_be_trainer, args=(arguments[1:], environment, Path(streams))
-        )
-        process.start()
-        process.join(DEADLINE)
-        status = process.exitcode
+        out, err = Path(streams) / "out", Path(streams) / "err"
+        status = run_forked(arguments[1:], out, err, DEADLINE, environment)
         if status is None:
-            os.killpg(process.pid, signal.SIGKILL)
             raise subprocess.TimeoutExpired(arguments, DEADLINE)
-        out, err = ((Path(streams) / n).read_text(errors="replace") for n in ("out", "err"))
-    return subprocess.CompletedProcess(arguments, status, out, err)
-
-
-def _be_trainer(argv: list[str], environment: dict[str, str], streams: Path) -> None:
-    """In a process of the forkserver: what `python SCRIPT ...` is."""
-    os.setsid()
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT), stream)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a forkserver's children ignore it
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+        texts = [path.read_text(errors="replace") for path in (out, err)]
+    return subprocess.CompletedProcess(arguments, status, *texts)
 
 
 def succeed(arguments: list[str], *, forked=True, **env) -> str:
