@@ -11,8 +11,6 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
-from typing import Any
 
 from opd.clients.health import Limits
 from opd.clients.pool import ReplicaPool
@@ -21,11 +19,10 @@ from opd.clients.wire import BadAnswer, LogprobQuestion, Logprobs, decode_logpro
 from opd.types import Rollout
 
 LOGPROB_PROBE = LogprobQuestion([2], [3])  # one token: the engine has to compute it
-LONGEST_PUSH_S = 60.0  # what a push takes makes no replica slow
 
 
 class LogprobServers:
-    """`submit` starts; `pool` waits, counts and ends. A context manager."""
+    """`submit` starts; `pool` waits, counts and ends."""
 
     def __init__(
         self,
@@ -35,7 +32,6 @@ class LogprobServers:
         *,
         temperature: float = 1.0,
     ):
-        limits = limits or Limits()
         self.temperature = temperature
         self.oldest = 0  # version that a server has to have to be in rotation
         self.pool = ReplicaPool(
@@ -44,7 +40,7 @@ class LogprobServers:
             probe=_call(LOGPROB_PROBE, read=self._read_probe),
             progress=Call("/metrics", read=_progress),
             api_key=token,
-            limits=replace(limits, slow_s=max(limits.slow_s, LONGEST_PUSH_S)),
+            limits=limits,
         )
 
     def submit(self, rollout: Rollout, *, oldest: int = 0) -> "Future[Logprobs]":
@@ -62,12 +58,6 @@ class LogprobServers:
 
     def _read_probe(self, body: bytes) -> Logprobs:
         return _read_answer(body, LOGPROB_PROBE, self.oldest)
-
-    def __enter__(self) -> "LogprobServers":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.pool.close()
 
 
 def _call(

@@ -3,56 +3,51 @@
 Nothing here knows what a request means.
 
 * A request goes to the replica with the fewest outstanding ones, up to a bound on each.
-* Connection errors, 5xx, time-outs and answers that `Call.read` does not believe are tried again,
-  elsewhere if there is an
-  elsewhere. 429 waits as it says. Any other 4xx is the request's own fault, and is raised as
-  `Rejected` at once.
-* What a dead replica took with it is sent again at once. What a live one failed is sent again
-  within a `RetryBudget`.
+* Connection errors, 5xx, time-outs and answers that `Call.read` does not believe are tried again
+  after a pause that doubles, elsewhere if there is an elsewhere. 429 waits as it says. Any other
+  4xx is the request's own fault, and is raised as `Rejected` at once.
+* What was under way at a replica that leaves the rotation is sent elsewhere at once.
 * Every replica is probed with a real, small request. See `opd/clients/health.py` for who is in
-  rotation.
+  rotation, and for what keeps retries few.
 * No request is given up while there is hope. After `wait_s` without an answer it raises
   `Unanswered`, naming URLs and errors.
 
 One background thread runs one event loop with one connection pool; it belongs to the pool and ends
-with it.
+with it. In it every request is a task: `_answer` is its whole life.
 """
 
 import asyncio
 import contextlib
-import functools
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Sequence
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 from typing import Any
 
-from opd.clients.health import Health, Limits, Patience, RetryBudget, Stats, slow_ones
+from opd.clients.health import Health, Limits, ReplicaState, Stats
 from opd.clients.transport import Call, Failure, Rejected, Transport, Unanswered
-from opd.clients.wire import BadAnswer
 from opd.faults import fault_point
 
 CLOSE_S = 10.0  # to end the background thread
+TICK_S = 0.1  # how often deadlines are looked at, and replicas that have to be waited for
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # of a request that has failed
 
 
 @dataclass(slots=True, eq=False)
-class _Pending:
+class _Request:
     """A request on its way to an answer."""
 
     call: Call
-    future: Future
     submitted: float
-    sent: float = 0.0  # its last attempt
+    turn: asyncio.Future | None = None  # done when `replica` is the one to ask
+    replica: Health | None = None  # the last one; not the next, if there is a choice
+    deadline: asyncio.Timeout | None = None  # of an attempt, until its answer is there
+    failures: int = 0
     first_failure: float | None = None
-    timeouts: int = 0
-    failed_at: Health | None = None  # where it is not tried next, if there is a choice
-    is_retry: bool = False  # its next attempt has to be paid for
-    beyond_budget: bool = False
-    task: asyncio.Task | None = None
 
 
 class ReplicaPool(contextlib.AbstractContextManager):
@@ -73,23 +68,15 @@ class ReplicaPool(contextlib.AbstractContextManager):
         api_key: str | None = None,
         progress: Call | None = None,
     ):
-        self.name, self.limits, self.probe, self.progress = (
-            name,
-            limits or Limits(),
-            probe,
-            progress,
-        )
+        self.name, self.probe, self.progress = name, probe, progress
+        self.limits = limits or Limits()
         self.replicas = [Health(url.rstrip("/"), self.limits) for url in urls]
         self.stats = Stats()
         # while True, probes that fail are no strikes: the servers are known to be busy otherwise
         self.excused = False
-        self._budget, self._patience = RetryBudget(self.limits), Patience(self.limits)
-        self._open: set[_Pending] = set()  # whatever has no answer yet, wherever it is
-        self._waiting: deque[_Pending] = deque()
-        self._held: deque[_Pending] = deque()  # retries beyond the budget
-        # until a probe has spoken
-        self._on_trial: dict[str, list[_Pending]] = {r.url: [] for r in self.replicas}
+        self._waiting: deque[_Request] = deque()
         self._last_answer = self._down_since = None
+        self._fault: BaseException | None = None  # of this program, in the background
         self._transport = Transport(
             len(self.replicas) * (self.limits.max_inflight + 4), self.limits.connect_s, api_key
         )
@@ -105,10 +92,11 @@ class ReplicaPool(contextlib.AbstractContextManager):
         """Sends `call` as soon as a replica is free; the future has what `call.read` returned,
         Rejected or Unanswered.
         """
-        future: Future = Future()
-        pending = _Pending(call, future, time.monotonic())
-        self._loop.call_soon_threadsafe(self._enqueue, pending)
-        return future
+        if not self._thread.is_alive():
+            raise RuntimeError(f"{self.name}: its thread has ended")
+        return asyncio.run_coroutine_threadsafe(
+            self._answer(_Request(call, time.monotonic())), self._loop
+        )
 
     def collect(self, futures: Sequence[Future]) -> list[Any]:
         """The answers, in order.
@@ -135,9 +123,8 @@ class ReplicaPool(contextlib.AbstractContextManager):
 
     def cancel(self, futures: Sequence[Future]) -> None:
         """Gives requests up; what a server is computing for them is aborted there."""
-        for future in futures:
+        for future in reversed(futures):  # those that wait first: they are not to start now
             future.cancel()
-        self._tell(self._drop_cancelled)
 
     def ask_each(self, call: Call, timeout_s: float = 60.0) -> dict[str, Any]:
         """URL -> that replica's own answer to `call`, or the exception; one attempt, whoever is in
@@ -147,7 +134,7 @@ class ReplicaPool(contextlib.AbstractContextManager):
         async def ask(replica: Health):
             try:
                 return await self._transport.ask(replica.url, call, timeout_s)
-            except (Failure, Rejected, BadAnswer) as error:
+            except (Failure, Rejected) as error:
                 return error
 
         async def ask_all():
@@ -162,19 +149,16 @@ class ReplicaPool(contextlib.AbstractContextManager):
     def take_stats(self) -> Stats:
         """The statistics since the last call."""
         stats, self.stats = self.stats, Stats()
-        stats.bytes_sent, stats.bytes_received = self._transport.take_bytes()
+        stats.bytes_received = self._transport.take_bytes()
         return stats
 
     def close(self) -> None:
         """Ends everything; what is under way is cancelled. More than one call is fine."""
         if self._thread.is_alive():
-            self._tell(self._stop.set)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(timeout=CLOSE_S)
             assert not self._thread.is_alive(), f"pool {self.name}: its thread does not end"
-
-    def _tell(self, what: Callable[[], Any]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(what)
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -193,179 +177,123 @@ class ReplicaPool(contextlib.AbstractContextManager):
         ended = set()
         while not ended:
             ended, _ = await asyncio.wait(watchers, timeout=1.0, return_when="FIRST_COMPLETED")
-        self._stop.set()
-        # a fault of this program
-        error = next(filter(None, (task.exception() for task in ended)), None)
-        for pending in list(self._open):
-            if error is not None:
-                self._resolve(pending, error=error)
-            pending.future.cancel()
+        self._fault = next(filter(None, (task.exception() for task in ended)), None)
         running = asyncio.all_tasks() - {asyncio.current_task()}
         for task in running:
             task.cancel()
         await asyncio.wait(running, timeout=CLOSE_S / 2)
         await self._transport.close()
 
-    def _enqueue(self, pending: _Pending) -> None:
-        if self._stop.is_set():
-            pending.future.cancel()
-            return
-        self._open.add(pending)
-        self._budget.earn()
-        self._waiting.append(pending)
+    async def _answer(self, request: _Request) -> Any:
+        """Attempts until one is answered, or until there is no hope."""
+        try:
+            while True:
+                try:
+                    value = await self._attempt(request)
+                    self._answered(request)
+                    return value
+                except Failure as failure:
+                    pause = self._failed(request, failure)
+                finally:
+                    self._release(request)
+                if self._hopeless_for(request) >= self.limits.wait_s:
+                    raise self._unanswered(request)
+                await asyncio.sleep(pause)
+        except Rejected as error:
+            raise Rejected(f"{self.name}: {error}") from None
+        except asyncio.CancelledError:
+            if self._fault is not None:
+                raise self._fault from None
+            raise
+
+    async def _attempt(self, request: _Request) -> Any:
+        """Waits for a replica that is free, and asks it."""
+        request.turn = self._loop.create_future()
+        if request.replica is None:
+            self._waiting.append(request)
+        else:  # it has stood in line before
+            self._waiting.appendleft(request)
+        self._dispatch()
+        await request.turn
+        if request not in request.replica.inflight:
+            raise Failure("connection", "its replica left the rotation before it was sent")
+        fault_point("pool.request")
+        request.deadline = asyncio.timeout(self.limits.timeout_s)
+        try:
+            body = await self._transport.send(request.replica.url, request.call, request.deadline)
+        finally:
+            request.deadline = None
+        value = await self._transport.read(request.call, body)
+        fault_point("pool.answer")
+        return value
+
+    def _release(self, request: _Request) -> None:
+        """Whatever became of an attempt, there is room for another one."""
+        if request.replica is not None:
+            request.replica.inflight.pop(request, None)
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Starts whatever can start now."""
-        while self._waiting and not self._stop.is_set():
+        """Gives replicas that are free to the requests that wait."""
+        while self._waiting:
             now = time.monotonic()
             free = [replica for replica in self.replicas if replica.may_take(now)]
             if not free:
                 return
-            pending = self._waiting.popleft()
-            if pending.future.cancelled():
-                self._open.discard(pending)
+            request = self._waiting.popleft()
+            if request.turn.done():  # cancelled, or given up
                 continue
-            if pending.is_retry:
-                pending.beyond_budget = self._budget.spend()
-                if pending.beyond_budget is None:
-                    self._held.append(pending)
-                    continue
+            if request.replica is not None and request.replica.in_rotation:
                 self.stats.retries += 1
-            others = [replica for replica in free if replica is not pending.failed_at] or free
-            replica = min(others, key=lambda r: (len(r.inflight), r.sent))
-            replica.sent += 1
-            pending.sent, replica.inflight[pending] = now, (now, pending.call.tokens)
-            pending.task = asyncio.create_task(self._attempt(replica, pending))
-            pending.task.add_done_callback(functools.partial(self._ended, replica, pending))
+            elif request.replica is not None:
+                self.stats.failovers += 1
+            others = [replica for replica in free if replica is not request.replica] or free
+            request.replica = min(others, key=lambda r: (len(r.inflight), r.sent))
+            request.replica.take(request, now)
+            request.turn.set_result(None)
             self.stats.most_inflight = max(
                 self.stats.most_inflight, sum(len(r.inflight) for r in self.replicas)
             )
 
-    async def _attempt(self, replica: Health, pending: _Pending) -> Any:
-        fault_point("pool.request")
-        value = await self._transport.ask(
-            replica.url, pending.call, self._patience.of(pending.timeouts)
-        )
-        fault_point("pool.answer")
-        return value
-
-    def _ended(self, replica: Health, pending: _Pending, task: asyncio.Task) -> None:
-        """An attempt is over.
-
-        A callback: it also hears of one that was cancelled before it began.
-        """
-        del replica.inflight[pending]
-        if pending.beyond_budget:
-            self._budget.one_under_way = pending.beyond_budget = False
-        if self._held and not self._budget.one_under_way:
-            self._waiting.append(self._held.popleft())
-        error = None if task.cancelled() else task.exception()
-        if task.cancelled():
-            if pending.future.cancelled():
-                self._open.discard(pending)
-            elif not self._stop.is_set():  # its replica left the rotation
-                self._again(replica, pending)
-        elif error is None:
-            self._answered(replica, pending, task.result())
-        elif isinstance(error, Failure | BadAnswer):
-            self._failed(
-                replica,
-                pending,
-                error if isinstance(error, Failure) else Failure("answer", str(error)),
-            )
-        else:  # Rejected, or a fault of this program
-            self._resolve(
-                pending,
-                error=Rejected(f"{self.name}: {error}") if isinstance(error, Rejected) else error,
-            )
-        self._dispatch()
-
-    def _answered(self, replica: Health, pending: _Pending, value: Any) -> None:
-        now = self._last_answer = time.monotonic()
-        replica.answered(now - pending.sent, pending.call.tokens)
-        self._patience.answered(now - pending.sent)
+    def _answered(self, request: _Request) -> None:
+        self._last_answer = time.monotonic()
+        request.replica.answered()
         self.stats.requests += 1
-        self.stats.tokens += pending.call.tokens
-        self.stats.latencies.append(now - pending.submitted)
-        self.stats.by_replica[replica.url] += 1
-        self._resolve(pending, value)
-
-    def _resolve(
-        self, pending: _Pending, value: Any = None, error: BaseException | None = None
-    ) -> None:
-        self._open.discard(pending)
-        with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
-            if error is not None:
-                pending.future.set_exception(error)
-            else:
-                pending.future.set_result(value)
+        self.stats.tokens += request.call.tokens
+        self.stats.latencies.append(self._last_answer - request.submitted)
 
     # ---- Failures ----
 
-    def _failed(self, replica: Health, pending: _Pending, failure: Failure) -> None:
-        now = time.monotonic()
+    def _failed(self, request: _Request, failure: Failure) -> float:
+        """Seconds until it is tried again: more each time, and never twice the same, so that many
+        do not come back together.
+        """
+        now, replica = time.monotonic(), request.replica
+        if request not in replica.inflight:  # its replica has left the rotation
+            return 0.0
         self.stats.failures[failure.kind] += 1
-        replica.last_error = str(failure)
+        request.failures += 1
+        request.first_failure = request.first_failure or now
+        replica.failed(str(failure), now)
         if failure.kind == "busy":
             replica.not_before = now + failure.retry_after
-        elif failure.kind in (
-            "refused",
-            "connection",
-        ):  # dead, or one broken connection: a probe will say
-            replica.suspect = replica.in_rotation
+        elif failure.kind in ("refused", "connection"):  # dead, or one that broke: a probe will say
+            if replica.in_rotation:
+                replica.state = ReplicaState.SUSPECT
             self._alarm[replica.url].set()
         elif replica.struck(str(failure)):
             self._eject(replica, str(failure))
-        pending.first_failure = pending.first_failure or now
-        pending.timeouts += failure.kind == "timeout"
-        if replica.suspect:
-            self._on_trial[replica.url].append(pending)
-        else:
-            self._again(replica, pending, pause=failure.retry_after)
-
-    def _again(self, replica: Health, pending: _Pending, pause: float = 0.0) -> None:
-        """Back to the head of the queue: at once if its replica left the rotation, else as a retry,
-        after a pause.
-
-        The pause grows with the strikes and is never twice the same, so that many do not come back
-        together.
-        """
-        pending.failed_at, pending.is_retry = replica, replica.in_rotation
-        if self._hopeless_for(pending) >= self.limits.wait_s:
-            self._give_up(pending)
-        elif pending.is_retry:
-            pause = max(pause, random.uniform(0.05, 0.1) * min(2**replica.strikes, 20))
-            self._loop.call_later(pause, self._requeue, pending)
-        else:
-            self.stats.failovers += 1
-            self._waiting.appendleft(pending)
-
-    def _requeue(self, pending: _Pending) -> None:
-        self._waiting.appendleft(pending)
-        self._dispatch()
+        pause = min(SHORTEST_PAUSE_S * 2 ** (request.failures - 1), LONGEST_PAUSE_S)
+        return max(failure.retry_after, random.uniform(0.5, 1.0) * pause)
 
     def _eject(self, replica: Health, error: str) -> None:
-        """Out of rotation; what is under way there is cancelled and goes elsewhere."""
-        replica.leave(error, time.monotonic())
+        """Out of rotation; what is under way there goes elsewhere."""
+        if not replica.in_rotation:
+            return
         self.stats.ejections += 1
-        for pending in replica.inflight:
-            pending.task.cancel()
-        self._end_trial(replica)
-
-    def _end_trial(self, replica: Health) -> None:
-        """A probe has said whether the replica lives."""
-        trial, self._on_trial[replica.url] = self._on_trial[replica.url], []
-        for pending in trial:
-            self._again(replica, pending)
-        self._dispatch()
-
-    def _drop_cancelled(self) -> None:
-        """Aborts what is under way; what waits is passed over when its turn comes."""
-        self._open = {pending for pending in self._open if not pending.future.cancelled()}
-        for replica in self.replicas:
-            for pending in [p for p in replica.inflight if p.future.cancelled()]:
-                pending.task.cancel()
+        for request in replica.leave(error, time.monotonic()):
+            if request.deadline is not None and not request.deadline.expired():
+                request.deadline.reschedule(self._loop.time())
 
     # ---- Health ----
 
@@ -377,7 +305,7 @@ class ReplicaPool(contextlib.AbstractContextManager):
         while True:
             if not replica.in_rotation or self.excused:
                 await asyncio.sleep(self.limits.shortest_out_s)
-            elif not replica.probe_strikes and not replica.suspect:
+            elif not replica.probe_strikes and replica.state is ReplicaState.SERVING:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(
                         alarm.wait(), self.limits.probe_every_s * random.uniform(0.9, 1.0)
@@ -389,19 +317,17 @@ class ReplicaPool(contextlib.AbstractContextManager):
         answers = replica.answers
         try:
             await self._transport.ask(replica.url, self.probe, self.limits.probe_timeout_s)
-        except (Failure, BadAnswer, Rejected) as error:
+        except (Failure, Rejected) as error:
             await self._probe_failed(replica, error, made_progress=replica.answers > answers)
             return
         replica.probed()
-        if not replica.in_rotation:
-            if replica.come_back(time.monotonic()):
-                self._dispatch()
-        elif replica.suspect:  # it lives, and breaks connections
-            replica.suspect = False
+        if replica.state is ReplicaState.OUT:
+            replica.come_back(time.monotonic())
+        elif replica.state is ReplicaState.SUSPECT:  # it lives, and breaks connections
+            replica.state = ReplicaState.SERVING
             if replica.struck(replica.last_error):
                 self._eject(replica, replica.last_error)
-            else:
-                self._end_trial(replica)
+        self._dispatch()
 
     async def _probe_failed(
         self, replica: Health, error: Exception, *, made_progress: bool
@@ -409,15 +335,16 @@ class ReplicaPool(contextlib.AbstractContextManager):
         if not replica.in_rotation or self.excused:
             replica.last_error = str(error)
             return
-        if isinstance(error, BadAnswer) or (isinstance(error, Failure) and error.kind == "refused"):
+        kind = error.kind if isinstance(error, Failure) else "rejected"
+        if kind in ("refused", "answer"):
             self._eject(replica, str(error))  # dead, or another model: nothing that it says counts
             return
-        may_be_full = isinstance(error, Failure) and error.kind in ("timeout", "busy")
+        may_be_full = kind in ("timeout", "busy")
         if may_be_full and (made_progress or await self._engine_moves(replica)):
             replica.probe_strikes = 0
         elif replica.probe_struck(str(error)):
             self._eject(replica, f"{self.limits.strikes} probes failed: {error}")
-        elif not may_be_full or error.kind == "busy":
+        elif kind != "timeout":
             # an error comes back at once; three of them take no time
             await asyncio.sleep(self.limits.shortest_out_s)
 
@@ -427,7 +354,7 @@ class ReplicaPool(contextlib.AbstractContextManager):
             return False
         try:
             steps = await self._transport.ask(replica.url, self.progress, 1.0)
-        except (Failure, BadAnswer, Rejected):
+        except (Failure, Rejected):
             return False
         moves, replica.engine_steps = 0 <= replica.engine_steps < steps, steps
         return moves
@@ -437,18 +364,9 @@ class ReplicaPool(contextlib.AbstractContextManager):
 
         Those under way have deadlines of their own.
         """
-        looked = time.monotonic()
         while not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), 0.2)
-            if time.monotonic() - looked >= self.limits.slow_window_s:
-                looked = time.monotonic()
-                for replica in slow_ones(self.replicas, looked):
-                    self._eject(
-                        replica,
-                        f"{replica.latency(looked)[0]:.1f} s a request, far slower than its "
-                        f"neighbours",
-                    )
+                await asyncio.wait_for(self._stop.wait(), TICK_S)
             is_down = not any(replica.in_rotation for replica in self.replicas)
             self._down_since = (self._down_since or time.monotonic()) if is_down else None
             self._give_up_the_hopeless(time.monotonic())
@@ -458,28 +376,27 @@ class ReplicaPool(contextlib.AbstractContextManager):
         if any(
             now - sent >= self.limits.wait_s
             for replica in self.replicas
-            for sent, _ in replica.inflight.values()
+            for sent in replica.inflight.values()
         ):
             return  # what has been under way for so long is slow, not failing, and ends by itself
-        for queue in (self._waiting, self._held):
-            for pending in [p for p in queue if self._hopeless_for(p) >= self.limits.wait_s]:
-                queue.remove(pending)
-                self._give_up(pending)
+        for request in self._waiting:
+            if not request.turn.done() and self._hopeless_for(request) >= self.limits.wait_s:
+                request.turn.set_exception(self._unanswered(request))
 
-    def _hopeless_for(self, pending: _Pending) -> float:
+    def _hopeless_for(self, request: _Request) -> float:
         """Seconds since there was last a sign that this request may be answered: it has not failed
         yet, others are answered.
         """
         now = time.monotonic()
         down_for = now - self._down_since if self._down_since is not None else 0.0
         failing_for = (
-            now - max(pending.first_failure, self._last_answer or 0.0)
-            if pending.first_failure
+            now - max(request.first_failure, self._last_answer or 0.0)
+            if request.first_failure
             else 0.0
         )
-        return max(min(down_for, now - pending.submitted), failing_for)
+        return max(min(down_for, now - request.submitted), failing_for)
 
-    def _give_up(self, pending: _Pending) -> None:
+    def _unanswered(self, request: _Request) -> Unanswered:
         errors = "; ".join(f"{r.url}: {r.last_error or 'no error'}" for r in self.replicas)
-        waited = f"no answer for {self._hopeless_for(pending):.0f} s"
-        self._resolve(pending, error=Unanswered(f"{self.name}: {waited}; last errors: {errors}"))
+        waited = f"no answer for {self._hopeless_for(request):.0f} s"
+        return Unanswered(f"{self.name}: {waited}; last errors: {errors}")

@@ -98,8 +98,6 @@ class RolloutServers:
             wait_s=ahead.rollout_wait_s,
             timeout_s=ahead.rollout_timeout_s,
             max_inflight=ahead.max_inflight,
-            slow_factor=math.inf,
-            patience_s=math.inf,  # a long response is not a slow replica
         )
         self.pool = ReplicaPool(
             "rollout",

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
@@ -50,13 +50,15 @@ class Unanswered(RuntimeError):
     """No replica answered in time; names the pool, every URL and its last error."""
 
 
+# Nobody listens; the connection broke; 429; 5xx or a redirect; no answer in time; an answer that
+# `Call.read` does not believe.
+FailureKind = Literal["refused", "connection", "busy", "status", "timeout", "answer"]
+
+
 class Failure(Exception):
-    """One attempt failed.
+    """One attempt failed, which another one may not."""
 
-    `kind` is refused (nobody listens), connection (it broke), busy, status, timeout or answer.
-    """
-
-    def __init__(self, kind: str, text: str, retry_after: float = 0.0):
+    def __init__(self, kind: FailureKind, text: str, retry_after: float = 0.0):
         super().__init__(text)
         self.kind, self.retry_after = kind, retry_after
 
@@ -83,28 +85,35 @@ class Transport:
         )
         # starts with the first large one
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="answers")
-        self._sent = self._received = 0
+        self._received = 0
 
     async def ask(self, url: str, call: Call, timeout_s: float) -> Any:
-        """What `call.read` makes of the answer.
+        """What `call.read` makes of the answer. Raises Failure or Rejected."""
+        return await self.read(call, await self.send(url, call, asyncio.timeout(timeout_s)))
 
-        Raises as `send` does; a large one is read beside the event loop.
+    async def read(self, call: Call, body: bytes) -> Any:
+        """What `call.read` makes of a body; a large one is read beside the event loop."""
+        try:
+            if len(body) < LARGE_BYTES:
+                return call.read(body)
+            return await asyncio.get_running_loop().run_in_executor(self._reader, call.read, body)
+        except BadAnswer as error:
+            raise Failure("answer", str(error)) from None
+
+    async def send(self, url: str, call: Call, deadline: asyncio.Timeout) -> bytes:
+        """The body of a 200. Raises Failure or Rejected.
+
+        `deadline` may be moved meanwhile. Nothing else should end this: httpcore 1.0 does not close
+        a connection whose request is cancelled a second time while it is closing it.
         """
-        body = await self.send(url, call, timeout_s)
-        if len(body) < LARGE_BYTES:
-            return call.read(body)
-        return await asyncio.get_running_loop().run_in_executor(self._reader, call.read, body)
-
-    async def send(self, url: str, call: Call, timeout_s: float) -> bytes:
-        """The body of a 200. Raises Failure, Rejected, or BadAnswer if it is too long."""
+        seconds = deadline.when() - asyncio.get_running_loop().time()
         headers = {"X-Request-Id": call.request_id} if call.request_id else {}
         if call.body is not None:
             headers["Content-Type"] = call.content_type
-        self._sent += len(call.body or b"")
         method = "GET" if call.body is None else "POST"
         try:
             async with (
-                asyncio.timeout(timeout_s),
+                deadline,
                 self._client.stream(
                     method, url + call.path, content=call.body, headers=headers
                 ) as response,
@@ -115,7 +124,7 @@ class Transport:
                     else _read_error(response)
                 )
         except TimeoutError:
-            raise Failure("timeout", f"no answer within {timeout_s:g} s") from None
+            raise Failure("timeout", f"no answer within {seconds:.3g} s") from None
         except (httpx.ConnectTimeout, httpx.ConnectError) as error:
             raise Failure(
                 "refused", f"cannot connect: {str(error) or type(error).__name__}"
@@ -142,9 +151,9 @@ class Transport:
         text = body.decode(errors="replace")
         return " ".join((text.replace(self._key, "***") if self._key else text).split())[:300]
 
-    def take_bytes(self) -> tuple[int, int]:
-        """Bytes of bodies sent and received since the last call."""
-        taken, self._sent, self._received = (self._sent, self._received), 0, 0
+    def take_bytes(self) -> int:
+        """Bytes of the bodies received since the last call."""
+        taken, self._received = self._received, 0
         return taken
 
     async def close(self) -> None:
@@ -156,13 +165,13 @@ class Transport:
 async def _read_body(response: httpx.Response, most: int) -> bytes:
     promised = response.headers.get("Content-Length", "")
     if promised.isdecimal() and int(promised[:20]) > most:
-        raise BadAnswer(f"a body of {promised[:20]} bytes, more than {most}")
+        raise Failure("answer", f"a body of {promised[:20]} bytes, more than {most}")
     parts, size = [], 0
     async for part in response.aiter_raw():
         parts.append(part)
         size += len(part)
         if size > most:
-            raise BadAnswer(f"a body of more than {most} bytes")
+            raise Failure("answer", f"a body of more than {most} bytes")
     return b"".join(parts)
 
 

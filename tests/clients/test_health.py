@@ -1,12 +1,14 @@
-"""Who is in rotation, who is slow and what a retry costs: the rules alone, by a clock that the
+"""Who is in rotation, and how often one that fails is asked: the rules alone, by a clock that the
 tests turn.
 """
+
+import itertools
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.clients.health import Health, Limits, Patience, RetryBudget, slow_ones
+from opd.clients.health import Health, Limits, ReplicaState
 
 LIMITS = Limits()
 
@@ -34,7 +36,7 @@ def test_requests_forgive_requests_and_probes_forgive_probes(events):
     in_a_row = {"struck": 0, "probe_struck": 0}
     for event in events:
         if event == "answered":
-            replica.answered(0.1)
+            replica.answered()
             in_a_row["struck"] = 0
         elif event == "probed":
             replica.probed()
@@ -77,157 +79,57 @@ def test_each_time_out_is_twice_the_last_up_to_the_longest_and_a_good_while_forg
     assert replica.back_after - now == 0.5
 
 
-def test_who_comes_back_has_neither_strikes_nor_pace():
+def test_who_comes_back_has_no_strikes():
     (replica,) = replicas(1)
-    replica.answered(50.0, 10)
     for _ in range(3):
         replica.struck("a")
         replica.probe_struck("b")
     replica.leave("c", 0.0)
     assert replica.come_back(1.0)
-    assert (replica.strikes, replica.probe_strikes, replica.latency(1.0)) == (0, 0, (0.0, 0.0))
+    assert (replica.strikes, replica.probe_strikes) == (0, 0)
 
 
 def test_it_takes_no_more_than_its_bound_nothing_while_suspect_and_nothing_while_busy():
     (replica,) = replicas(1, max_inflight=2)
-    replica.inflight["a"] = (0.0, 1)
+    replica.take("a", 0.0)
     assert replica.may_take(0.0)
-    replica.suspect = True
+    replica.state = ReplicaState.SUSPECT
     assert not replica.may_take(0.0)
-    replica.suspect, replica.not_before = False, 5.0
+    replica.state, replica.not_before = ReplicaState.SERVING, 5.0
     assert not replica.may_take(4.9) and replica.may_take(5.0)
-    replica.inflight["b"] = (0.0, 1)
+    replica.take("b", 5.0)
     assert not replica.may_take(5.0)
 
 
-# ---- Slow ----------------------------------------------------------------------------------------
+# ---- One by one ----------------------------------------------------------------------------------
 
 
-def worked(replica: Health, seconds: float, size: int = 100, times: int = 20) -> None:
-    for _ in range(times):
-        replica.answered(seconds, size)
+def gaps_of(replica: Health, start: float, seconds: float) -> list[float]:
+    """It is given whatever it takes and answers nothing: the waits before each request."""
+    taken = [start]
+    for now in (start + i / 100 for i in range(round(100 * seconds))):
+        if replica.may_take(now):
+            replica.take(object(), now)
+            taken.append(now)
+    return [round(later - one, 1) for one, later in itertools.pairwise(taken)]
 
 
-def windows_until_slow(pool: list[Health], start: float, windows: int = 60) -> dict[str, int]:
-    """URL -> the window in which it was found slow, a second each."""
-    found = {}
-    for window in range(windows):
-        for replica in slow_ones(pool, start + window):
-            found.setdefault(replica.url, window)
-    return found
+def test_whoever_has_failed_or_came_back_is_asked_less_and_less_often_until_it_answers():
+    failed, back = replicas(2, max_inflight=100)
+    failed.failed("HTTP 500", now=10.0)
+    assert gaps_of(failed, 10.0, 10.0) == [0.1, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
+    back.leave("dead", now=0.0)
+    assert back.come_back(10.0)
+    assert gaps_of(back, 10.0, 10.0) == [0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
+    for replica in (failed, back):
+        replica.answered()
+        assert len(gaps_of(replica, 20.0, 1.0)) == 100 - 9, "no gap is left"
 
 
-def test_ten_times_slower_is_slow_after_three_windows():
-    slow, fast = pool = replicas(2)
-    worked(fast, 0.3)
-    worked(slow, 3.0)
-    slow.inflight["a"] = (100.0, 100)
-    assert windows_until_slow(pool, 100.0, windows=3) == {slow.url: 2}
-
-
-def test_a_window_that_is_not_slow_starts_the_count_again():
-    slow, fast = pool = replicas(2)
-    worked(fast, 0.3)
-    for seconds in (3.0, 3.0, 0.3, 3.0, 3.0):
-        slow._pace = seconds
-        slow.inflight["a"] = (100.0, 100)
-        assert not slow_ones(pool, 100.0)
-    assert slow_ones(pool, 100.0) == [slow]
-
-
-def test_one_that_answers_nothing_is_slow_by_the_age_of_what_it_holds():
-    stuck, fast = pool = replicas(2)
-    worked(stuck, 0.3)
-    worked(fast, 0.3)
-    stuck.inflight["a"] = (100.0, 100)
-    assert windows_until_slow(pool, 100.0) == {stuck.url: 4}  # older than 1.5 s at 102, 103 and 104
-
-
-@given(
-    st.lists(st.floats(0.01, 100.0), min_size=1, max_size=5),
-    st.floats(0.0, 60.0),
-    st.floats(1.0, 4.9),
-)
-def test_nobody_is_slow_when_all_are_slow_alike(seconds, age, spread):
-    base, pool = max(seconds), replicas(len(seconds))
-    for place, replica in enumerate(pool):
-        worked(replica, base * (spread if place else 1.0))
-        replica.inflight["a"] = (100.0 - age, 100)
-    assert not any(slow_ones(pool, 100.0) for _ in range(10))
-
-
-def test_the_fastest_of_all_and_the_only_one_are_never_slow():
-    (alone,) = pool = replicas(1)
-    worked(alone, 0.1)
-    alone.inflight["a"] = (0.0, 1)
-    assert not windows_until_slow(pool, 1000.0)
-
-
-def test_a_neighbour_that_answered_nothing_is_no_measure():
-    """The last request of a step, with the neighbour idle since it came back: it would be sent back
-    and forth.
-    """
-    busy, idle = pool = replicas(2)
-    worked(busy, 2.0)
-    busy.inflight["a"] = (100.0, 100)
-    idle.probed()
-    assert not windows_until_slow(pool, 100.0)
-    worked(idle, 0.1)
-    assert windows_until_slow(pool, 100.0)
-
-
-def test_a_long_request_is_not_held_against_short_ones():
-    long, short = pool = replicas(2)
-    worked(long, 0.3, size=100)
-    worked(short, 0.3, size=100)
-    long.inflight["a"] = (100.0, 4000)
-    found = windows_until_slow(pool, 100.0, windows=100)
-    assert found == {long.url: 63}  # more than five times 40 x 0.3 s: first at 61
-
-
-# ---- Retry budget --------------------------------------------------------------------------------
-
-
-@given(st.lists(st.sampled_from(["earn", "spend", "ended"]), max_size=400))
-def test_retries_are_a_tenth_and_a_reserve_and_then_one_at_a_time(events):
-    budget, earned, paid, under_way = RetryBudget(LIMITS), 0, 0, False
-    for event in events:
-        if event == "earn":
-            budget.earn()
-            earned += 1
-        elif event == "ended" and under_way:
-            budget.one_under_way = under_way = False
-        elif event == "spend":
-            beyond = budget.spend()
-            assert (beyond is None) == (under_way and budget.tokens < 1)
-            if beyond:
-                assert not under_way, "a second one beyond the budget"
-                under_way = True
-            paid += beyond is False
-            assert paid <= LIMITS.retry_reserve + LIMITS.retry_share * earned + 1e-6
-    assert paid >= min(events.count("spend"), LIMITS.retry_reserve), (
-        "the reserve is there from the start"
-    )
-
-
-def test_what_is_saved_up_is_bounded():
-    budget = RetryBudget(Limits(retry_reserve=3.0))
-    for _ in range(10_000):
-        budget.earn()
-    spent = [budget.spend() for _ in range(40)]
-    assert spent == [False] * 30 + [True] + [None] * 9
-
-
-# ---- Patience ------------------------------------------------------------------------------------
-
-
-def test_patience_follows_the_answers_and_doubles_with_each_time_out():
-    patience = Patience(Limits(timeout_s=120, patience_s=15, patience_factor=10))
-    assert patience.of(0) == 120  # nothing is known yet: the first request may compile
-    patience.answered(30.0)
-    assert patience.of(0) == 120
-    for _ in range(100):
-        patience.answered(0.1)
-    assert [patience.of(n) for n in range(5)] == [15, 30, 60, 120, 120]
-    patience.answered(4.0)
-    assert patience.of(0) == 40
+def test_failures_of_what_was_under_way_together_are_one_reason_to_wait():
+    (replica,) = replicas(1, max_inflight=100)
+    for place in range(32):
+        replica.take(place, 0.0)
+    for place in range(32):
+        replica.failed("HTTP 500", now=1.0 + place / 1000)
+    assert replica.may_take(1.1)

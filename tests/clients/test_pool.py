@@ -21,6 +21,7 @@ from opd.clients.health import Limits
 from opd.clients.pool import ReplicaPool, Unanswered
 from opd.clients.transport import Call, Rejected
 from opd.clients.wire import BadAnswer
+from tests.support import fault_proxy
 from tests.support.fault_proxy import Answer, Fault, HttpServer, Request, is_scoring
 
 QUICK = Limits(
@@ -32,8 +33,6 @@ QUICK = Limits(
     probe_timeout_s=0.3,
     shortest_out_s=0.1,
     longest_out_s=1.0,
-    slow_s=0.3,
-    slow_window_s=0.2,
 )
 DEADLINE_S = 60.0
 
@@ -108,7 +107,7 @@ def echoes(count: int, start: int = 0) -> list[str]:
 
 
 def test_answers_come_in_order_from_all_replicas_and_never_more_at_once_than_allowed():
-    with servers(echo(0.02), echo(0.02)) as (a, b), pool_of([a, b]) as pool:
+    with servers(echo(0.2), echo(0.2)) as (a, b), pool_of([a, b]) as pool:
         assert ask(pool, 200) == echoes(200)
         stats = pool.take_stats()
     assert a.most_inflight == b.most_inflight == QUICK.max_inflight and stats.most_inflight == 16
@@ -244,9 +243,17 @@ def test_busy_for_an_odd_time_is_not_for_ever(retry_after, monkeypatch):
         assert ask(pool, 1) == echoes(1)
 
 
-@pytest.mark.parametrize("strikes", [3, 10**9], ids=["ejected", "by-the-budget-alone"])
+@pytest.mark.parametrize("strikes", [3, 10**9], ids=["ejected", "one-by-one"])
 def test_failures_cost_at_most_a_tenth_more_requests_and_nothing_is_lost(strikes):
-    limit = limits(max_inflight=32, longest_out_s=0.3, strikes=strikes)
+    """Whatever waits is not thrown at servers that fail: a busy machine is none of them."""
+    limit = limits(
+        max_inflight=32,
+        longest_out_s=0.3,
+        strikes=strikes,
+        timeout_s=60.0,
+        connect_s=20.0,
+        probe_timeout_s=5.0,
+    )
     with servers(echo(0.002), echo(0.002)) as some, pool_of(some, limit) as pool:
         futures = [pool.submit(work(n)) for n in range(1000)]
         for server in some:
@@ -267,9 +274,7 @@ def test_failures_cost_at_most_a_tenth_more_requests_and_nothing_is_lost(strikes
 
 
 def test_one_that_fails_every_request_and_answers_every_probe_is_out_most_of_the_time():
-    """Probes must not forgive: half of all requests would fail first, and the retries would go one
-    at a time.
-    """
+    """Probes must not forgive: half of all requests would fail first."""
     for kind in ("500", "reset", "cut_json"):
         with (
             servers(echo(0.01), echo(0.01)) as (bad, good),
@@ -287,7 +292,7 @@ def test_one_that_fails_every_request_and_answers_every_probe_is_out_most_of_the
 
 def test_a_dead_replica_is_out_at_once_and_comes_back():
     with (
-        servers(echo(0.1), echo(0.1)) as (a, b),
+        servers(echo(0.3), echo(0.3)) as (a, b),
         pool_of([a, b], limits(shortest_out_s=0.5)) as pool,
     ):
         futures = [pool.submit(work(n)) for n in range(200)]
@@ -441,23 +446,25 @@ def test_a_request_that_fails_while_others_are_answered_is_not_given_up():
         pool_of([server], limits(wait_s=0.5, max_inflight=2)) as pool,
     ):
         server.fault = Fault("500", only=lambda request: request.body == b"echo 0")
+        start = time.monotonic()
         futures = [pool.submit(work(n)) for n in range(60)]
         assert pool.collect(futures[1:]) == echoes(59, 1)
+        assert server.fault.struck <= 6 + time.monotonic() - start, "its pauses do not grow"
         server.fault = None
         assert pool.collect(futures[:1]) == echoes(1)
 
 
-# ---- Slow and stopped ----------------------------------------------------------------------------
+# ---- Wedged and stopped --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["delay", "hang", "slow_loris"])
-def test_one_far_slower_than_its_neighbour_is_out_and_everything_is_answered(kind):
+@pytest.mark.parametrize("kind", ["hang", "slow_loris"])
+def test_one_that_finishes_no_request_is_out_by_its_time_outs_and_everything_is_answered(kind):
     with (
         servers(echo(0.05), echo(0.05)) as (bad, good),
-        pool_of([bad, good], limits(timeout_s=60.0)) as pool,
+        pool_of([bad, good], limits(timeout_s=1.0)) as pool,
     ):
         ask(pool, 20)
-        bad.fault = Fault(kind, seconds=0.9, only=is_scoring)
+        bad.fault = Fault(kind, only=is_scoring)  # its probes are answered
         futures = [pool.submit(work(n)) for n in range(300)]
         seconds = until(lambda: not pool.replicas[0].in_rotation, 15.0)
         start = time.monotonic()
@@ -467,18 +474,9 @@ def test_one_far_slower_than_its_neighbour_is_out_and_everything_is_answered(kin
         until(lambda: bad.inflight == 0)  # what it was doing is cancelled there
 
 
-def test_slow_and_too_full_for_probes_is_slow_all_the_same():
-    with servers(echo(0.05), echo(0.05)) as (bad, good), pool_of([bad, good]) as pool:
-        ask(pool, 20)
-        bad.fault = Fault("delay", seconds=1.0)  # of probes too, which then time out
-        futures = [pool.submit(work(n)) for n in range(300)]
-        until(lambda: not pool.replicas[0].in_rotation, 15.0)
-        assert pool.collect(futures) == echoes(300)
-
-
 @contextlib.contextmanager
 def process(seconds: float):
-    command = [sys.executable, str(Path(__file__).with_name("fault_proxy.py")), str(seconds)]
+    command = [sys.executable, str(Path(fault_proxy.__file__)), str(seconds)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield child, child.stdout.readline().strip()
@@ -528,7 +526,8 @@ def test_what_is_cancelled_is_cancelled_at_the_server_and_the_pool_goes_on():
             until(lambda: server.inflight == 8)
             pool.cancel(futures)
             until(lambda: server.inflight == 0)
-        assert server.left == 40 and not pool._open
+        until(lambda: not pool._waiting and not pool.replicas[0].inflight)
+        assert server.left == 40
         server.answer = echo()
         assert ask(pool, 20) == echoes(20)
 
@@ -568,7 +567,7 @@ def test_collect_ends_when_another_thread_cancels_or_closes():
 
 
 def test_close_ends_whatever_is_under_way_and_whatever_waits():
-    with servers(echo(30.0)) as (server,), pool_of([server]) as pool:
+    with servers(echo(30.0)) as (server,), pool_of([server], limits(timeout_s=60.0)) as pool:
         futures = [pool.submit(work(n)) for n in range(20)]
         until(lambda: server.inflight == 8)
         server.fault = Fault("429")
@@ -593,9 +592,9 @@ def test_a_fault_of_this_program_is_raised_and_not_waited_for():
     with (
         servers(echo(30.0)) as (server,),
         ReplicaPool("P", [server.url], probe=probe, limits=QUICK) as pool,
+        pytest.raises(ZeroDivisionError, match="ours"),
     ):
-        with pytest.raises(ZeroDivisionError, match="ours"):
-            ask(pool, 1)
+        ask(pool, 1)
 
 
 def sockets() -> Counter:
@@ -618,7 +617,7 @@ def test_no_thread_socket_or_task_is_left_after_an_exception():
     with servers(echo(30.0), echo(0.0)) as some:
         threads, fds = threading.active_count(), sockets()
         for _ in range(3):
-            with pytest.raises(KeyError), pool_of(some) as pool:
+            with pytest.raises(KeyError), pool_of(some, limits(timeout_s=60.0)) as pool:
                 futures = [pool.submit(work(n)) for n in range(30)]
                 until(lambda: some[0].inflight == 8)
                 pool.collect(futures[1:2])
@@ -642,10 +641,10 @@ def loses_requests_from(number: int):
 
 
 def test_the_only_replica_loses_requests_while_its_probes_are_answered():
-    """Once answers have come, nobody waits for `timeout_s`, twice, to find out."""
+    """Its attempts end at `timeout_s`, and the second one that fails is the last."""
     with (
         servers(loses_requests_from(20)) as (one,),
-        pool_of([one], limits(wait_s=1.0, timeout_s=600, patience_s=0.3)) as pool,
+        pool_of([one], limits(wait_s=1.0, timeout_s=2.0)) as pool,
     ):
         assert ask(pool, 20) == echoes(20)
         start = time.monotonic()
@@ -655,4 +654,4 @@ def test_the_only_replica_loses_requests_while_its_probes_are_answered():
             ask(pool, 3, start=20)
         seconds = time.monotonic() - start
     print(f"given up after {seconds:.1f} s")
-    assert seconds < 10  # 0.3 s and twice that, until a second has passed; not 600
+    assert 4 <= seconds < 10
