@@ -175,69 +175,68 @@ def inspect_replicas(
 
         def ask(call: Call, what: str) -> dict[str, Any]:
             answers = pool.ask_each(call, timeout_s)
-            for url, answer in answers.items():
-                if isinstance(answer, Rejected) and "HTTP 401" in str(answer):
-                    remedy = (
-                        "is not the right one"
-                        if api_key
-                        else "is missing: name its variable with `api_key_env`"
-                    )
-                    raise ValueError(f"{flag}: {url} wants a key, and it {remedy}")
-                if isinstance(answer, Rejected) and "HTTP 404" in str(answer):
-                    raise ValueError(
-                        f"{flag}: {url} answers, and {what}: is it a vLLM or a scoring server?"
-                    )
-                if isinstance(answer, Exception):
-                    raise ValueError(f"{flag}: {url} {what}: {answer}")
+            _refuse_failures(flag, answers, what, has_key=bool(api_key))
             return answers
 
+        def agreed(what: str, key: str, entries: dict[str, dict]) -> Any:
+            return _one_answer(flag, what, {url: entry.get(key) for url, entry in entries.items()})
+
         versions = ask(_json_call("/version"), "cannot be reached")
-        found = {
+        speaks = {
             url: "binary" if version.get("protocol") == SCORING else "json"
             for url, version in versions.items()
         }
-        protocol = _one_answer(flag, "protocol", found)
+        protocol = _one_answer(flag, "protocol", speaks)
         listed = ask(_json_call("/v1/models"), "does not list its models")
         chosen = {url: _choose(flag, url, content, model) for url, content in listed.items()}
-        name = _one_answer(flag, "model", {url: entry["id"] for url, entry in chosen.items()})
-        content = _content_here(urls, [entry.get("root") for entry in chosen.values()])
-        context = _one_answer(
-            flag,
-            "context length",
-            {url: entry.get("max_model_len") for url, entry in chosen.items()},
+        name, context = (
+            agreed("model", "id", chosen),
+            agreed("context length", "max_model_len", chosen),
         )
         if not isinstance(context, int):
             raise ValueError(f"{flag}: {urls[0]} does not say its context length (max_model_len)")
-        tokens = _tokens(pool, name, timeout_s)
-        facts: dict[str, Any] = {"content": content}
+        tokens = _one_answer(flag, "tokenizer", _tokens(pool, name, timeout_s))
+        facts: dict[str, Any] = {
+            "content": _content_here(urls, [entry.get("root") for entry in chosen.values()])
+        }
         if protocol == "binary":
             answers = ask(_json_call("/info"), "does not describe its model")
-            _one_answer(
-                flag, "content of the model", {url: a.get("content") for url, a in answers.items()}
-            )
+            agreed("content of the model", "content", answers)
             facts = _binary_facts(flag, next(iter(answers.values())))
-        scored = ask(
-            score_call(name, protocol, CANARY),
-            "does not score (a vLLM server has to allow prompt_logprobs)",
-        )
-        canaries = {url: _canary_of(answer) for url, answer in scored.items()}
+        what = "does not score (a vLLM server has to allow prompt_logprobs)"
+        scored = ask(score_call(name, protocol, CANARY), what)
+        canary = _one_canary(flag, urls[0], {url: _canary_of(a) for url, a in scored.items()})
+    return ServedModel(
+        protocol=protocol, name=name, context=context, tokens=tokens, canary=canary, **facts
+    )
+
+
+def _refuse_failures(flag: str, answers: dict[str, Any], what: str, *, has_key: bool) -> None:
+    """ValueError for the first answer that is none; `what` says what its server cannot do."""
+    for url, answer in answers.items():
+        if isinstance(answer, Rejected) and "HTTP 401" in str(answer):
+            remedy = "is missing: name its variable with `api_key_env`"
+            remedy = "is not the right one" if has_key else remedy
+            raise ValueError(f"{flag}: {url} wants a key, and it {remedy}")
+        if isinstance(answer, Rejected) and "HTTP 404" in str(answer):
+            raise ValueError(
+                f"{flag}: {url} answers, and {what}: is it a vLLM or a scoring server?"
+            )
+        if isinstance(answer, Exception):
+            raise ValueError(f"{flag}: {url} {what}: {answer}")
+
+
+def _one_canary(flag: str, first_url: str, canaries: dict[str, Any]) -> Any:
+    """The canary that all replicas share, within rounding."""
     first = next(iter(canaries.values()))
     for url, canary in canaries.items():
         if not _gap(canary, first) <= CANARY_TOLERANCE:
             raise ValueError(
-                f"{flag}: {url} has another model than {urls[0]}: their log-probabilities of the "
-                f"canary differ by "
-                f"{_gap(canary, first):.3f} nats; replicas of one teacher must serve the same "
-                f"weights"
+                f"{flag}: {url} has another model than {first_url}: their log-probabilities of "
+                f"the canary differ by {_gap(canary, first):.3f} nats; replicas of one teacher "
+                "must serve the same weights"
             )
-    return ServedModel(
-        protocol=protocol,
-        name=name,
-        context=context,
-        tokens=_one_answer(flag, "tokenizer", tokens),
-        canary=first,
-        **facts,
-    )
+    return first
 
 
 def check_support_k(

@@ -118,11 +118,10 @@ class Transport:
                     method, url + call.path, content=call.body, headers=headers
                 ) as response,
             ):
-                body = await (
-                    _read_body(response, call.most_bytes)
-                    if response.status_code == 200
-                    else _read_error(response)
-                )
+                if response.status_code == 200:
+                    body = await _read_body(response, call.most_bytes)
+                else:
+                    body = await _read_error(response)
         except TimeoutError:
             raise Failure("timeout", f"no answer within {seconds:.3g} s") from None
         except (httpx.ConnectTimeout, httpx.ConnectError) as error:

@@ -20,7 +20,7 @@ SOURCES = [
 # "file: the function that waits" -> why it may wait as long as it takes
 ALLOWED = {
     "rollout.py: subprocess.run": "a child writes responses as long as that takes, dies with us",
-    "pool.py: task.result": "a callback of that task: it is done",
+    "pool.py: request.turn": "a replica takes it, or the pool gives it up after `wait_s`",
     "bench_recovery.py: future.result": "the pool is closed, and each run had its own deadline",
     "tools.py: process.submit(function, *args).result": "a measurement takes what it takes",
     "make_demo.py: job.result": "training takes what it takes; a dead child raises",
