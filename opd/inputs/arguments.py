@@ -22,16 +22,9 @@ from transformers.hf_argparser import HfArgumentParser
 from opd.config import Backend, LocalBackend, TeacherSpec, groups_of
 
 # Keys under which people write the secret itself.
-_SECRET_KEYS = {
-    "api_key",
-    "apikey",
-    "key",
-    "token",
-    "auth_token",
-    "access_token",
-    "secret",
-    "password",
-}
+_SECRET_KEYS = (
+    "api_key", "apikey", "key", "token", "auth_token", "access_token", "secret", "password"
+)  # fmt: skip
 
 # Flags that were taken away, and what to do instead.
 _REMOVED = {

@@ -8,6 +8,7 @@ be the embedding, both.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -42,13 +43,19 @@ class ModelFacts:
     shared_vocab: int  # rows that every lm_head has
 
 
-def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
-    """Refuses a missing model and a model that brings code along."""
+def _config_dict(flag: str, path: str) -> dict[str, Any]:
+    """What its config.json holds."""
     check_path(flag, path)
     options = {"local_files_only": Path(path).is_dir()}
-    config_dict, _ = load_part(
+    return load_part(
         flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, **options)
-    )
+    )[0]
+
+
+def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
+    """Refuses a missing model and a model that brings code along."""
+    config_dict = _config_dict(flag, path)
+    options = {"local_files_only": Path(path).is_dir()}
     tokenizer_dict = load_part(
         flag, path, "tokenizer", lambda: {**get_tokenizer_config(path, **options)}
     )
@@ -139,14 +146,7 @@ def read_checked(
     With `vllm` it is also one that vLLM runs. The files of a hub id are checked when they are there
     (`check_downloads`).
     """
-    check_path(flag, path)
-    is_local = Path(path).is_dir()
-    content, _ = load_part(
-        flag,
-        path,
-        "config.json",
-        lambda: PreTrainedConfig.get_config_dict(path, local_files_only=is_local),
-    )
+    content, is_local = _config_dict(flag, path), Path(path).is_dir()
     is_teacher = flag.startswith("--teacher")
     served = ", or serve it with vLLM and give its URL" if is_teacher else ""
     check_not_quantised(flag, path, content, f"give its bfloat16 checkpoint{served}")
