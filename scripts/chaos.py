@@ -99,40 +99,36 @@ class Fleet:
 
 
 @contextmanager
-def fleet_of(root: Path, steps: int) -> Iterator[Fleet]:
-    """Models, prompts, and two servers of each role; at the end they are gone."""
-    write_workload(root, WORK, steps=steps, vocab_size=VOCAB)
-    weights = root / "weights"
-    weights.mkdir(mode=0o700)
-    length = WORK.prompt_tokens + WORK.response_tokens
-    pushed = {"weights_dir": weights}
-    roles = {  # role -> model, options
-        "rollout": ("student", {"protocol": "rollout", "kv_cache_gib": 0.05, **pushed}),
-        "logprob": ("student", {"protocol": "logprob", **pushed}),
-        "teacher": ("teacher", {"protocol": "binary", "kv_cache_gib": 0.05}),
-    }
-    extra = {
-        "rollout": ["--max_model_len", str(length), "--enforce_eager"],
-        # One sequence at a time: what a server says does not depend on what else it is asked, to
-        # the last bit.
-        "logprob": ["--max_tokens_per_batch", "1"],
-        "teacher": [],
-    }
+def serving_roles(roles: dict[str, tuple[Path | str, dict]], logs: Path) -> Iterator[Servers]:
+    """Role -> (model, options of its servers): the servers of each; at the end they are gone."""
     with ExitStack() as stack:
-        servers = {
+        yield {
             role: stack.enter_context(
-                serving(
-                    str(root / model),
-                    name=role,
-                    replicas=2,
-                    dtype="float32",
-                    log_dir=root / f"{role}_servers",
-                    extra=extra[role],
-                    **options,
-                )
+                serving(str(model), name=role, log_dir=logs / role, **options)
             )
             for role, (model, options) in roles.items()
         }
+
+
+@contextmanager
+def fleet_of(root: Path, steps: int) -> Iterator[Fleet]:
+    """Models, prompts, and two servers of each role."""
+    write_workload(root, WORK, steps=steps, vocab_size=VOCAB)
+    weights = root / "weights"
+    weights.mkdir(mode=0o700)
+    common = {"replicas": 2, "dtype": "float32"}
+    pushed = {**common, "weights_dir": weights}
+    length = str(WORK.prompt_tokens + WORK.response_tokens)
+    rollout = {"kv_cache_gib": 0.05, "extra": ["--max_model_len", length, "--enforce_eager"]}
+    # One sequence at a time: what a server says does not depend on what else it is asked, to the
+    # last bit.
+    logprob = {"extra": ["--max_tokens_per_batch", "1"]}
+    roles = {
+        "rollout": (root / "student", {"protocol": "rollout", **rollout, **pushed}),
+        "logprob": (root / "student", {"protocol": "logprob", **logprob, **pushed}),
+        "teacher": (root / "teacher", {"protocol": "binary", "kv_cache_gib": 0.05, **common}),
+    }
+    with serving_roles(roles, root / "servers") as servers:
         yield Fleet(servers, root, weights, steps)
 
 

@@ -19,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +27,7 @@ import yaml
 from opd.clients.protocols import TOKEN_VARIABLE
 from opd.records import sample_ledger
 from opd.records.report import report_command
-from opd.servers.server_processes import serving
-from scripts.chaos import ROLES, Servers, play, problems_of
+from scripts.chaos import ROLES, Servers, play, problems_of, serving_roles
 from scripts.measure.runs import flags, steps_of
 from scripts.measure.tools import ROOT, say
 
@@ -57,28 +55,15 @@ class Schedule:
         return role
 
 
-def start_servers(stack: ExitStack, rollout_replicas: int) -> Servers:
+def roles_of(rollout_servers: int) -> dict[str, tuple[str, dict]]:
     """One teacher's server, one for log-probabilities, and those that write."""
     pushed = {"weights_dir": WEIGHTS}
-    roles = {  # role -> model, options
-        "teacher": ("teacher_addition", {"protocol": "binary", "kv_cache_gib": 0.05}),
-        "logprob": ("student", {"protocol": "logprob", **pushed}),
-        "rollout": (
-            "student",
-            {
-                "protocol": "rollout",
-                "kv_cache_gib": 0.1,
-                "replicas": rollout_replicas,
-                "extra": ["--max_model_len", "28", "--enforce_eager"],
-                **pushed,
-            },
-        ),
-    }
+    extra = ["--max_model_len", "28", "--enforce_eager"]
+    rollout = {"replicas": rollout_servers, "kv_cache_gib": 0.1, "extra": extra}
     return {
-        role: stack.enter_context(
-            serving(f"demo/{model}", name=role, log_dir=SERVERS / role, **options)
-        )
-        for role, (model, options) in roles.items()
+        "teacher": ("demo/teacher_addition", {"protocol": "binary", "kv_cache_gib": 0.05}),
+        "logprob": ("demo/student", {"protocol": "logprob", **pushed}),
+        "rollout": ("demo/student", {"protocol": "rollout", **rollout, **pushed}),
     }
 
 
@@ -106,8 +91,8 @@ def write_config(path: Path, servers: Servers) -> None:
     path.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def summary(killed: int) -> tuple[str, bool]:
-    """What became of the run in one line, and whether all is as it must be."""
+def summary(killed: int) -> tuple[str, list[str]]:
+    """What became of the run in one line, and what is not as it must be."""
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     size = {"steps": config["num_steps"], "prompts": config["prompts_per_step"]}
     problems = problems_of(RUN, **size, max_staleness=MAX_STALENESS)
@@ -115,10 +100,10 @@ def summary(killed: int) -> tuple[str, bool]:
     lag = max(row["step"] - 1 - row["policy_version"] for row in samples)
     idle = statistics.median(row["perf/trainer_idle"] for row in steps_of(RUN))
     text = (
-        f"{killed} processes killed; {len(samples)} samples; problems: {problems or 'none'}; "
+        f"{killed} processes killed; {len(samples)} samples, {len(problems)} problems; "
         f"staleness at most {lag}; the trainer was idle for {idle:.0%} of a step (median)"
     )
-    return text, not problems
+    return text, problems
 
 
 def strike(text: str) -> tuple[int, str]:
@@ -150,17 +135,18 @@ def main() -> int:
     command = [sys.executable, "scripts/make_demo.py", "--output_dir", "demo"]
     subprocess.run(command, check=True, timeout=DEADLINE_S)
     schedule = Schedule(list(args.kill_at))
-    with ExitStack() as stack:
-        servers = start_servers(stack, args.servers)
+    with serving_roles(roles_of(args.servers), SERVERS) as servers:
         write_config(SERVERS / "run.yaml", servers)
         command = [sys.executable, "train_mopd.py", *flags(config=SERVERS / "run.yaml")]
         command += [*flags(output_dir=RUN), *rest]
         say(f"training; the trainer's console is {RUN.with_suffix('.log')}")
         play(command, RUN, servers, schedule, deadline_s=DEADLINE_S)
     report_command([str(RUN)])
-    text, right = summary(schedule.done.total())
+    text, problems = summary(schedule.done.total())
+    for line in problems:
+        say(line)
     print(text)
-    return int(not right or bool(schedule.kills))
+    return int(bool(problems or schedule.kills))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import Qwen3ForCausalLM
 
 from scripts import bench_recovery, bench_step
 from scripts.measure import runs
+from scripts.measure.tools import read_jsonl
 from tests.support.processes import worker_environment
 
 # ---- A step --------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def test_prompts_have_the_asked_length_and_no_model_can_end_its_response(tmp_pat
     workload = runs.Workload(2, 12, 4, student=(1, 64), teacher=(2, 96))
     runs.write_workload(tmp_path, workload, steps=3, vocab_size=300)
     tokenizer = runs.byte_tokenizer(300)
-    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    rows = read_jsonl(tmp_path / "prompts.jsonl")
     prompts = [
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         for row in rows
@@ -61,6 +62,18 @@ def test_prompts_have_the_asked_length_and_no_model_can_end_its_response(tmp_pat
         silent = [tokenizer.eos_token_id, tokenizer.pad_token_id]
         assert probs_BSV[..., silent].max() < 1e-20 and probs_BSV.shape[-1] == 300
         assert probs_BSV.max() < 0.1, "the other tokens are meant to stay near uniform"
+
+
+def test_flags_are_written_as_a_user_types_them():
+    found = runs.flags(num_steps=0, data=["a", "b"], plan=True, dry_run=False, teacher=None)
+    assert found == ["--num_steps", "0", "--data", "a", "b", "--plan"]
+
+
+def test_domains_of_prompts_take_turns(tmp_path):
+    runs.write_prompts(tmp_path / "prompts.jsonl", 5, 4, ("math", "code"))
+    rows = read_jsonl(tmp_path / "prompts.jsonl")
+    assert [row["data_source"] for row in rows] == ["math", "code", "math", "code", "math"]
+    assert {len(row["prompt"][0]["content"]) for row in rows} == {3}
 
 
 def a_run(step_s: list[float], length: float = 64.0) -> dict:
@@ -137,11 +150,7 @@ def miniature_demo(tiny, tokenizer, tmp_path_factory) -> Path:
     (root / "teacher_reversal").symlink_to(tiny.reversal)
     teacher = Qwen3ForCausalLM.from_pretrained(tiny.reversal)
     for source in (tiny.train, tiny.eval):
-        rows = [
-            row
-            for row in map(json.loads, source.read_text().splitlines())
-            if row["data_source"] == "reversal"
-        ]
+        rows = [row for row in read_jsonl(source) if row["data_source"] == "reversal"]
         for row in rows:
             ids = tokenizer.apply_chat_template(
                 row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
