@@ -22,7 +22,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +46,8 @@ FRESH_PROMPTS, FRESH_TOKENS = (
 
 # (parameters, version) -> metrics; collective
 Push = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]
+
+Life = Generator[Future, Any, None]  # what a sample goes through: it yields what it waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,65 +226,39 @@ class AsyncRolloutEngine:
             for generation in range(self.cfg.num_generations):
                 at, landing = _Place(step, prompt, place, generation), Future()
                 self._issued[step].append((at, landing))
-                if (known := self._restored.pop(at.sample_id, None)) is not None:
-                    self._land(landing, known)
-                else:
-                    self._send(at, landing)
+                _follow(self._life(at, landing), landing)
 
-    def _send(self, at: _Place, landing: Future) -> None:
+    def _life(self, at: _Place, landing: Future) -> Life:
+        """A sample, from its prompt until it lies ready for its step."""
+        rollout = self._restored.pop(at.sample_id, None)
+        if rollout is None:
+            answer = yield self._ask(at)
+            while answer.aborted:  # text that a push cut off is not kept
+                answer = yield self._ask(at)
+            rollout = self._rollout(at, answer)
+            self.servers.flow.lengths.append(len(rollout.response_ids))
+            if self.logprob_servers is not None:
+                self._tell(rollout)  # teachers and log-prob servers work at the same time
+                # the old policy is not older than the sampler
+                newest = max(version for version, _, _ in answer.spans)
+                old = yield self.logprob_servers.submit(rollout, oldest=newest)
+                old = OldPolicy(old.version, old.logprobs_L.tolist(), old.entropy_L.tolist())
+                rollout = replace(rollout, old_policy=old)
+        fault_point("ahead.landed")
+        with self._lock:
+            self._tell(rollout)
+            landing.set_result(rollout)
+
+    def _ask(self, at: _Place) -> "Future[Answer]":
         fault_point("ahead.issue")
-        future = self.servers.submit(
+        return self.servers.submit(
             at.sample_id.replace("/", "-"),
             at.prompt.token_ids,
             seed=sample_seed(self.seed, at.step, at.prompt, at.place, at.generation),
             temperature=self.cfg.temperature,
             with_logprobs=True,
-            oldest=self._oldest(at),
+            oldest=at.step - self.ahead.max_staleness,
         )
-        future.add_done_callback(functools.partial(self._arrived, at, landing))
-
-    def _oldest(self, at: _Place) -> int:
-        """The version that a token of a sample must at least have."""
-        return at.step - self.ahead.max_staleness
-
-    def _arrived(self, at: _Place, landing: Future, future: Future) -> None:
-        """In a pool's thread. Text that a push cut off is not kept: its prompt is sent again."""
-        if landing.cancelled():  # its step was given up
-            return
-        try:
-            answer = future.result(timeout=0)
-            if answer.aborted:
-                self._send(at, landing)
-                return
-            rollout = self._rollout(at, answer)
-            self.servers.flow.lengths.append(len(rollout.response_ids))
-            if self.logprob_servers is None:
-                self._land(landing, rollout)
-                return
-            self._tell(rollout)  # teachers and log-prob servers work at the same time
-            # the old policy is not older than the sampler
-            newest = max(version for version, _, _ in answer.spans)
-            asked = self.logprob_servers.submit(rollout, oldest=newest)
-            asked.add_done_callback(functools.partial(self._judged, landing, rollout))
-        except BaseException as error:  # nobody hears an exception in a callback
-            landing.set_exception(error)
-
-    def _judged(self, landing: Future, rollout: Rollout, future: Future) -> None:
-        """In a pool's thread: the old policy has spoken."""
-        if landing.cancelled():
-            return
-        try:
-            found = future.result(timeout=0)
-            old = OldPolicy(found.version, found.logprobs_L.tolist(), found.entropy_L.tolist())
-            self._land(landing, replace(rollout, old_policy=old))
-        except BaseException as error:  # as above
-            landing.set_exception(error)
-
-    def _land(self, landing: Future, rollout: Rollout) -> None:
-        fault_point("ahead.landed")
-        with self._lock:
-            self._tell(rollout)
-            landing.set_result(rollout)
 
     def _tell(self, rollout: Rollout) -> None:
         """To whoever listens; twice is fine."""
@@ -384,6 +360,20 @@ class AsyncRolloutEngine:
             policy_version=min(version for version, _, _ in answer.spans),
             policy_spans=tuple(tuple(span) for span in answer.spans),
         )
+
+
+def _follow(life: Life, landing: Future, answered: Future | None = None) -> None:
+    """Takes a life to its next wait, and from there on when that is over: in a pool's thread."""
+    if landing.cancelled():  # its step was given up
+        return
+    try:
+        waits_for = life.send(answered and answered.result(timeout=0))
+    except StopIteration:
+        return
+    except BaseException as error:  # nobody hears an exception in a callback
+        landing.set_exception(error)
+    else:
+        waits_for.add_done_callback(functools.partial(_follow, life, landing))
 
 
 def _buffer_file() -> str:
