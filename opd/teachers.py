@@ -161,11 +161,11 @@ class TeacherPool:
         cache_bytes: int,
         shared_vocab: int,
         device: torch.device,
-        turns: Callable[[Collection[str]], Iterator[str]] | None = None,
+        turns: Callable[[Collection[str]], Iterator[str]],
         served: Sequence[ServedTeacher] = (),
         streams: bool = False,
     ):
-        self._turns = turns or self._one_after_another
+        self._turns = turns
         self.teachers = {teacher.name: teacher for teacher in teachers}
         self.served, self.streams = {teacher.name: teacher for teacher in served}, streams
         # (sample, served teacher) -> what was asked
@@ -321,15 +321,6 @@ class TeacherPool:
                     for index, weight, score in zip(job.indices, job.weights, found, strict=True):
                         scores[index].append(replace(score, weight=weight))
         return scores
-
-    def _one_after_another(self, names: Collection[str]) -> Iterator[str]:
-        """Turns where nobody shares the GPU with the teachers."""
-        for name in names:
-            self.teachers[name].wake()
-            try:
-                yield name
-            finally:
-                self.teachers[name].sleep()
 
     def _bytes_of(self, name: str, rollout: Rollout) -> int:
         return len(rollout.response_ids) * self.teachers[name].bytes_per_token

@@ -28,6 +28,7 @@ from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
 from tests.support.fault_proxy import FAULTS, Fault, FaultProxy, is_scoring
 from tests.support.processes import leave_vllm
+from tests.support.turns import one_after_another
 
 VOCAB, SUPPORT, CONTEXT = 40, 5, 512
 TOLERANCE = 1e-4
@@ -120,14 +121,16 @@ def teacher(
 
 
 def pool_of(colocated=(), served=(), routes=ROUTES, payload="topk", streams=False) -> TeacherPool:
+    colocated = list(colocated)
     return TeacherPool(
-        list(colocated),
+        colocated,
         routes,
         LOSS,
         payload=payload,
         cache_bytes=1 << 30,
         shared_vocab=VOCAB,
         device=torch.device("cpu"),
+        turns=one_after_another(colocated),
         served=list(served),
         streams=streams,
     )

@@ -540,7 +540,14 @@ def test_a_filler_gives_a_gradient_of_no_rows():
         LossConfig(support="teacher_topk", is_mode="mask"),
     ):
         pool = TeacherPool(
-            [], {}, cfg, payload=payload_of(cfg), cache_bytes=0, shared_vocab=VOCAB, device=CPU
+            [],
+            {},
+            cfg,
+            payload=payload_of(cfg),
+            cache_bytes=0,
+            shared_vocab=VOCAB,
+            device=CPU,
+            turns=iter,
         )
         logits = LogitsChunk(
             logits_0V.clone(), form=LogitForm(), temperature=1.0, want_gradient=True

@@ -31,6 +31,7 @@ from opd.padding import collate
 from opd.rollout import RolloutEngine
 from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
+from tests.support.turns import one_after_another
 
 VOCAB = 40
 EOS, OTHER_STOP = 1, 20
@@ -601,6 +602,7 @@ def pool_of(members, routes, payload="hidden", cache_bytes=1 << 30, **loss) -> T
         cache_bytes=cache_bytes,
         shared_vocab=VOCAB,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        turns=one_after_another(members),
     )
 
 

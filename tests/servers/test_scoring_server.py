@@ -33,6 +33,7 @@ from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
 from tests.support.models import PADDED_VOCAB
 from tests.support.processes import LOOPBACK, leave_vllm, listening_addresses, worker_environment
+from tests.support.turns import one_after_another
 
 SHARED_VOCAB, HIDDEN, CONTEXT, K = 40, 96, 512, 5
 TOKEN = "a-token-of-more-than-16-characters"
@@ -133,14 +134,16 @@ def test_it_says_what_a_colocated_teacher_says(
 ):
     asked = question(payload, vocab=vocab, temperature=temperature)
     spec = TeacherSpec(name="math", model=str(tiny.padded), domains=("any",))
+    members = [ColocatedTeacher(spec, engines[backend], load_head(spec.model))]
     pool = TeacherPool(
-        [ColocatedTeacher(spec, engines[backend], load_head(spec.model))],
+        members,
         {"any": (("math", 1.0),)},
         LossConfig(support_k=K, loss_temperature=temperature),
         payload=payload,
         cache_bytes=1 << 30,
         shared_vocab=vocab,
         device=torch.device("cpu"),
+        turns=one_after_another(members),
     )
     prompt = Prompt(prompt_id=0, domain="any", token_ids=asked.prompt_ids)
     rollout = Rollout(

@@ -185,6 +185,7 @@ def run_token_loss(batch, cfg, chunk=3, logprobs_N=None):
         cache_bytes=1 << 30,
         shared_vocab=VOCAB,
         device=CPU,
+        turns=iter,
     )
     if logprobs_N is None:
         logprobs_N = torch.zeros(len(batch.tokens))

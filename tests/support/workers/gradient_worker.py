@@ -170,6 +170,7 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
         cache_bytes=1 << 30,
         shared_vocab=VOCAB,
         device=device,
+        turns=iter,
     )
     before = {name: value.clone() for name, value in student.named_full_parameters()}
 

@@ -82,6 +82,7 @@ def scored(job: dict, engines: dict, cache_bytes: int) -> dict[str, torch.Tensor
     from opd import teachers
     from opd.ops.heads import load_head
     from opd.types import Prompt, Rollout
+    from tests.support.turns import one_after_another
 
     teachers.PIECE_BYTES = 1  # every response that is not kept is a call of its own
     domains = ["addition", "reversal"] if distributed.rank() == 0 else ["addition"]
@@ -115,6 +116,7 @@ def scored(job: dict, engines: dict, cache_bytes: int) -> dict[str, torch.Tensor
         cache_bytes=cache_bytes,
         shared_vocab=40,
         device=torch.device("cpu"),
+        turns=one_after_another(members),
     )
     with distributed.agree_on_error("scoring"):
         rows = pool.score(rollouts)
