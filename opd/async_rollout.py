@@ -49,6 +49,8 @@ PushWeights = Callable[[Iterable[tuple[str, Tensor]], int], dict[str, float]]
 
 Life = Generator[Future, Any, None]  # what a sample goes through: it yields what it waits for
 
+Life = Generator[Future, Any, None]  # what a sample goes through: it yields what it waits for
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:

@@ -172,71 +172,49 @@ def inspect_replicas(
     one.
     """
     with _asked_directly(flag, urls, api_key) as pool:
-
-        def ask(call: Call, what: str) -> dict[str, Any]:
-            answers = pool.ask_each(call, timeout_s)
-            _refuse_failures(flag, answers, what, has_key=bool(api_key))
-            return answers
-
-        def agreed(what: str, key: str, entries: dict[str, dict]) -> Any:
-            return _one_answer(flag, what, {url: entry.get(key) for url, entry in entries.items()})
-
-        versions = ask(_json_call("/version"), "cannot be reached")
-        speaks = {
+        ask = functools.partial(_ask_every, flag, pool, timeout_s=timeout_s, has_key=bool(api_key))
+        protocol_of = {
             url: "binary" if version.get("protocol") == SCORING else "json"
-            for url, version in versions.items()
+            for url, version in ask(_json_call("/version"), "cannot be reached").items()
         }
-        protocol = _one_answer(flag, "protocol", speaks)
-        listed = ask(_json_call("/v1/models"), "does not list its models")
-        chosen = {url: _choose(flag, url, content, model) for url, content in listed.items()}
-        name, context = (
-            agreed("model", "id", chosen),
-            agreed("context length", "max_model_len", chosen),
-        )
-        if not isinstance(context, int):
-            raise ValueError(f"{flag}: {urls[0]} does not say its context length (max_model_len)")
+        protocol = _one_answer(flag, "protocol", protocol_of)
+        listed_by = ask(_json_call("/v1/models"), "does not list its models")
+        entry_of = {url: _choose(flag, url, listed, model) for url, listed in listed_by.items()}
+        name = _one_answer(flag, "model", {url: entry["id"] for url, entry in entry_of.items()})
+        context = _context(flag, entry_of)
         tokens = _one_answer(flag, "tokenizer", _tokens(pool, name, timeout_s))
-        facts: dict[str, Any] = {
-            "content": _content_here(urls, [entry.get("root") for entry in chosen.values()])
-        }
         if protocol == "binary":
-            answers = ask(_json_call("/info"), "does not describe its model")
-            agreed("content of the model", "content", answers)
-            facts = _binary_facts(flag, next(iter(answers.values())))
-        what = "does not score (a vLLM server has to allow prompt_logprobs)"
-        scored = ask(score_call(name, protocol, CANARY), what)
-        canary = _one_canary(flag, urls[0], {url: _canary_of(a) for url, a in scored.items()})
-    return ServedModel(
-        protocol=protocol, name=name, context=context, tokens=tokens, canary=canary, **facts
-    )
+            facts = _binary_facts(flag, ask(_json_call("/info"), "does not describe its model"))
+        else:
+            facts = {"content": _content_here(urls, [e.get("root") for e in entry_of.values()])}
+        scores = ask(
+            score_call(name, protocol, CANARY),
+            "does not score (a vLLM server has to allow prompt_logprobs)",
+        )
+    canary = _one_canary(flag, {url: _canary_of(answer) for url, answer in scores.items()})
+    return ServedModel(protocol, name, context, tokens, canary, **facts)
 
 
-def _refuse_failures(flag: str, answers: dict[str, Any], what: str, *, has_key: bool) -> None:
-    """ValueError for the first answer that is none; `what` says what its server cannot do."""
+def _ask_every(
+    flag: str, pool: ReplicaPool, call: Call, what_if_not: str, *, timeout_s: float, has_key: bool
+) -> dict[str, Any]:
+    """URL -> its answer; ValueError with one line if a replica has none."""
+    answers = pool.ask_each(call, timeout_s)
     for url, answer in answers.items():
         if isinstance(answer, Rejected) and "HTTP 401" in str(answer):
-            remedy = "is missing: name its variable with `api_key_env`"
-            remedy = "is not the right one" if has_key else remedy
+            remedy = (
+                "is not the right one"
+                if has_key
+                else "is missing: name its variable with `api_key_env`"
+            )
             raise ValueError(f"{flag}: {url} wants a key, and it {remedy}")
         if isinstance(answer, Rejected) and "HTTP 404" in str(answer):
             raise ValueError(
-                f"{flag}: {url} answers, and {what}: is it a vLLM or a scoring server?"
+                f"{flag}: {url} answers, and {what_if_not}: is it a vLLM or a scoring server?"
             )
         if isinstance(answer, Exception):
-            raise ValueError(f"{flag}: {url} {what}: {answer}")
-
-
-def _one_canary(flag: str, first_url: str, canaries: dict[str, Any]) -> Any:
-    """The canary that all replicas share, within rounding."""
-    first = next(iter(canaries.values()))
-    for url, canary in canaries.items():
-        if not _gap(canary, first) <= CANARY_TOLERANCE:
-            raise ValueError(
-                f"{flag}: {url} has another model than {first_url}: their log-probabilities of "
-                f"the canary differ by {_gap(canary, first):.3f} nats; replicas of one teacher "
-                "must serve the same weights"
-            )
-    return first
+            raise ValueError(f"{flag}: {url} {what_if_not}: {answer}")
+    return answers
 
 
 def check_support_k(
@@ -249,7 +227,7 @@ def check_support_k(
                 raise ValueError(
                     f"--support_k: {flag}: {url} does not give {question.support_k} candidates of "
                     f"a token; start it with "
-                    f"--max-logprobs {question.support_k} (scripts/serve.sh teacher: "
+                    f"--max-logprobs {question.support_k} (scripts/serve_teacher.sh: "
                     f"--max_logprobs), or lower --support_k "
                     f"({answer})"
                 )
@@ -283,6 +261,29 @@ def _one_answer(flag: str, what: str, by_url: dict[str, Any]) -> Any:
                 f"{flag}: the replicas differ in their {what}: {_at_most_60(first)} at "
                 f"{first_url}, {_at_most_60(value)} at {url}; "
                 "they must serve the same model alike"
+            )
+    return first
+
+
+def _context(flag: str, entry_of: dict[str, dict]) -> int:
+    """Tokens that fit into the model."""
+    context_of = {url: entry.get("max_model_len") for url, entry in entry_of.items()}
+    context = _one_answer(flag, "context length", context_of)
+    if not isinstance(context, int):
+        raise ValueError(
+            f"{flag}: {next(iter(context_of))} does not say its context length (max_model_len)"
+        )
+    return context
+
+
+def _one_canary(flag: str, canary_of: dict[str, tuple[float, ...]]) -> tuple[float, ...]:
+    (first_url, first), *_ = canary_of.items()
+    for url, canary in canary_of.items():
+        if not _gap(canary, first) <= CANARY_TOLERANCE:
+            raise ValueError(
+                f"{flag}: {url} has another model than {first_url}: their log-probabilities of the "
+                f"canary differ by {_gap(canary, first):.3f} nats; replicas of one teacher must "
+                f"serve the same weights"
             )
     return first
 
@@ -337,18 +338,21 @@ def _tokens(pool: ReplicaPool, name: str, timeout_s: float) -> dict[str, tuple[i
     }
 
 
-def _binary_facts(flag: str, info: dict) -> dict[str, Any]:
-    readers: dict[str, tuple[str, Callable]] = {
-        "content": ("content", str),
-        "vocab_size": ("vocab_size", int),
-        "hidden_size": ("hidden_size", int),
-        "max_support_k": ("max_support_k", int),
-        "eos_ids": ("eos_ids", lambda ids: tuple(map(int, ids))),
-        "logit_scale": ("logit_scale", float),
-        "logit_softcap": ("logit_softcap", lambda x: None if x is None else float(x)),
+def _binary_facts(flag: str, info_of: dict[str, dict]) -> dict[str, Any]:
+    content_of = {url: info.get("content") for url, info in info_of.items()}
+    _one_answer(flag, "content of the model", content_of)
+    info = next(iter(info_of.values()))
+    readers: dict[str, Callable] = {
+        "content": str,
+        "vocab_size": int,
+        "hidden_size": int,
+        "max_support_k": int,
+        "eos_ids": lambda ids: tuple(map(int, ids)),
+        "logit_scale": float,
+        "logit_softcap": lambda x: None if x is None else float(x),
     }
     try:
-        return {name: read(info[key]) for name, (key, read) in readers.items()}
+        return {name: read(info[name]) for name, read in readers.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{flag}: a scoring server of another version: {error!r} in its /info"
