@@ -302,7 +302,9 @@ def _kl_parts(
         return [(jsd_beta, t, m), (1.0 - jsd_beta, s, m)]
     if kind == "skew_forward_kl":
         return [(1.0, t, _log_mixture(t, s, "skew_alpha", skew_alpha))]
-    return [(1.0, s, _log_mixture(s, t, "skew_alpha", skew_alpha))]
+    if kind == "skew_reverse_kl":
+        return [(1.0, s, _log_mixture(s, t, "skew_alpha", skew_alpha))]
+    raise ValueError(f"kind={kind!r}: it is one of DIVERGENCES, and has no parts here")
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, name: str, weight: float) -> Tensor:

@@ -334,7 +334,7 @@ def _child_main() -> None:
     Path(args.answer).write_text(json.dumps(rows))
 
 
-def push(student: WeightSource, rollout_engine: WeightTarget, version: int) -> int:
+def push_weights(student: WeightSource, rollout_engine: WeightTarget, version: int) -> int:
     """Replaces the rollout engine's weights by the student's and returns the version that it
     samples with from now on.
 

@@ -27,9 +27,9 @@ class Limits:
     `probe_timeout_s` and the second that its metrics are given.
     """
 
-    wait_s: float = (
-        30.0  # a request that has failed waits this long for an answer, from its first failure
-    )
+    # A request that has failed waits this long, from its first failure or the last answer that any
+    # request got.
+    wait_s: float = 30.0
     timeout_s: float = 120.0  # of one attempt
     connect_s: float = 3.0
     max_inflight: int = 32  # requests per replica

@@ -87,7 +87,7 @@ class ServedTeacher:
     def collect(self, futures: Sequence[Future]) -> list[TeacherScores]:
         """The scores, in order.
 
-        Raises servers.Unanswered, or Rejected, with the teacher's name; nothing is left out.
+        Raises transport.Unanswered, or Rejected, with the teacher's name; nothing is left out.
         """
         return [
             TeacherScores(teacher=self.name, weight=1.0, **fields)

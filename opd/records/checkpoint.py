@@ -55,7 +55,7 @@ FAULT_POINTS = (
 def save(
     run_dir: Path,
     state: LoopState,
-    save_shards: Callable[[Path], None],
+    save_parts: Callable[[Path], None],
     fingerprint: dict[str, Any],
     *,
     keep: int,
@@ -64,7 +64,7 @@ def save(
 
     Collective.
 
-    `save_shards(directory)` writes this rank's part. It may hold collectives, therefore it must not
+    `save_parts(directory)` writes this rank's part. It may hold collectives, therefore it must not
     leave them early: a write error waits until the last one is over. A whole checkpoint of the same
     step is left as it is and returned; a damaged one is replaced. Raises RuntimeError on every
     rank, after removing what was written, if any rank could not write, as on a full disk.
@@ -89,7 +89,7 @@ def save(
             "world_size": world_size(),
             "fingerprint": fingerprint,
         }
-        manifest["files"] = _write_files(tmp, state, save_shards)
+        manifest["files"] = _write_files(tmp, state, save_parts)
         _write_manifest(tmp, manifest)
         _publish(tmp, final)
     with agree_on_error("deleting old checkpoints"):
@@ -131,14 +131,14 @@ def _temporary(final: Path) -> Iterator[Path]:
 
 
 def _write_files(
-    tmp: Path, state: LoopState, save_shards: Callable[[Path], None]
+    tmp: Path, state: LoopState, save_parts: Callable[[Path], None]
 ) -> list[dict[str, Any]]:
     """All files but the manifest, on the disk.
 
     Returns [{file, size, sha256}], the same on every rank.
     """
     with agree_on_error("writing the shards"):
-        save_shards(tmp)
+        save_parts(tmp)
         fault_point("save.shards_written")
     with agree_on_error(f"writing {LOOP_STATE}"):
         if rank() == 0:

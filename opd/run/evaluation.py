@@ -137,7 +137,7 @@ def _say_memory(run: Run, ledger: Ledger) -> None:
         say(f"memory, predicted/measured: {', '.join(phases)}")
 
 
-def finish(run: Run, student: Student, teacher_scores: Scores, ledger: Ledger) -> None:
+def finish_run(run: Run, student: Student, teacher_scores: Scores, ledger: Ledger) -> None:
     """The Hugging Face export, memory as predicted and measured and, with held-out prompts, the
     report. Collective.
     """

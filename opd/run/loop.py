@@ -21,10 +21,10 @@ from opd.records.memory_ledger import Ledger
 from opd.records.metrics import Metrics
 from opd.records.report import Scores
 from opd.records.sample_ledger import SampleLedger, sample_rows
-from opd.rollout import RolloutEngine, dataset_rollouts, push
+from opd.rollout import RolloutEngine, dataset_rollouts, push_weights
 from opd.run.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers
 from opd.run.context import Run
-from opd.run.evaluation import evaluate, evaluate_teachers, finish
+from opd.run.evaluation import evaluate, evaluate_teachers, finish_run
 from opd.run.step_log import log_servers, log_step
 from opd.student import Student
 from opd.teachers import TeacherPool
@@ -32,7 +32,8 @@ from opd.types import LoopState, LossOutput, MicroBatch, Prompt, Rollout, Teache
 
 # Phase -> what its ranks agree on, if one of them fails inside. In `train` nobody can be asked.
 AGREED = {"rollout": "rollout", "score": "scoring"}
-# Around these the weights are those of `LoopState`: a failure of all ranks saves them.
+# Around these the weights are those of `LoopState`: a failure of all ranks saves them. In `sync`
+# the push to servers is what they may agree on.
 SAVED = ("rollout", "score", "sync")
 
 
@@ -87,7 +88,11 @@ class Loop:
         cfg = self.run.cfg
         dtype, every = self.student.model.dtype, cfg.rollout.parity_every
         self.parity = Parity(self.run.micro_batches, cfg.rollout, every=every, dtype=dtype)
-        self._judged: Sequence[Rollout] | None = None  # for the check of this step, if it is due
+        # Of the step under way:
+        self._started, self._num_loss_tokens = 0.0, 0
+        self._rollouts: Sequence[Rollout] = ()
+        self._rows: Sequence[dict] = ()  # for the ledger of samples
+        self._fresh: Sequence[Rollout] | None = None  # what parity judges, where it is due
 
     # ---- Phases ----------------------------------------------------------------------------------
 
@@ -141,7 +146,7 @@ class Loop:
     def step(self, step: int) -> Iterator[None]:
         """Optimizer step `step` (0-based), from its prompts to its push."""
         self._started = time.perf_counter()
-        self._judged = None
+        self._fresh = None
         with self.colocation.step(step), self.metrics.timed("step"):
             yield
 
@@ -156,7 +161,7 @@ class Loop:
             on_finished=self.teachers.hear,
         )
         if is_due:
-            self._judged = self.rollout_engine.fresh(rollouts, step)
+            self._fresh = self.rollout_engine.fresh(rollouts, step)
         return rollouts
 
     def from_dataset(self, prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -186,12 +191,12 @@ class Loop:
         of a log-prob server. If the sampler is not the student, the run stops here. Collective.
         """
         cfg = self.run.cfg
-        if self._judged is not None:
-            self.parity.check(self.student, self._judged, self.state.step)
+        if self._fresh is not None:
+            self.parity.check(self.student, self._fresh, self.state.step)
         if cfg.loss.old_logprobs == "server":  # the rollouts brought it
             self._log_mismatch(micro_batches)
         elif cfg.loss.old_logprobs == "recompute" or (
-            self._judged is not None and not corrects(cfg.loss)
+            self._fresh is not None and not corrects(cfg.loss)
         ):
             temperature = cfg.rollout.temperature
             micro_batches = [
@@ -221,7 +226,7 @@ class Loop:
     def push(self) -> None:
         """The sampler gets the student's weights. Collective."""
         version = self.state.step
-        self.state.policy_version = push(self.student, self.rollout_engine, version=version)
+        self.state.policy_version = push_weights(self.student, self.rollout_engine, version=version)
 
     # ---- After a step, and after the last --------------------------------------------------------
 
@@ -279,4 +284,4 @@ class Loop:
         self.teachers.close()
         self.colocation.close()
         self.metrics.close()
-        finish(self.run, self.student, self.teacher_scores, self.colocation.ledger)
+        finish_run(self.run, self.student, self.teacher_scores, self.colocation.ledger)

@@ -18,7 +18,7 @@ from opd.engines import vllm_engine
 from opd.inputs.validation import load_ds_config
 from opd.padding import make_micro_batches
 from opd.parity import FIRST_LIMIT, FLOAT32_LIMIT, LEAST_LIMIT, Parity
-from opd.rollout import RolloutEngine, push
+from opd.rollout import RolloutEngine, push_weights
 from opd.student import LossSettings, Student
 from opd.types import Prompt
 from tests.support.processes import leave_vllm
@@ -117,7 +117,7 @@ class Pair:
         return Parity(CUT, self.cfg, every=10, dtype=self.dtype)
 
     def push(self) -> None:
-        push(self.student, self.engine, self.step)
+        push_weights(self.student, self.engine, self.step)
 
     def update(self, scale=0.03) -> None:
         """Every weight changes, as by an optimizer with a bold learning rate."""

@@ -502,9 +502,7 @@ def marked_processes(mark: Path) -> list[int]:
 
 
 def test_bad_input_is_one_line_and_status_2(models, tmp_path):
-    """In a subprocess and once on two ranks; tests/test_preflight.py has the whole list of mistakes
-    in process.
-    """
+    """In a subprocess and once on two ranks; tests/inputs has the whole list, in process."""
     typo = start(command(models, tmp_path / "a", "--learnin_rate", "1"))
     assert typo.returncode == 2 and typo.stderr.strip().endswith("did you mean --learning_rate?"), (
         typo.stderr
