@@ -85,19 +85,9 @@ def counted(request, odd_models, tmp_path_factory) -> tuple[int, Path]:
     (out / "job.json").write_text(json.dumps({"out": str(out), "cases": cases}))
     command = [sys.executable]
     if request.param > 1:
-        command += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-addr",
-            "127.0.0.1",
-        ]
-        command += ["--master-port", str(processes.free_port())]
-    command += [
-        str(ROOT / "tests" / "support" / "workers" / "zero_worker.py"),
-        str(out / "job.json"),
-    ]
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(processes.free_port())]
+    command += [str(ROOT / "tests/support/workers/zero_worker.py"), str(out / "job.json")]
     run = subprocess.run(
         command, env=worker_environment(), capture_output=True, text=True, check=False, timeout=300
     )
@@ -140,17 +130,9 @@ def test_tied_embeddings_count_once(odd_models):
 
 def test_activations_are_near_what_autograd_saves():
     """Of a layer of the real model: the formula is an estimate, but not a guess."""
-    config = Qwen3Config(
-        **{
-            **ODD,
-            "hidden_size": 64,
-            "intermediate_size": 192,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-        }
-    )
-    model = Qwen3ForCausalLM(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(**ODD | sizes | heads))
     shape = shape_of(model, "--student_model", "m")
     saved: dict[int, int] = {}
 
@@ -265,17 +247,8 @@ def published() -> dict[str, ModelShape]:
 
 
 def run_config(*argv: str, script=train_mopd):
-    required = [
-        "--student_model",
-        "s",
-        "--data",
-        "d",
-        "--output_dir",
-        "o",
-        "--ds_config",
-        str(ROOT / "ds_configs/zero3.json"),
-    ]
-    return parse(script.Config, [*required, *argv])
+    required = ["--student_model", "s", "--data", "d", "--output_dir", "o", "--ds_config"]
+    return parse(script.Config, [*required, str(ROOT / "ds_configs/zero3.json"), *argv])
 
 
 def job_of(
@@ -424,19 +397,9 @@ def test_an_engine_on_a_cpu_takes_what_is_predicted(tiny, tmp_path):
     """Embedding twice, linear layers once, and the KV cache that the flag says: 1 GiB while
     VLLM_CPU_KVCACHE_SPACE was set.
     """
-    wide = Qwen3Config(
-        **{
-            **ODD,
-            "vocab_size": 30_000,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-        }
-    )
-    model = Qwen3ForCausalLM(wide)
+    wide = {"vocab_size": 30_000, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64}
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 8}
+    model = Qwen3ForCausalLM(Qwen3Config(**ODD | wide | heads))
     model.save_pretrained(tmp_path / "wide")
     shape = {"wide": shape_of(model, "--teacher", "wide")}
     planned = teacher_awake_on_cpu(shape)
@@ -588,24 +551,12 @@ def command(capsys, *argv: str) -> tuple[int, str, str]:
 def test_command_prints_a_table_a_verdict_and_a_plot(run_yaml, capsys):
     machine = ("--gpus", "2", "--gpu_memory", "24", "--host_memory", "64")
     png = run_yaml.with_suffix(".png")
-    status, out, _ = command(
-        capsys,
-        "--config",
-        str(run_yaml),
-        *machine,
-        "--plot",
-        str(png),
-        "--lmbda",
-        "0.5",
-        "--seq_kd",
-    )
-    assert status == 0 and out.splitlines()[-1].startswith("fits")
+    gkd = ("--lmbda", "0.5", "--seq_kd")
+    status, out, _ = command(capsys, "--config", str(run_yaml), *machine, "--plot", str(png), *gkd)
     lines = out.splitlines()
-    assert (
-        len({len(line) for line in lines[1:3]}) == 1
-        and "rollout" in lines[1]
-        and any("total" in x for x in lines)
-    )
+    assert status == 0 and lines[-1].startswith("fits")
+    assert len({len(line) for line in lines[1:3]}) == 1 and "rollout" in lines[1]
+    assert any("total" in line for line in lines)
     assert png.read_bytes().startswith(b"\x89PNG")
     status, out, _ = command(capsys, "--config", str(run_yaml), *machine, "--json")
     assert status == 0
@@ -750,13 +701,11 @@ def test_tensor_parallelism_that_does_not_divide(published, size, ranks, what):
         make_job(cfg, job.student, job.teachers, replace(job.machine, gpus=ranks))
 
 
+SERVED = (("math", 8000), ("code", 8001))
+
+
 def test_a_served_teacher_takes_no_memory_here(run_yaml, capsys):
-    teachers = (
-        "--teacher",
-        "math=http://127.0.0.1:8000",
-        "--teacher",
-        "code=http://127.0.0.1:8001",
-    )
+    teachers = [f"--teacher={name}=http://127.0.0.1:{port}" for name, port in SERVED]
     status, out, err = command(capsys, "--config", str(run_yaml), *teachers)
     assert status in (0, 1), err
     assert "teacher math" not in out and "teacher code" not in out
@@ -776,28 +725,10 @@ def test_json_is_plain_data(published):
 
 def trainer_flags(tiny, output_dir) -> list[str]:
     return [
-        *(
-            "--student_model",
-            str(tiny.student),
-            "--output_dir",
-            str(output_dir),
-            "--data",
-            str(tiny.train),
-        ),
-        *(
-            f"--teacher=addition={tiny.addition}",
-            f"--teacher=reversal={tiny.reversal}",
-            "--prompts_per_step",
-            "8",
-        ),
-        *(
-            "--max_prompt_tokens",
-            "16",
-            "--max_response_tokens",
-            "8",
-            "--ds_config",
-            str(ROOT / "ds_configs/zero3.json"),
-        ),
+        *("--student_model", str(tiny.student), "--output_dir", str(output_dir)),
+        *("--data", str(tiny.train), "--ds_config", str(ROOT / "ds_configs/zero3.json")),
+        *(f"--teacher=addition={tiny.addition}", f"--teacher=reversal={tiny.reversal}"),
+        *("--prompts_per_step", "8", "--max_prompt_tokens", "16", "--max_response_tokens", "8"),
     ]
 
 
