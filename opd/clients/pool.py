@@ -93,7 +93,7 @@ class ReplicaPool(contextlib.AbstractContextManager):
         Rejected or Unanswered.
         """
         if not self._thread.is_alive():
-            raise RuntimeError(f"{self.name}: its thread has ended")
+            raise RuntimeError(f"{self.name}: its thread has ended") from self._fault
         return asyncio.run_coroutine_threadsafe(
             self._answer(_Request(call, time.monotonic())), self._loop
         )
@@ -115,7 +115,7 @@ class ReplicaPool(contextlib.AbstractContextManager):
                 ]:  # `wait` does not call those done
                     future.result(timeout=0)
                 if pending and not self._thread.is_alive():
-                    raise RuntimeError(f"{self.name}: its thread has ended")
+                    raise RuntimeError(f"{self.name}: its thread has ended") from self._fault
         except BaseException:
             self.cancel(futures)
             raise

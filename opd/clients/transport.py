@@ -118,12 +118,9 @@ class Transport:
                     method, url + call.path, content=call.body, headers=headers
                 ) as response,
             ):
-                if response.status_code == 200:
-                    body = await _read_body(response, call.most_bytes)
-                else:
-                    body = await _read_error(response)
+                body = await _read_body(response, call.most_bytes)
         except TimeoutError:
-            raise Failure("timeout", f"no answer within {seconds:.3g} s") from None
+            raise Failure("timeout", f"no answer within {round(seconds, 1):g} s") from None
         except (httpx.ConnectTimeout, httpx.ConnectError) as error:
             raise Failure(
                 "refused", f"cannot connect: {str(error) or type(error).__name__}"
@@ -162,26 +159,19 @@ class Transport:
 
 
 async def _read_body(response: httpx.Response, most: int) -> bytes:
+    """All of an answer; of an error the beginning, since its status says what to do."""
+    is_answer = response.status_code == 200
     promised = response.headers.get("Content-Length", "")
-    if promised.isdecimal() and int(promised[:20]) > most:
+    if is_answer and promised.isdecimal() and int(promised[:20]) > most:
         raise Failure("answer", f"a body of {promised[:20]} bytes, more than {most}")
-    parts, size = [], 0
-    async for part in response.aiter_raw():
-        parts.append(part)
-        size += len(part)
-        if size > most:
-            raise Failure("answer", f"a body of more than {most} bytes")
-    return b"".join(parts)
-
-
-async def _read_error(response: httpx.Response) -> bytes:
-    """The beginning is enough: the status says what to do."""
-    body = b""
+    body = bytearray()
     async for part in response.aiter_raw():
         body += part
-        if len(body) >= ERROR_BYTES:
-            break
-    return body[:ERROR_BYTES]
+        if not is_answer and len(body) >= ERROR_BYTES:
+            return bytes(body[:ERROR_BYTES])
+        if len(body) > most:
+            raise Failure("answer", f"a body of more than {most} bytes")
+    return bytes(body)
 
 
 def _retry_after(value: str) -> float:
