@@ -227,7 +227,7 @@ def check_support_k(
                 raise ValueError(
                     f"--support_k: {flag}: {url} does not give {question.support_k} candidates of "
                     f"a token; start it with "
-                    f"--max-logprobs {question.support_k} (scripts/serve_teacher.sh: "
+                    f"--max-logprobs {question.support_k} (scripts/serve.sh teacher: "
                     f"--max_logprobs), or lower --support_k "
                     f"({answer})"
                 )
