@@ -102,8 +102,8 @@ class Config:
                 )
         if self.loss.support == "sampled" and self.gkd.lmbda < 1:
             raise ValueError(
-                "--support sampled: an estimate needs tokens that the student sampled; set "
-                "--lmbda 1 or --support full"
+                "--support sampled: an estimate needs tokens that the student sampled; set --lmbda "
+                "1 or --support full"
             )
 
 

@@ -315,7 +315,7 @@ def _log_mixture(log_a: Tensor, log_b: Tensor, name: str, weight: float) -> Tens
     if not 0.0 < weight < 1.0:
         raise ValueError(
             f"{name}={weight}: must lie between 0 and 1; for an end, choose forward_kl or "
-            f"reverse_kl"
+            "reverse_kl"
         )
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
 

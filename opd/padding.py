@@ -145,9 +145,8 @@ def _cut_by_tokens(scored: list[Scored], max_tokens: int, packed: bool) -> list[
         if length > max_tokens:
             raise ValueError(
                 f"--max_tokens_per_micro_batch {max_tokens}: prompt "
-                f"{scored[end - 1][0].prompt.prompt_id} and its response "
-                f"need {length}; give at least that, or lower --max_prompt_tokens or "
-                f"--max_response_tokens"
+                f"{scored[end - 1][0].prompt.prompt_id} and its response need {length}; give at "
+                "least that, or lower --max_prompt_tokens or --max_response_tokens"
             )
         options, widest, total = [], 0, 0
         for start in range(end - 1, -1, -1):

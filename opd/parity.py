@@ -97,13 +97,11 @@ class Parity:
                 else " (one of them computes no number: look for NaN and infinity in the weights)"
             )
             raise distributed.Stop(
-                f"step {step + 1}: the sampler is not the student: {when}, their "
-                f"log-probabilities of the same {count} tokens "
-                f"differ by {mean:.2g} on average (at most {largest:.2g}){broken}, and "
-                f"{self.limit:.2g} can be rounding; "
-                "nothing was trained on these tokens; see docs/metrics.md (parity) and "
-                "docs/models.md; --parity_every 0 goes "
-                "on unjudged",
+                f"step {step + 1}: the sampler is not the student: {when}, their log-probabilities "
+                f"of the same {count} tokens differ by {mean:.2g} on average (at most "
+                f"{largest:.2g}){broken}, and {self.limit:.2g} can be rounding; nothing was "
+                "trained on these tokens; see docs/metrics.md (parity) and docs/models.md; "
+                "--parity_every 0 goes on unjudged",
                 status=2 if nothing_trained else 1,
             )
         if self.checks == 0 and not self.is_exact:

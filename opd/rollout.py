@@ -94,12 +94,11 @@ class RolloutEngine:
         ):
             raise RuntimeError(
                 f"rollout engine woke up with other weights: its canary is {found} (token, "
-                f"log-probability), and was {known} "
-                f"under the same version {self.policy_version}"
+                f"log-probability), and was {known} under the same version {self.policy_version}"
             )
         if not math.isfinite(found[1]) or abs(found[1] + math.log(self.engine.vocab_size)) < 1e-6:
             raise RuntimeError(
-                f"rollout engine woke up without weights: its canary has the log-probability "
+                "rollout engine woke up without weights: its canary has the log-probability "
                 f"{found[1]}"
             )
         self._canary, self._canary_version = found, self.policy_version

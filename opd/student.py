@@ -205,8 +205,8 @@ class Student:
         if not difference < (1e-3 if self.model.dtype == torch.float32 else 0.3):
             raise ValueError(
                 f"--packing: {self.model.config.model_type} mixes sequences that lie in one row "
-                f"(log-probabilities are off "
-                f"by {difference:.2g}); leave it off, or try another --attn_implementation"
+                f"(log-probabilities are off by {difference:.2g}); leave it off, or try another "
+                "--attn_implementation"
             )
 
     def loss(self, mb: MicroBatch, token_loss: TokenLoss) -> LossOutput:

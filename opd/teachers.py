@@ -81,8 +81,7 @@ class ColocatedTeacher:
         if not abs(logprob - self._canary) <= tolerance:  # NaN included
             raise RuntimeError(
                 f"teacher {self.name} woke up with other weights: the log-probability of its "
-                f"canary is {logprob:.4f}, and was "
-                f"{self._canary:.4f} before it slept"
+                f"canary is {logprob:.4f}, and was {self._canary:.4f} before it slept"
             )
 
     def _canary_logprob(self) -> float:
@@ -233,8 +232,8 @@ class TeacherPool:
         if max(rollout.response_ids) >= self.shared_vocab:
             raise RuntimeError(
                 f"prompt {rollout.prompt.prompt_id}: the student wrote token "
-                f"{max(rollout.response_ids)}, which lies in "
-                f"the padding beyond the {self.shared_vocab} tokens that all models share"
+                f"{max(rollout.response_ids)}, which lies in the padding beyond the "
+                f"{self.shared_vocab} tokens that all models share"
             )
         with self._sending:
             for name, _ in self.routes[rollout.prompt.domain]:
@@ -338,10 +337,8 @@ class TeacherPool:
             self._warned = True
             warn(
                 f"--teacher_cache_bytes {self.cache_bytes} holds {share:.0%} of a step's teacher "
-                f"hidden states ({needed} "
-                f"bytes on this rank); the other tokens are trained on the teacher's top "
-                f"{self._k} tokens "
-                f"(--tail {self.cfg.tail}) instead of --support "
+                f"hidden states ({needed} bytes on this rank); the other tokens are trained on the "
+                f"teacher's top {self._k} tokens (--tail {self.cfg.tail}) instead of --support "
                 f"{'full' if self.payload == 'hidden' else 'union_topk'}"
             )
         return share
@@ -398,7 +395,7 @@ class TeacherPool:
             if not torch.isfinite(hidden_LH).all():
                 raise FloatingPointError(
                     f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not "
-                    f"finite"
+                    "finite"
                 )
         fields = [{"hidden": hidden_LH} if "hidden" in payload else {} for hidden_LH in states]
         if payload != "hidden":

@@ -328,7 +328,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.recovery is not None and len(args.recovery) not in (0, 2):
         parser.error(
             f"--recovery {' '.join(map(str, args.recovery))}: give two run directories, or none "
-            f"for the demo's"
+            "for the demo's"
         )
     try:
         args.speed = run_pairs.speed(*args.runs) if args.runs else {}

@@ -282,17 +282,17 @@ def table(results: list[Result]) -> str:
         "the family's own configuration class, in float32 on a CPU, that was student and teacher "
         "for two steps. *yes* means:",
         f"student, sampler and teacher agreed within {TOLERANCE} nats per token, also after the "
-        f"weights had changed and were",
+        "weights had changed and were",
         "pushed. *no* means: the run was refused at its start, with the line in the last column. "
         "`mismatch` is the largest",
         "difference between the log-probabilities of sampler and student at a sampled token, in "
         "nats, after the push.",
         "",
         f"Of {len(results)} families {learn} learn, {by_vllm} teach through vLLM and {by_hf} "
-        f"through transformers.",
+        "through transformers.",
         "",
-        "| family | `model_type` | models | student | teacher, `vllm` | teacher, `hf` | mismatch "
-        "| reason |",
+        "| family | `model_type` | models | student | teacher, `vllm` | teacher, `hf` | mismatch | "
+        "reason |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:

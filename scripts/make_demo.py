@@ -45,14 +45,10 @@ LETTERS = string.ascii_lowercase[:23]  # as many as a vocabulary of 40 has room 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")
 VOCABULARY = (*SPECIAL_TOKENS, *string.digits, *"+=", *LETTERS)
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message.role not in ['user', 'assistant'] -%}"
-    "{{ raise_exception('the demo knows the roles user and assistant, not ' + message.role) }}"
-    "{%- endif -%}"
-    "{{ '<' + message.role + '>' + message.content }}{{ '<eos>' if message.role == 'assistant' "
-    "else '' }}"
-    "{%- endfor -%}"
-    "{{ '<assistant>' if add_generation_prompt else '' }}"
+    "{%- for message in messages -%}{%- if message.role not in ['user', 'assistant'] -%}{{ "
+    "raise_exception('the demo knows the roles user and assistant, not ' + message.role) }}{%- "
+    "endif -%}{{ '<' + message.role + '>' + message.content }}{{ '<eos>' if message.role == "
+    "'assistant' else '' }}{%- endfor -%}{{ '<assistant>' if add_generation_prompt else '' }}"
 )
 
 HEAD_DIM = 32  # the smallest that vLLM's attention takes on the CPU
@@ -365,7 +361,7 @@ def main() -> int:
         if demo["seed"] == args.seed:
             print(
                 f"{args.output_dir} is complete already (seed {args.seed}); remove it to make it "
-                f"again"
+                "again"
             )
             print_table(demo["accuracy"], demo["seconds"])
             return 0

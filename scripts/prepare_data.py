@@ -49,7 +49,7 @@ def humaneval_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     """
     function, solution = _text(where, row, "prompt"), _text(where, row, "canonical_solution")
     prompt = (
-        f"Complete this Python function. Answer with the body only, indented as it "
+        "Complete this Python function. Answer with the body only, indented as it "
         f"stands.\n\n{function.strip()}\n"
     )
     return {
@@ -86,7 +86,7 @@ def prepare(
         if not chosen:
             raise ValueError(
                 f"--eval_fraction {eval_fraction}: leaves no row for {part}.jsonl of {len(rows)} "
-                f"rows"
+                "rows"
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

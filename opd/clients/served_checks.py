@@ -71,9 +71,8 @@ def _check_content(flag: str, spec: TeacherSpec, model: ServedModel) -> None:
     """
     if model.content is None:
         warn(
-            f"teacher {spec.name}: {spec.urls[0]} is another machine's vLLM server, which does "
-            f"not say what its model contains; "
-            f"that it is {spec.model} is believed"
+            f"teacher {spec.name}: {spec.urls[0]} is another machine's vLLM server, which does not "
+            f"say what its model contains; that it is {spec.model} is believed"
         )
     elif content_hash(spec.model) != model.content:
         raise ValueError(
@@ -86,9 +85,8 @@ def _check_context(config, flag: str, model: ServedModel) -> None:
     if prompt + response + 1 > model.context:  # a server that scores writes one token more
         raise ValueError(
             f"--max_prompt_tokens {prompt} + --max_response_tokens {response} + 1: over the "
-            f"context of {flag}, "
-            f"{model.context} tokens; lower them, or start its servers with a longer "
-            f"--max-model-len"
+            f"context of {flag}, {model.context} tokens; lower them, or start its servers with a "
+            "longer --max-model-len"
         )
 
 
@@ -100,7 +98,7 @@ def _check_tokenizer(config, flag: str, model: ServedModel, tokenizer, facts: Mo
     if model.tokens is None:
         raise ValueError(
             f"{flag}: its servers have no tokenizer to compare (/tokenize); start them with the "
-            f"model's own"
+            "model's own"
         )
     mine = tuple(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
     if model.tokens != mine:
@@ -108,9 +106,8 @@ def _check_tokenizer(config, flag: str, model: ServedModel, tokenizer, facts: Mo
         place = next((i for i in range(shorter) if mine[i] != model.tokens[i]), shorter)
         raise ValueError(
             f"{flag}: its tokenizer is not the student's: a probe text has {len(model.tokens)} "
-            f"tokens there and {len(mine)} "
-            f"here, and the first to differ is number {place}; choose a teacher of the student's "
-            f"family"
+            f"tokens there and {len(mine)} here, and the first to differ is number {place}; choose "
+            "a teacher of the student's family"
         )
     if facts.num_tokens > (model.vocab_size or facts.num_tokens):
         raise ValueError(
@@ -125,8 +122,7 @@ def _check_tokenizer(config, flag: str, model: ServedModel, tokenizer, facts: Mo
         )
         raise ValueError(
             f"{flag}: its EOS is {theirs}, the student's is {mine}; choose a matching teacher, or "
-            f"accept it with "
-            "--allow_template_mismatch"
+            "accept it with --allow_template_mismatch"
         )
 
 
@@ -137,14 +133,12 @@ def _check_loss(config, flag: str, spec: TeacherSpec, model: ServedModel) -> Non
     if config.loss.support in ("full", "union_topk"):
         raise ValueError(
             f"--support {config.loss.support}: {flag} is served by vLLM ({spec.urls[0]}), which "
-            f"sends no hidden states; use "
-            f"--support teacher_topk, or {remedy}"
+            f"sends no hidden states; use --support teacher_topk, or {remedy}"
         )
     if config.loss.loss_temperature != 1:
         raise ValueError(
             f"--loss_temperature {config.loss.loss_temperature}: {flag} is served by vLLM "
-            f"({spec.urls[0]}), which scores at "
-            f"temperature 1 only; use 1, or {remedy}"
+            f"({spec.urls[0]}), which scores at temperature 1 only; use 1, or {remedy}"
         )
 
 
@@ -158,8 +152,8 @@ def _check_support(config, spec: TeacherSpec, model: ServedModel, shared_vocab: 
     if model.max_support_k is not None and k > model.max_support_k:
         raise ValueError(
             f"--support_k {config.loss.support_k}: {flag}: {spec.urls[0]} gives at most "
-            f"{model.max_support_k} candidates of a "
-            f"token; start it with --max_support_k {k}, or lower --support_k"
+            f"{model.max_support_k} candidates of a token; start it with --max_support_k {k}, or "
+            "lower --support_k"
         )
     if model.protocol == "json":
         question = Question(

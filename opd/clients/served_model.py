@@ -115,7 +115,7 @@ def probe_call(model: ServedModel) -> Call:
         if not _gap(canary, model.canary) <= CANARY_TOLERANCE:
             raise BadAnswer(
                 f"another model: its canary is {_gap(canary, model.canary):.3f} nats off what it "
-                f"was at start"
+                "was at start"
             )
         return canary
 
@@ -226,10 +226,8 @@ def check_support_k(
             if isinstance(answer, Exception):
                 raise ValueError(
                     f"--support_k: {flag}: {url} does not give {question.support_k} candidates of "
-                    f"a token; start it with "
-                    f"--max-logprobs {question.support_k} (scripts/serve.sh teacher: "
-                    f"--max_logprobs), or lower --support_k "
-                    f"({answer})"
+                    f"a token; start it with --max-logprobs {question.support_k} (scripts/serve.sh "
+                    f"teacher: --max_logprobs), or lower --support_k ({answer})"
                 )
 
 
@@ -259,8 +257,7 @@ def _one_answer(flag: str, what: str, by_url: dict[str, Any]) -> Any:
         if value != first:
             raise ValueError(
                 f"{flag}: the replicas differ in their {what}: {_at_most_60(first)} at "
-                f"{first_url}, {_at_most_60(value)} at {url}; "
-                "they must serve the same model alike"
+                f"{first_url}, {_at_most_60(value)} at {url}; they must serve the same model alike"
             )
     return first
 
@@ -283,7 +280,7 @@ def _one_canary(flag: str, canary_of: dict[str, tuple[float, ...]]) -> tuple[flo
             raise ValueError(
                 f"{flag}: {url} has another model than {first_url}: their log-probabilities of the "
                 f"canary differ by {_gap(canary, first):.3f} nats; replicas of one teacher must "
-                f"serve the same weights"
+                "serve the same weights"
             )
     return first
 

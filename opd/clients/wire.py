@@ -262,7 +262,7 @@ def checked_scores(arrays: dict[str, Tensor], question: Question) -> dict[str, T
             worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             raise BadAnswer(
                 f"topk_ids: token {worst} is outside the {question.vocab} tokens that all models "
-                f"share"
+                "share"
             )
         in_order = ids.sort(dim=-1).values
         if bool((in_order[:, 1:] == in_order[:, :-1]).any()):

@@ -90,7 +90,7 @@ def checkpoint_views(model: nn.Module) -> dict[str, Tensor]:
         if view.untyped_storage().data_ptr() not in own:
             raise ValueError(
                 f"{name}: {model.config.model_type} computes it from other parameters; it cannot "
-                f"be loaded alone"
+                "be loaded alone"
             )
     return views
 

@@ -110,12 +110,12 @@ def read_plain(where: str, row: dict[str, Any], prompt_key: str) -> str:
     if not isinstance(prompt, str):
         raise ValueError(
             f"{where}: column `{prompt_key}` holds messages and the tokenizer has no chat "
-            f"template; use text"
+            "template; use text"
         )
     for name, value in ((TOOLS, _tools(where, row)), (KWARGS, _kwargs(where, row))):
         if value:
             raise ValueError(
                 f"{where}: column `{name}` needs a chat template, and the tokenizer has none; "
-                f"remove it"
+                "remove it"
             )
     return prompt

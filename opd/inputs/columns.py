@@ -52,7 +52,7 @@ def checked_value(where: str, row: dict[str, Any], key: str) -> Any:
             if isinstance(item, str) and not _can_be_written(item):
                 raise ValueError(
                     f"{where}: column `{key}`: half a surrogate pair, which is no character; mend "
-                    f"the row"
+                    "the row"
                 )
             if isinstance(item, dict):
                 below += [*item, *item.values()]

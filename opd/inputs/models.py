@@ -62,7 +62,7 @@ def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
     if ("auto_map" in config_dict or "auto_map" in tokenizer_dict) and not trust_remote_code:
         raise ValueError(
             f"{flag} {path}: the model brings its own code (auto_map); read it, then "
-            f"--trust_remote_code"
+            "--trust_remote_code"
         )
     if "model_type" not in config_dict:
         raise ValueError(
@@ -110,7 +110,7 @@ def _eos_ids(flag: str, path: str, model_config: PreTrainedConfig, tokenizer) ->
     if not all(type(token) is int for token in ids):
         raise ValueError(
             f"{flag} {path}: its eos_token_id is {cut(eos)}; it must be a token id or a list of "
-            f"them"
+            "them"
         )
     return tuple(ids)
 
@@ -158,7 +158,7 @@ def read_checked(
         if is_local and set(path) & set("[*?"):
             raise ValueError(
                 f"{flag} {path}: vLLM takes [, * and ? in a path for a pattern; rename the "
-                f"directory"
+                "directory"
             )
         other = "choose another model" + (", or `backend: hf` in its entry" if is_teacher else "")
         check_vllm_runs(flag, path, model, content.get("architectures"), other)

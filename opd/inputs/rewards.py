@@ -29,7 +29,7 @@ def _reference(prompt: Prompt) -> str:
     if prompt.answer is None:
         raise ValueError(
             f"prompt {prompt.prompt_id} ({prompt.domain}): the reward needs a reference; see "
-            f"--answer_key"
+            "--answer_key"
         )
     return prompt.answer
 
@@ -103,7 +103,7 @@ def load_reward(name: str) -> Reward:
         if not math.isfinite(number):
             raise ValueError(
                 f"--reward_fn {name}: {value!r:.80} for prompt {prompt.prompt_id}, not a finite "
-                f"number"
+                "number"
             )
         return number
 
@@ -116,7 +116,7 @@ def _reward_names(values: Sequence[str], domains: Iterable[str]) -> dict[str, st
     if len(general) > 1:
         raise ValueError(
             f"--reward_fn {' '.join(general)}: one reward for all domains; give others as "
-            f"DOMAIN=REWARD"
+            "DOMAIN=REWARD"
         )
     names = dict.fromkeys(domains, general[0] if general else "")
     for value in values:

@@ -186,7 +186,7 @@ def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]
             if file.suffix not in (*JSON_SUFFIXES, ".parquet"):
                 raise ValueError(
                     f"{flag} {file}: unknown file type {file.suffix!r}; use .jsonl, .json or "
-                    f".parquet"
+                    ".parquet"
                 )
             rows += (
                 _read_parquet(file, flag) if file.suffix == ".parquet" else _read_json(file, flag)

@@ -127,7 +127,7 @@ def check_agrees(
     if is_student and family == "gpt_oss":
         raise ValueError(
             f"{flag} {path}: vLLM takes no new weights for gpt_oss while it runs; it can be a "
-            f"teacher"
+            "teacher"
         )
     if exact and family in ROUNDED:
         raise ValueError(

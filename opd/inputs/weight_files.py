@@ -185,7 +185,7 @@ def _types(others: dict[str, Stored]) -> str:
     (dtype, count), *_ = Counter(s.dtype for s in others.values()).most_common(1)
     return (
         f"{count} tensors are of type {dtype}, as quantised weights are; give its bfloat16 "
-        f"checkpoint"
+        "checkpoint"
     )
 
 

@@ -38,8 +38,7 @@ def attention_for(config: PreTrainedConfig, wanted: str = AUTO) -> str | None:
     if capped and wanted not in CAPPING:
         raise ValueError(
             f"{wanted} leaves out the soft-cap of {config.model_type} ({capped} = "
-            f"{getattr(text_config, capped)}); "
-            "choose auto or eager"
+            f"{getattr(text_config, capped)}); choose auto or eager"
         )
     return wanted
 

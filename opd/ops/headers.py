@@ -70,8 +70,8 @@ def _nothing_to_read(root: Path, others: list[str]) -> str:
         return f"its weights are in {others[0]}, which no {INDEX} names; rename it to {WHOLE}"
     if others:
         return (
-            f"{len(others)} weight files and no {INDEX} that names them, first {others[0]}; "
-            f"fetch the index too"
+            f"{len(others)} weight files and no {INDEX} that names them, first {others[0]}; fetch "
+            "the index too"
         )
     hint = ""
     if any(root.glob("*.bin")):
@@ -92,7 +92,7 @@ def read_headers(root: Path) -> dict[str, Stored]:
             if name in found:
                 raise ValueError(
                     f"{name} is in {found[name].file.name} and in {path.name}; remove the older "
-                    f"file"
+                    "file"
                 )
             found[name] = stored
     index = root / INDEX
@@ -106,8 +106,7 @@ def read_headers(root: Path) -> dict[str, Stored]:
         if wrong:
             raise ValueError(
                 f"its {INDEX} names {len(wrong)} tensors that are not where it says, first "
-                f"{wrong[0]} in {named[wrong[0]]}; "
-                "fetch index and files of one export"
+                f"{wrong[0]} in {named[wrong[0]]}; fetch index and files of one export"
             )
     return found
 

@@ -203,8 +203,7 @@ def logit_form(config: PreTrainedConfig | dict) -> LogitForm:
                 continue
             raise ValueError(
                 f"its logits are changed by {key} = {value}, which scores from hidden states do "
-                f"not reproduce for "
-                f"{config.model_type or 'this model'}; choose a model without it"
+                f"not reproduce for {config.model_type or 'this model'}; choose a model without it"
             )
     value = getattr(text_config, own_key, None) if own_key else None
     if value is None:
@@ -250,8 +249,7 @@ def find_head(model: str) -> tuple[Path, str]:
         ):
             raise ValueError(
                 f"{model}: tie_word_embeddings is true, and its {name} is another than its "
-                f"{embedding}; set "
-                "tie_word_embeddings to false in config.json"
+                f"{embedding}; set tie_word_embeddings to false in config.json"
             )
     return files[name], name
 
@@ -322,8 +320,7 @@ def _weight_name(model: str, root: Path, files: dict[str, Path]) -> str:
     kind = "head or embedding" if len(names) > len(HEAD_NAMES) else "head"
     raise ValueError(
         f"{model}: its safetensors hold no output {kind} under a known name ({names[0]} and "
-        f"{len(names) - 1} others); "
-        "choose another model"
+        f"{len(names) - 1} others); choose another model"
     )
 
 

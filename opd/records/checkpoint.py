@@ -77,7 +77,7 @@ def save(
         if reason is None:
             warn_once(
                 f"checkpoint: {final} exists already and is whole; it is kept and nothing is "
-                f"written"
+                "written"
             )
             return final
         warn_once(f"checkpoint: {final} is damaged and will be replaced: {reason}")
@@ -229,8 +229,8 @@ def find(run_dir: Path, resume: str) -> Path | None:
             return path
         if resume != "auto":
             raise ValueError(
-                f"--resume {path}: not a whole checkpoint: {reason}; name another, or use "
-                f"--resume auto"
+                f"--resume {path}: not a whole checkpoint: {reason}; name another, or use --resume "
+                "auto"
             )
         warn_once(f"checkpoint: skipped {path}: {reason}")
     return None

@@ -100,7 +100,7 @@ def _storable(generation_config, tokenizer):
     # some published models carry sampling hints that transformers refuses to write
     except ValueError as error:
         warn_once(
-            f"export: generation_config.json keeps the token ids only: "
+            "export: generation_config.json keeps the token ids only: "
             f"{' '.join(str(error).split())[:200]}"
         )
         ids = {

@@ -35,7 +35,7 @@ def recovery_report(
     if before.keys() != after.keys():
         raise ValueError(
             f"report: scores before have the domains {sorted(before)}, after {sorted(after)}; "
-            f"evaluate both alike"
+            "evaluate both alike"
         )
     if not teacher.keys() <= before.keys():
         unknown = sorted(teacher.keys() - before.keys())
@@ -56,7 +56,7 @@ def _domain_report(
     if min(lengths) == 0 or min(lengths) != max(lengths):
         raise ValueError(
             f"report: {domain}: {lengths} scores before, after and of the teacher; score the same "
-            f"prompts"
+            "prompts"
         )
     scores_RP = np.asarray(rows, dtype=np.float64)  # R rows, P prompts
     if not np.isfinite(scores_RP).all():
@@ -113,8 +113,8 @@ def render_report(report: dict[str, Any]) -> str:
     ]
     rule = "-" * len(lines[0])
     wall = (
-        f"{report['steps']} steps in {report['wall_s']:,.0f} s; recovery is (after - before) "
-        f"/ (teacher - before)"
+        f"{report['steps']} steps in {report['wall_s']:,.0f} s; recovery is (after - before) / "
+        "(teacher - before)"
     )
     return "\n".join([lines[0], rule, *lines[1:], rule, wall])
 

@@ -172,7 +172,7 @@ def _check_server(flag: str, url: str, protocol: str, tokens: int) -> None:
     if answer.status_code == 401 or not token:
         raise ValueError(
             f"{flag}: {TOKEN_VARIABLE} is not the token that it was started with; export the same "
-            f"one here"
+            "one here"
         )
     try:
         found, context = answer.json()["protocol"], answer.json().get("max_model_len", tokens)
@@ -182,9 +182,8 @@ def _check_server(flag: str, url: str, protocol: str, tokens: int) -> None:
         raise ValueError(f"{flag}: it is no server of this kind ({found}, not {protocol})")
     if context < tokens:
         raise ValueError(
-            f"{flag}: it takes {context} tokens, and --max_prompt_tokens and "
-            f"--max_response_tokens are {tokens} together; "
-            f"start it with --max_model_len {tokens}"
+            f"{flag}: it takes {context} tokens, and --max_prompt_tokens and --max_response_tokens "
+            f"are {tokens} together; start it with --max_model_len {tokens}"
         )
 
 

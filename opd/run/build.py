@@ -134,7 +134,7 @@ def build_served_teachers(run: Run) -> list[ServedTeacher]:
         if open_to_all and distributed.rank() == 0:
             warn(
                 f"teacher {spec.name}: its key goes to {open_to_all[0]} unencrypted; use https or "
-                f"a tunnel (ssh -L)"
+                "a tunnel (ssh -L)"
             )
         with distributed.agree_on_error(f"connecting to teacher {spec.name}"):
             teachers.append(

@@ -99,8 +99,7 @@ def evaluate_teachers(run: Run) -> Scores:
         elif own:
             say(
                 f"teacher {spec.name}: a scoring server does not write, so its own score, and the "
-                f"recovery, stay unknown; "
-                "name a local directory of its model in its entry (`model`)"
+                "recovery, stay unknown; name a local directory of its model in its entry (`model`)"
             )
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

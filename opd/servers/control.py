@@ -111,7 +111,7 @@ class WeightsGate:
         if self.state != "paused":
             raise Refused(
                 f"the server is {self.state}, not paused: its lease ran out, or /pause was not "
-                f"called"
+                "called"
             )
 
     def begin_load(self, fence: int) -> None:

@@ -209,7 +209,7 @@ def read_token() -> str | None:
     if token is not None and len(token) < SHORTEST_TOKEN:
         raise ValueError(
             f"{TOKEN_VARIABLE}: {len(token)} characters; take at least {SHORTEST_TOKEN}, or unset "
-            f"it"
+            "it"
         )
     return token
 
@@ -219,9 +219,8 @@ def check_host(host: str, token: str | None) -> None:
     if not is_loopback(host) and token is None:
         raise ValueError(
             f"--host {host}: other machines would reach a server that asks for no token; put one "
-            f"of at least "
-            f"{SHORTEST_TOKEN} characters into {TOKEN_VARIABLE}, or listen on 127.0.0.1 and use a "
-            f"tunnel (ssh -L)"
+            f"of at least {SHORTEST_TOKEN} characters into {TOKEN_VARIABLE}, or listen on "
+            "127.0.0.1 and use a tunnel (ssh -L)"
         )
 
 

@@ -54,8 +54,7 @@ ROLES = {
 }
 NO_TOKEN = (
     f"{TOKEN_VARIABLE} is not set: without a token nobody may push weights; make one for servers "
-    f"and trainer: "
-    f"export {TOKEN_VARIABLE}=$(openssl rand -hex 16)"
+    f"and trainer: export {TOKEN_VARIABLE}=$(openssl rand -hex 16)"
 )
 
 
@@ -70,8 +69,8 @@ def launch_arguments(argv: list[str]) -> argparse.Namespace:
         if word.partition("=")[0] in ("--host", "--port", "--uds"):
             raise ValueError(
                 f"{word}: these servers listen on loopback ports that the kernel chooses; from "
-                f"another machine reach one "
-                "through a tunnel: ssh -L PORT:127.0.0.1:PORT THIS_MACHINE"
+                "another machine reach one through a tunnel: ssh -L PORT:127.0.0.1:PORT "
+                "THIS_MACHINE"
             )
     args = _parser(role).parse_args(own)
     args.role, args.extra = role, extra
@@ -151,7 +150,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         if args.protocol == "binary" and args.tensor_parallel > 1:
             raise ValueError(
                 f"--tensor_parallel {args.tensor_parallel}: the binary protocol's engine has one "
-                f"GPU; use --protocol json"
+                "GPU; use --protocol json"
             )
         args.name = args.name or Path(args.model).resolve().name
         return
@@ -196,8 +195,8 @@ def entry(args: argparse.Namespace, urls: Sequence[str]) -> str:
     if args.role == "teacher":
         key = f", api_key_env: {TOKEN_VARIABLE}" if os.environ.get(TOKEN_VARIABLE) else ""
         fields = (
-            f"name: {_scalar(args.name)}, model: {_scalar(args.model)}, backend: server, "
-            f"urls: {quoted}{key}"
+            f"name: {_scalar(args.name)}, model: {_scalar(args.model)}, backend: server, urls: "
+            f"{quoted}{key}"
         )
         return f"teachers:\n  - {{{fields}}}"
     lines = [f"{args.role}_servers: {quoted}"]
@@ -332,7 +331,7 @@ class _Watched:
             elif now >= self.deadline:
                 self.say(
                     f"{self.replica.url} is not ready within {self.start_seconds:g} s, and is "
-                    f"killed"
+                    "killed"
                 )
                 with suppress(subprocess.TimeoutExpired):  # a driver holds it: it is tried again
                     self.replica.kill()  # the next look finds it dead

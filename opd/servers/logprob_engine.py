@@ -153,8 +153,8 @@ class LogprobScorer:
                 if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
                     raise ValueError(
                         f"{name}: {value.dtype} {tuple(value.shape)} was published, and the model "
-                        f"has {parameter.dtype} "
-                        f"{tuple(parameter.shape)}; --model and --dtype must be the trainer's"
+                        f"has {parameter.dtype} {tuple(parameter.shape)}; --model and --dtype must "
+                        "be the trainer's"
                     )
                 if parameter.data_ptr() in filled and not torch.equal(
                     parameter, value.to(parameter.device)

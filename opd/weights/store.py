@@ -110,8 +110,8 @@ def verify(root: Path, version: int, fence: int | None = None) -> Path:
     manifest = _read_version_manifest(directory)
     if manifest["version"] != version or (fence is not None and manifest["fence"] != fence):
         raise ValueError(
-            f"{directory}: version {manifest['version']} of fence {manifest['fence']}, not "
-            f"version {version} of {fence}"
+            f"{directory}: version {manifest['version']} of fence {manifest['fence']}, not version "
+            f"{version} of {fence}"
         )
     expected = {entry["file"]: entry for entry in manifest["files"]}
     found = {path.name for path in directory.iterdir()} - {VERSION_MANIFEST}
@@ -193,7 +193,7 @@ def _check_directory(path: Path) -> None:
     if facts.st_uid != os.geteuid() or stat.S_IMODE(facts.st_mode) & 0o077:
         raise ValueError(
             f"{path}: must belong to this user with mode 0700 (chmod 700); others could put "
-            f"weights there"
+            "weights there"
         )
 
 

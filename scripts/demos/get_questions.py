@@ -61,8 +61,7 @@ def read_questions(files: Path, per_domain: int) -> dict[str, list[str]]:
         if len(short) < per_domain + NUM_EVAL:
             raise ValueError(
                 f"--per_domain {per_domain}: {domain} has {len(short)} questions, {NUM_EVAL} of "
-                f"which are held out; "
-                f"give {len(short) - NUM_EVAL} at most"
+                f"which are held out; give {len(short) - NUM_EVAL} at most"
             )
         found[domain] = random.Random(domain).sample(short, per_domain + NUM_EVAL)
     return found

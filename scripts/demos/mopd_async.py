@@ -100,8 +100,8 @@ def summary(killed: int) -> tuple[str, list[str]]:
     lag = max(row["step"] - 1 - row["policy_version"] for row in samples)
     idle = statistics.median(row["perf/trainer_idle"] for row in steps_of(RUN))
     text = (
-        f"{killed} processes killed; {len(samples)} samples, {len(problems)} problems; "
-        f"staleness at most {lag}; the trainer was idle for {idle:.0%} of a step (median)"
+        f"{killed} processes killed; {len(samples)} samples, {len(problems)} problems; staleness "
+        f"at most {lag}; the trainer was idle for {idle:.0%} of a step (median)"
     )
     return text, problems
 

@@ -38,7 +38,7 @@ def speed(run_sync: Path, run_async: Path) -> dict[str, float]:
     if "perf/trainer_idle" not in rows[run_async][0]:
         raise ValueError(
             f"--runs {run_async}: no perf/trainer_idle in metrics.jsonl; give a run with --mode "
-            f"async second"
+            "async second"
         )
 
     def mean(directory: Path, key: str) -> float:
@@ -76,7 +76,7 @@ def recovery(run_sync: Path, run_async: Path) -> list[dict]:
         if sync[unit] != ahead[unit]:
             raise ValueError(
                 f"--recovery {run_sync} {run_async}: {sync[unit]} and {ahead[unit]} {unit}; give "
-                f"two runs of equal length"
+                "two runs of equal length"
             )
     if sync["domains"].keys() != ahead["domains"].keys():
         names = " and ".join(",".join(report["domains"]) for report in (sync, ahead))

@@ -26,8 +26,8 @@ BIN = Path(sys.executable).parent
 LEARNING_RATE, SEED = 1e-3, 0
 DEADLINE_S = 900  # of one run
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    "{{ '\n' if add_generation_prompt else '' }}"
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\n' if add_generation_prompt else '' "
+    "}}"
 )
 
 

@@ -545,17 +545,13 @@ BAD_VALUES = [
         (f"--{name} -1", f"--{name} -1")
         for name in words(
             "prompts_per_step num_generations max_prompt_tokens max_response_tokens "
-            "micro_batch_size keep_checkpoints "
-            "loss_chunk_bytes inner_updates overlap_k max_tokens_per_micro_batch "
-            "teacher_cache_bytes "
-            "teacher_wait_s teacher_timeout_s teacher_max_inflight "
-            "num_steps seed eval_every save_every parity_every eval_max_prompts rollout_every "
-            "rollout_samples warmup_steps learning_rate weight_decay max_grad_norm min_lr_ratio "
-            "top_k reward_weight "
-            "rollout_kv_cache_gib teacher_kv_cache_gib advantage_clip clip_low clip_high is_low "
-            "is_high adam_eps "
-            "reject_low reject_high "
-            "adam_beta1 adam_beta2"
+            "micro_batch_size keep_checkpoints loss_chunk_bytes inner_updates overlap_k "
+            "max_tokens_per_micro_batch teacher_cache_bytes teacher_wait_s teacher_timeout_s "
+            "teacher_max_inflight num_steps seed eval_every save_every parity_every "
+            "eval_max_prompts rollout_every rollout_samples warmup_steps learning_rate "
+            "weight_decay max_grad_norm min_lr_ratio top_k reward_weight rollout_kv_cache_gib "
+            "teacher_kv_cache_gib advantage_clip clip_low clip_high is_low is_high adam_eps "
+            "reject_low reject_high adam_beta1 adam_beta2"
         )
     ),
     *(

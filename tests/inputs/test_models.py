@@ -147,7 +147,7 @@ def make_config(student: str, teacher: str, *argv: str) -> Config:
     ds_config = ROOT / "ds_configs" / "zero3.json"
     required = (
         f"--data d --output_dir o --ds_config {ds_config} --max_prompt_tokens 24 "
-        f"--max_response_tokens 40"
+        "--max_response_tokens 40"
     )
     return parse(
         Config,
@@ -516,7 +516,7 @@ def test_a_class_whose_imports_fail_is_refused_with_the_reason(student, tmp_path
     message = refusal(str(tmp_path / "m"), student)
     assert message.startswith(
         f"--student_model {tmp_path / 'm'}: vLLM cannot run Qwen3_5ForCausalLM here "
-        f"(ModuleNotFoundError: "
+        "(ModuleNotFoundError: "
     )
     assert "'torchvision'" in message and "choose another model" in message
     read(make_config(student, str(tmp_path / "m"), "--teacher_backend", "hf"))

@@ -19,22 +19,21 @@ VOCAB = {token: i for i, token in enumerate((*SPECIAL, *string.printable, "<unk>
 EOS, END, TURN = (VOCAB[token] for token in ("<eos>", "<|end|>", "<turn|>"))
 
 PLAIN = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if "
+    "add_generation_prompt %}<assistant>{% endif %}"
 )
 # Models that see images: a content is a list of parts, and a text is a list of letters, none of
 # which is a part.
 PARTS = (
-    "{% for m in messages %}<{{ m.role }}>"
-    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% elif part.type == "
-    "'image' %}[image]{% endif %}"
-    "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' "
+    "%}{{ part.text }}{% elif part.type == 'image' %}[image]{% endif %}{% endfor %}<|end|>{% "
+    "endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 WITH_TOOLS = "{% if tools %}<system>{{ tools | tojson }}{% endif %}" + PLAIN
 WITH_CALLS = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{% for c in m.tool_calls %}"
-    "{{ c.function.name + '=' + ARGUMENTS }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% "
-    "endfor %}<assistant>"
+    "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{% for c in m.tool_calls %}{{ "
+    "c.function.name + '=' + ARGUMENTS }}{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor "
+    "%}<assistant>"
 )
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
@@ -166,10 +165,9 @@ def test_templates_of_models_that_see_images_get_parts(load, prompt):
         "{% for m in messages %}<{{ m.role }}>{{ m.contents }}{% endfor %}",
         # one token for every letter that is no text: not the same for all texts, but never the text
         "{% for m in messages %}{% for c in m.content %}{% if c.type == 'word' %}{{ c.text }}{% "
-        "else %}?{% endif %}"
-        "{% endfor %}{% endfor %}<assistant>",
-        "{% for m in messages %}{% for c in m.content if c.type == 'image' %}<image>{% endfor "
-        "%}{% endfor %}<assistant>",
+        "else %}?{% endif %}{% endfor %}{% endfor %}<assistant>",
+        "{% for m in messages %}{% for c in m.content if c.type == 'image' %}<image>{% endfor %}{% "
+        "endfor %}<assistant>",
     ],
 )
 def test_a_template_that_renders_no_text_is_refused(refusal, template):
@@ -180,8 +178,8 @@ def test_a_template_that_renders_no_text_is_refused(refusal, template):
 
 def test_a_role_that_the_template_does_not_know_is_refused(refusal, load):
     template = (
-        "{% for m in messages if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ "
-        "m.content }}{% endfor %}"
+        "{% for m in messages if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}{% "
+        "endfor %}"
     )
     for role in ("system", "tool", "developer", "a\nb"):
         prompt = [turn("user", "one"), turn(role, "one"), turn("user", "two")]
@@ -213,9 +211,8 @@ def test_a_template_may_change_a_text(load, expression, prompt, text):
 def test_a_template_may_drop_thinking_and_old_answers(load):
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% elif loop.last "
-        "%}{{ m.content }}"
-        "{% else %}<assistant>{{ m.content.split('</t>')[-1] if '</t>' in m.content }}{% endif "
-        "%}{% endfor %}"
+        "%}{{ m.content }}{% else %}<assistant>{{ m.content.split('</t>')[-1] if '</t>' in "
+        "m.content }}{% endif %}{% endfor %}"
     )
     prompt = [
         turn("user", "a"),
@@ -230,8 +227,8 @@ def test_a_template_may_drop_thinking_and_old_answers(load):
 def test_a_template_of_texts_never_gets_parts(refusal):
     """It would write them as Python does."""
     template = (
-        "{% for m in messages %}{{ raise_exception('no') if m.content == 'bad' else "
-        "m.content }}{% endfor %}"
+        "{% for m in messages %}{{ raise_exception('no') if m.content == 'bad' else m.content }}{% "
+        "endfor %}"
     )
     line = refusal(template, {"prompt": "good"}, {"prompt": "bad"})
     assert line == "line 2: column `prompt`: the chat template refuses it: no"
@@ -391,8 +388,8 @@ def test_half_a_surrogate_anywhere_in_a_message(refusal):
 # ---- The end of a turn ---------------------------------------------------------------------------
 
 ANSWER = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}BEHIND"
-    "{% else %}<user>{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}BEHIND{% else "
+    "%}<user>{{ m.content }}{% endif %}{% endfor %}"
 )
 
 
@@ -441,9 +438,8 @@ def test_a_response_ends_as_the_template_ends_a_turn(load, template, end):
 def test_a_conversation_that_may_not_be_answered_does_not_hide_the_end(load):
     template = (
         "{% if messages | length > 1 and messages[0].role != 'user' %}{{ raise_exception('no "
-        "question') }}{% endif %}"
-        "{% for m in messages %}{{ m.content + ('<turn|>' if m.role == 'assistant' else "
-        "'<|end|>') }}{% endfor %}"
+        "question') }}{% endif %}{% for m in messages %}{{ m.content + ('<turn|>' if m.role == "
+        "'assistant' else '<|end|>') }}{% endfor %}"
     )
     assert ends(load, template, prompt=[turn("system", "a")]) == [*YES, TURN]
 

@@ -317,9 +317,8 @@ WEIGHTS = {
     ),
     "student.": (
         renamed("student.{}".format),
-        "25 of 25 weights are not in its files, first "
-        "model.embed_tokens.weight; "
-        "names in its files have `student.` too many",
+        "25 of 25 weights are not in its files, first model.embed_tokens.weight; names in its "
+        "files have `student.` too many",
     ),
     "module.": (renamed("module.{}".format), "`module.` too many"),
     "base_model.model.": (renamed("base_model.model.{}".format), "`base_model.model.` too many"),
@@ -354,8 +353,7 @@ WEIGHTS = {
     ),
     "int8": (
         of_type(torch.int8),
-        "25 of its weights are no floating-point numbers, first "
-        "model.embed_tokens.weight; 25 "
+        "25 of its weights are no floating-point numbers, first model.embed_tokens.weight; 25 "
         "tensors are of type I8, as quantised weights are; give its bfloat16 checkpoint",
     ),
     "one of fp8": (of_type(torch.float8_e4m3fn, UP), f"first {UP}; 1 tensors are of type F8_E4M3"),
@@ -376,8 +374,8 @@ WEIGHTS = {
     ),
     "more layers": (
         lambda path: edit_config(path, num_hidden_layers=1, layer_types=["full_attention"]),
-        "11 weights in its files have no place in the Qwen3ForCausalLM of its "
-        "config.json, first model.layers.1",
+        "11 weights in its files have no place in the Qwen3ForCausalLM of its config.json, first "
+        "model.layers.1",
     ),
     "value head": (
         with_more(v_head__summary__weight=(1, 64)),

@@ -171,8 +171,8 @@ def test_two_forms_give_a_table_a_plot_and_their_curves(run_main, miniature_demo
         (directory / "kept.txt").write_text("")
     result, console = run_main(
         bench_recovery,
-        f"--demo {miniature_demo} --output_dir {output} --plot {plot} --forms full sampled "
-        f"--steps 2 --prompts_per_step 8 --jobs 2",
+        f"--demo {miniature_demo} --output_dir {output} --plot {plot} --forms full sampled --steps "
+        "2 --prompts_per_step 8 --jobs 2",
     )
     assert result["seeds"] == [0] and result["reasons"] == {}
     assert list(result["forms"]) == ["full", "sampled"]

@@ -24,8 +24,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 def test_bench_loss_measures_ours_against_naive_without_trl(run_main, tmp_path):
     result, console = run_main(
         bench_loss,
-        f"--vocab 8192 --hidden 32 --tokens 512 --chunk_bytes {2**20} --repeats 1 "
-        f"--kinds forward_kl --trl_dir {tmp_path} --device cpu",
+        f"--vocab 8192 --hidden 32 --tokens 512 --chunk_bytes {2**20} --repeats 1 --kinds "
+        f"forward_kl --trl_dir {tmp_path} --device cpu",
     )
     assert f"pip install --no-deps --target {tmp_path} trl==" in console
     (case,) = result["cases"]
@@ -48,8 +48,8 @@ def test_bench_loss_measures_ours_against_naive_without_trl(run_main, tmp_path):
 def test_bench_loss_measures_trl(run_main):
     result, _ = run_main(
         bench_loss,
-        f"--vocab 512 --hidden 32 --tokens 16 --repeats 1 --device cpu "
-        f"--kinds jsd --jsd_beta 0.3 --trl_dir {TRL_DIR}",
+        "--vocab 512 --hidden 32 --tokens 16 --repeats 1 --device cpu --kinds jsd --jsd_beta 0.3 "
+        f"--trl_dir {TRL_DIR}",
     )
     (case,) = result["cases"]
     assert case["error"] < 1e-3
@@ -92,7 +92,7 @@ def test_bench_scaling_plots(run_main, tmp_path):
     plot = tmp_path / "new" / "scaling.png"
     result, _ = run_main(
         bench_scaling,
-        f"--hidden 32 --vocab 1024 --tokens 64 1024 --vocabularies 512 8192 --supports 1 16 "
+        "--hidden 32 --vocab 1024 --tokens 64 1024 --vocabularies 512 8192 --supports 1 16 "
         f"--teachers 1 4 --repeats 1 --plot {plot} --device cpu",
     )
     assert min(result[key] for key in ("slope_tokens", "slope_vocabulary", "teachers_4_vs_1")) > 0

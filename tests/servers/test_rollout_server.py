@@ -288,9 +288,8 @@ def test_a_client_that_goes_takes_its_request_along(client, replica):
 def test_a_killed_pushers_lease_ends_the_pause(client, replica, versions):
     versions.publish(3)
     code = (
-        "from opd.weights.push import Push, push_to_servers; "
-        f"push = Push(version=3, fence=1, token={TOKEN!r}, lease_s=2.0); "
-        f"push_to_servers([{replica.url!r}], push)"
+        "from opd.weights.push import Push, push_to_servers; push = Push(version=3, fence=1, "
+        f"token={TOKEN!r}, lease_s=2.0); push_to_servers([{replica.url!r}], push)"
     )
     killed = subprocess.Popen(
         [sys.executable, "-c", code], env=worker_environment(OPD_FAULT="push.paused:kill")

@@ -12,10 +12,9 @@ from opd.inputs.prompts import load_prompts
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")
 TEMPLATE = (
-    "<bos>{%- for m in messages -%}"
-    "{%- if m.role == 'system' -%}{{ raise_exception('no system messages') }}{%- endif -%}"
-    "{{ '<' + m.role + '>' + m.content }}{{ m.name if m.name is defined }}"
-    "{%- endfor -%}{{ '<assistant>' if add_generation_prompt }}"
+    "<bos>{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system "
+    "messages') }}{%- endif -%}{{ '<' + m.role + '>' + m.content }}{{ m.name if m.name is defined "
+    "}}{%- endfor -%}{{ '<assistant>' if add_generation_prompt }}"
 )
 
 
