@@ -372,7 +372,7 @@ def collective_region():
         if not isinstance(error, Stop):
             traceback.print_exc()
         # what the user needs, below all that he does not
-        if was_agreed(error) or (isinstance(error, Stop) and rank() == 0):
+        if rank() == 0 and (was_agreed(error) or isinstance(error, Stop)):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _end_now(error.status if isinstance(error, Stop) else 1)
 

@@ -7,8 +7,11 @@ bash scripts/setup.sh
 export PATH="$(cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the models are tiny and processes share the cores
 
-WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder)
-for ARGUMENT in "$@"; do
-    if [ -e "${ARGUMENT%%::*}" ]; then WORKERS=(); fi # a file or folder: one process starts sooner
-done
-python -m pytest "${WORKERS[@]}" "$@"
+if [ "$*" != "" ] && [ "$*" != --all ]; then
+    exec python -m pytest "$@"
+fi
+# Whole runs have processes of their own, and tests that measure times want no neighbour.
+STATUS=0
+python -m pytest -n 2 --dist loadfile -m "not e2e and not alone" "$@" || STATUS=$?
+python -m pytest -m "e2e or alone" "$@" || STATUS=$?
+exit "$STATUS"

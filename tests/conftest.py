@@ -35,16 +35,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is marked `long` is left out, and counted as deselected, unless `--all` is given.
-
-    Files that start trainers come first, so that no worker waits for one at the end.
-    """
+    """What is marked `long` is left out, and counted as deselected, unless `--all` is given."""
     if not config.getoption("--all"):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-    slow = {item.path for item in items if item.get_closest_marker("e2e")}
-    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

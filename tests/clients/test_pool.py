@@ -24,6 +24,8 @@ from opd.clients.wire import BadAnswer
 from tests.support import fault_proxy
 from tests.support.fault_proxy import Answer, Fault, HttpServer, Request, is_scoring
 
+pytestmark = pytest.mark.alone
+
 QUICK = Limits(
     wait_s=20.0,
     timeout_s=2.0,

@@ -30,6 +30,8 @@ from tests.support.fault_proxy import FAULTS, Fault, FaultProxy, is_scoring
 from tests.support.processes import leave_vllm
 from tests.support.turns import one_after_another
 
+pytestmark = pytest.mark.alone
+
 VOCAB, SUPPORT, CONTEXT = 40, 5, 512
 TOLERANCE = 1e-4
 START_S = 300.0  # the first request compiles

@@ -12,7 +12,9 @@ import torch
 from scripts import bench_colocation, bench_loss, bench_scaling, bench_scoring
 from scripts.measure import tools
 from scripts.measure.forked import run_forked
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, worker_environment
+
+pytestmark = pytest.mark.alone
 
 TRL_DIR = ROOT / ".trl"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -62,7 +64,8 @@ def test_bench_scoring(tmp_path, served):
     arguments = f"--json {sizes} --repeats 1 --kv_cache_gib 0.05 {'--served' * served}".split()
     out, err = tmp_path / "out", tmp_path / "err"
     script = str(ROOT / "scripts" / "bench_scoring.py")
-    assert run_forked([script, *arguments], out, err, 300) == 0, err.read_text()[-3000:]
+    status = run_forked([script, *arguments], out, err, 300, worker_environment())
+    assert status == 0, err.read_text()[-3000:]
     result = json.loads(out.read_text().splitlines()[-1])
     ours_ms = result["prefill_ms"] + result["score_ms"]
     assert result["speedup_vs_prompt_logprobs"] == pytest.approx(

@@ -20,14 +20,13 @@ from tests.support.launch import (
 )
 from tests.support.metrics_page import documented_keys, undocumented
 from tests.support.processes import ROOT
-from tests.whole_runs.test_standalone import models  # noqa: F401
 
 pytestmark = pytest.mark.e2e
 STEPS = 5
 
 
 @pytest.fixture
-def servers(models, key, tmp_path):  # noqa: F811
+def servers(models, key, tmp_path):
     """Two rollout servers and a log-prob server that any run of the test may push to, in turn."""
     weights = tmp_path / "weights"
     weights.mkdir(mode=0o700)
@@ -48,7 +47,7 @@ def servers(models, key, tmp_path):  # noqa: F811
         yield replicas, weights, logprob
 
 
-def launch(models, run_dir, servers, *flags, **changes):  # noqa: F811
+def launch(models, run_dir, servers, *flags, **changes):
     replicas, weights, _ = servers
     urls = [replica.url for replica in replicas if replica.alive]
     return command(
@@ -67,7 +66,7 @@ def launch(models, run_dir, servers, *flags, **changes):  # noqa: F811
     )
 
 
-def test_async_runs(models, servers, tmp_path):  # noqa: F811
+def test_async_runs(models, servers, tmp_path):
     """One story for one pair of servers, which take half a minute to start."""
     calm = tmp_path / "sync"
     succeed(command(models, calm, "--num_steps", str(STEPS)))
@@ -151,7 +150,7 @@ def test_async_runs(models, servers, tmp_path):  # noqa: F811
     } <= emitted
 
 
-def test_servers_that_the_trainer_starts_are_gone_with_it(models, tmp_path):  # noqa: F811
+def test_servers_that_the_trainer_starts_are_gone_with_it(models, tmp_path):
     run = tmp_path / "auto"
     output = succeed(
         command(
