@@ -26,7 +26,7 @@ from opd.inputs import content
 from opd.records import checkpoint, export
 from opd.records.checkpoint import FAULT_POINTS
 from opd.types import LoopState
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, worker_environment
 
 WORKER = ROOT / "tests" / "support" / "workers" / "checkpoint_worker.py"
 DEADLINE = 600  # seconds for one process; a healthy one needs a few
@@ -42,12 +42,6 @@ EVERY_RANK = (
 
 
 # ---- Real DeepSpeed, real kills ------------------------------------------------------------------
-
-
-def worker_environment() -> dict[str, str]:
-    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OPD_FAULT")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
-    return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")

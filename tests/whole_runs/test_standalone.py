@@ -154,7 +154,7 @@ def test_a_run_survives_its_servers(models, tmp_path, key):
             assert seconds < WAIT_S + 40, f"{seconds:.0f} s"
         # on each of them
         assert output.count("RankError: scoring failed on rank") >= 2, output[-5000:]
-        assert f"saving step {STRUCK}, from where the same command goes on" in output
+        assert f"saving step {STRUCK}; the same command continues from there" in output
         assert "\nerror: scoring failed on rank" in output
         assert (
             "teacher addition: no answer for" in output
