@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Interval, Le
 
 PositiveInt, NonNegativeInt = Annotated[int, Ge(1)], Annotated[int, Ge(0)]
 PositiveFloat, NonNegativeFloat = Annotated[float, Gt(0)], Annotated[float, Ge(0)]
+Auto = Literal["auto"]
 
 
 def option(default: Any, help: str, **metadata):
@@ -109,8 +110,10 @@ class TeacherConfig:
     teacher_max_inflight: PositiveInt = option(
         32, "Requests in flight to one replica of a served teacher, per rank."
     )
-    teacher_kv_cache_gib: PositiveFloat = option(
-        0.25, "KV cache of each teacher engine per GPU, GiB; a teacher never generates."
+    teacher_kv_cache_gib: Annotated[float | Auto, Gt(0)] = option(
+        "auto",
+        "KV cache of each teacher engine per GPU, GiB; auto holds the tokens of one forward, or at "
+        "least one sequence. A teacher never generates.",
     )
     teacher_cache_bytes: NonNegativeInt = option(
         16 << 30,
@@ -272,8 +275,11 @@ class RolloutConfig:
         1.0, "Nucleus sampling; below 1 the sampler is no longer the student."
     )
     top_k: NonNegativeInt = option(0, "Sample from the k likeliest tokens only; 0 is off.")
-    rollout_kv_cache_gib: PositiveFloat = option(
-        1.0, "KV cache of the rollout engine per GPU, GiB.", fingerprinted=False
+    rollout_kv_cache_gib: Annotated[float | Auto, Gt(0)] = option(
+        "auto",
+        "KV cache of the rollout engine per GPU, GiB; auto holds all responses at full length, or "
+        "what the plan has room for.",
+        fingerprinted=False,
     )
     rollout_tensor_parallel_size: PositiveInt = option(
         1,
@@ -450,9 +456,12 @@ class RunConfig:
         "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path.",
     )
     plan: Literal["auto", "off"] = option(
-        "off",
-        "auto: what no flag says (KV cache, micro-batches, support) is chosen so that the run "
-        "fits; see opd.plan.",
+        "auto",
+        "auto: what no flag says (micro-batches, gradient checkpointing, support, GPUs that share "
+        "a teacher) is chosen so that the run fits its memory, and printed.",
+    )
+    ignore_plan: bool = option(
+        False, "Start although the plan says that the run does not fit its memory."
     )
     dry_run: bool = option(
         False, "Print the resolved configuration, memory and two prompts; load no weights."

@@ -44,7 +44,10 @@ class RolloutEngine:
         dtype: str,
         max_model_len: int,
         trust_remote_code: bool,
+        kv_cache_gib: float | None = None,
     ):
+        """Where the configuration leaves the KV cache to the plan, `kv_cache_gib` is its size."""
+        given = cfg.rollout_kv_cache_gib
         self.cfg, self.eos_ids, self.seed = cfg, eos_ids, seed
         self.policy_version = 0
         self._canary, self._canary_version = None, -1
@@ -52,7 +55,8 @@ class RolloutEngine:
             model,
             dtype=dtype,
             max_model_len=max_model_len,
-            kv_cache_gib=cfg.rollout_kv_cache_gib,
+            kv_cache_gib=(kv_cache_gib or 0) if given == "auto" else given,
+            kv_cache_grows=given == "auto",
             seed=seed,
             trust_remote_code=trust_remote_code,
             enforce_eager=cfg.enforce_eager,
@@ -247,9 +251,9 @@ def write_with_model(
 
     Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine
     that generates would cost the trainer a KV cache and an `lm_head` for the whole run. `sampling`
-    is what `GeneratorEngine.generate` takes, plus dtype, max_model_len, kv_cache_gib, eos_ids,
-    seed, trust_remote_code and enforce_eager. Raises RuntimeError with the end of the child's log
-    if it fails.
+    is what `GeneratorEngine.generate` takes, plus dtype, max_model_len, kv_cache_gib (which grows
+    to what one sequence takes), eos_ids, seed, trust_remote_code and enforce_eager. Raises
+    RuntimeError with the end of the child's log if it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
@@ -312,6 +316,7 @@ def _child_main() -> None:
             job["model"],
             max_model_len=job["max_model_len"],
             kv_cache_gib=job["kv_cache_gib"],
+            kv_cache_grows=True,
             seed=job["seed"],
             enforce_eager=job["enforce_eager"],
             **options,

@@ -26,6 +26,7 @@ from opd.engines.vllm_process import (
     pooling_options,
     register_sleep_backend,
     reload_weights,
+    room_for_one_sequence,
     sampling_params,
     weight_bytes,
 )
@@ -48,7 +49,7 @@ class _Engine:
     what they ask it may differ.
 
     `sleep_level` 1 keeps the weights on the host, 2 drops them, 0 never sleeps. `frozen` weights
-    are never replaced.
+    are never replaced. A KV cache that is too small for one sequence is a ValueError, or grows.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class _Engine:
         sleep_level: int,
         frozen: bool,
         kv_cache_gib: float,
+        kv_cache_grows: bool,
         enforce_eager: bool,
         tensor_parallel_size: int = 1,
         **options,
@@ -76,24 +78,26 @@ class _Engine:
             # nothing else when the size of the cache is given. The other engines and the student
             # are on the GPU already.
             options["gpu_memory_utilization"] = 0.01
-        self._kv_cache_bytes = int(kv_cache_gib * GIB)
+        size = int(kv_cache_gib * GIB)
         self._asleep: set[str] = set()
         self._rests = False
         self._workspace = Workspace()
-        with self._active(), kept_classes():
+        room = room_for_one_sequence(size, grows=kv_cache_grows)
+        with self._active(), kept_classes(), room as sizes:
             self.llm = vllm.LLM(
                 model=model,
                 **as_transformers(),
                 tensor_parallel_size=tensor_parallel_size,
                 distributed_executor_backend="external_launcher",
                 enforce_eager=enforce_eager,
-                kv_cache_memory_bytes=self._kv_cache_bytes,
+                kv_cache_memory_bytes=size,
                 disable_log_stats=True,
                 **options,
             )
 
             if self.memory is not None:
                 self.llm.collective_rpc(_use_own_sleep)
+        self._kv_cache_bytes = sizes[-1] if sizes else 0
 
     @contextmanager
     def _active(self):
@@ -249,6 +253,7 @@ class GeneratorEngine(_Engine):
         kv_cache_gib: float,
         seed: int,
         trust_remote_code: bool,
+        kv_cache_grows: bool = False,
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
     ):
@@ -260,6 +265,7 @@ class GeneratorEngine(_Engine):
             tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
+            kv_cache_grows=kv_cache_grows,
             dtype=dtype,
             max_model_len=max_model_len,
             seed=seed,
@@ -360,6 +366,7 @@ class HiddenStateEngine(_Engine):
         max_model_len: int,
         kv_cache_gib: float,
         trust_remote_code: bool,
+        kv_cache_grows: bool = False,
         tensor_parallel_size: int = 1,
         residency: str = "host",
     ):
@@ -372,6 +379,7 @@ class HiddenStateEngine(_Engine):
             enforce_eager=True,  # a prefill gains nothing from CUDA graphs
             tokenizer=tokenizer,  # vLLM's pooling entry point insists on one; it never sees text
             kv_cache_gib=kv_cache_gib,
+            kv_cache_grows=kv_cache_grows,
             dtype=dtype,
             max_model_len=max_model_len,
             trust_remote_code=trust_remote_code,
@@ -413,4 +421,6 @@ class HiddenStateEngine(_Engine):
             assert state.shape[0] == len(ids), (
                 f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"
             )
+            # twice the bytes on their way to the host, and in what the plan counts
+            assert state.dtype == self.llm.model_config.dtype, f"{self.name}: {state.dtype}"
         return states

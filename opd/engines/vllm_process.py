@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from opd.config import GIB
 from opd.engines.engine_memory import CudaDriver, EngineMemory
 
 ENVIRONMENT = {
@@ -62,12 +63,57 @@ def as_transformers() -> dict[str, Any]:
 
 
 def pooling_options() -> dict[str, Any]:
-    """Options of an engine that returns the final hidden states of every token."""
+    """Options of an engine that returns the final hidden states of every token, in its own dtype:
+    vllm 0.32 would make float32 of them, for a head that is not there.
+    """
     import_vllm()
     from vllm.config import PoolerConfig
 
     pooler_config = PoolerConfig(task="token_embed", use_activation=False)
-    return {"runner": "pooling", "convert": "embed", "pooler_config": pooler_config}
+    return {
+        "runner": "pooling",
+        "convert": "embed",
+        "pooler_config": pooler_config,
+        "hf_overrides": {"head_dtype": "model"},
+    }
+
+
+@contextmanager
+def room_for_one_sequence(size: float, *, grows: bool) -> Iterator[list[int]]:
+    """Around the building of an engine in this process: its KV cache holds one sequence of its
+    `max_model_len`, without which vLLM refuses to start.
+
+    A cache of `size` bytes that is too small grows, or is a ValueError with the size that it needs.
+    The list gets the size that the engine has. What is needed, vLLM itself says of the layers that
+    it has built.
+    """
+    import_vllm()
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine import core
+
+    choose, sizes = core.get_kv_cache_configs, []
+
+    def choose_enough(vllm_config, specs: list[dict[str, Any]], available: list[int]):
+        layers = {name: spec for of_worker in specs for name, spec in of_worker.items()}
+        groups = kv_cache_utils.get_kv_cache_groups(vllm_config, layers)
+        needed = 0
+        if groups:
+            needed = kv_cache_utils._max_memory_usage_bytes_from_groups(vllm_config, groups)
+            # a block that vLLM keeps to itself
+            needed += kv_cache_utils._pool_bytes_per_block(vllm_config, groups)
+        if needed > size and not grows:
+            raise ValueError(
+                f"a KV cache of {size / GIB:.3g} GiB: one sequence of "
+                f"{vllm_config.model_config.max_model_len} tokens takes {needed / GIB:.3g} GiB"
+            )
+        sizes.append(max(int(size), needed))
+        return choose(vllm_config, specs, [max(given, needed) for given in available])
+
+    core.get_kv_cache_configs = choose_enough
+    try:
+        yield sizes
+    finally:
+        core.get_kv_cache_configs = choose
 
 
 def sampling_params(

@@ -197,6 +197,21 @@ class _Parser(HfArgumentParser):
         """Of what a field says of itself, argparse takes what it knows."""
         return super().add_argument(*names, **options)
 
+    @staticmethod
+    def _parse_dataclass_field(parser, field):
+        """A number, or `auto` in its place: a type that the base class does not know."""
+        kinds = get_args(field.type)
+        if Literal["auto"] not in kinds:
+            HfArgumentParser._parse_dataclass_field(parser, field)
+            return
+        kind = next(kind for kind in kinds if kind != Literal["auto"])
+
+        def number(text: str) -> int | float | str:
+            return text if text == "auto" else kind(text)
+
+        number.__name__ = "number or auto"  # argparse says it of a value that is neither
+        parser.add_argument(f"--{field.name}", type=number, default=field.default, **field.metadata)
+
     def error(self, message):
         raise ValueError(message.removeprefix("argument "))
 

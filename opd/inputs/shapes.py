@@ -19,8 +19,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.utils import logging
 
 from opd.config import is_async
+from opd.inputs.kv_cache import CachedLayers, cached_layers
 from opd.log import one_line
 from opd.ops.attention import AUTO, attention_for
+
+
+class Unplannable(ValueError):
+    """A configuration does not say enough for a prediction of memory."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,9 @@ class ModelShape:
     # key-value heads: where layers differ, what divides the number of each.
     divided: dict[str, int]
     common_kv_heads: int
+    cached: tuple[CachedLayers, ...]  # what stands in the KV cache
+    # layers that keep a state instead (Mamba, linear attention): vLLM fits its pages to theirs
+    state_layers: int
 
     @property
     def num_parameters(self) -> int:
@@ -66,8 +74,8 @@ class ModelShape:
 
     @property
     def kv_per_token(self) -> int:
-        """Values in the KV cache for one token: a key and a value per layer and key-value head."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        """Values in the KV cache for one token."""
+        return sum(layers.count * layers.values for layers in self.cached)
 
     @property
     def largest_parameter(self) -> int:
@@ -91,13 +99,13 @@ class ModelShape:
         return norms + heads + mlp
 
     def check_plannable(self) -> None:
-        """ValueError if the configuration does not say enough for a prediction of memory."""
+        """Unplannable if the configuration does not say enough for a prediction of memory."""
         for name, number in (
             ("num_hidden_layers", self.num_layers),
             ("num_attention_heads", self.num_heads),
         ):
             if not number:
-                raise ValueError(
+                raise Unplannable(
                     f"{self.flag} {self.path}: config.json has no {name}; without it memory cannot "
                     "be planned"
                 )
@@ -272,6 +280,7 @@ def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
         common_kv_heads=math.gcd(*layer_values(config, "num_key_value_heads"))
         or math.gcd(*layer_values(config, "num_attention_heads"))
         or 1,
+        **cached_layers(config),
     )
 
 

@@ -4,7 +4,7 @@ whether it fits.
     python -m opd.plan --config run.yaml --gpus 8 --gpu_memory 80 --host_memory 512 --plot plan.png
 
 takes a trainer's YAML file, and its flags too. It reads configurations of models only: no weights,
-tokenizers or data. The trainers use the same planner with `--plan auto` and `--dry_run`.
+tokenizers or data. Every run of the trainers starts with the same plan.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from opd.config import GIB, groups_of
 from opd.inputs.arguments import OneLineParser, given, parse
 from opd.plan.apply import apply
 from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, make_job, read_shapes
-from opd.plan.planner import make_plan
+from opd.plan.planner import check_caches, make_plan
 from opd.plan.view import as_json, draw, table, verdict
 
 
@@ -103,7 +103,9 @@ def plan_command(argv: list[str] | None = None) -> int:
     """Exit status 0 if the run fits, 1 if it does not, 2 for a mistake."""
     try:
         args, cfg = plan_arguments(sys.argv[1:] if argv is None else argv)
-        plan = make_plan(make_job(cfg, *read_shapes(cfg), machine_of(args)), cfg.explicit)
+        job = make_job(cfg, *read_shapes(cfg), machine_of(args))
+        check_caches(job)
+        plan = make_plan(job, cfg.explicit if cfg.run.plan == "auto" else None)
         if args.plot:
             draw(plan, Path(args.plot))
     except ValueError as error:

@@ -9,23 +9,22 @@ from typing import Any
 import yaml
 
 from opd import distributed
-from opd.config import GIB
 from opd.inputs.models import ModelFacts
+from opd.inputs.shapes import Unplannable
 from opd.log import say
 from opd.plan.job import machine_here, make_job
-from opd.plan.planner import OFFLOAD_LEVEL, Plan, as_configured, make_plan
+from opd.plan.planner import OFFLOAD_LEVEL, Plan, as_configured, check_caches, make_plan
 from opd.plan.view import table, verdict
 
 
 def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
     """The configuration with the plan's choices, and one line for each value that changed."""
     choices = plan.choices
-    values: dict[tuple[str, str], Any] = {}
-    # a number that was given stays as it was written
-    if choices.kv_cache != int(cfg.rollout.rollout_kv_cache_gib * GIB):
-        values["rollout", "rollout_kv_cache_gib"] = choices.kv_cache / GIB
-    values["loss", "support"] = choices.support
-    values["batch", "max_tokens_per_micro_batch"] = choices.max_tokens
+    values: dict[tuple[str, str], Any] = {
+        ("loss", "support"): choices.support,
+        ("batch", "max_tokens_per_micro_batch"): choices.max_tokens,
+        ("model", "gradient_checkpointing"): choices.checkpointing,
+    }
     if choices.offload != as_configured(plan.job).offload:
         levels = {level: name for name, level in OFFLOAD_LEVEL.items()}
         values["model", "offload_student"] = levels[len(choices.offload)]
@@ -33,8 +32,7 @@ def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
     for (group, name), value in values.items():
         section = getattr(cfg, group)
         if value != getattr(section, name):
-            shown = f"{value:g}" if isinstance(value, float) else value
-            lines.append(f"plan: --{name} {shown}")
+            lines.append(f"plan: --{name}" + ("" if value is True else f" {value}"))
             cfg = replace(cfg, **{group: replace(section, **{name: value})})
     specs = []
     for spec in cfg.teachers:
@@ -46,11 +44,13 @@ def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
 
 
 def plan_run(cfg, facts: ModelFacts) -> tuple[Any, Plan | None, str]:
-    """(configuration, plan, what to show of it) of a run on this machine; all ranks plan for the
-    one with least memory.
+    """(configuration, plan, its table) of a run on this machine; all ranks plan for the one with
+    least memory.
 
-    With `--plan auto` the configuration takes what was chosen, and each change is said. Otherwise a
-    model whose configuration says too little leaves the run without a plan. Collective.
+    With `--plan auto` the configuration takes what was chosen. The choices and the verdict are
+    said. A model whose configuration says too little leaves the run without a plan. ValueError for
+    caches that vLLM would refuse, and for a run that does not fit, unless it is a dry run or
+    `--ignore_plan`. Collective.
     """
     auto = cfg.run.plan == "auto"
     if auto:
@@ -63,29 +63,43 @@ def plan_run(cfg, facts: ModelFacts) -> tuple[Any, Plan | None, str]:
     with distributed.agree_on_error("planning memory"):
         try:
             job = make_job(cfg, facts.student, facts.teachers, machine)
-            plan = make_plan(job, cfg.explicit if auto else None)
-        except ValueError as error:
-            if auto:
-                raise
-            return cfg, None, f"Memory is not predicted: {error}"
+        except Unplannable as error:
+            say(f"memory is not predicted: {error}")
+            return cfg, None, ""
+        check_caches(job)
+        plan = make_plan(job, cfg.explicit if auto else None)
+    lines: list[str] = []
     if auto:
         cfg, lines = apply(cfg, plan)
-        for line in lines:
-            say(line)
-    return cfg, plan, f"{table(plan)}\n{verdict(plan)}"
+    said = verdict(plan)
+    for line in [*lines, f"plan: {said}"]:
+        say(line)
+    if not (plan.fits or cfg.run.ignore_plan or cfg.run.dry_run):
+        raise ValueError(f"the run {said}; or start it all the same with --ignore_plan")
+    return cfg, plan, table(plan)
+
+
+# What a resumed run keeps as it was chosen for it: other values compute other numbers.
+KEPT_CHOICES = (
+    ("loss", "support"),
+    ("batch", "max_tokens_per_micro_batch"),
+    ("model", "gradient_checkpointing"),
+)
+# Flags that say the same in another way.
+OTHER_FORM = {"max_tokens_per_micro_batch": ("micro_batch_size",)}
 
 
 def _with_choices_of(cfg):
-    """A run that is resumed keeps the support that was planned for it: another one would make it
-    another run.
-    """
+    """A run that is resumed keeps what was chosen for it, whatever memory is free today."""
     recorded = Path(cfg.run.output_dir) / "config.yaml"
-    if "support" in cfg.explicit or cfg.run.resume == "never" or not recorded.exists():
+    if cfg.run.resume == "never" or not recorded.exists():
         return cfg
     try:
-        support = yaml.safe_load(recorded.read_text())["support"]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        old = dict(yaml.safe_load(recorded.read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
         return cfg  # what is wrong with the directory is said elsewhere
-    return replace(
-        cfg, loss=replace(cfg.loss, support=support), explicit=cfg.explicit | {"support"}
-    )
+    for group, name in KEPT_CHOICES:
+        if name in old and not cfg.explicit & {name, *OTHER_FORM.get(name, ())}:
+            section = replace(getattr(cfg, group), **{name: old[name]})
+            cfg = replace(cfg, **{group: section}, explicit=cfg.explicit | {name})
+    return cfg

@@ -39,7 +39,9 @@ class Machine:
 class Choices:
     """What the planner may decide."""
 
-    kv_cache: int  # of the rollout engine
+    kv_cache: int  # of the rollout engine; 0 where servers write
+    teacher_kv: dict[str, int]  # of each vllm teacher
+    checkpointing: bool  # activations are recomputed
     offload: tuple[str, ...]  # student states on the host while they are not needed, of OFFLOADS
     support: str
     max_tokens: int  # of a micro-batch; 0 cuts by micro_batch_size
@@ -147,9 +149,9 @@ def read_shapes(cfg) -> tuple[ModelShape, dict[str, ModelShape]]:
 def make_job(cfg, student: ModelShape, teachers: Mapping[str, ModelShape], machine: Machine) -> Job:
     """A run, with the shapes of its models as they were read.
 
-    ValueError with one line for a model that says too little, for numbers that do not divide the
-    ranks, and for a wrong ds_config. A served teacher takes no memory here: the job does not know
-    it.
+    ValueError with one line for a model that says too little (Unplannable), for numbers that do not
+    divide the ranks, and for a wrong ds_config. A served teacher takes no memory here: the job does
+    not know it.
     """
     for shape in (student, *teachers.values()):
         shape.check_plannable()

@@ -11,6 +11,7 @@ from typing import Literal
 
 from opd.config import GIB
 from opd.distillation import support_of
+from opd.inputs.kv_cache import one_sequence_bytes, token_bytes
 from opd.inputs.shapes import ModelShape
 from opd.plan.job import MIB, PHASES, Choices, Job, MemoryRow
 from opd.plan.sharding import FLOAT32
@@ -131,7 +132,7 @@ def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     during = {
         "ZeRO reduction buckets": _reduction_buckets(job),
         "gathered parameters (estimate)": _gathered(job),
-        "activations (estimate)": activations(job, tokens),
+        "activations (estimate)": activations(job, choices, tokens),
         "logits of one chunk": chunk,
         # fused_linear sums the head's gradient in float32; its copy in the computation type waits
         # for the backward
@@ -167,7 +168,7 @@ def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     yield _on_device("gathered bucket of the weight sync", bucket if gathers else 0, ("sync",))
 
 
-def activations(job: Job, tokens: int) -> int:
+def activations(job: Job, choices: Choices, tokens: int) -> int:
     """(estimate) What the forward of `tokens` keeps, plus one layer's gradients, plus the final
     hidden states and theirs.
 
@@ -176,8 +177,8 @@ def activations(job: Job, tokens: int) -> int:
     student, width = job.student, job.width
     layer = student.activations_per_token(width)
     hidden = student.hidden_size * width
-    kept = student.num_layers * (hidden if job.cfg.model.gradient_checkpointing else layer)
-    again = layer if job.cfg.model.gradient_checkpointing else 0
+    kept = student.num_layers * (hidden if choices.checkpointing else layer)
+    again = layer if choices.checkpointing else 0
     return tokens * (kept + again + layer + 2 * hidden)
 
 
@@ -235,20 +236,52 @@ def _step_temporaries(job: Job) -> int:
 # ---- The rollout engine --------------------------------------------------------------------------
 
 
-def kv_per_token(job: Job) -> int:
-    """Bytes of the rollout engine's KV cache for one token on one GPU."""
-    share = min(job.student.num_kv_heads, job.cfg.rollout.rollout_tensor_parallel_size)
-    return job.student.kv_per_token * job.width // share
+def sampler_cache(job: Job) -> tuple[int, int]:
+    """(least, wanted) bytes of the rollout engine's KV cache on one GPU."""
+    return _writer_cache(job, job.student, job.cfg.rollout.rollout_tensor_parallel_size)
 
 
-def kv_wanted(job: Job) -> int:
-    """A KV cache in which all rollouts that vLLM runs at once can reach full length."""
-    return min(job.sequences, job.engine_limits[1]) * job.longest * kv_per_token(job)
+def _writer_cache(job: Job, shape: ModelShape, gpus: int) -> tuple[int, int]:
+    """With less than one sequence of full length vLLM refuses to start; wanted is room for all that
+    it writes at once.
+    """
+    tokens, sequences = job.engine_limits
+    least = one_sequence_bytes(
+        shape.cached,
+        job.longest,
+        width=job.width,
+        gpus=gpus,
+        in_flight=2 * tokens,  # it schedules a batch while another is computed
+        is_gpu=job.machine.is_gpu,
+    )
+    return least, min(job.sequences, sequences) * least
 
 
-def kv_least(job: Job) -> int:
-    """One sequence of full length; with less vLLM refuses to start."""
-    return job.longest * kv_per_token(job)
+def teacher_writes(job: Job, name: str, usable: int) -> tuple[int, bool]:
+    """(bytes of the KV cache, whether there is room) of a teacher that writes its own answers, in a
+    child that has the device alone: for the report, and for `--seq_kd`.
+    """
+    shape = job.teachers[name]
+    least, wanted = _writer_cache(job, shape, 1)
+    room = usable - engine_weights(job, shape, with_head=True) - _writing(job, shape)
+    return max(least, min(wanted, room)), room >= least
+
+
+def teacher_cache(job: Job, name: str, gpus: int) -> tuple[int, int]:
+    """(least, wanted) bytes of a vllm teacher's KV cache on each of `gpus` GPUs: one sequence of
+    full length, and the tokens of one forward.
+    """
+    shape, tokens = job.teachers[name], job.engine_limits[0]
+    least = one_sequence_bytes(
+        shape.cached,
+        job.longest,
+        width=job.width,
+        gpus=gpus,
+        in_flight=tokens,
+        is_gpu=job.machine.is_gpu,
+    )
+    forward = min(tokens, job.sequences * job.longest)
+    return least, max(least, forward * token_bytes(shape.cached, width=job.width, gpus=gpus))
 
 
 def engine_weights(job: Job, shape: ModelShape, *, with_head: bool, gpus: int = 1) -> int:
@@ -276,16 +309,22 @@ def _rollout(job: Job, choices: Choices) -> Iterator[MemoryRow]:
             yield _host(job, "weights for the servers, in shared memory", versions, PHASES)
         return
     weights = engine_weights(job, student, with_head=True, gpus=cfg.rollout_tensor_parallel_size)
-    most_tokens, most_sequences = job.engine_limits
-    work = _forward(student, job.width, min(most_tokens, job.sequences * cfg.max_response_tokens))
-    # the sampler's logits, and their probabilities
-    work += 2 * FLOAT32 * min(job.sequences, most_sequences) * student.vocab_size
-    is_gpu = job.machine.is_gpu
-    if is_gpu and not cfg.enforce_eager:
-        work += CUDA_GRAPHS
+    work, is_gpu = _writing(job, student), job.machine.is_gpu
     yield _on_device("rollout engine weights", weights, ("rollout", "sync") if is_gpu else PHASES)
     yield _on_device("rollout KV cache", choices.kv_cache, ("rollout",) if is_gpu else PHASES)
     yield _on_device("rollout engine, working memory (estimate)", work, ("rollout",))
+
+
+def _writing(job: Job, shape: ModelShape) -> int:
+    """(estimate) What an engine that writes works in."""
+    tokens, sequences = job.engine_limits
+    work = _forward(
+        shape, job.width, min(tokens, job.sequences * job.cfg.rollout.max_response_tokens)
+    )
+    # the sampler's logits, and their probabilities
+    work += 2 * FLOAT32 * min(job.sequences, sequences) * shape.vocab_size
+    graphs = job.machine.is_gpu and not job.cfg.rollout.enforce_eager
+    return work + (CUDA_GRAPHS if graphs else 0)
 
 
 def _forward(shape: ModelShape, width: int, tokens: int) -> int:
@@ -312,8 +351,7 @@ def teacher_weights(job: Job, name: str, choices: Choices) -> int:
 
 def teacher_awake(job: Job, name: str, choices: Choices) -> int:
     """Weights and KV cache; an `hf` teacher keeps no cache."""
-    kv = int(job.cfg.teacher.teacher_kv_cache_gib * GIB) if job.spec(name).backend == "vllm" else 0
-    return teacher_weights(job, name, choices) + kv
+    return teacher_weights(job, name, choices) + choices.teacher_kv.get(name, 0)
 
 
 def hidden_bytes(job: Job) -> int:
@@ -384,3 +422,5 @@ def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     yield _host(job, "teacher lm_heads", sum(heads), PHASES, moved=visits * sum(heads))
     payload = payload_bytes(job, support)
     yield _host(job, "what teachers said", payload, ("score", "train"), moved=2 * payload)
+    # micro-batches hold a copy, and what was copied goes when the last one is made
+    yield _host(job, "its copy in micro-batches", payload, ("score",))

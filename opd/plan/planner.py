@@ -1,13 +1,24 @@
 """Predicts a run's memory phase by phase, and chooses what the user left open so that it fits."""
 
+import math
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from opd.config import GIB
 from opd.plan.job import MIB, OFFLOADS, PHASES, Choices, Job, MemoryRow
-from opd.plan.memory import hidden_bytes, kv_least, kv_wanted, memory_rows, teacher_awake
+from opd.plan.memory import (
+    hidden_bytes,
+    memory_rows,
+    sampler_cache,
+    teacher_awake,
+    teacher_cache,
+    teacher_weights,
+    teacher_writes,
+)
 
 USABLE = 0.92  # of a device's memory: allocators leave gaps
+# of it, for a micro-batch whose size is chosen: what activations take is an estimate
+FILLED = 0.8
 MOST_TOKENS, MOST_TOKENS_CPU = 32_768, 4096  # of a micro-batch: the processor is busy long before
 KV_STEP = 64 * MIB
 OFFLOAD_LEVEL = {
@@ -47,6 +58,10 @@ class Plan:
             else 0
         )
 
+    def teacher_writes(self, name: str) -> tuple[int, bool]:
+        """`memory.teacher_writes` on this machine."""
+        return teacher_writes(self.job, name, int(USABLE * self.job.machine.device_bytes))
+
     @property
     def peak(self) -> int:
         return max(map(self.bytes_of, PHASES))
@@ -57,10 +72,13 @@ class Plan:
         return sum(row.moved for row in self.rows) / self.job.machine.pcie
 
     @property
-    def fits(self) -> bool:
+    def fits_host(self) -> bool:
         machine = self.job.machine
-        host = machine.gpus * max(map(self.host_bytes, PHASES))
-        return self.peak <= USABLE * machine.device_bytes and host <= machine.host_bytes
+        return machine.gpus * max(map(self.host_bytes, PHASES)) <= machine.host_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= USABLE * self.job.machine.device_bytes and self.fits_host
 
     @property
     def prefetches(self) -> bool:
@@ -75,11 +93,16 @@ class Plan:
 def make_plan(job: Job, explicit: Set[str] | None = None) -> Plan:
     """What the run takes.
 
-    With `explicit`, the flags that the user gave, everything else that can be chosen is chosen.
+    With `explicit`, the flags that the user gave, everything else that can be chosen is chosen;
+    without, caches that size themselves alone.
     """
     choices = as_configured(job)
-    if explicit is not None:
-        choices = choose(job, choices, explicit)
+    return _plan(
+        job, _with_caches(job, choices) if explicit is None else choose(job, choices, explicit)
+    )
+
+
+def _plan(job: Job, choices: Choices) -> Plan:
     return Plan(job, choices, memory_rows(job, choices))
 
 
@@ -87,18 +110,72 @@ def make_plan(job: Job, explicit: Set[str] | None = None) -> Plan:
 
 
 def as_configured(job: Job) -> Choices:
-    """What the flags say.
+    """What the flags say; caches that size themselves hold one sequence.
 
     Student states leave the GPU, all of them, where DeepSpeed can move them.
     """
     cfg = job.cfg
-    return Choices(
-        kv_cache=int(cfg.rollout.rollout_kv_cache_gib * GIB),
+    choices = Choices(
+        kv_cache=0,
+        teacher_kv={},
+        checkpointing=cfg.model.gradient_checkpointing,
         offload=OFFLOADS[: OFFLOAD_LEVEL[cfg.model.offload_student]] if _can_offload(job) else (),
         support=cfg.loss.support,
         max_tokens=cfg.batch.max_tokens_per_micro_batch,
         tensor_parallel={spec.name: spec.tensor_parallel_size for spec in cfg.teachers},
     )
+    return _with_least_caches(job, choices)
+
+
+def check_caches(job: Job) -> None:
+    """ValueError for a KV cache of a given size that vLLM would refuse, minutes later.
+
+    What a state beside the cache adds, only vLLM knows (`vllm_process.room_for_one_sequence`).
+    """
+    given, of_teachers = job.cfg.rollout.rollout_kv_cache_gib, job.cfg.teacher.teacher_kv_cache_gib
+    caches = []
+    if given != "auto" and not job.is_async:
+        caches.append(("--rollout_kv_cache_gib", given, sampler_cache(job)[0], job.student))
+    for name, shape in job.teachers.items() if of_teachers != "auto" else ():
+        if job.spec(name).backend == "vllm":
+            least = teacher_cache(job, name, job.spec(name).tensor_parallel_size)[0]
+            caches.append(("--teacher_kv_cache_gib", of_teachers, least, shape))
+    for flag, size, least, shape in caches:
+        if int(size * GIB) < least:
+            raise ValueError(
+                f"{flag} {size:g}: one sequence of {job.longest} tokens takes "
+                f"{math.ceil(1000 * least / GIB) / 1000:g} GiB of {shape.flag} {shape.path}; give "
+                "as much, or auto"
+            )
+
+
+def _with_least_caches(job: Job, choices: Choices) -> Choices:
+    """Caches as the flags say, or for one sequence."""
+    given, of_teachers = job.cfg.rollout.rollout_kv_cache_gib, job.cfg.teacher.teacher_kv_cache_gib
+    sampler = sampler_cache(job)[0] if given == "auto" else int(given * GIB)
+    caches = {
+        name: teacher_cache(job, name, choices.tensor_parallel[name])[0]
+        if of_teachers == "auto"
+        else int(of_teachers * GIB)
+        for name in job.teachers
+        if job.spec(name).backend == "vllm"
+    }
+    return replace(choices, kv_cache=0 if job.is_async else sampler, teacher_kv=caches)
+
+
+def _with_caches(job: Job, choices: Choices) -> Choices:
+    """Caches that size themselves as large as is useful, where there is room."""
+    choices = _with_least_caches(job, choices)
+    if job.cfg.teacher.teacher_kv_cache_gib == "auto":
+        sizes = choices.tensor_parallel
+        wanted = {name: teacher_cache(job, name, sizes[name])[1] for name in choices.teacher_kv}
+        phases = ("score",) if job.machine.is_gpu else PHASES
+        larger = replace(choices, teacher_kv=wanted)
+        if all(_room(job, larger, phase) >= 0 for phase in phases):
+            choices = larger
+    if job.cfg.rollout.rollout_kv_cache_gib == "auto" and not job.is_async:
+        choices = replace(choices, kv_cache=_kv_cache(job, choices))
+    return choices
 
 
 def _can_offload(job: Job) -> bool:
@@ -118,21 +195,24 @@ def _can_offload(job: Job) -> bool:
 def choose(job: Job, choices: Choices, explicit: Set[str]) -> Choices:
     """The cheapest choices that fit, phase by phase; where nothing fits, those that need least."""
     free_tokens = not explicit & {"max_tokens_per_micro_batch", "micro_batch_size"}
-    free_cache = "rollout_kv_cache_gib" not in explicit and not job.is_async
-    choices = replace(choices, tensor_parallel=_teacher_parallel(job, choices))
     if free_tokens:
         choices = replace(choices, max_tokens=job.longest - 1)
+    choices = _with_least_caches(
+        job, replace(choices, tensor_parallel=_teacher_parallel(job, choices))
+    )
+    if "gradient_checkpointing" not in explicit:
+        tight = _room(job, _all_offloaded(job, choices), "train") < 0
+        choices = replace(choices, checkpointing=choices.checkpointing or tight)
     if "support" not in explicit:
         choices = replace(choices, support=_support(job, choices))
     levels = (
         OFFLOAD_LEVEL.values() if "offload_student" not in explicit else (len(choices.offload),)
     )
     for level in levels if _can_offload(job) else (0,):  # what stays on the GPU need not travel
-        choices = replace(choices, offload=OFFLOADS[:level])
-        if free_cache:
-            choices = replace(choices, kv_cache=_kv_cache(job, choices))
-        enough = not free_cache or choices.kv_cache >= kv_wanted(job)
-        if enough and all(_room(job, choices, phase) >= 0 for phase in PHASES):
+        choices = _with_caches(job, replace(choices, offload=OFFLOADS[:level]))
+        enough = job.is_async or choices.kv_cache >= sampler_cache(job)[1]
+        given = job.cfg.rollout.rollout_kv_cache_gib != "auto"
+        if (enough or given) and all(_room(job, choices, phase) >= 0 for phase in PHASES):
             break
     return (
         replace(choices, max_tokens=_micro_batch_tokens(job, choices)) if free_tokens else choices
@@ -141,9 +221,7 @@ def choose(job: Job, choices: Choices, explicit: Set[str]) -> Choices:
 
 def _room(job: Job, choices: Choices, phase: str) -> int:
     """Bytes left on the device in a phase; below 0 what is missing."""
-    return int(USABLE * job.machine.device_bytes) - Plan(
-        job, choices, memory_rows(job, choices)
-    ).bytes_of(phase)
+    return int(USABLE * job.machine.device_bytes) - _plan(job, choices).bytes_of(phase)
 
 
 def _all_offloaded(job: Job, choices: Choices) -> Choices:
@@ -151,28 +229,36 @@ def _all_offloaded(job: Job, choices: Choices) -> Choices:
 
 
 def _teacher_parallel(job: Job, choices: Choices) -> dict[str, int]:
-    """The fewest GPUs that can hold each teacher while it scores; sizes above 1 that the user gave
+    """The fewest GPUs that can hold each teacher while it scores, and more while their copies on
+    the host do not fit: GPUs that share a model share its copy. Sizes above 1 that the user gave
     stay.
     """
     sizes = dict(choices.tensor_parallel)
     if not job.machine.is_gpu:
         return sizes
-    for name, shape in job.teachers.items():
-        if sizes[name] > 1 or job.spec(name).backend != "vllm":
-            continue
-        alone = replace(job, teachers={name: shape})
-        options = [
-            n for n in (1, 2, 4, 8) if job.machine.gpus % n == 0 and not shape.why_not_shared(n)
-        ]
-        fitting = (
-            n
-            for n in options
-            if _room(
-                alone, replace(_all_offloaded(job, choices), tensor_parallel={name: n}), "score"
-            )
-            >= 0
-        )
-        sizes[name] = next(fitting, options[-1])
+    options = {
+        name: [n for n in (1, 2, 4, 8) if job.machine.gpus % n == 0 and not shape.why_not_shared(n)]
+        for name, shape in job.teachers.items()
+        if sizes[name] == 1 and job.spec(name).backend == "vllm"
+    }
+    empty = _all_offloaded(job, choices)
+
+    def with_sizes(some: Job, own: dict[str, int]) -> Choices:
+        return _with_least_caches(some, replace(empty, tensor_parallel=own))
+
+    for name, sizes_of in options.items():
+        alone = replace(job, teachers={name: job.teachers[name]})
+        fitting = (n for n in sizes_of if _room(alone, with_sizes(alone, {name: n}), "score") >= 0)
+        sizes[name] = next(fitting, sizes_of[-1])
+    if job.cfg.teacher.teacher_residency != "host":
+        return sizes
+    while not _plan(job, with_sizes(job, sizes)).fits_host:
+        larger = [name for name, sizes_of in options.items() if sizes[name] < sizes_of[-1]]
+        if not larger:
+            break
+        now = with_sizes(job, sizes)
+        most = max(larger, key=lambda name: teacher_weights(job, name, now))
+        sizes[most] = next(n for n in options[most] if n > sizes[most])
     return sizes
 
 
@@ -186,7 +272,8 @@ def _micro_batch_tokens(job: Job, choices: Choices) -> int:
     )
     while low < high:
         middle = (low + high + 1) // 2
-        if _room(job, replace(choices, max_tokens=middle), "train") >= 0:
+        plan = _plan(job, replace(choices, max_tokens=middle))
+        if plan.bytes_of("train") <= FILLED * job.machine.device_bytes:
             low = middle
         else:
             high = middle - 1
@@ -208,10 +295,8 @@ def _support(job: Job, choices: Choices) -> str:
     if hidden_bytes(job) > 2 * cfg.teacher.teacher_cache_bytes:
         options.remove("auto")  # more than half would be spilled, and trained on as top-k anyway
     for option in options:
-        candidate = replace(_all_offloaded(job, choices), support=option)
-        plan = Plan(job, candidate, memory_rows(job, candidate))
-        on_host = job.machine.gpus * max(map(plan.host_bytes, PHASES))
-        if job.machine.is_gpu and on_host <= job.machine.host_bytes:
+        plan = _plan(job, replace(_all_offloaded(job, choices), support=option))
+        if job.machine.is_gpu and plan.fits_host:
             return option
         if not job.machine.is_gpu and plan.bytes_of("train") <= USABLE * job.machine.device_bytes:
             return option
@@ -226,8 +311,7 @@ def _kv_cache(job: Job, choices: Choices) -> int:
     room = min(
         _room(job, empty, phase) for phase in (("rollout",) if job.machine.is_gpu else PHASES)
     )
-    size = max(kv_least(job), min(kv_wanted(job), room))
-    rounded = (
-        -(-size // KV_STEP) if size >= kv_wanted(job) or size <= kv_least(job) else size // KV_STEP
-    )
+    least, wanted = sampler_cache(job)
+    size = max(least, min(wanted, room))
+    rounded = -(-size // KV_STEP) if size >= wanted or size <= least else size // KV_STEP
     return max(1, rounded) * KV_STEP

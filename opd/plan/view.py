@@ -2,6 +2,7 @@
 fit.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,8 +11,8 @@ from typing import Any
 
 from opd.config import GIB
 from opd.plan.job import MIB, PHASES, Choices, Job
-from opd.plan.memory import memory_rows
-from opd.plan.planner import USABLE, Plan
+from opd.plan.memory import memory_rows, sampler_cache, teacher_cache
+from opd.plan.planner import USABLE, Plan, make_plan
 
 
 def table(plan: Plan) -> str:
@@ -59,7 +60,7 @@ def _size(size: int, unit: int) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """One line: fits, or what is missing and which one or two changes would mend it."""
+    """One line: fits, or what is missing and which one or two changes would help."""
     machine = plan.job.machine
     phase = max(PHASES, key=plan.bytes_of)
     usable = USABLE * machine.device_bytes
@@ -84,6 +85,9 @@ def verdict(plan: Plan) -> str:
 
 def remedies(plan: Plan) -> Iterator[tuple[str, ...]]:
     """Single changes that make the plan fit, then pairs of them, mildest first."""
+    cfg = plan.job.cfg
+    if cfg.run.plan == "off" and make_plan(plan.job, cfg.explicit).fits:
+        yield ("--plan auto",)
     changes = list(_changes(plan.job, plan.choices))
     for count in (1, 2):
         for chosen in itertools.combinations(changes, count):
@@ -102,8 +106,8 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
     nothing are left out.
     """
     cfg, zero = job.cfg, job.zero
-    if not cfg.model.gradient_checkpointing:
-        yield "--gradient_checkpointing", _config("model", gradient_checkpointing=True)
+    if not choices.checkpointing:
+        yield "--gradient_checkpointing", lambda j, c: (j, replace(c, checkpointing=True))
     if choices.max_tokens == 0 and cfg.batch.micro_batch_size > 1:
         yield "--micro_batch_size 1", _config("batch", micro_batch_size=1)
     elif choices.max_tokens >= job.longest:
@@ -112,12 +116,9 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
             f"--max_tokens_per_micro_batch {least}",
             lambda j, c: (j, replace(c, max_tokens=least)),
         )
-    if cfg.rollout.rollout_kv_cache_gib > 1 / 4 and not job.is_async:
-        small = max(choices.kv_cache // 4, 64 * MIB)
-        yield (
-            f"--rollout_kv_cache_gib {small / GIB:g}",
-            lambda j, c: (j, replace(c, kv_cache=small)),
-        )
+    least = 0 if job.is_async else sampler_cache(job)[0]
+    if cfg.rollout.rollout_kv_cache_gib != "auto" and choices.kv_cache > least > 0:
+        yield "--rollout_kv_cache_gib auto", lambda j, c: (j, replace(c, kv_cache=least))
     if job.machine.is_gpu and job.cfg.teacher.teacher_residency == "host":
         yield "--teacher_residency disk", _config("teacher", teacher_residency="disk")
     if cfg.teacher.teacher_cache_bytes > GIB:
@@ -135,7 +136,7 @@ def _changes(job: Job, choices: Choices) -> Iterator[tuple[str, Change]]:
         if possible and size > max(choices.tensor_parallel.values(), default=size):
             sizes = dict.fromkeys(job.teachers, size)
             text = f"tensor_parallel_size {size} of the teachers"
-            yield text, lambda j, c, sizes=sizes: (j, replace(c, tensor_parallel=sizes))
+            yield text, functools.partial(_shared_by, sizes=sizes)
     half = cfg.rollout.max_response_tokens // 2
     yield f"--max_response_tokens {half}", _config("rollout", max_response_tokens=half)
     if not job.machine.is_gpu and any(job.spec(name).backend == "vllm" for name in job.teachers):
@@ -160,9 +161,17 @@ def _zero(**values: Any) -> Change:
     )
 
 
+def _shared_by(job: Job, choices: Choices, *, sizes: dict[str, int]) -> tuple[Job, Choices]:
+    caches = {name: teacher_cache(job, name, sizes[name])[0] for name in choices.teacher_kv}
+    given = job.cfg.teacher.teacher_kv_cache_gib != "auto"
+    caches = choices.teacher_kv if given else caches
+    return job, replace(choices, tensor_parallel=sizes, teacher_kv=caches)
+
+
 def _on_disk(job: Job, choices: Choices) -> tuple[Job, Choices]:
     specs = tuple(replace(spec, backend="hf") for spec in job.cfg.teachers)
     job = replace(job, cfg=replace(job.cfg, teachers=specs))
+    choices = replace(choices, teacher_kv={})
     return _config("teacher", teacher_residency="disk")(job, choices)
 
 
@@ -179,6 +188,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "transfer_seconds": plan.transfer_seconds,
         "choices": {
             "rollout_kv_cache_gib": choices.kv_cache / GIB,
+            "teacher_kv_cache_gib": {k: v / GIB for k, v in choices.teacher_kv.items()},
+            "gradient_checkpointing": choices.checkpointing,
             "offload": list(choices.offload),
             "support": choices.support,
             "max_tokens_per_micro_batch": choices.max_tokens,

@@ -205,7 +205,7 @@ def _rollout_urls(run: Run, root: Path, stack: ExitStack) -> list[str]:
         replicas=ahead.rollout_replicas,
         gpus=ahead.rollout_gpus,
         extra=extra,
-        kv_cache_gib=run.cfg.rollout.rollout_kv_cache_gib,
+        kv_cache_gib=run.cfg.rollout.rollout_kv_cache_gib,  # `auto` is theirs to size
         tensor_parallel=run.cfg.rollout.rollout_tensor_parallel_size,
     )
 

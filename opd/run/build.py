@@ -185,7 +185,8 @@ def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFE
         spec.name,
         spec.model,
         tokenizer=run.cfg.model.student_model,
-        kv_cache_gib=run.cfg.teacher.teacher_kv_cache_gib,
+        kv_cache_gib=run.kv_cache_gib(spec),
+        kv_cache_grows=run.cfg.teacher.teacher_kv_cache_gib == "auto",
         tensor_parallel_size=spec.tensor_parallel_size,
         residency=run.cfg.teacher.teacher_residency,
         **run.engine_options,
@@ -205,6 +206,7 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
             run.cfg.rollout,
             eos_ids=run.facts.student.eos_ids,
             seed=run.cfg.run.seed,
+            kv_cache_gib=run.kv_cache_gib(),
             **run.engine_options,
         )
         engine.try_out()

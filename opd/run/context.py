@@ -75,7 +75,6 @@ class Inputs:
         """What a teacher writes with, in a child process."""
         return {
             **self.engine_options,
-            "kv_cache_gib": self.cfg.rollout.rollout_kv_cache_gib,
             "eos_ids": self.facts.student.eos_ids,
             "max_tokens": self.cfg.rollout.max_response_tokens,
             "seed": self.cfg.run.seed,
@@ -121,17 +120,39 @@ class Run(Inputs):
         """phase -> bytes of the GPU that the plan leaves free."""
         return {phase: self.plan.spare(phase) for phase in PHASES} if self.plan else {}
 
+    def kv_cache_gib(self, teacher: config.TeacherSpec | None = None) -> float:
+        """The KV cache of a teacher's engine or of the sampler, GiB: as the flag says, or the plan.
+
+        Without a plan engines take what one sequence takes.
+        """
+        flag = self.cfg.teacher.teacher_kv_cache_gib
+        if teacher is None:
+            flag = self.cfg.rollout.rollout_kv_cache_gib
+        if flag != "auto":
+            return flag
+        if self.plan is None:
+            return 0.0
+        choices = self.plan.choices
+        size = choices.kv_cache if teacher is None else choices.teacher_kv[teacher.name]
+        return size / config.GIB
+
     @property
     def limits(self) -> Limits:
         """Waits and bounds towards servers."""
         return limits_of(self.cfg)
 
-    def can_write(self, spec: config.TeacherSpec) -> bool:
-        """Whether answers of a teacher can be had: a scoring server does not write, and its model
-        may not be here.
-        """
+    def why_silent(self, spec: config.TeacherSpec) -> str | None:
+        """Why a teacher's own answers cannot be had; None if they can."""
         served = self.served.get(spec.name)
-        return served is None or served.protocol == "json" or spec.has_local_model
+        if served is not None and served.protocol != "json" and not spec.has_local_model:
+            return (
+                "a scoring server does not write; name a local directory of its model in its entry "
+                "(`model`)"
+            )
+        planned = self.plan is not None and spec.name in self.plan.job.teachers
+        if planned and spec.backend == "vllm" and not self.plan.teacher_writes(spec.name)[1]:
+            return "it does not fit one device with the KV cache that writing takes"
+        return None
 
     def write(
         self,
@@ -148,7 +169,14 @@ class Run(Inputs):
         served = self.served.get(spec.name)
         if served is None or served.protocol != "json":
             backend = "vllm" if spec.is_served else spec.backend
-            return write_with_model(spec.model, prompts, log=log, backend=backend, **options)
+            return write_with_model(
+                spec.model,
+                prompts,
+                log=log,
+                backend=backend,
+                kv_cache_gib=self._writer_cache_gib(spec),
+                **options,
+            )
         seeds = [distributed.fold_seed(self.cfg.run.seed, p.prompt_id, "teacher") for p in prompts]
         # it writes, and does not only read
         limits = dataclasses.replace(self.limits, timeout_s=10 * self.limits.timeout_s)
@@ -163,6 +191,12 @@ class Run(Inputs):
             vocab=self.facts.shared_vocab,
             **asked,
         )
+
+    def _writer_cache_gib(self, spec: config.TeacherSpec) -> float:
+        """Of the child in which a teacher writes; it grows to what one sequence takes."""
+        if self.plan is None or spec.name not in self.plan.job.teachers:
+            return 0.0
+        return self.plan.teacher_writes(spec.name)[0] / config.GIB
 
     def judge(self, prompt: Prompt, response_ids: list[int]) -> float:
         """The task reward of a response."""

@@ -94,13 +94,10 @@ def evaluate_teachers(run: Run) -> Scores:
     scores: Scores = {}
     for spec in run.cfg.teachers:
         own = [p for p in run.eval_prompts if chosen[p.domain] == spec.name]
-        if own and run.can_write(spec):
-            scores.update(_teacher_scores(run, spec, own))
+        if own and (reason := run.why_silent(spec)):
+            say(f"teacher {spec.name}: its own score, and the recovery, stay unknown: {reason}")
         elif own:
-            say(
-                f"teacher {spec.name}: a scoring server does not write, so its own score, and the "
-                "recovery, stay unknown; name a local directory of its model in its entry (`model`)"
-            )
+            scores.update(_teacher_scores(run, spec, own))
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({"hashes": hashes, "scores": scores}))

@@ -25,9 +25,11 @@ from pathlib import Path
 import torch
 
 from opd.clients.protocols import TOKEN_VARIABLE
+from opd.distributed import resolve_dtype
 from opd.inputs.arguments import OneLineParser
-from opd.inputs.shapes import check_path
+from opd.inputs.shapes import check_path, read_model, shape_of
 from opd.log import one_line
+from opd.servers.cache_size import CACHE_HELP, cache_and_length, cache_gib
 from opd.servers.http_service import read_token
 from opd.servers.server_processes import (
     LOOK_AGAIN_SECONDS,
@@ -38,6 +40,7 @@ from opd.servers.server_processes import (
 )
 from opd.weights.store import claim
 
+JSON_TOKENS = 1 << 17  # of all questions that vLLM's own server reads at once
 # what YAML reads as the text that it is; with true and null below
 PLAIN_SCALAR = re.compile(r"[A-Za-z/~][\w./~+-]*")
 YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "null", "~"}
@@ -104,17 +107,15 @@ def _parser(role: str) -> OneLineParser:
             help="where the trainer publishes its weights; made if it is missing, and must be "
             "this user's alone (0700)",
         )
-        parser.add_argument(
-            "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
-        )
+    parser.add_argument(
+        "--max_model_len", type=int, help="tokens of prompt and response (default: the model's)"
+    )
     if role != "logprob":
         only = " (json only)" if role == "teacher" else ""
         parser.add_argument(
             "--tensor_parallel", type=int, default=1, help=f"GPUs of each replica{only}"
         )
-        parser.add_argument(
-            "--kv_cache_gib", type=float, default=1.0, help="KV cache of each replica per GPU, GiB"
-        )
+        parser.add_argument("--kv_cache_gib", type=cache_gib, default="auto", help=CACHE_HELP)
     parser.add_argument(
         "--restart", action="store_true", help="start a server that died again, on the same port"
     )
@@ -132,14 +133,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
     The directory of weights is made, so it comes last.
     """
-    positive = (
-        "replicas",
-        "tensor_parallel",
-        "max_logprobs",
-        "max_model_len",
-        "kv_cache_gib",
-        "start_timeout_s",
-    )
+    positive = ("replicas", "tensor_parallel", "max_logprobs", "max_model_len", "start_timeout_s")
     for flag in positive:
         value = getattr(args, flag, None)
         if value is not None and not value > 0:
@@ -153,6 +147,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
                 "GPU; use --protocol json"
             )
         args.name = args.name or Path(args.model).resolve().name
+        if args.protocol == "json":
+            _size_vllms_own(args)
+        elif args.max_model_len:
+            args.extra = ["--max_model_len", str(args.max_model_len), *args.extra]
         return
     if token is None:
         raise ValueError(NO_TOKEN)
@@ -167,6 +165,24 @@ def _check_arguments(args: argparse.Namespace) -> None:
         claim(args.weights_dir)
     except ValueError as error:
         raise ValueError(f"--weights_dir {error}") from None
+
+
+def _size_vllms_own(args: argparse.Namespace) -> None:
+    """vLLM's own server is told how large its cache is, and how long sequences may be."""
+    spelled = ("--max-model-len", "--max_model_len")
+    asked = OneLineParser("", "")
+    asked.add_argument(*spelled, type=int, default=args.max_model_len, dest="length")
+    known, rest = asked.parse_known_args(args.extra)
+    shape = shape_of(read_model("MODEL", args.model), "MODEL", args.model)
+    args.kv_cache_gib, longest = cache_and_length(
+        shape,
+        known.length,
+        args.kv_cache_gib,
+        width=resolve_dtype(args.dtype).itemsize,
+        gpus=args.tensor_parallel,
+        tokens=JSON_TOKENS,
+    )
+    args.extra = ["--max-model-len", str(longest), *rest]
 
 
 def deal_gpus(flag: str | None, needed: int) -> list[str]:

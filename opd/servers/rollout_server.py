@@ -34,15 +34,17 @@ from starlette.requests import ClientDisconnect
 from opd.clients.protocols import ROLLOUT
 from opd.distributed import resolve_dtype
 from opd.inputs.models import read_checked
-from opd.inputs.shapes import served_length
+from opd.inputs.shapes import shape_of
 from opd.log import one_line
 from opd.servers import http_service
+from opd.servers.cache_size import CACHE_HELP, cache_and_length, cache_gib
 from opd.servers.control import Control, WeightsGate, add_weight_flags
 from opd.servers.rollout_engine import PushedEngine, Sampling
 
 ANSWER_SECONDS = (
     3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
 )
+MOST_TOKENS = 1 << 20  # of all responses that are written at once, where there is room
 WARM_UP_SECONDS = 600.0  # for the engine to compile
 ROLLOUT_END_SECONDS = (
     1  # for answers under way when the server is told to end: their client asks again elsewhere
@@ -58,7 +60,7 @@ def rollout_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add_weight_flags(parser)
     parser.add_argument("--name", help="of the served model (default: the last part of --model)")
-    parser.add_argument("--kv_cache_gib", type=float, default=1.0, help="per GPU")
+    parser.add_argument("--kv_cache_gib", type=cache_gib, default="auto", help=CACHE_HELP)
     parser.add_argument("--tensor_parallel", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the engine; a request has its own")
     parser.add_argument(
@@ -66,8 +68,6 @@ def rollout_arguments(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     http_service.check_flags(args, at_least_1=["tensor_parallel", "max_model_len"])
-    if not args.kv_cache_gib > 0:
-        raise ValueError(f"--kv_cache_gib {args.kv_cache_gib}: must be above 0")
     args.name = args.name or Path(args.model).name
     return args
 
@@ -204,15 +204,22 @@ def _end_children() -> None:
         child.kill()
 
 
-def _rollout_facts(args: argparse.Namespace) -> tuple[int, int]:
-    """(vocabulary, context).
+def _rollout_facts(args: argparse.Namespace) -> tuple[int, float, int]:
+    """(vocabulary, GiB of the KV cache, context).
 
     ValueError for a model that cannot be served; no weight is loaded.
     """
     model = read_checked("--model", args.model, args.trust_remote_code)
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    return config.vocab_size, served_length(args.model, context, args.max_model_len)
+    shape = shape_of(model, "--model", args.model)
+    cache, longest = cache_and_length(
+        shape,
+        args.max_model_len,
+        args.kv_cache_gib,
+        width=resolve_dtype(args.dtype).itemsize,
+        gpus=args.tensor_parallel,
+        tokens=MOST_TOKENS,
+    )
+    return model.config.get_text_config().vocab_size, cache, longest
 
 
 def serve_rollouts(argv: list[str], token: str | None) -> None:
@@ -225,7 +232,12 @@ def serve_rollouts(argv: list[str], token: str | None) -> None:
 
 
 async def _serve(
-    args: argparse.Namespace, token: str | None, bound, vocab_size: int, max_model_len: int
+    args: argparse.Namespace,
+    token: str | None,
+    bound,
+    vocab_size: int,
+    kv_cache_gib: float,
+    max_model_len: int,
 ) -> None:
     """vLLM's engine belongs to the event loop that asks it first."""
     version = 0 if args.serve_initial else None
@@ -234,7 +246,7 @@ async def _serve(
         version=version,
         dtype=str(resolve_dtype(args.dtype)).removeprefix("torch."),
         max_model_len=max_model_len,
-        kv_cache_gib=args.kv_cache_gib,
+        kv_cache_gib=kv_cache_gib,
         seed=args.seed,
         enforce_eager=args.enforce_eager,
         trust_remote_code=args.trust_remote_code,

@@ -26,6 +26,7 @@ route but `/health` wants `Authorization: Bearer TOKEN`. SIGTERM and SIGINT end 
 
 import argparse
 import asyncio
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -48,9 +49,10 @@ from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
 from opd.inputs.content import content_hash
 from opd.inputs.models import ModelFact, read_fact
-from opd.inputs.shapes import check_path, load_part, served_length
+from opd.inputs.shapes import check_path, load_part
 from opd.log import one_line
 from opd.ops.heads import load_head
+from opd.servers.cache_size import CACHE_HELP, cache_and_length, cache_gib
 from opd.servers.http_service import (
     LOAD_SECONDS,
     Admission,
@@ -96,17 +98,15 @@ def scoring_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--name", help="of the served model (default: the last part of --model)")
     parser.add_argument("--backend", choices=["vllm", "hf"], default="vllm")
-    parser.add_argument(
-        "--kv_cache_gib", type=float, default=0.25, help="KV cache of a vllm engine, GiB"
-    )
+    parser.add_argument("--kv_cache_gib", type=cache_gib, default="auto", help=CACHE_HELP)
     parser.add_argument("--max_support_k", type=int, default=1024)
     parser.add_argument("--max_sequences_per_batch", type=int, default=64)
     add_batch_flags(parser)
     parser.add_argument("--tokenizer", help="directory or hub id (default: --model)")
     args = parser.parse_args(argv)
     check_flags(args, at_least_1=["max_support_k", "max_sequences_per_batch", *BATCH_FLAGS])
-    if not args.batch_wait_ms >= 0 or not args.kv_cache_gib > 0:
-        raise ValueError("--batch_wait_ms must be at least 0 and --kv_cache_gib above 0")
+    if not args.batch_wait_ms >= 0:
+        raise ValueError(f"--batch_wait_ms {args.batch_wait_ms}: must be at least 0")
     args.name = args.name or Path(args.model).name
     args.tokenizer = args.tokenizer or args.model
     return args
@@ -125,7 +125,7 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelFact, object]:
     return fact, tokenizer
 
 
-def build_scorer(args: argparse.Namespace, max_model_len: int) -> Scorer:
+def build_scorer(args: argparse.Namespace, kv_cache_gib: float, max_model_len: int) -> Scorer:
     """Engine and head, for the thread that will use them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype)
@@ -142,7 +142,8 @@ def build_scorer(args: argparse.Namespace, max_model_len: int) -> Scorer:
             args.model,
             tokenizer=args.tokenizer,
             max_model_len=max_model_len,
-            kv_cache_gib=args.kv_cache_gib,
+            kv_cache_gib=kv_cache_gib,
+            kv_cache_grows=args.kv_cache_gib == "auto",
             residency="gpu",
             **options,
         )
@@ -155,11 +156,19 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     leave_on_signals()
     bound = bind(args.host, args.port, token)
     fact, tokenizer = _read_model(args)
-    max_model_len = served_length(args.model, fact.context, args.max_model_len)
+    kv_cache_gib, max_model_len = cache_and_length(
+        fact if args.backend == "vllm" else dataclasses.replace(fact, cached=()),
+        args.max_model_len,
+        args.kv_cache_gib,
+        width=resolve_dtype(args.dtype).itemsize,
+        tokens=args.max_tokens_per_batch,
+    )
     limits = BatchLimits(
         args.max_tokens_per_batch, args.max_sequences_per_batch, args.batch_wait_ms / 1000
     )
-    engine = ScoringThread(functools.partial(build_scorer, args, max_model_len), limits)
+    engine = ScoringThread(
+        functools.partial(build_scorer, args, kv_cache_gib, max_model_len), limits
+    )
     engine.ready.result(timeout=LOAD_SECONDS)
     served = ModelInfo(
         name=args.name,

@@ -92,7 +92,7 @@ class ServerOptions:
     tensor_parallel: int = 1
     dtype: str = "auto"
     max_logprobs: int = 1024
-    kv_cache_gib: float = 0.25
+    kv_cache_gib: float | Literal["auto"] = "auto"  # a number for vLLM's own server
     weights_dir: str | Path | None = None  # where a trainer publishes what servers of PUSHED serve
     extra: Sequence[str] = ()  # flags for the server itself
 

@@ -30,7 +30,7 @@ from opd.inputs.shapes import ModelShape, layer_values, model_of, read_model, sh
 from opd.plan import __main__ as plan_main
 from opd.plan import apply, memory, planner
 from opd.plan.job import OFFLOADS, PHASES, Machine, make_job
-from opd.plan.memory import activations, kv_least, kv_wanted
+from opd.plan.memory import activations, sampler_cache
 from opd.plan.planner import Plan, make_plan
 from opd.plan.sharding import ZeroSettings, zero_shard
 from opd.plan.view import as_json, remedies, table, verdict
@@ -174,7 +174,7 @@ def test_layers_that_differ_count_as_the_largest():
         _ = gemma.head_dim
     shape = shape_of(model_of(gemma, "--x", "m"), "--x", "m")
     assert (shape.head_dim, shape.num_kv_heads, shape.num_layers) == (32, 1, 4)
-    assert shape.kv_per_token == 2 * 4 * 1 * 32
+    assert shape.kv_per_token == 3 * 2 * 16 + 2 * 32
     config = Qwen3Config(**small, intermediate_size=48, head_dim=16)
     config.per_layer_config = {0: {"num_key_value_heads": 2, "intermediate_size": 96}}
     assert layer_values(config, "num_key_value_heads") == [2, 1, 1, 1]
@@ -370,7 +370,7 @@ def test_a_teacher_on_a_cpu_sleeps_only_if_it_can(published):
     weights += int(
         memory.KEPT_BY_HEAP * (small.num_parameters - small.head_parameters - norms(small))
     )
-    assert row["teacher t1"]["train"] == weights * 4 + GIB // 4
+    assert row["teacher t1"]["train"] == weights * 4 + engines.choices.teacher_kv["t1"]
 
 
 ENGINE_CHILD = """
@@ -387,7 +387,7 @@ with distributed.exit_together():
     for name, model in (("first", sys.argv[1]), ("second", sys.argv[2])):  # the first one brings the libraries
         before = resident()
         options = {"tokenizer": sys.argv[1], "dtype": "float32", "max_model_len": 64, "trust_remote_code": False}
-        engines.append(HiddenStateEngine(name, model, kv_cache_gib=0.25, **options))
+        engines.append(HiddenStateEngine(name, model, kv_cache_gib=float(sys.argv[3]), **options))
     print("grown", resident() - before)
 """  # noqa: E501
 
@@ -402,9 +402,11 @@ def test_an_engine_on_a_cpu_takes_what_is_predicted(tiny, tmp_path):
     model = Qwen3ForCausalLM(Qwen3Config(**ODD | wide | heads))
     model.save_pretrained(tmp_path / "wide")
     shape = {"wide": shape_of(model, "--teacher", "wide")}
-    planned = teacher_awake_on_cpu(shape)
+    job = job_of(shape, "wide", ["wide"], "--teacher_kv_cache_gib=.25", is_gpu=False, gpus=1)
+    planned = memory.teacher_awake(job, "t0", make_plan(job).choices)
+    models = [str(tiny.student), str(tmp_path / "wide")]
     run = subprocess.run(
-        [sys.executable, "-c", ENGINE_CHILD, str(tiny.student), str(tmp_path / "wide")],
+        [sys.executable, "-c", ENGINE_CHILD, *models, "0.25"],
         env=worker_environment(),
         cwd=ROOT,
         capture_output=True,
@@ -417,11 +419,6 @@ def test_an_engine_on_a_cpu_takes_what_is_predicted(tiny, tmp_path):
     assert grown == pytest.approx(planned, rel=0.1)
 
 
-def teacher_awake_on_cpu(shapes: dict[str, ModelShape]) -> int:
-    job = job_of(shapes, "wide", ["wide"], is_gpu=False, gpus=1)
-    return memory.teacher_awake(job, "t0", make_plan(job).choices)
-
-
 def norms(shape: ModelShape) -> int:
     return sum(size for (size,) in (s for s in shape.parameters if len(s) == 1))
 
@@ -432,7 +429,8 @@ def norms(shape: ModelShape) -> int:
 def test_choices_fit_where_there_is_room_and_keep_states_on_the_gpu(published):
     made = make_plan(job_of(published, "0.6B", ["1.7B"], "--prompts_per_step", "64"), frozenset())
     assert made.fits and made.choices.offload == () and made.choices.support == "auto"
-    assert kv_wanted(made.job) <= made.choices.kv_cache < kv_wanted(made.job) + planner.KV_STEP
+    _, wanted = sampler_cache(made.job)
+    assert wanted <= made.choices.kv_cache < wanted + planner.KV_STEP
 
 
 def test_less_memory_offloads_more_and_caches_less(published):
@@ -450,11 +448,12 @@ def test_less_memory_offloads_more_and_caches_less(published):
     assert [p.choices.max_tokens for p in plans] == sorted(
         (p.choices.max_tokens for p in plans), reverse=True
     )
-    assert plans[-1].choices.kv_cache >= kv_least(plans[-1].job)
-    tight = plans[-1]
+    assert plans[-1].choices.kv_cache >= sampler_cache(plans[-1].job)[0]
+    tight = plans[-2]
     more = replace(tight.choices, max_tokens=tight.choices.max_tokens + 200)
     # as many tokens as fit, not fewer
-    assert not Plan(tight.job, more, memory.memory_rows(tight.job, more)).fits
+    beyond = Plan(tight.job, more, memory.memory_rows(tight.job, more)).bytes_of("train")
+    assert tight.bytes_of("train") <= planner.FILLED * 60 * GIB < beyond
 
 
 def test_a_teacher_too_large_for_one_gpu_is_shared(published):
@@ -490,12 +489,12 @@ def test_apply_says_each_change_and_writes_it_where_config_yaml_will_have_it(pub
     made = make_plan(job, frozenset())
     cfg, lines = apply.apply(job.cfg, made)
     flat = to_dict(cfg)
-    assert flat["rollout_kv_cache_gib"] == made.choices.kv_cache / GIB
+    assert flat["rollout_kv_cache_gib"] == "auto", "of the machine, not of the run"
     assert flat["max_tokens_per_micro_batch"] == made.choices.max_tokens >= job.longest - 1
-    assert (
-        lines[0] == f"plan: --rollout_kv_cache_gib {flat['rollout_kv_cache_gib']:g}"
-        and len(lines) == 3
-    )
+    assert lines == [
+        f"plan: --max_tokens_per_micro_batch {made.choices.max_tokens}",
+        "plan: --offload_student none",
+    ]
 
 
 def test_what_does_not_fit_names_changes_that_do(published):
@@ -519,10 +518,8 @@ def test_a_second_teacher_is_prefetched_where_both_fit(published):
 
 
 def test_recomputing_activations_takes_less(published):
-    kept, again = (
-        activations(job_of(published, "4B", ["8B"], *argv), 8192)
-        for argv in ((), ("--gradient_checkpointing",))
-    )
+    jobs = (job_of(published, "4B", ["8B"], *argv) for argv in ((), ("--gradient_checkpointing",)))
+    kept, again = (activations(job, make_plan(job).choices, 8192) for job in jobs)
     assert again < kept / 4
 
 
@@ -628,7 +625,7 @@ def test_an_asynchronous_run_is_planned_without_its_servers(async_yaml, run_yaml
     # what the trainer offloads nowhere stays on the GPU in every phase
     assert answer["choices"]["offload"] == []
     assert len(set(rows["AdamW moments"]["bytes"].values())) == 1
-    assert answer["choices"]["rollout_kv_cache_gib"] == 1.0, "the servers' own, as configured"
+    assert answer["choices"]["rollout_kv_cache_gib"] == 0, "the servers size their own"
     weights = rows["weights for the servers, in shared memory"]
     assert weights["kind"] == "host" and weights["bytes"]["train"] > 0
     status, out, _ = command(capsys, "--config", str(async_yaml), *machine)
@@ -743,15 +740,12 @@ def test_auto_changes_what_no_flag_said_and_says_so(tiny, tmp_path, capsys, scri
             for flag in flags
         ]
         flags += ["--lmbda", "1"]
-    run = prepare(parse(script.Config, [*flags, "--plan", "auto", "--teacher_kv_cache_gib", "0.5"]))
+    run = prepare(parse(script.Config, [*flags, "--teacher_kv_cache_gib", "0.5"]))
     said = capsys.readouterr().out
-    assert (
-        run.cfg.rollout.rollout_kv_cache_gib == 1 / 16
-        and "plan: --rollout_kv_cache_gib 0.0625" in said
-    )
-    assert run.cfg.teacher.teacher_kv_cache_gib == 0.5
+    assert "plan: --max_tokens_per_micro_batch 184" in said and "plan: fits: " in said
+    assert run.kv_cache_gib() == 1 / 16 and run.kv_cache_gib(run.cfg.teachers[0]) == 0.5
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert written["rollout_kv_cache_gib"] == 1 / 16
+    assert written["rollout_kv_cache_gib"] == "auto" and written["teacher_kv_cache_gib"] == 0.5
     assert (
         written["max_tokens_per_micro_batch"] == run.cfg.batch.max_tokens_per_micro_batch == 8 * 23
     )
@@ -765,10 +759,32 @@ def test_auto_changes_what_no_flag_said_and_says_so(tiny, tmp_path, capsys, scri
 
 @pytest.mark.usefixtures("device")
 def test_off_changes_nothing_and_plans_all_the_same(tiny, tmp_path, capsys):
-    cfg = parse(train_mopd.Config, trainer_flags(tiny, tmp_path / "run"))
+    cfg = parse(train_mopd.Config, [*trainer_flags(tiny, tmp_path / "run"), "--plan", "off"])
     run = prepare(cfg)
-    assert run.cfg == cfg and "plan:" not in capsys.readouterr().out
-    assert run.plan.choices.kv_cache == GIB and run.plan.fits
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plan:")]
+    assert run.cfg == cfg and len(said) == 1 and said[0].startswith("plan: fits: ")
+    assert 0 < run.plan.choices.kv_cache < GIB and run.plan.fits
+
+
+@pytest.mark.usefixtures("device")
+def test_what_does_not_fit_does_not_start(tiny, tmp_path, monkeypatch):
+    small = Machine(1, 256 << 20, 0, 25e9, is_gpu=False)
+    monkeypatch.setattr(apply, "machine_here", lambda world_size: small)
+    flags = trainer_flags(tiny, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"the run does not fit: .* with --ignore_plan"):
+        prepare(parse(train_mopd.Config, flags))
+    assert not (tmp_path / "run").exists()
+    run = prepare(parse(train_mopd.Config, [*flags, "--ignore_plan"]))
+    assert not run.plan.fits and run.resume_from is None
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("flag", ["--rollout_kv_cache_gib", "--teacher_kv_cache_gib"])
+def test_a_cache_that_vllm_would_refuse_is_a_line(tiny, tmp_path, flag):
+    flags = [*trainer_flags(tiny, tmp_path / "run"), flag, "1e-5"]
+    line = rf"{flag} 1e-05: one sequence of 24 tokens takes 0\.\d+ GiB of .*; give as much, or auto"
+    with pytest.raises(ValueError, match=line):
+        prepare(parse(train_mopd.Config, flags))
 
 
 def test_a_resumed_run_keeps_the_support_that_was_planned(tiny, tmp_path):
@@ -780,25 +796,30 @@ def test_a_resumed_run_keeps_the_support_that_was_planned(tiny, tmp_path):
         f"--data={tiny.train}",
         f"--output_dir={run_dir}",
     ]
-    cfg = parse(train_mopd.Config, [*flags, "--plan", "auto"])
+    cfg = parse(train_mopd.Config, flags)
     assert apply._with_choices_of(cfg) == cfg, "a fresh run"
     run_dir.mkdir()
-    (run_dir / "config.yaml").write_text("support: teacher_topk\n")
+    recorded = (
+        "support: teacher_topk\nmax_tokens_per_micro_batch: 96\ngradient_checkpointing: true\n"
+    )
+    (run_dir / "config.yaml").write_text(recorded)
     kept = apply._with_choices_of(cfg)
     assert kept.loss.support == "teacher_topk" and "support" in kept.explicit
-    given = parse(train_mopd.Config, [*flags, "--plan", "auto", "--support", "full"])
+    assert kept.batch.max_tokens_per_micro_batch == 96 and kept.model.gradient_checkpointing
+    words = ["--support", "full", "--micro_batch_size", "2", "--gradient_checkpointing=no"]
+    given = parse(train_mopd.Config, [*flags, *words])
     assert apply._with_choices_of(given) == given, "a flag is the user's word"
     (run_dir / "config.yaml").write_text("[")
     assert apply._with_choices_of(cfg) == cfg
 
 
-def test_without_a_prediction_a_run_goes_on_but_auto_stops(tiny, says_too_little, tmp_path):
+def test_without_a_prediction_a_run_goes_on(tiny, says_too_little, tmp_path, capsys):
     cfg = parse(
         train_mopd.Config, [*trainer_flags(tiny, tmp_path), "--student_model", str(says_too_little)]
     )
     student = ModelFact(**vars(planner_shape(says_too_little)), eos_ids=(1,))
     facts = ModelFacts(student, {}, pad_id=0, num_tokens=40, shared_vocab=40)
     same, made, text = apply.plan_run(cfg, facts)
-    assert same is cfg and made is None and "no num_attention_heads" in text
-    with pytest.raises(ValueError, match="no num_attention_heads"):
-        apply.plan_run(replace(cfg, run=replace(cfg.run, plan="auto")), facts)
+    assert same is cfg and made is None and not text
+    assert "memory is not predicted: " in (said := capsys.readouterr().out)
+    assert "no num_attention_heads" in said

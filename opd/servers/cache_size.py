@@ -1,0 +1,100 @@
+"""How large a server's KV cache is, and how long the sequences are that it takes: both before a
+weight is loaded.
+"""
+
+import argparse
+import math
+from typing import Literal
+
+import psutil
+import torch
+
+from opd.config import GIB
+from opd.inputs.kv_cache import one_sequence_bytes, token_bytes
+from opd.inputs.shapes import ModelShape, served_length
+from opd.log import warn
+
+CACHE_HELP = (
+    "KV cache of each replica per GPU, GiB; auto: what one sequence takes, and more where there is "
+    "room"
+)
+USED = 0.9  # of the memory that is free; the rest is for activations and for what others take
+USED_CPU = 0.25  # of a machine's, which is everybody's
+# Tokens of one forward: the larger default of vllm 0.32, so that no model gets too little.
+IN_FLIGHT = 2 * 16_384
+
+
+def cache_gib(text: str) -> float | Literal["auto"]:
+    """The value of `--kv_cache_gib`."""
+    if text == "auto":
+        return text
+    size = float(text)
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return size
+
+
+def cache_and_length(
+    shape: ModelShape,
+    max_model_len: int | None,
+    kv_cache_gib: float | Literal["auto"],
+    *,
+    width: int,
+    gpus: int = 1,
+    tokens: int,
+) -> tuple[float, int]:
+    """(GiB of the KV cache on each of `gpus` GPUs, tokens of the longest sequence).
+
+    `auto` is room for `tokens` tokens and for one sequence at least. A context for which there is
+    no memory is cut, unless `max_model_len` asks for it. ValueError for a cache that vLLM would
+    refuse.
+    """
+
+    def needs(length: int) -> int:
+        return one_sequence_bytes(
+            shape.cached,
+            length,
+            width=width,
+            gpus=gpus,
+            in_flight=IN_FLIGHT,
+            is_gpu=torch.cuda.is_available(),
+        )
+
+    longest = served_length(shape.path, shape.context, max_model_len)
+    free = _free_bytes() - shape.num_parameters * width // gpus
+    room = int(kv_cache_gib * GIB) if kv_cache_gib != "auto" else free
+    if needs(longest) > room:
+        fitting = _longest_within(room, longest, needs)
+        given = f"--kv_cache_gib {kv_cache_gib}"
+        if kv_cache_gib == "auto":
+            given += f": {max(0, free) / GIB:.3g} GiB are free beside the weights"
+        if max_model_len or not fitting:
+            remedy = f"--max_model_len {fitting} fits" if fitting else "take a smaller model"
+            raise ValueError(
+                f"{given}: one sequence of {longest} tokens takes "
+                f"{math.ceil(1000 * needs(longest) / GIB) / 1000:g} GiB; {remedy}"
+            )
+        warn(f"{shape.path}: takes {fitting} tokens of {longest}: {given}")
+        longest = fitting
+    if kv_cache_gib != "auto":
+        return kv_cache_gib, longest
+    wanted = tokens * token_bytes(shape.cached, width=width, gpus=gpus)
+    return max(needs(longest), min(wanted, room)) / GIB, longest
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available():
+        return int(USED * torch.cuda.mem_get_info()[0])
+    return int(USED_CPU * psutil.virtual_memory().available)
+
+
+def _longest_within(room: int, longest: int, needs) -> int:
+    """The most tokens of a sequence whose cache fits; 0 if none does."""
+    low, high = 0, longest
+    while low < high:
+        middle = (low + high + 1) // 2
+        if needs(middle) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
