@@ -414,7 +414,11 @@ class BatchConfig:
 class OptimConfig:
     """AdamW and its learning rate."""
 
-    learning_rate: NonNegativeFloat = option(1e-6, "Peak learning rate of AdamW.")
+    learning_rate: NonNegativeFloat = option(
+        1e-5,
+        "Peak learning rate of AdamW. For models of some billions of parameters others take 1e-5 "
+        "to 5e-5; policy gradients (reverse_kl_pg) want less, about 1e-6.",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
         "cosine", "Decay after the warm-up."
     )

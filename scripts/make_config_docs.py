@@ -114,8 +114,8 @@ def type_text(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        (inner,) = [a for a in get_args(hint) if a is not type(None)]
-        return type_text(inner)  # nothing is the default, and no value says it
+        inner = [a for a in get_args(hint) if a is not type(None)]
+        return " or ".join(map(type_text, inner))  # nothing is the default, and no value says it
     if get_origin(hint) is list:
         return "list of text"
     return {str: "text", bool: "switch", int: "whole number", float: "number"}[hint]

@@ -100,7 +100,8 @@ GKD = {"lmbda": 0.5, "seq_kd": False, "seq_kd_temperature": 1.0, "sft_alpha": 0.
 )
 def test_the_fingerprint_is_the_one_that_old_checkpoints_hold(monkeypatch, script, flags, changes):
     monkeypatch.setattr("opd.inputs.identity.content_hash", lambda path: f"content of {path}")
-    cfg = make_config(*flags.split(), script=script)
+    old_default = ("--learning_rate", "1e-6")
+    cfg = make_config(*old_default, *flags.split(), script=script)
     found = fingerprint_of(cfg, {"math": "its hash"}, "hash of the data")
     assert json.loads(json.dumps(found)) == {**RECORDED, **changes}
 
