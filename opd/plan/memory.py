@@ -236,24 +236,30 @@ def _step_temporaries(job: Job) -> int:
 # ---- The rollout engine --------------------------------------------------------------------------
 
 
+def one_sequence(job: Job, shape: ModelShape, gpus: int, in_flight: int) -> int:
+    """Bytes of the KV cache on each of `gpus` GPUs for one sequence of full length: with less vLLM
+    refuses to start. `in_flight` tokens are computed at once.
+    """
+    return one_sequence_bytes(
+        shape.cached,
+        job.longest,
+        width=job.width,
+        gpus=gpus,
+        in_flight=in_flight,
+        is_gpu=job.machine.is_gpu,
+    )
+
+
 def sampler_cache(job: Job) -> tuple[int, int]:
     """(least, wanted) bytes of the rollout engine's KV cache on one GPU."""
     return _writer_cache(job, job.student, job.cfg.rollout.rollout_tensor_parallel_size)
 
 
 def _writer_cache(job: Job, shape: ModelShape, gpus: int) -> tuple[int, int]:
-    """With less than one sequence of full length vLLM refuses to start; wanted is room for all that
-    it writes at once.
-    """
+    """Wanted is room for all that an engine writes at once."""
     tokens, sequences = job.engine_limits
-    least = one_sequence_bytes(
-        shape.cached,
-        job.longest,
-        width=job.width,
-        gpus=gpus,
-        in_flight=2 * tokens,  # it schedules a batch while another is computed
-        is_gpu=job.machine.is_gpu,
-    )
+    # it schedules a batch while another is computed
+    least = one_sequence(job, shape, gpus, 2 * tokens)
     return least, min(job.sequences, sequences) * least
 
 
@@ -268,18 +274,11 @@ def teacher_writes(job: Job, name: str, usable: int) -> tuple[int, bool]:
 
 
 def teacher_cache(job: Job, name: str, gpus: int) -> tuple[int, int]:
-    """(least, wanted) bytes of a vllm teacher's KV cache on each of `gpus` GPUs: one sequence of
-    full length, and the tokens of one forward.
+    """(least, wanted) bytes of a vllm teacher's KV cache on each of `gpus` GPUs; wanted are the
+    tokens of one forward.
     """
     shape, tokens = job.teachers[name], job.engine_limits[0]
-    least = one_sequence_bytes(
-        shape.cached,
-        job.longest,
-        width=job.width,
-        gpus=gpus,
-        in_flight=tokens,
-        is_gpu=job.machine.is_gpu,
-    )
+    least = one_sequence(job, shape, gpus, 2 * tokens)
     forward = min(tokens, job.sequences * job.longest)
     return least, max(least, forward * token_bytes(shape.cached, width=job.width, gpus=gpus))
 

@@ -9,6 +9,7 @@ from opd.plan.job import MIB, OFFLOADS, PHASES, Choices, Job, MemoryRow
 from opd.plan.memory import (
     hidden_bytes,
     memory_rows,
+    one_sequence,
     sampler_cache,
     teacher_awake,
     teacher_cache,
@@ -21,6 +22,7 @@ USABLE = 0.92  # of a device's memory: allocators leave gaps
 FILLED = 0.8
 MOST_TOKENS, MOST_TOKENS_CPU = 32_768, 4096  # of a micro-batch: the processor is busy long before
 KV_STEP = 64 * MIB
+FEWEST_IN_FLIGHT = 2048  # tokens that an engine of vllm 0.32 computes at once: no default is lower
 OFFLOAD_LEVEL = {
     "none": 0,
     "states": 2,
@@ -130,18 +132,21 @@ def as_configured(job: Job) -> Choices:
 def check_caches(job: Job) -> None:
     """ValueError for a KV cache of a given size that vLLM would refuse, minutes later.
 
-    What a state beside the cache adds, only vLLM knows (`vllm_process.room_for_one_sequence`).
+    Where only vLLM knows how much more it takes, it is `vllm_process.room_for_one_sequence` that
+    says so.
     """
-    given, of_teachers = job.cfg.rollout.rollout_kv_cache_gib, job.cfg.teacher.teacher_kv_cache_gib
-    caches = []
-    if given != "auto" and not job.is_async:
-        caches.append(("--rollout_kv_cache_gib", given, sampler_cache(job)[0], job.student))
-    for name, shape in job.teachers.items() if of_teachers != "auto" else ():
-        if job.spec(name).backend == "vllm":
-            least = teacher_cache(job, name, job.spec(name).tensor_parallel_size)[0]
-            caches.append(("--teacher_kv_cache_gib", of_teachers, least, shape))
-    for flag, size, least, shape in caches:
-        if int(size * GIB) < least:
+    of_teachers = job.cfg.teacher.teacher_kv_cache_gib
+    sharing = job.cfg.rollout.rollout_tensor_parallel_size
+    caches = [] if job.is_async else [("--rollout_kv_cache_gib", job.student, sharing)]
+    caches += [
+        ("--teacher_kv_cache_gib", shape, job.spec(name).tensor_parallel_size)
+        for name, shape in job.teachers.items()
+        if job.spec(name).backend == "vllm"
+    ]
+    for flag, shape, gpus in caches:
+        size = job.cfg.rollout.rollout_kv_cache_gib if "rollout" in flag else of_teachers
+        least = one_sequence(job, shape, gpus, FEWEST_IN_FLIGHT)
+        if size != "auto" and int(size * GIB) < least:
             raise ValueError(
                 f"{flag} {size:g}: one sequence of {job.longest} tokens takes "
                 f"{math.ceil(1000 * least / GIB) / 1000:g} GiB of {shape.flag} {shape.path}; give "
