@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Tokens of a block: defaults of vllm 0.32.
-BLOCK, BLOCK_CPU = 16, 128
+# Tokens of a block. vllm 0.32 takes 16 on a GPU and 128 on a CPU; attention kernels may want more.
+SMALL_BLOCK, BLOCK = 16, 128
 # Layer types of transformers whose layers keep a state, however long the sequence.
 STATES = ("linear_attention", "mamba", "conv", "recurrent", "moe")
 
@@ -93,17 +93,16 @@ def one_sequence_bytes(
     width: int,
     gpus: int = 1,
     in_flight: int,
-    is_gpu: bool,
+    block: int = BLOCK,
 ) -> int:
     """Bytes on each of `gpus` GPUs without which vLLM refuses sequences of `tokens` tokens.
 
-    A block holds `BLOCK` tokens of a group of layers; layers are grouped by what they look back,
+    A block holds so many tokens of a group of layers; layers are grouped by what they look back,
     all groups with equally many, so some have fillers. A layer with a window keeps it and the
     `in_flight` tokens that are computed at once. One block more is vLLM's own.
 
     `width` is bytes of a value. 0 for a model without a cache.
     """
-    block = BLOCK if is_gpu else BLOCK_CPU
     pages: dict[int | None, list[int]] = {}  # window -> bytes of a block, layer by layer
     for layers in cached:
         page = block * width * (layers.values // min(layers.heads, gpus))

@@ -11,7 +11,7 @@ from typing import Literal
 
 from opd.config import GIB
 from opd.distillation import support_of
-from opd.inputs.kv_cache import one_sequence_bytes, token_bytes
+from opd.inputs.kv_cache import BLOCK, one_sequence_bytes, token_bytes
 from opd.inputs.shapes import ModelShape
 from opd.plan.job import MIB, PHASES, Choices, Job, MemoryRow
 from opd.plan.sharding import FLOAT32
@@ -236,17 +236,12 @@ def _step_temporaries(job: Job) -> int:
 # ---- The rollout engine --------------------------------------------------------------------------
 
 
-def one_sequence(job: Job, shape: ModelShape, gpus: int, in_flight: int) -> int:
+def one_sequence(job: Job, shape: ModelShape, gpus: int, in_flight: int, block: int = BLOCK) -> int:
     """Bytes of the KV cache on each of `gpus` GPUs for one sequence of full length: with less vLLM
     refuses to start. `in_flight` tokens are computed at once.
     """
     return one_sequence_bytes(
-        shape.cached,
-        job.longest,
-        width=job.width,
-        gpus=gpus,
-        in_flight=in_flight,
-        is_gpu=job.machine.is_gpu,
+        shape.cached, job.longest, width=job.width, gpus=gpus, in_flight=in_flight, block=block
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from opd.config import GIB
+from opd.inputs.kv_cache import BLOCK, SMALL_BLOCK
 from opd.plan.job import MIB, OFFLOADS, PHASES, Choices, Job, MemoryRow
 from opd.plan.memory import (
     hidden_bytes,
@@ -22,7 +23,7 @@ USABLE = 0.92  # of a device's memory: allocators leave gaps
 FILLED = 0.8
 MOST_TOKENS, MOST_TOKENS_CPU = 32_768, 4096  # of a micro-batch: the processor is busy long before
 KV_STEP = 64 * MIB
-FEWEST_IN_FLIGHT = 2048  # tokens that an engine of vllm 0.32 computes at once: no default is lower
+FEWEST_AT_ONCE = 2048  # tokens that an engine of vllm 0.32 computes: no default is lower
 OFFLOAD_LEVEL = {
     "none": 0,
     "states": 2,
@@ -145,7 +146,8 @@ def check_caches(job: Job) -> None:
     ]
     for flag, shape, gpus in caches:
         size = job.cfg.rollout.rollout_kv_cache_gib if "rollout" in flag else of_teachers
-        least = one_sequence(job, shape, gpus, FEWEST_IN_FLIGHT)
+        block = SMALL_BLOCK if job.machine.is_gpu else BLOCK
+        least = one_sequence(job, shape, gpus, FEWEST_AT_ONCE, block)
         if size != "auto" and int(size * GIB) < least:
             raise ValueError(
                 f"{flag} {size:g}: one sequence of {job.longest} tokens takes "

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from opd.config import GIB
-from opd.inputs.kv_cache import one_sequence_bytes, token_bytes
+from opd.inputs.kv_cache import BLOCK, SMALL_BLOCK, one_sequence_bytes, token_bytes
 from opd.inputs.shapes import ModelShape, served_length
 from opd.log import warn
 
@@ -20,8 +20,9 @@ CACHE_HELP = (
 )
 USED = 0.9  # of the memory that is free; the rest is for activations and for what others take
 USED_CPU = 0.25  # of a machine's, which is everybody's
-# Tokens of one forward: the larger default of vllm 0.32, so that no model gets too little.
-IN_FLIGHT = 2 * 16_384
+# Tokens that are computed at once, defaults of vllm 0.32: most for what sizes itself, so that no
+# model gets too little; fewest for what is given, so that none is refused that would run.
+MOST_IN_FLIGHT, FEWEST_IN_FLIGHT = 2 * 16_384, 2048
 
 
 def cache_gib(text: str) -> float | Literal["auto"]:
@@ -50,14 +51,14 @@ def cache_and_length(
     refuse.
     """
 
+    block, in_flight = BLOCK, MOST_IN_FLIGHT
+    if kv_cache_gib != "auto":
+        in_flight = FEWEST_IN_FLIGHT
+        block = SMALL_BLOCK if torch.cuda.is_available() else BLOCK
+
     def needs(length: int) -> int:
         return one_sequence_bytes(
-            shape.cached,
-            length,
-            width=width,
-            gpus=gpus,
-            in_flight=IN_FLIGHT,
-            is_gpu=torch.cuda.is_available(),
+            shape.cached, length, width=width, gpus=gpus, in_flight=in_flight, block=block
         )
 
     longest = served_length(shape.path, shape.context, max_model_len)
@@ -70,6 +71,8 @@ def cache_and_length(
             given += f": {max(0, free) / GIB:.3g} GiB are free beside the weights"
         if max_model_len or not fitting:
             remedy = f"--max_model_len {fitting} fits" if fitting else "take a smaller model"
+            if not fitting and kv_cache_gib != "auto":
+                remedy = "give more, or auto"
             raise ValueError(
                 f"{given}: one sequence of {longest} tokens takes "
                 f"{math.ceil(1000 * needs(longest) / GIB) / 1000:g} GiB; {remedy}"

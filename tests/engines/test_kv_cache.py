@@ -28,7 +28,7 @@ def addition(device, tmp_path_factory):
 
 def least(path) -> int:
     shape = shape_of(read_model("--teacher", str(path)), "--teacher", str(path))
-    return one_sequence_bytes(shape.cached, LENGTH, width=2, in_flight=1 << 20, is_gpu=False)
+    return one_sequence_bytes(shape.cached, LENGTH, width=2, in_flight=1 << 20)
 
 
 def test_caches_of_engines(addition):

@@ -1,4 +1,4 @@
-"""Published shapes: what the plan gives a KV cache is what vLLM's own check wants, without weights."""
+"""Published shapes: the plan's KV caches are what vLLM's own check wants; no weight is read."""
 
 import pytest
 import torch
