@@ -4,6 +4,7 @@ weight is loaded.
 
 import argparse
 import math
+import sys
 from typing import Literal
 
 import psutil
@@ -12,7 +13,6 @@ import torch
 from opd.config import GIB
 from opd.inputs.kv_cache import BLOCK, SMALL_BLOCK, one_sequence_bytes, token_bytes
 from opd.inputs.shapes import ModelShape, served_length
-from opd.log import warn
 
 CACHE_HELP = (
     "KV cache of each replica per GPU, GiB; auto: what one sequence takes, and more where there is "
@@ -77,7 +77,8 @@ def cache_and_length(
                 f"{given}: one sequence of {longest} tokens takes "
                 f"{math.ceil(1000 * needs(longest) / GIB) / 1000:g} GiB; {remedy}"
             )
-        warn(f"{shape.path}: takes {fitting} tokens of {longest}: {given}")
+        line = f"warning: {shape.path}: takes {fitting} tokens of {longest}: {given}"
+        print(line, file=sys.stderr, flush=True)
         longest = fitting
     if kv_cache_gib != "auto":
         return kv_cache_gib, longest
