@@ -27,6 +27,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    # flashinfer-python comes without its kernels: where nvcc is found vLLM compiles them for
+    # minutes. That sampler takes no request with a seed of its own, and all of ours have one.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

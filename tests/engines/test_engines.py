@@ -574,6 +574,15 @@ def test_vllm_is_called_inside_the_engines_memory_alone(teachers, monkeypatch):
     assert EngineMemory.current is None and workspace._manager is others
 
 
+def test_the_environment_is_of_names_that_vllm_reads():
+    vllm_process.import_vllm()
+    from vllm import envs
+
+    names = {name for name in vllm_process.ENVIRONMENT if name.startswith("VLLM_")}
+    assert names <= set(envs.environment_variables)
+    assert envs.VLLM_USE_FLASHINFER_SAMPLER is False
+
+
 def test_the_sleep_backend_serves_the_engine_that_is_active():
     """vLLM builds it without arguments, by the name that it was registered under."""
     from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
