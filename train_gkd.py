@@ -141,6 +141,14 @@ def is_on_policy(step: int, cfg: Config) -> bool:
     return distributed.fold_seed(cfg.run.seed, step, "lmbda") / 2**63 < cfg.gkd.lmbda
 
 
+def check_teacher_writes(run: Run) -> None:
+    """ValueError where `--seq_kd` needs responses that the teacher cannot write."""
+    cfg, spec = run.cfg, run.cfg.teachers[0]
+    reason = run.why_silent(spec) if cfg.gkd.seq_kd and cfg.gkd.lmbda < 1 else None
+    if reason:
+        raise ValueError(f"--seq_kd: teacher {spec.name} cannot write: {reason}")
+
+
 def with_teacher_responses(run: Run) -> Run:
     """The run with every prompt's response written by the teacher: once, each rank its share, kept
     under content hashes.
@@ -229,4 +237,5 @@ if __name__ == "__main__":
         with user_errors():  # one line and exit status 2, before a weight is loaded
             cfg = parse(Config)
             run = prepare(cfg, need_response=cfg.gkd.lmbda < 1 and not cfg.gkd.seq_kd)
+            check_teacher_writes(run)
         main(run)

@@ -18,8 +18,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the models are tiny and process
 if [ "$*" != "" ] && [ "$*" != --all ]; then
     exec python -m pytest "$@"
 fi
-# Whole runs have processes of their own, and tests that measure times want no neighbour.
+# Tests that measure times want no neighbour.
 STATUS=0
-python -m pytest -n 2 --dist loadfile -m "not e2e and not alone" "$@" || STATUS=$?
-python -m pytest -m "e2e or alone" "$@" || STATUS=$?
+python -m pytest -n 2 --dist loadfile -m "not alone" "$@" || STATUS=$?
+python -m pytest -m alone "$@" || STATUS=$?
 exit "$STATUS"

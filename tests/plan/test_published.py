@@ -147,3 +147,14 @@ def test_the_run_of_two_large_teachers_is_planned_without_a_flag(shapes):
     held = make_plan(make_job(ahead, small, teachers, narrow))
     states = [row for row in held.rows if row.participant in ("fp32 masters", "AdamW moments")]
     assert all(len(set(row.bytes.values())) == 1 for row in states), "they stay on the GPU"
+
+
+def test_a_teacher_that_writes_has_a_cache_of_its_own(shapes):
+    """The sampler's would be too large beside 32B; and 32B does not write on a GPU of 64 GB."""
+    job = job_of(shapes, "Qwen3-4B", "Qwen3-32B", 16_384)
+    made = make_plan(job, job.cfg.explicit)
+    size, fits = made.teacher_writes("default")
+    assert fits and 4.25 * GIB < size < (0.92 * 80 - 61) * GIB
+    narrow = Machine(8, 64 * GIB, 2048 * GIB, 25e9, is_gpu=True)
+    job = job_of(shapes, "Qwen3-4B", "Qwen3-32B", 16_384, machine=narrow)
+    assert not make_plan(job, job.cfg.explicit).teacher_writes("default")[1]
