@@ -5,6 +5,7 @@ Gemma 3's are the text parts of its models.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,51 @@ def write_config(name: str, directory: Path) -> str:
     content = {"torch_dtype": "bfloat16", **PUBLISHED[name]}
     (path / "config.json").write_text(json.dumps(content))
     return str(path)
+
+
+def write_hollow(name: str, directory: Path) -> str:
+    """A Qwen3 model as published, its weights included: files of their full size that are all hole,
+    with true headers, so nothing of them is on the disk.
+    """
+    path = Path(write_config(name, directory))
+    shapes = _qwen3_tensors(PUBLISHED[name])
+    entries, end = {}, 0
+    for tensor, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        entries[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return str(path)
+
+
+def _qwen3_tensors(config: dict[str, Any]) -> dict[str, list[int]]:
+    """The names and shapes of a checkpoint."""
+    H, V = config["hidden_size"], config["vocab_size"]
+    Q, KV = (config["head_dim"] * config[f"num_{of}_heads"] for of in ("attention", "key_value"))
+    found = {"model.embed_tokens.weight": [V, H], "model.norm.weight": [H]}
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = [V, H]
+    for layer in range(config["num_hidden_layers"]):
+        of_layer = {
+            "self_attn.q_proj": [Q, H],
+            "self_attn.k_proj": [KV, H],
+            "self_attn.v_proj": [KV, H],
+            "self_attn.o_proj": [H, Q],
+            "self_attn.q_norm": [config["head_dim"]],
+            "self_attn.k_norm": [config["head_dim"]],
+            "input_layernorm": [H],
+            "post_attention_layernorm": [H],
+        }
+        experts = config.get("num_experts", 0)
+        if experts:
+            of_layer["mlp.gate"] = [experts, H]
+        for expert in range(experts) if experts else [None]:
+            where = "mlp" if expert is None else f"mlp.experts.{expert}"
+            size = config["intermediate_size" if expert is None else "moe_intermediate_size"]
+            of_layer |= {f"{where}.gate_proj": [size, H], f"{where}.up_proj": [size, H]}
+            of_layer[f"{where}.down_proj"] = [H, size]
+        found |= {f"model.layers.{layer}.{key}.weight": shape for key, shape in of_layer.items()}
+    return found
