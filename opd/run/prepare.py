@@ -17,9 +17,11 @@ from opd import config, distributed, faults, processes
 from opd.clients.served_checks import check_served
 from opd.engines.deepspeed_engine import check_ds_config
 from opd.inputs import content, models, prompts, rewards
+from opd.inputs.dialects import check_dialects
 from opd.inputs.dry_run import dry_run_report
 from opd.inputs.identity import check_output_dir, fingerprint_of
 from opd.inputs.shapes import check_tensor_parallel
+from opd.inputs.template_flags import read_template_flags
 from opd.inputs.validation import load_ds_config
 from opd.log import say, setup_logging
 from opd.plan.apply import plan_run
@@ -72,6 +74,8 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     }
     fingerprint = fingerprint_of(cfg, hashes, inputs.train_set.content_hash)
     fingerprint["eval"] = asked(inputs)
+    if inputs.facts.stop_ids:
+        fingerprint["stop_token_ids"] = sorted(inputs.facts.stop_ids)
     if inputs.train_set.moment:
         fingerprint[checkpoint.FIRST_START] = inputs.train_set.moment.isoformat()
     resume_from = _open_run_dir(cfg, fingerprint)
@@ -121,7 +125,10 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
         if cfg.data.eval_data
         else None
     )
-    routes = prompts.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
+    prompt_sets = {"--data": train_set} | ({"--eval_data": eval_set} if eval_set else {})
+    routes = prompts.routes(cfg.teachers, list(prompt_sets.values()))
+    read_template_flags(cfg.data).check_domains(routes)
+    check_dialects(facts.dialects, tokenizer, prompt_sets, routes)
     reward = rewards.load_rewards(cfg.data.reward_fn, routes)
     models.check_downloads(cfg)
     check_ds_config(cfg.run.ds_config, ds_config)

@@ -37,10 +37,10 @@ MOPD_FLAGS = re.findall(
     r"\w+",
     """
 student_model dtype gradient_checkpointing attn_implementation trust_remote_code
-teacher teacher_backend teacher_residency allow_template_mismatch
+teacher teacher_backend teacher_residency allow
 teacher_mode teacher_wait_s teacher_timeout_s teacher_max_inflight
-data eval_data domain_key prompt_key answer_key response_key domain_weights max_prompt_tokens overlong_prompts
-prompts_per_step num_generations max_response_tokens temperature top_p top_k rollout_kv_cache_gib enforce_eager
+data eval_data domain_key prompt_key chat_template_kwargs system_prompt answer_key response_key domain_weights max_prompt_tokens overlong_prompts
+prompts_per_step num_generations max_response_tokens temperature top_p top_k stop_token_ids rollout_kv_cache_gib enforce_eager
 rollout_tensor_parallel_size
 teacher_kv_cache_gib teacher_cache_bytes
 loss support support_k tail estimator jsd_beta skew_alpha loss_temperature advantage_clip clip_low clip_high dual_clip
