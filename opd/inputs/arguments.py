@@ -20,7 +20,8 @@ import msgspec
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from opd.config import Backend, LocalBackend, TeacherSpec, groups_of
+from opd.config import Backend, LocalBackend, TeacherSpec
+from opd.options import groups_of
 
 # Keys under which people write the secret itself.
 _SECRET_KEYS = (

@@ -85,6 +85,12 @@ def refuse_used(flag: str, tokenizer, ids: Collection[int]) -> None:
         )
 
 
+def _spelled(ids: list[int], tokenizer) -> str:
+    """The text of tokens, by a decoder, which may put spaces between them, and without one."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return tokenizer.decode(ids) + "\n" + "".join(token or "" for token in tokens)
+
+
 def _check_unused(
     dialect: Dialect, tokenizer, flag: str, prompts: Iterable[Prompt], foreign: Foreign
 ) -> None:
@@ -93,13 +99,13 @@ def _check_unused(
     for prompt in prompts:
         ids = [*prompt.token_ids, *(prompt.target_ids or ())]
         found = next((token for token in ids if token in foreign.ids), None)
-        token = None if found is None else tokenizer.convert_ids_to_tokens(found)
-        if found is None and pattern and (match := pattern.search(tokenizer.decode(ids))):
-            token = match[0]
-        if found is not None or token is not None:
+        token = None if found is None else repr(tokenizer.convert_ids_to_tokens(found))
+        if token is None and pattern and (match := pattern.search(_spelled(ids, tokenizer))):
+            token = repr(match[0])
+        if token is not None:
             raise ValueError(
                 f"{dialect.flag}: its tokenizer is not the student's: only one of them has "
-                f"{token!r}, or the two have it under other ids, and a row of {flag} uses it "
+                f"{token}, or the two have it under other ids, and a row of {flag} uses it "
                 f"(prompt {prompt.prompt_id}, domain {prompt.domain}); {OTHER_TEACHER}"
             )
 

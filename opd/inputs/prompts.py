@@ -190,7 +190,7 @@ class _Read:
         )
 
 
-def _read(
+def _read_prompts(
     paths: Sequence[str],
     flag: str,
     tokenizer,
@@ -248,7 +248,7 @@ def load_prompts(
     end the student's responses, by default the tokenizer's EOS does. `moment` is the time that a
     chat template writes, by default now. Any row that cannot be used is a ValueError.
     """
-    read = _read(paths, flag, tokenizer, cfg, default_domain, moment)
+    read = _read_prompts(paths, flag, tokenizer, cfg, default_domain, moment)
     end = _turn_end(tokenizer, eos_ids, read.template, read.chats) if need_response else None
     prompts: dict[int, Prompt] = {}  # by row
     overlong: Counter[str] = Counter()

@@ -15,7 +15,7 @@ import yaml
 
 import train_gkd
 import train_mopd
-from opd import config, distillation, losses
+from opd import config, distillation, losses, options
 from opd.inputs import validation
 from opd.inputs.arguments import parse
 from tests.support.processes import ROOT
@@ -64,7 +64,7 @@ GKD_FLAGS = [*MOPD_FLAGS, "lmbda", "seq_kd", "seq_kd_temperature", "sft_alpha"]
 
 def flags_of(config_class) -> set[str]:
     return {
-        name for group in config.groups_of(config_class).values() for name in get_type_hints(group)
+        name for group in options.groups_of(config_class).values() for name in get_type_hints(group)
     }
 
 

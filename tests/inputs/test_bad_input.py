@@ -136,7 +136,7 @@ def test_ds_config(tiny, tmp_path, capsys, content, parts):
 
 
 def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
-    """Other words, another end of a response, another template; the last two can be allowed."""
+    """Other words, another end of a response; the latter can be allowed."""
     changed = tmp_path / "teacher"
     argv = [*arguments(tiny, tmp_path / "run"), "--dry_run"]
     argv[argv.index(f"--teacher=addition={tiny.addition}")] = f"--teacher=addition={changed}"
@@ -153,9 +153,10 @@ def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
     generation = json.loads((changed / "generation_config.json").read_text())
     (changed / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": 7}))
     line = mistake(capsys, argv)
-    assert "its EOS is" in line and "--allow_template_mismatch" in line
+    assert "its EOS is" in line and line.endswith("accept it with --allow addition=eos")
+    assert "its EOS is" in mistake(capsys, [*argv, "--allow", "reversal=eos", "template"])
     with pytest.raises(SystemExit) as stopped:
-        prepare(parse(train_mopd.Config, [*argv, "--allow_template_mismatch"]))
+        prepare(parse(train_mopd.Config, [*argv, "--allow", "addition=eos"]))
     assert stopped.value.code == 0  # the dry run ends there
 
 
@@ -296,7 +297,7 @@ def with_template(tiny, path, template: str) -> list[str]:
     """Arguments of a run whose student is the tiny one with another chat template."""
     shutil.copytree(tiny.student, path / "student")
     (path / "student" / "chat_template.jinja").write_text(template)
-    argv = [*arguments(tiny, path / "run"), "--allow_template_mismatch"]
+    argv = [*arguments(tiny, path / "run"), "--allow", "eos,template,rendering"]
     argv[argv.index(str(tiny.student))] = str(path / "student")
     return argv
 
