@@ -363,3 +363,58 @@ def test_a_run_whose_template_writes_the_date_goes_on_another_day(tiny, tmp_path
         assert again.train_set.prompts == first.train_set.prompts
     other = start(datetime(2026, 3, 1), "--output_dir", str(tmp_path / "other"))
     assert other.train_set.prompts != first.train_set.prompts
+
+
+def test_what_changes_prompts_or_samples_is_another_run(tiny, tmp_path):
+    """By the content of the prompts, and by the ids at which responses end."""
+    argv = with_template(
+        tiny, tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}{{ k }}"
+    )
+    first = prepare(parse(train_mopd.Config, argv))
+    checkpoint.save(
+        first.run_dir,
+        LoopState(step=1),
+        lambda path: (path / "shard").write_bytes(b"s"),
+        first.fingerprint,
+        keep=1,
+    )
+    for flags, name in (
+        (("--chat_template_kwargs", '{"k": "z"}'), "data"),
+        (("--system_prompt", "zz"), "data"),
+        (("--stop_token_ids", "z"), "stop_token_ids"),
+    ):
+        with pytest.raises(ValueError, match=f"--resume: `{name}` differs from the checkpoint"):
+            prepare(parse(train_mopd.Config, [*argv, *flags]))
+    neutral = ("--chat_template_kwargs", '{"other": 1}', "--allow", "eos,template,rendering")
+    assert prepare(parse(train_mopd.Config, [*argv, *neutral])).fingerprint == first.fingerprint
+
+
+def test_teachers_are_tried_on_the_run_s_own_prompts(tiny, tmp_path, capsys):
+    """Another program that writes the same is the same; a mode that it does not know is not."""
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    hybrid = plain + "{% if quiet %}z{% endif %}"
+    argv = [a for a in with_template(tiny, tmp_path, hybrid) if not a.startswith("--teacher=")]
+    place = argv.index("--allow")
+    del argv[place : place + 2]
+    for name, path in (("addition", tiny.addition), ("reversal", tiny.reversal)):
+        shutil.copytree(path, tmp_path / name)
+        template = plain if name == "addition" else hybrid
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+        argv.append(f"--teacher={name}={tmp_path / name}")
+    ready = prepare(parse(train_mopd.Config, argv))
+    assert len(ready.facts.dialects) == 2 and not ready.unshared
+    quiet = ["--chat_template_kwargs", 'addition={"quiet": true}', "--output_dir", str(tmp_path)]
+    line = mistake(capsys, [*argv, *quiet])
+    assert "--teacher addition" in line and "in another way" in line
+    assert line.endswith("--allow addition=rendering")
+    quiet[1] = 'reversal={"quiet": true}'  # the domain of the teacher that knows it
+    prepare(parse(train_mopd.Config, [*argv, *quiet]))
+
+
+@pytest.mark.parametrize(
+    "flags", [("--system_prompt", "poetry=rhyme"), ("--chat_template_kwargs", 'poetry={"a": 1}')]
+)
+def test_flags_for_a_domain_that_no_row_has(tiny, tmp_path, capsys, flags):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    line = mistake(capsys, [*with_template(tiny, tmp_path, template), *flags])
+    assert f"{flags[0]} poetry=...: the data has no domain poetry" in line
