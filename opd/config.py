@@ -5,33 +5,15 @@ command line win. Nothing here imports torch, and nothing checks a value: `opd/i
 does, by the bounds in the types of the fields and by its own rules.
 """
 
-import copy
-import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval, Le
 
-PositiveInt, NonNegativeInt = Annotated[int, Ge(1)], Annotated[int, Ge(0)]
-PositiveFloat, NonNegativeFloat = Annotated[float, Gt(0)], Annotated[float, Ge(0)]
+from opd.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, option
+
 Auto = Literal["auto"]
-
-
-def option(default: Any, help: str, **metadata):
-    """A field with its help text; a list default is copied. Its bounds are in its type.
-
-    What else a field may say of itself: `fingerprinted`, whether another value makes it another run
-    (False, True, or the part of the fingerprint that it stands in; `opd/inputs/identity.py`);
-    `identifies`, whether a run directory with another value holds another run; `remedy`, what to do
-    with a value out of bounds.
-    """
-    metadata["help"] = help
-    if isinstance(default, list):
-        metadata.setdefault("action", "append")  # `--data a b` and `--data a --data b` are the same
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -66,6 +48,7 @@ class ModelConfig:
 LocalBackend = Literal["vllm", "hf"]
 GIB = 1 << 30  # bytes
 Backend = Literal["vllm", "hf", "server"]
+Difference = Literal["eos", "template", "rendering"]  # of a teacher from the student
 Residency = Literal["gpu", "host", "disk"]
 
 
@@ -79,7 +62,7 @@ class TeacherConfig:
         "domain. Instead of a path, the URLs of servers of one model: "
         "NAME=http://HOST:PORT,http://HOST:PORT. The YAML key `teachers` is the long form: a list "
         "of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size, urls, "
-        "api_key_env}.",
+        "api_key_env, allow: [..]}.",
     )
     teacher_backend: LocalBackend = option(
         "vllm",
@@ -91,8 +74,12 @@ class TeacherConfig:
         "Where a teacher's weights are while it sleeps: gpu (it never sleeps), host (pinned "
         "memory), or disk (its files only).",
     )
-    allow_template_mismatch: bool = option(
-        False, "Accept a teacher whose EOS token or chat template differs from the student's."
+    allow: list[str] = option(
+        [],
+        "Accept a teacher that differs from the student. eos: its responses end at other tokens; "
+        "template: it has no chat template, or one that cannot write the run's prompts; rendering: "
+        "its chat template writes them in another way. `eos,template` is for every teacher, "
+        "NAME=eos,template for one.",
     )
     teacher_mode: Literal["auto", "colocate", "standalone"] = option(
         "auto",
@@ -137,6 +124,7 @@ class TeacherSpec:
     urls: tuple[str, ...] = ()  # of a served teacher: its replicas
     # of a served teacher: the environment variable that holds its API key; never the key itself
     api_key_env: str = ""
+    allow: tuple[Difference, ...] = ()  # what it may have otherwise than the student
 
     @property
     def share(self) -> float:
@@ -234,6 +222,19 @@ class DataConfig:
         "Column with the prompt: text, or a list of chat messages. The columns `tools` and "
         "`chat_template_kwargs`, if there, reach the chat template too.",
     )
+    chat_template_kwargs: list[str] = option(
+        [],
+        "Variables of the chat template, as a JSON object: '{\"enable_thinking\": false}' is for "
+        "all rows, DOMAIN={...} for those of one domain. For each variable a row's column wins "
+        "over its domain's, and that over the one for all. In YAML an object may be a mapping.",
+        is_object=True,
+    )
+    system_prompt: list[str] = option(
+        [],
+        "System message for rows that have none: TEXT for all, or DOMAIN=TEXT for one domain, "
+        "which has the last word there (`DOMAIN=` is none). A text that itself begins like "
+        "`word=` is written `=word=...`.",
+    )
     answer_key: str = option(
         "answer", "Column with the reference answer for rewards and evaluation; may be absent."
     )
@@ -275,6 +276,12 @@ class RolloutConfig:
         1.0, "Nucleus sampling; below 1 the sampler is no longer the student."
     )
     top_k: NonNegativeInt = option(0, "Sample from the k likeliest tokens only; 0 is off.")
+    stop_token_ids: list[str] = option(
+        [],
+        "Tokens that end a response beside the student's EOS: ids, or tokens such as <|im_end|>. "
+        "For a base student whose chat template ends a turn in another way.",
+        fingerprinted=False,  # `prepare` adds the ids: a token may be written in two ways
+    )
     rollout_kv_cache_gib: Annotated[float | Auto, Gt(0)] = option(
         "auto",
         "KV cache of the rollout engine per GPU, GiB; auto holds all responses at full length, or "
@@ -476,32 +483,3 @@ class RunConfig:
 def is_async(config) -> bool:
     """Whether rollouts run ahead of training; the Config of train_gkd.py has no such group."""
     return getattr(config, "ahead", AsyncConfig()).mode == "async"
-
-
-def groups_of(config_class) -> dict[str, type]:
-    """The configuration groups of a script's Config: field name -> dataclass."""
-    hints = get_type_hints(config_class)
-    return {
-        f.name: hints[f.name]
-        for f in dataclasses.fields(config_class)
-        if dataclasses.is_dataclass(hints[f.name])
-    }
-
-
-def options_of(config) -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """(group, field, value) of every flag, in order."""
-    for name in groups_of(type(config)):
-        group = getattr(config, name)
-        for flag in dataclasses.fields(group):
-            yield name, flag, getattr(group, flag.name)
-
-
-def to_dict(config) -> dict[str, Any]:
-    """The flat mapping that `--config` reads back; `teachers` in its long form."""
-    flat = {flag.name: copy.copy(value) for _, flag, value in options_of(config)}
-    flat.pop("teacher", None)
-    flat["teachers"] = [
-        {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(spec).items()}
-        for spec in config.teachers
-    ]
-    return flat

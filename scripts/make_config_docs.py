@@ -13,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import train_gkd
 import train_mopd
-from opd.config import TeacherSpec, groups_of
+from opd.config import TeacherSpec
+from opd.options import groups_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "config.md"
@@ -25,9 +26,9 @@ two. Do not edit.
 
 Each row is a flag (`--num_steps 200`) and a key of the YAML file that `--config FILE` names
 (`num_steps: 200`). The command line wins over the file. Lists take several values:
-`--data a.jsonl b.jsonl`, or a YAML list. NAME=WEIGHT pairs may also be a YAML mapping. A switch is
-turned on by its bare name (`--dry_run`) or by `true`, and off by `false`. An unknown flag or key is
-an error that offers the nearest name.
+`--data a.jsonl b.jsonl`, or a YAML list. NAME=WEIGHT and DOMAIN=TEXT may also be a YAML mapping. A
+switch is turned on by its bare name (`--dry_run`) or by `true`, and off by `false`. An unknown flag
+or key is an error that offers the nearest name.
 
 Contents: [Everyday flags](#everyday-flags) · [Teachers in YAML](#teachers-in-yaml) ·
 [Expert flags](#expert-flags)
@@ -50,7 +51,8 @@ EVERYDAY = (
     "student_model", "teacher", "data", "eval_data", "output_dir", "dry_run",
     "loss", "support", "support_k", "reward_fn", "reward_weight", "lmbda", "seq_kd",
     "prompts_per_step", "num_generations", "max_prompt_tokens", "max_response_tokens",
-    "temperature", "domain_weights", "micro_batch_size", "gradient_checkpointing", "learning_rate",
+    "temperature", "chat_template_kwargs", "system_prompt", "domain_weights", "micro_batch_size",
+    "gradient_checkpointing", "learning_rate",
     "warmup_steps", "num_steps", "eval_every", "save_every", "resume", "seed",
     "teacher_backend", "teacher_residency", "rollout_kv_cache_gib", "ds_config", "plan",
     "mode", "max_staleness",
@@ -103,10 +105,12 @@ TEACHER_KEYS = {
     "urls": "Backend `server`: list of the addresses of its replicas, like `http://127.0.0.1:8000`.",
     "api_key_env": "Backend `server`: name of the environment variable with its API key. The key "
     "itself is written to no file.",
+    "allow": "List of what it may have otherwise than the student: `eos`, `template`, `rendering`; "
+    "see [teachers.md](teachers.md#what-must-agree).",
 }
 
 
-NO_DEFAULT = ("domains", "backend", "urls")  # none, or one that the text says
+NO_DEFAULT = ("domains", "backend", "urls", "allow")  # none, or one that the text says
 
 
 def type_text(hint: Any) -> str:

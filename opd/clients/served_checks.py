@@ -9,12 +9,21 @@ from dataclasses import replace
 
 from opd.clients.health import Limits
 from opd.clients.protocols import is_loopback
-from opd.clients.served_model import PROBE_TEXT, ServedModel, check_support_k, inspect_replicas
+from opd.clients.served_model import (
+    PROBE_TEXT,
+    ServedModel,
+    check_support_k,
+    inspect_replicas,
+    unshared_tokens,
+)
 from opd.clients.wire import Question
 from opd.config import TeacherSpec
 from opd.distillation import support_of
 from opd.inputs.content import content_hash
-from opd.inputs.models import ModelFacts
+from opd.inputs.dialects import Dialect, Foreign, check_eos, refuse_used
+from opd.inputs.models import ModelFacts, dialect_of, load_tokenizer
+from opd.inputs.teacher_rules import allowed
+from opd.inputs.templates import added_tokens
 from opd.log import warn
 
 
@@ -46,20 +55,22 @@ def check_served(config, tokenizer, facts: ModelFacts) -> tuple[ModelFacts, dict
 
     The facts of the run with what they add, and teacher name -> what it is.
     """
-    models = {}
+    models, dialects = {}, []
     for spec in config.teachers:
         if not spec.is_served:
             continue
         flag = f"--teacher {spec.name}"
         model = inspect_replicas(flag, spec.urls, spec.model, api_key_of(spec))
         _check_context(config, flag, model)
-        _check_tokenizer(config, flag, model, tokenizer, facts)
+        _check_tokenizer(flag, model, tokenizer, facts)
         if spec.has_local_model:
             _check_content(flag, spec, model)
+        dialects.append(_dialect(config, spec, model, tokenizer, facts))
         _check_loss(config, flag, spec, model)
         models[spec.name] = model
     vocabs = [model.vocab_size for model in models.values() if model.vocab_size is not None]
     facts = replace(facts, shared_vocab=min(facts.shared_vocab, *vocabs)) if vocabs else facts
+    facts = replace(facts, dialects=(*facts.dialects, *dialects))
     for spec in (spec for spec in config.teachers if spec.name in models):
         _check_support(config, spec, models[spec.name], facts.shared_vocab)
     return facts, models
@@ -90,8 +101,8 @@ def _check_context(config, flag: str, model: ServedModel) -> None:
         )
 
 
-def _check_tokenizer(config, flag: str, model: ServedModel, tokenizer, facts: ModelFacts) -> None:
-    """Ids must mean the same.
+def _check_tokenizer(flag: str, model: ServedModel, tokenizer, facts: ModelFacts) -> None:
+    """Ids of the vocabulary proper must mean the same.
 
     A server does not hand out its vocabulary, so a text with some of everything is compared.
     """
@@ -114,16 +125,35 @@ def _check_tokenizer(config, flag: str, model: ServedModel, tokenizer, facts: Mo
             f"{flag}: the tokenizer has ids up to {facts.num_tokens - 1}, its lm_head has "
             f"{model.vocab_size} rows"
         )
-    differs = model.eos_ids is not None and set(model.eos_ids) != set(facts.student.eos_ids)
-    if differs and not config.teacher.allow_template_mismatch:
-        theirs, mine = (
-            tokenizer.convert_ids_to_tokens(list(ids))
-            for ids in (model.eos_ids, facts.student.eos_ids)
+
+
+def _dialect(config, spec: TeacherSpec, model: ServedModel, tokenizer, facts) -> Dialect:
+    """How the teacher differs from the student, in what it may.
+
+    With a local directory all is known. Else the student's added tokens are asked for one by one;
+    what tokens the teacher has beside them, and its chat template, stay its own affair.
+    """
+    used = (*facts.student.eos_ids, facts.pad_id)
+    if spec.has_local_model:
+        own = load_tokenizer(
+            spec.model, config.model.trust_remote_code, flag=f"--teacher {spec.name}"
         )
-        raise ValueError(
-            f"{flag}: its EOS is {theirs}, the student's is {mine}; choose a matching teacher, or "
-            "accept it with --allow_template_mismatch"
+        dialect = dialect_of(config, spec, own, tokenizer, used)
+    else:
+        flag, added = f"--teacher {spec.name}", added_tokens(tokenizer)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        unshared = unshared_tokens(
+            flag, spec.urls, model, sorted(added, key=added.get), encode, api_key_of(spec)
         )
+        foreign = Foreign(frozenset(added[token] for token in unshared))
+        refuse_used(flag, tokenizer, foreign.ids & set(used))
+        dialect = Dialect(spec.name, flag, allowed(spec, config.teacher), foreign, None)
+    if model.eos_ids is not None:
+        check_eos(dialect, tokenizer, model.eos_ids, facts.own_eos_ids, facts.student.eos_ids)
+    return dialect
 
 
 def _check_loss(config, flag: str, spec: TeacherSpec, model: ServedModel) -> None:

@@ -44,6 +44,7 @@ CANARY = Question(
     vocab=10,
 )
 CANARY_TOLERANCE = 0.2  # nats, of the mean difference: in bfloat16 logits of 16 are .125 apart
+TOKENS_AT_ONCE = 32  # that one question names; no server's context is shorter
 PROBE_TEXT = "Tokens: 12 + 34 = 46, naïve café\n\tdef f(x):\n        return x ** 2  # 你好"
 
 
@@ -231,6 +232,36 @@ def check_support_k(
                 )
 
 
+def unshared_tokens(
+    flag: str,
+    urls: Sequence[str],
+    model: ServedModel,
+    tokens: Sequence[str],
+    encode: Callable[[str], list[int]],
+    api_key: str | None,
+    timeout_s: float = 60.0,
+) -> list[str]:
+    """Those of `tokens` of which a server makes other ids than `encode` does.
+
+    A server says only what a text's tokens are, so it is asked for many at once, and again for each
+    half of those that differ.
+    """
+    with _asked_directly(flag, urls, api_key) as pool:
+
+        def differing(some: Sequence[str]) -> list[str]:
+            text = "".join(some)
+            answers = _tokens(pool, model.name, timeout_s, text)
+            if _one_answer(flag, "tokenizer", answers) == tuple(encode(text)):
+                return []
+            if len(some) == 1:
+                return list(some)
+            half = len(some) // 2
+            return [*differing(some[:half]), *differing(some[half:])]
+
+        starts = range(0, len(tokens), TOKENS_AT_ONCE)
+        return [t for i in starts for t in differing(tokens[i : i + TOKENS_AT_ONCE])]
+
+
 def _asked_directly(flag: str, urls: Sequence[str], api_key: str | None) -> ReplicaPool:
     """A pool for `ask_each` only: it probes nobody, since nobody is in a rotation yet."""
     return ReplicaPool(
@@ -319,8 +350,10 @@ def _choose(flag: str, url: str, content: dict, model: str) -> dict:
     return entries[0]
 
 
-def _tokens(pool: ReplicaPool, name: str, timeout_s: float) -> dict[str, tuple[int, ...] | None]:
-    """URL -> the tokens of PROBE_TEXT; None where a server has no tokenizer."""
+def _tokens(
+    pool: ReplicaPool, name: str, timeout_s: float, text: str = PROBE_TEXT
+) -> dict[str, tuple[int, ...] | None]:
+    """URL -> the tokens of a text; None where a server has no tokenizer."""
 
     def read(body: bytes) -> tuple[int, ...]:
         try:
@@ -328,7 +361,7 @@ def _tokens(pool: ReplicaPool, name: str, timeout_s: float) -> dict[str, tuple[i
         except (ValueError, KeyError, TypeError):
             raise BadAnswer("no tokens") from None
 
-    body = json.dumps({"model": name, "prompt": PROBE_TEXT, "add_special_tokens": False}).encode()
+    body = json.dumps({"model": name, "prompt": text, "add_special_tokens": False}).encode()
     answers = pool.ask_each(Call("/tokenize", body, read=read), timeout_s)
     return {
         url: None if isinstance(answer, Exception) else answer for url, answer in answers.items()

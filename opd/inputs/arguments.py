@@ -9,6 +9,7 @@ nearest name there is.
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ import msgspec
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from opd.config import Backend, LocalBackend, TeacherSpec, groups_of
+from opd.config import Backend, LocalBackend, TeacherSpec
+from opd.options import groups_of
 
 # Keys under which people write the secret itself.
 _SECRET_KEYS = (
@@ -29,7 +31,9 @@ _SECRET_KEYS = (
 # Flags that were taken away, and what to do instead.
 _REMOVED = {
     "weight_transfer": "it was removed: leave it out, and let trainer and servers share the folder "
-    "--weights_dir"
+    "--weights_dir",
+    "allow_template_mismatch": "it was removed: write what may differ, --allow "
+    "eos,template,rendering for every teacher, or NAME=eos for one",
 }
 
 
@@ -124,6 +128,7 @@ _FORMS = {
     "backend": "vllm, hf or server",
     "tensor_parallel_size": "a whole number",
     "urls": "a list like [http://127.0.0.1:8000]",
+    "allow": "a list of eos, template, rendering",
 }
 
 
@@ -193,8 +198,10 @@ def nearest(name: str, known: list[str]) -> str:
 class _Parser(HfArgumentParser):
     """argparse, but a mistake is one line and exit status 2."""
 
-    def add_argument(self, *names, fingerprinted=None, identifies=None, remedy=None, **options):
+    def add_argument(self, *names, **options):
         """Of what a field says of itself, argparse takes what it knows."""
+        for ours in ("fingerprinted", "identifies", "remedy", "is_object"):
+            options.pop(ours, None)
         return super().add_argument(*names, **options)
 
     @staticmethod
@@ -234,20 +241,23 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _as_argv(key: str, value: Any, *, is_list: bool) -> list[str]:
+def _as_argv(key: str, value: Any, field: dataclasses.Field) -> list[str]:
     """One YAML entry as command-line arguments, so that both are read by the same code.
 
     `--flag=value`: a value may be -1.
     """
     if value is None or value == []:
         return []
-    if not is_list:
+    if not _is_list(field):
         if isinstance(value, dict | list):
             raise ValueError(f"--{key}: one value expected, the YAML file has {value!r}")
         return [f"--{key}={value}"]
+    if field.metadata.get("is_object"):
+        items = value if isinstance(value, list) else [value]
+        value = [json.dumps(v, default=str) if isinstance(v, dict) else v for v in items]
     if isinstance(value, dict):
         value = [f"{k}={v}" for k, v in value.items()]
-    return [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return [f"--{key}={v}" for v in (value if isinstance(value, list) else [value])]
 
 
 def parse(config_class, argv: list[str] | None = None):
@@ -268,7 +278,7 @@ def parse(config_class, argv: list[str] | None = None):
         word
         for key, value in content.items()
         if key not in flags and key != "teachers"
-        for word in _as_argv(key, value, is_list=_is_list(fields[key]))
+        for word in _as_argv(key, value, fields[key])
     ]
     values = _values(groups, fields, [*from_file, *argv])
     built = {

@@ -1,6 +1,7 @@
 """What a row tells the chat template: messages, tools and template variables, each checked."""
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,15 @@ class Chat:
     tools: list[dict[str, Any]] | None = None  # JSON schemas of functions
     # variables of the template, such as enable_thinking
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What a template may treat in ways of its own, whatever the texts are."""
+        return (
+            tuple((m["role"], frozenset(m), type(m.get("content"))) for m in self.messages),
+            self.tools is None,
+            frozenset(self.kwargs),
+        )
 
 
 def text_of(message: dict[str, Any]) -> str:
@@ -84,22 +94,25 @@ def _kwargs(where: str, row: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def taken_names(names: Collection[str], tokenizer) -> list[str]:
+    """Those of the variables' names that `apply_chat_template` has taken itself."""
+    if not names:
+        return []
+    parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+    ours = {*parameters, "messages", "strftime_now"} - {"documents"}
+    return sorted(ours & set(names))
+
+
 def read_chat(where: str, row: dict[str, Any], prompt_key: str, tokenizer) -> Chat:
     """What a row says to the chat template of `tokenizer`.
 
     ValueError, with the row, for what it must not say.
     """
     kwargs = _kwargs(where, row)
-    if kwargs:
-        ours = {
-            *inspect.signature(tokenizer.apply_chat_template).parameters,
-            "messages",
-            "strftime_now",
-        }
-        if taken := sorted(kwargs.keys() & (ours - {"documents"})):
-            raise ValueError(
-                f"{where}: column `{KWARGS}`: {taken[0]} is not the row's to choose; remove it"
-            )
+    if taken := taken_names(kwargs, tokenizer):
+        raise ValueError(
+            f"{where}: column `{KWARGS}`: {taken[0]} is not the row's to choose; remove it"
+        )
     return Chat(_messages(where, row, prompt_key), _tools(where, row), kwargs)
 
 

@@ -2,9 +2,9 @@
 
 import yaml
 
-from opd.config import to_dict
 from opd.inputs.models import ModelFacts
 from opd.inputs.prompts import PromptSet
+from opd.options import to_dict
 
 
 def _marked(token_ids: list[int], tokenizer) -> str:

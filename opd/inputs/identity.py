@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from opd.config import is_async, options_of, to_dict
+from opd.config import is_async
 from opd.inputs.arguments import teachers_from_yaml
 from opd.inputs.content import content_hash
+from opd.options import options_of, to_dict
 
 # Group -> the part of the fingerprint that its fields stand in, unless they say otherwise. Fields
 # of other groups stand in none, unless they name one.

@@ -6,6 +6,8 @@ Only configurations, tokenizers and the headers of weight files are read; of a h
 be the embedding, both.
 """
 
+import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from opd.config import TeacherSpec
+from opd.inputs.dialects import Dialect, check_eos, compare_tokenizers
 from opd.inputs.shapes import ModelShape, check_path, head_of, load_part, read_model, shape_of
+from opd.inputs.teacher_rules import allowed
 from opd.inputs.vllm_models import check_agrees, check_vllm_runs
 from opd.inputs.weight_files import check_not_quantised, check_weights
 from opd.log import cut, one_line
@@ -41,6 +45,13 @@ class ModelFacts:
     # highest token id of the tokenizer, plus one; ids beyond it are padding of the vocabulary
     num_tokens: int
     shared_vocab: int  # rows that every lm_head has
+    stop_ids: tuple[int, ...] = ()  # of --stop_token_ids, beside the EOS of the student's own
+    dialects: tuple[Dialect, ...] = ()  # of the teachers
+
+    @property
+    def own_eos_ids(self) -> tuple[int, ...]:
+        """What ends the student's responses without `--stop_token_ids`."""
+        return tuple(token for token in self.student.eos_ids if token not in self.stop_ids)
 
 
 def _config_dict(flag: str, path: str) -> dict[str, Any]:
@@ -113,6 +124,26 @@ def _eos_ids(flag: str, path: str, model_config: PreTrainedConfig, tokenizer) ->
             "them"
         )
     return tuple(ids)
+
+
+def _stop_ids(values: Sequence[str], tokenizer) -> tuple[int, ...]:
+    """The ids of `--stop_token_ids`, each once."""
+    vocab, found = tokenizer.get_vocab(), []
+    known = set(vocab.values())
+    for value in values:
+        if value in vocab and not value.isdecimal():
+            ids = [vocab[value]]
+        elif value.isdecimal():
+            ids = [int(value)]
+        else:  # text that a byte-level vocabulary spells in its own way
+            ids = tokenizer(value, add_special_tokens=False)["input_ids"] if value else []
+        if len(ids) != 1 or ids[0] not in known:
+            raise ValueError(
+                f"--stop_token_ids {cut(value)}: not one token of the student's tokenizer; give an "
+                "id of it, or a token such as <|im_end|>"
+            )
+        found += ids
+    return tuple(dict.fromkeys(found))
 
 
 def _check_head(flag: str, path: str, model: torch.nn.Module) -> None:
@@ -213,39 +244,6 @@ def _fact_of(model: torch.nn.Module, flag: str, path: str, tokenizer) -> ModelFa
     return ModelFact(**vars(shape), eos_ids=eos_ids)
 
 
-def _check_same_tokenizer(fact: ModelFact, teacher_tokenizer, tokenizer) -> None:
-    """Ids must mean the same; how text becomes ids does not matter, since nothing is ever tokenised
-    again.
-    """
-    mine, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    if mine == theirs:
-        return
-    differing = sorted(t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t))
-    token = differing[0]
-    raise ValueError(
-        f"{fact.flag} {fact.path}: its tokenizer is not the student's: {len(differing)} tokens "
-        f"differ, first {token!r} (id {theirs.get(token)}, the student's {mine.get(token)}); "
-        "choose a teacher of the student's family"
-    )
-
-
-def _check_same_dialect(fact: ModelFact, student: ModelFact, teacher_tokenizer, tokenizer) -> None:
-    """EOS and chat template.
-
-    A teacher that ends its turns elsewhere teaches responses that never end.
-    """
-    remedy = "choose a matching teacher, or accept it with --allow_template_mismatch"
-    if set(fact.eos_ids) != set(student.eos_ids):
-        theirs, mine = (tokenizer.convert_ids_to_tokens(list(f.eos_ids)) for f in (fact, student))
-        raise ValueError(
-            f"{fact.flag} {fact.path}: its EOS is {theirs}, the student's is {mine}; {remedy}"
-        )
-    if teacher_tokenizer.chat_template != tokenizer.chat_template:
-        raise ValueError(
-            f"{fact.flag} {fact.path}: its chat template is not the student's; {remedy}"
-        )
-
-
 def _check_residency(config) -> None:
     """vllm 0.32 keeps its weights on a CPU, whatever it is told; a user who has not the memory must
     not find that out late.
@@ -271,24 +269,46 @@ def check_models(config, tokenizer) -> ModelFacts:
     """
     _check_residency(config)
     student = _read("--student_model", config.model.student_model, tokenizer, config)
+    own_eos = student.eos_ids
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else own_eos[0]
+    stop_ids = tuple(
+        token
+        for token in _stop_ids(config.rollout.stop_token_ids, tokenizer)
+        if token not in own_eos
+    )
+    student = dataclasses.replace(student, eos_ids=(*own_eos, *stop_ids))
     teachers: dict[str, ModelFact] = {}
+    dialects: list[Dialect] = []
     for spec in config.teachers:
         if spec.is_served:
             continue
         flag = f"--teacher {spec.name}"
         own = load_tokenizer(spec.model, config.model.trust_remote_code, flag=flag)
         teachers[spec.name] = fact = _read(flag, spec.model, own, config, teacher=spec)
-        _check_same_tokenizer(fact, own, tokenizer)
-        if not config.teacher.allow_template_mismatch:
-            _check_same_dialect(fact, student, own, tokenizer)
+        used = (*student.eos_ids, pad_id)
+        dialect = dialect_of(config, spec, own, tokenizer, used)
+        check_eos(dialect, tokenizer, fact.eos_ids, own_eos, student.eos_ids)
+        dialects.append(dialect)
     models = [student, *teachers.values()]
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     for fact in models:
         _check_sizes(fact, num_tokens, config)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else student.eos_ids[0]
     return ModelFacts(
-        student, teachers, pad_id, num_tokens, min(fact.vocab_size for fact in models)
+        student,
+        teachers,
+        pad_id,
+        num_tokens,
+        min(fact.vocab_size for fact in models),
+        stop_ids,
+        tuple(dialects),
     )
+
+
+def dialect_of(config, spec: TeacherSpec, theirs, tokenizer, used: Collection[int]) -> Dialect:
+    """Of a teacher with a tokenizer here; ValueError if that is none for the student."""
+    flag = f"--teacher {spec.name} {spec.model}"
+    foreign = compare_tokenizers(flag, theirs, tokenizer, used)
+    return Dialect(spec.name, flag, allowed(spec, config.teacher), foreign, theirs)
 
 
 def _read(

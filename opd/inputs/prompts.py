@@ -6,12 +6,14 @@ in silence: a row that cannot be used is an error that names its file and line, 
 prompts are counted.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import random
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
@@ -23,9 +25,21 @@ from opd.distributed import fold_seed
 from opd.inputs.chats import KWARGS, Chat, read_chat, read_plain
 from opd.inputs.columns import column, domain_column, text_column
 from opd.inputs.rows import read_rows
+from opd.inputs.template_flags import KWARGS_FLAG, SYSTEM_FLAG, read_template_flags
 from opd.inputs.templates import ChatTemplate
 from opd.log import cut
 from opd.types import Prompt
+
+MOST_SAMPLES = 64  # chats of a domain that a teacher's template is tried on
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A chat of the data, and what the student's template made of it."""
+
+    where: str  # flag, file and line
+    chat: Chat
+    text: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,8 @@ class PromptSet:
     notes: tuple[str, ...]  # what the user should know of rows that are right
     # the time that is written in the prompts; None for a chat template that writes none
     moment: datetime | None
+    # domain -> some of its chats; nothing for a tokenizer without a chat template
+    samples: dict[str, tuple[RenderedChat, ...]]
 
     @property
     def summary(self) -> str:
@@ -135,30 +151,81 @@ def _domains(
     return [domain_column(where, row, cfg.domain_key) for where, row in rows]
 
 
-def _texts(
-    rows: list[tuple[str, dict[str, Any]]],
-    key: str,
-    template: ChatTemplate | None,
-    chats: list[Chat],
-) -> list[str]:
-    """What is tokenised: the chat template's text, with the beginning of the answer; else the
-    prompt as it is.
-    """
-    if template is None:
-        return [read_plain(where, row, key) for where, row in rows]
-    return [
-        template.render(f"{where}: column `{key}`", chat)
-        for (where, _), chat in zip(rows, chats, strict=True)
-    ]
+@dataclass(frozen=True)
+class _Read:
+    """The rows of a data set as the chat template has them; without one there are no chats."""
+
+    rows: list[tuple[str, dict[str, Any]]]
+    domains: list[str]
+    template: ChatTemplate | None
+    chats: list[Chat]
+    texts: list[str]  # what is tokenised, with the beginning of the answer
+    variables: Collection[str]  # of the template, that flags set
+
+    def samples(self, kept: Iterable[int]) -> dict[str, tuple[RenderedChat, ...]]:
+        """Chats of each domain: one of each kind that there is, then some spread over the rest."""
+        by_domain: dict[str, list[int]] = {}
+        for row in kept if self.template else ():
+            by_domain.setdefault(self.domains[row], []).append(row)
+        found = {}
+        for domain, own in by_domain.items():
+            kinds = {self.chats[row].kind: row for row in reversed(own)}
+            spread = own[:: max(1, len(own) // MOST_SAMPLES)]
+            chosen = list(dict.fromkeys([*kinds.values(), *spread]))[:MOST_SAMPLES]
+            found[domain] = tuple(
+                RenderedChat(self.rows[row][0], self.chats[row], self.texts[row]) for row in chosen
+            )
+        return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Variables that the template does not mention."""
+        counts = Counter(name for chat in self.chats for name in chat.kwargs)
+        unknown = self.template.unknown(counts) if self.template else []
+        return tuple(
+            f"{f'{KWARGS_FLAG} sets' if name in self.variables else f'{counts[name]} rows set'} "
+            f"{cut(name)}{'' if name in self.variables else f' in `{KWARGS}`'}, which the chat "
+            "template does not mention"
+            for name in unknown
+        )
 
 
-def _notes(template: ChatTemplate | None, chats: list[Chat]) -> tuple[str, ...]:
-    counts = Counter(name for chat in chats for name in chat.kwargs)
-    unknown = template.unknown(counts) if template else []
-    return tuple(
-        f"{counts[n]} rows set {cut(n)} in `{KWARGS}`, which the chat template does not mention"
-        for n in unknown
-    )
+def _read_prompts(
+    paths: Sequence[str],
+    flag: str,
+    tokenizer,
+    cfg: DataConfig,
+    default_domain: str | None,
+    moment: datetime | None,
+) -> _Read:
+    rows = read_rows(paths, flag)
+    domains = _domains(rows, cfg, default_domain)
+    flags = read_template_flags(cfg)
+    flags.check_tokenizer(tokenizer)
+    if tokenizer.chat_template is None:
+        texts = [read_plain(where, row, cfg.prompt_key) for where, row in rows]
+        return _Read(rows, domains, None, [], texts, flags.variables)
+    template = ChatTemplate(tokenizer, moment)
+    chats, texts = [], []
+    for (where, row), domain in zip(rows, domains, strict=True):
+        own = read_chat(where, row, cfg.prompt_key, tokenizer)
+        chats.append(flags.completed(own, domain))
+        texts.append(_text(f"{where}: column `{cfg.prompt_key}`", template, chats[-1], own))
+    return _Read(rows, domains, template, chats, texts, flags.variables)
+
+
+def _text(where: str, template: ChatTemplate, chat: Chat, own: Chat) -> str:
+    """The rendering of `chat`, which is the row's `own` with what flags add."""
+    try:
+        return template.render(where, chat)
+    except ValueError as error:
+        if len(chat.messages) == len(own.messages):
+            raise
+        template.render(where, dataclasses.replace(chat, messages=own.messages))
+        raise ValueError(
+            f"{SYSTEM_FLAG}, in front of {error}; remove the flag, or write its text into the "
+            "prompts"
+        ) from None
 
 
 def load_prompts(
@@ -181,20 +248,13 @@ def load_prompts(
     end the student's responses, by default the tokenizer's EOS does. `moment` is the time that a
     chat template writes, by default now. Any row that cannot be used is a ValueError.
     """
-    rows = read_rows(paths, flag)
-    domains = _domains(rows, cfg, default_domain)
-    template = ChatTemplate(tokenizer, moment) if tokenizer.chat_template is not None else None
-    chats = (
-        [read_chat(where, row, cfg.prompt_key, tokenizer) for where, row in rows]
-        if template
-        else []
-    )
-    texts = _texts(rows, cfg.prompt_key, template, chats)
-    end = _turn_end(tokenizer, eos_ids, template, chats) if need_response else None
-    prompts: list[Prompt] = []
+    read = _read_prompts(paths, flag, tokenizer, cfg, default_domain, moment)
+    end = _turn_end(tokenizer, eos_ids, read.template, read.chats) if need_response else None
+    prompts: dict[int, Prompt] = {}  # by row
     overlong: Counter[str] = Counter()
-    for (where, row), domain, token_ids in zip(
-        rows, domains, _tokenize(texts, tokenizer), strict=True
+    all_ids = _tokenize(read.texts, tokenizer)
+    for row_number, ((where, row), domain, token_ids) in enumerate(
+        zip(read.rows, read.domains, all_ids, strict=True)
     ):
         if not token_ids:
             raise ValueError(
@@ -207,28 +267,39 @@ def load_prompts(
             overlong[domain] += 1
             if cfg.overlong_prompts == "drop":
                 continue
-        prompts.append(
-            Prompt(
-                prompt_id=len(prompts),
-                domain=domain,
-                token_ids=token_ids[-cfg.max_prompt_tokens :],
-                target_ids=target_ids and target_ids[:max_response_tokens],
-                answer=answer,
-            )
+        prompts[row_number] = Prompt(
+            prompt_id=len(prompts),
+            domain=domain,
+            token_ids=token_ids[-cfg.max_prompt_tokens :],
+            target_ids=target_ids and target_ids[:max_response_tokens],
+            answer=answer,
         )
-    return _prompt_set(prompts, overlong, flag, cfg, template, chats)
+    open_end = _open_end(tokenizer, eos_ids, read)
+    return _prompt_set(prompts, overlong, flag, cfg, read, open_end)
+
+
+def _open_end(tokenizer, eos_ids: Sequence[int], read: _Read) -> tuple[str, ...]:
+    """A note where the template ends a turn with a token at which no response ends."""
+    closing = read.template.closing(read.chats[0]) if read.template and eos_ids else None
+    if closing is None or closing in eos_ids:
+        return ()
+    token = tokenizer.convert_ids_to_tokens(closing)
+    return (
+        f"the chat template ends a turn with {token}, at which no response ends: let it with "
+        f"--stop_token_ids {shlex.quote(token)}",
+    )
 
 
 def _prompt_set(
-    prompts: list[Prompt],
+    prompts: dict[int, Prompt],
     overlong: Counter[str],
     flag: str,
     cfg: DataConfig,
-    template: ChatTemplate | None,
-    chats: list[Chat],
+    read: _Read,
+    notes: tuple[str, ...],
 ) -> PromptSet:
     """ValueError for a domain that lost all of its prompts."""
-    counts = Counter(prompt.domain for prompt in prompts)
+    counts = Counter(prompt.domain for prompt in prompts.values())
     lost = [f"{domain} ({overlong[domain]} rows)" for domain in sorted(set(overlong) - set(counts))]
     if lost:
         raise ValueError(
@@ -236,13 +307,14 @@ def _prompt_set(
             f"{', '.join(lost)}; raise it, or set --overlong_prompts truncate"
         )
     return PromptSet(
-        prompts=tuple(prompts),
+        prompts=tuple(prompts.values()),
         domains=tuple(sorted(counts)),
-        content_hash=_content_hash(prompts),
+        content_hash=_content_hash(list(prompts.values())),
         counts=dict(sorted(counts.items())),
         overlong=dict(sorted(overlong.items())),
-        notes=_notes(template, chats),
-        moment=template.moment if template else None,
+        notes=(*read.notes, *notes),
+        moment=read.template.moment if read.template else None,
+        samples=read.samples(prompts),
     )
 
 

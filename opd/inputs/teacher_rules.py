@@ -6,9 +6,10 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import get_args
 from urllib.parse import urlsplit
 
-from opd.config import TeacherConfig, TeacherSpec
+from opd.config import Difference, TeacherConfig, TeacherSpec
 
 
 def validate_teachers(teachers: Sequence[TeacherSpec], flags: TeacherConfig) -> None:
@@ -24,11 +25,42 @@ def validate_teachers(teachers: Sequence[TeacherSpec], flags: TeacherConfig) -> 
         _check_teacher(spec, f"teachers: {spec.name}")
     _check_replicas_are_distinct(teachers)
     _check_claims(teachers)
+    _check_allow(flags.allow, names)
     if flags.teacher_mode == "standalone" and not any(spec.is_served for spec in teachers):
         raise ValueError(
             "--teacher_mode standalone: no teacher is served; give one of them urls, or use "
             "--teacher_mode auto"
         )
+
+
+def allowed(spec: TeacherSpec, flags: TeacherConfig) -> frozenset[str]:
+    """What this teacher may have otherwise than the student: its entry's, and `--allow`'s."""
+    found = set(spec.allow)
+    for name, words in map(_allowance, flags.allow):
+        if name in ("", spec.name):
+            found |= set(words)
+    return frozenset(found)
+
+
+def _allowance(value: str) -> tuple[str, list[str]]:
+    """(teacher or nothing, words) of a value of `--allow`."""
+    name, _, words = value.rpartition("=")
+    return name, [word.strip() for word in words.split(",")]
+
+
+def _check_allow(values: Sequence[str], names: Sequence[str]) -> None:
+    known = get_args(Difference)
+    for value in values:
+        name, words = _allowance(value)
+        if "=" in value and name not in names:
+            raise ValueError(
+                f"--allow {value}: no teacher is called {name!r}, only {', '.join(names)}"
+            )
+        if unknown := [word for word in words if word not in known]:
+            raise ValueError(
+                f"--allow {value}: {unknown[0]!r} is none of {', '.join(known)}; write one or "
+                "several of them, or NAME=eos,template for one teacher"
+            )
 
 
 def _check_teacher(spec: TeacherSpec, where: str) -> None:

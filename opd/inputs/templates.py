@@ -23,6 +23,7 @@ from opd.log import one_line
 
 TIME_LIMIT_S = 5  # of processor time; a row takes about 0.1 ms
 MARK = "zqxjk"  # an answer that no template contains
+_ANSWER = {"role": "assistant", "content": MARK}
 
 
 # ---- The forms in which templates want messages --------------------------------------------------
@@ -112,6 +113,11 @@ def _time_limit():
         signal.signal(signal.SIGVTALRM, before)
 
 
+def added_tokens(tokenizer) -> dict[str, int]:
+    """The tokens beside its vocabulary proper, and their ids; mistral-common does not tell them."""
+    return getattr(tokenizer, "get_added_vocab", dict)()
+
+
 class ChatTemplate:
     """A tokenizer's chat template at work on the rows of a data set.
 
@@ -124,7 +130,7 @@ class ChatTemplate:
         asks = "strftime_now" in str(tokenizer.chat_template)
         self.moment = (moment or datetime.now()) if asks else None
         self._clock = {"strftime_now": self.moment.strftime} if self.moment else {}
-        self._shown: set[Any] = set()  # shapes of chats of which the template leaves out nothing
+        self._shown: set[Any] = set()  # kinds of chats of which the template leaves out nothing
 
     def render(self, where: str, chat: Chat) -> str:
         """The text of a chat, with the beginning of the answer.
@@ -151,31 +157,36 @@ class ChatTemplate:
 
         Some write it only where another message follows, and some refuse an answer to no question.
         """
-        answer, user = (
-            {"role": "assistant", "content": MARK},
-            {"role": "user", "content": MARK.upper()},
-        )
+        user = {"role": "user", "content": MARK.upper()}
         for messages in (
-            [*chat.messages, answer],
-            [*chat.messages, answer, user],
-            [{**user, "content": "?"}, answer],
+            [*chat.messages, _ANSWER],
+            [*chat.messages, _ANSWER, user],
+            [{**user, "content": "?"}, _ANSWER],
         ):
-            for form in _forms(messages):
-                try:
-                    text = self._apply(
-                        Chat(form, chat.tools, chat.kwargs), add_generation_prompt=False
-                    )
-                except _Refused:
-                    continue
-                # templates may change the case
-                _, *after = re.split(MARK, text, flags=re.IGNORECASE)
-                ids = (
-                    self.tokenizer(after[0], add_special_tokens=False)["input_ids"] if after else []
-                )
+            for ids in self._behind_answer(chat, messages):
                 end = next((token_id for token_id in ids if token_id in eos_ids), None)
                 if end is not None:
                     return end
         return None
+
+    def closing(self, chat: Chat) -> int | None:
+        """The added token right behind an answer to `chat` with which the chat ends, if there is
+        one: whether responses end there or not.
+        """
+        added = set(added_tokens(self.tokenizer).values())
+        firsts = (ids[0] for ids in self._behind_answer(chat, [*chat.messages, _ANSWER]) if ids)
+        return next((token_id for token_id in firsts if token_id in added), None)
+
+    def _behind_answer(self, chat: Chat, messages: list[dict[str, Any]]) -> Iterator[list[int]]:
+        """The tokens behind the answer in `messages`, in every form that the template takes."""
+        for form in _forms(messages):
+            try:
+                text = self._apply(Chat(form, chat.tools, chat.kwargs), add_generation_prompt=False)
+            except _Refused:
+                continue
+            # templates may change the case
+            _, *after = re.split(MARK, text, flags=re.IGNORECASE)
+            yield self.tokenizer(after[0], add_special_tokens=False)["input_ids"] if after else []
 
     def unknown(self, names: Collection[str]) -> list[str]:
         """Those of the variables that do not occur in the template."""
@@ -205,16 +216,13 @@ class ChatTemplate:
         templates drop.
 
         A template may change a text in any way, so each is exchanged for another one, and the
-        rendering must change. For chats of a shape that was tried before it is enough if the text
+        rendering must change. For chats of a kind that was tried before it is enough if the text
         stands there.
         """
-        shape = (
-            tuple((m["role"], frozenset(m), type(m.get("content"))) for m in chat.messages),
-            chat.tools is None,
-            frozenset(chat.kwargs),
-        )
-        is_known = shape in self._shown
-        if list in shape[0][-1] and re.search(r"""['"]type['"]: ['"]text['"]""", text):
+        is_known = chat.kind in self._shown
+        if isinstance(chat.messages[-1].get("content"), list) and re.search(
+            r"""['"]type['"]: ['"]text['"]""", text
+        ):
             raise _Refused("it takes no list of parts")
         for number, message in enumerate(chat.messages, 1):
             content, role = text_of(message).strip(), message["role"]
@@ -233,7 +241,7 @@ class ChatTemplate:
             return (
                 f"the tools of column `{TOOLS}`; remove the column, or take a model that uses tools"
             )
-        self._shown.add(shape)
+        self._shown.add(chat.kind)
         return None
 
     def _changes(self, chat: Chat, text: str, index: int, message: dict[str, Any]) -> bool:

@@ -15,9 +15,11 @@ from typing import Any, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
 
-from opd.config import LossConfig, RolloutConfig, is_async, options_of
+from opd.config import LossConfig, RolloutConfig, is_async
 from opd.inputs.arguments import pairs
 from opd.inputs.teacher_rules import validate_teachers
+from opd.inputs.template_flags import read_template_flags
+from opd.options import options_of
 
 
 def validate_common(config) -> None:
@@ -32,6 +34,7 @@ def validate_common(config) -> None:
     validate_teachers(config.teachers, config.teacher)
     check_bounds(config)
     pairs("domain_weights", config.data.domain_weights)
+    read_template_flags(config.data)
     _validate_loss(config.loss, config.rollout)
     _validate_correction(config.loss)
     if config.loss.old_logprobs == "server" and not is_async(config):

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from opd.config import GIB, groups_of
+from opd.config import GIB
 from opd.inputs.arguments import OneLineParser, given, parse
+from opd.options import groups_of
 from opd.plan.apply import apply
 from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, make_job, read_shapes
 from opd.plan.planner import check_caches, make_plan

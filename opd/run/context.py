@@ -61,6 +61,19 @@ class Inputs:
     def eval_prompts(self) -> list[Prompt]:
         return held_out(self.eval_set, self.cfg.run.eval_max_prompts) if self.eval_set else []
 
+    @functools.cached_property
+    def unshared(self) -> dict[str, dict[int, str]]:
+        """Domain -> tokens that one of its teachers does not have as the student has them -> the
+        first such teacher. Without any, the domain is absent.
+        """
+        found: dict[str, dict[int, str]] = {}
+        for dialect in self.facts.dialects:
+            for domain, chosen in self.routes.items():
+                if dialect.foreign.ids and dialect.name in dict(chosen):
+                    own = dict.fromkeys(dialect.foreign.ids, dialect.name)
+                    found[domain] = own | found.get(domain, {})
+        return found
+
     @property
     def engine_options(self) -> dict[str, Any]:
         """What every engine of this run is built with."""

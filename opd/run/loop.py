@@ -25,7 +25,7 @@ from opd.rollout import RolloutEngine, dataset_rollouts, push_weights
 from opd.run.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers
 from opd.run.context import Run
 from opd.run.evaluation import evaluate, evaluate_teachers, finish_run
-from opd.run.step_log import log_servers, log_step
+from opd.run.step_log import UnsharedTokens, log_servers, log_step
 from opd.student import Student
 from opd.teachers import TeacherPool
 from opd.types import LoopState, LossOutput, MicroBatch, Prompt, Rollout, TeacherScores
@@ -88,6 +88,7 @@ class Loop:
         cfg = self.run.cfg
         dtype, every = self.student.model.dtype, cfg.rollout.parity_every
         self.parity = Parity(self.run.micro_batches, cfg.rollout, every=every, dtype=dtype)
+        self._unshared = UnsharedTokens(self.run)
         # Of the step under way:
         self._started, self._num_loss_tokens = 0.0, 0
         self._rollouts: Sequence[Rollout] = ()
@@ -242,6 +243,7 @@ class Loop:
             num_loss_tokens=self._num_loss_tokens,
             seconds=seconds,
         )
+        self._unshared.log(self.metrics, self._rollouts)
         servers = (self.teachers, self.rollout_engine)
         log_servers(self.metrics, *servers, self._rollouts, step=self.state.step, seconds=seconds)
         if self._is_due(cfg.eval_every):

@@ -13,15 +13,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from opd import config, distributed, faults, processes
+from opd import distributed, faults, processes
 from opd.clients.served_checks import check_served
 from opd.engines.deepspeed_engine import check_ds_config
 from opd.inputs import content, models, prompts, rewards
+from opd.inputs.dialects import check_dialects
 from opd.inputs.dry_run import dry_run_report
 from opd.inputs.identity import check_output_dir, fingerprint_of
 from opd.inputs.shapes import check_tensor_parallel
+from opd.inputs.template_flags import read_template_flags
 from opd.inputs.validation import load_ds_config
 from opd.log import say, setup_logging
+from opd.options import to_dict
 from opd.plan.apply import plan_run
 from opd.records import checkpoint
 from opd.records.files import write_run_files
@@ -72,6 +75,8 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     }
     fingerprint = fingerprint_of(cfg, hashes, inputs.train_set.content_hash)
     fingerprint["eval"] = asked(inputs)
+    if inputs.facts.stop_ids:
+        fingerprint["stop_token_ids"] = sorted(inputs.facts.stop_ids)
     if inputs.train_set.moment:
         fingerprint[checkpoint.FIRST_START] = inputs.train_set.moment.isoformat()
     resume_from = _open_run_dir(cfg, fingerprint)
@@ -121,7 +126,10 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
         if cfg.data.eval_data
         else None
     )
-    routes = prompts.routes(cfg.teachers, [s for s in (train_set, eval_set) if s])
+    prompt_sets = {"--data": train_set} | ({"--eval_data": eval_set} if eval_set else {})
+    routes = prompts.routes(cfg.teachers, list(prompt_sets.values()))
+    read_template_flags(cfg.data).check_domains(routes)
+    check_dialects(facts.dialects, tokenizer, prompt_sets, routes)
     reward = rewards.load_rewards(cfg.data.reward_fn, routes)
     models.check_downloads(cfg)
     check_ds_config(cfg.run.ds_config, ds_config)
@@ -152,6 +160,6 @@ def _open_run_dir(cfg, fingerprint: dict[str, Any]) -> Path | None:
     checkpoint.set_aside_newer(run_dir, resume_from)
     processes.die_with_launcher()
     if distributed.rank() == 0:
-        write_run_files(run_dir, config.to_dict(cfg), sys.argv)
+        write_run_files(run_dir, to_dict(cfg), sys.argv)
     setup_logging(run_dir)
     return resume_from

@@ -10,6 +10,7 @@ from opd import distributed
 from opd.async_rollout import AsyncRolloutEngine
 from opd.clients.health import Stats
 from opd.config import GIB
+from opd.log import warn
 from opd.records.files import write_rollouts
 from opd.records.memory_ledger import Ledger
 from opd.records.metrics import Metrics, memory
@@ -59,6 +60,35 @@ def log_step(
     every = run.cfg.run.rollout_every
     if every and ((state.step - 1) % every == 0 or state.step == run.cfg.run.num_steps):
         _log_samples(run, metrics, state.step, rollouts)
+
+
+class UnsharedTokens:
+    """Tokens of the responses that a teacher of their domain does not share with the student.
+
+    The teacher scores them by what stands at their id in its own vocabulary, which says nothing.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self._warned = run, False
+
+    def log(self, metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
+        """Their share, of the domains that have such tokens; the first one is told of."""
+        for r in rollouts:
+            teacher_of = self.run.unshared.get(r.prompt.domain)
+            if teacher_of is None:
+                continue
+            found = [token for token in r.response_ids if token in teacher_of]
+            for suffix in ("", f"/{r.prompt.domain}"):
+                metrics.add(f"rollout/unshared_tokens{suffix}", len(found), len(r.response_ids))
+            if found and not self._warned:
+                self._warned = True
+                token = self.run.tokenizer.convert_ids_to_tokens(found[0])
+                warn(
+                    f"sample {r.sample_id}: the student wrote {token!r} ({found[0]}), a token that "
+                    f"teacher {teacher_of[found[0]]} does not share, so its score there says "
+                    "nothing; "
+                    "rollout/unshared_tokens has the share of such tokens"
+                )
 
 
 def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:

@@ -44,7 +44,7 @@ from opd.servers.rollout_engine import PushedEngine, Sampling
 ANSWER_SECONDS = (
     3600.0  # for a response, its pauses included; clients have shorter deadlines of their own
 )
-TOKENS_AT_ONCE = 1 << 20  # of all responses that are written at once, where there is room
+RESPONSE_TOKENS_AT_ONCE = 1 << 20  # of all responses that are written at once, where there is room
 WARM_UP_SECONDS = 600.0  # for the engine to compile
 ROLLOUT_END_SECONDS = (
     1  # for answers under way when the server is told to end: their client asks again elsewhere
@@ -217,7 +217,7 @@ def _rollout_facts(args: argparse.Namespace) -> tuple[int, float, int]:
         args.kv_cache_gib,
         width=resolve_dtype(args.dtype).itemsize,
         gpus=args.tensor_parallel,
-        tokens=TOKENS_AT_ONCE,
+        tokens=RESPONSE_TOKENS_AT_ONCE,
     )
     return model.config.get_text_config().vocab_size, cache, longest
 

@@ -18,11 +18,10 @@ from opd.config import (
     RunConfig,
     TeacherConfig,
     TeacherSpec,
-    groups_of,
-    to_dict,
 )
 from opd.inputs.arguments import pairs, parse
 from opd.inputs.validation import load_ds_config, validate_common
+from opd.options import groups_of, to_dict
 
 
 @dataclass(frozen=True)
@@ -168,6 +167,9 @@ BAD_TEACHERS = {
         {"name": "a", "model": "m", "backend": "HFF"}
     ],
     "a: backend must be vllm, hf or server, got 7": [{"name": "a", "model": "m", "backend": 7}],
+    "a: allow must be a list of eos, template, rendering, got ['eso']": [
+        {"name": "a", "model": "m", "allow": ["eso"]}
+    ],
     "a: urls must be a list": [{"name": "a", "backend": "server", "urls": "http://h"}],
     "`api_key`: no secret may stand in a file": [
         {"name": "a", "backend": "server", "api_key": "hush"}
@@ -435,6 +437,10 @@ BAD_FLAGS = {
         "unknown flag --weight_transfer; it was removed",
         "--weights_dir",
     ],
+    "--allow_template_mismatch": [
+        "unknown flag --allow_template_mismatch; it was removed",
+        "--allow eos,template,rendering",
+    ],
     "--weight-transfer=directory": [
         "unknown flag --weight_transfer; it was removed",
         "--weights_dir",
@@ -455,6 +461,7 @@ BAD_YAML = {
         "unknown key `weight_transfer`; it was removed",
         "--weights_dir",
     ],
+    "allow_template_mismatch: true": ["`allow_template_mismatch`; it was removed", "--allow eos"],
     "teacherz: [a]": ["unknown key `teacherz`", "did you mean teacher"],
     "3: 4": ["unknown key `3`"],
     "- a\n- b": ["expected `flag: value` lines"],
@@ -496,6 +503,15 @@ BAD_VALUES = [
     ("--top_p 1.5", "--top_p 1.5: must be at most 1"),
     ("--adam_beta1 1", "--adam_beta1 1.0"),
     ("--domain_weights math", "--domain_weights math"),
+    ("--allow eso", "--allow eso: 'eso' is none of eos, template, rendering"),
+    ("--allow math=eos", "--allow math=eos: no teacher is called 'math', only default"),
+    ("--allow =eos", "--allow =eos: no teacher is called ''"),
+    ("--allow default=eos,", "--allow default=eos,: '' is none of eos"),
+    ("--chat_template_kwargs a=b", "--chat_template_kwargs 'a=b': not JSON"),
+    ("--chat_template_kwargs a=[1]", "--chat_template_kwargs 'a=[1]': not a JSON object"),
+    ("--chat_template_kwargs {} {}", "--chat_template_kwargs: given twice for every domain"),
+    ("--system_prompt a=b a=c", "--system_prompt: given twice for the domain a"),
+    ("--system_prompt Be brief.", "--system_prompt: given twice for every domain; quote"),
     ("--support sampled --loss jsd", "--support sampled: jsd"),
     ("--loss reverse_kl_pg --support full", "--support full: reverse_kl_pg"),
     ("--loss reverse_kl_pg --estimator k3", "--estimator k3: reverse_kl_pg"),

@@ -15,7 +15,7 @@ import yaml
 
 import train_gkd
 import train_mopd
-from opd import config, distillation, losses
+from opd import config, distillation, losses, options
 from opd.inputs import validation
 from opd.inputs.arguments import parse
 from tests.support.processes import ROOT
@@ -37,10 +37,10 @@ MOPD_FLAGS = re.findall(
     r"\w+",
     """
 student_model dtype gradient_checkpointing attn_implementation trust_remote_code
-teacher teacher_backend teacher_residency allow_template_mismatch
+teacher teacher_backend teacher_residency allow
 teacher_mode teacher_wait_s teacher_timeout_s teacher_max_inflight
-data eval_data domain_key prompt_key answer_key response_key domain_weights max_prompt_tokens overlong_prompts
-prompts_per_step num_generations max_response_tokens temperature top_p top_k rollout_kv_cache_gib enforce_eager
+data eval_data domain_key prompt_key chat_template_kwargs system_prompt answer_key response_key domain_weights max_prompt_tokens overlong_prompts
+prompts_per_step num_generations max_response_tokens temperature top_p top_k stop_token_ids rollout_kv_cache_gib enforce_eager
 rollout_tensor_parallel_size
 teacher_kv_cache_gib teacher_cache_bytes
 loss support support_k tail estimator jsd_beta skew_alpha loss_temperature advantage_clip clip_low clip_high dual_clip
@@ -64,7 +64,7 @@ GKD_FLAGS = [*MOPD_FLAGS, "lmbda", "seq_kd", "seq_kd_temperature", "sft_alpha"]
 
 def flags_of(config_class) -> set[str]:
     return {
-        name for group in config.groups_of(config_class).values() for name in get_type_hints(group)
+        name for group in options.groups_of(config_class).values() for name in get_type_hints(group)
     }
 
 
@@ -284,7 +284,9 @@ def launches(text: str) -> list[tuple[str, list[str]]]:
     """(script, arguments) of every command line of a shell text that runs a trainer."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        words = [] if line.lstrip().startswith("#") else shlex.split(line, comments=True)
+        if line.lstrip().startswith("#") or not any(script in line for script in SCRIPTS):
+            continue
+        words = shlex.split(line, comments=True)
         for script in SCRIPTS:
             if script in words:
                 found.append((script, words[words.index(script) + 1 :]))

@@ -12,9 +12,9 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import train_gkd
 import train_mopd
-from opd import config
 from opd.inputs.arguments import parse
 from opd.inputs.identity import fingerprint_of
+from opd.options import to_dict
 from opd.records import checkpoint
 from opd.run.build import build_student
 from opd.run.evaluation import asked
@@ -136,7 +136,7 @@ def test_ds_config(tiny, tmp_path, capsys, content, parts):
 
 
 def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
-    """Other words, another end of a response, another template; the last two can be allowed."""
+    """Other words, another end of a response; the latter can be allowed."""
     changed = tmp_path / "teacher"
     argv = [*arguments(tiny, tmp_path / "run"), "--dry_run"]
     argv[argv.index(f"--teacher=addition={tiny.addition}")] = f"--teacher=addition={changed}"
@@ -153,9 +153,10 @@ def test_teachers_that_do_not_fit(tiny, tmp_path, capsys):
     generation = json.loads((changed / "generation_config.json").read_text())
     (changed / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": 7}))
     line = mistake(capsys, argv)
-    assert "its EOS is" in line and "--allow_template_mismatch" in line
+    assert "its EOS is" in line and line.endswith("accept it with --allow addition=eos")
+    assert "its EOS is" in mistake(capsys, [*argv, "--allow", "reversal=eos", "template"])
     with pytest.raises(SystemExit) as stopped:
-        prepare(parse(train_mopd.Config, [*argv, "--allow_template_mismatch"]))
+        prepare(parse(train_mopd.Config, [*argv, "--allow", "addition=eos"]))
     assert stopped.value.code == 0  # the dry run ends there
 
 
@@ -214,7 +215,7 @@ def test_an_output_directory_of_another_run(tiny, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     cfg = parse(train_mopd.Config, arguments(tiny, tmp_path / "run"))
     (tmp_path / "run" / "config.yaml").write_text(
-        json.dumps({**config.to_dict(cfg), "student_model": "another"})
+        json.dumps({**to_dict(cfg), "student_model": "another"})
     )
     line = mistake(capsys, arguments(tiny, tmp_path / "run"))
     assert "--output_dir" in line and "another run" in line
@@ -296,7 +297,7 @@ def with_template(tiny, path, template: str) -> list[str]:
     """Arguments of a run whose student is the tiny one with another chat template."""
     shutil.copytree(tiny.student, path / "student")
     (path / "student" / "chat_template.jinja").write_text(template)
-    argv = [*arguments(tiny, path / "run"), "--allow_template_mismatch"]
+    argv = [*arguments(tiny, path / "run"), "--allow", "eos,template,rendering"]
     argv[argv.index(str(tiny.student))] = str(path / "student")
     return argv
 
@@ -362,3 +363,58 @@ def test_a_run_whose_template_writes_the_date_goes_on_another_day(tiny, tmp_path
         assert again.train_set.prompts == first.train_set.prompts
     other = start(datetime(2026, 3, 1), "--output_dir", str(tmp_path / "other"))
     assert other.train_set.prompts != first.train_set.prompts
+
+
+def test_what_changes_prompts_or_samples_is_another_run(tiny, tmp_path):
+    """By the content of the prompts, and by the ids at which responses end."""
+    argv = with_template(
+        tiny, tmp_path, "{% for m in messages %}{{ m.content }}{% endfor %}{{ k }}"
+    )
+    first = prepare(parse(train_mopd.Config, argv))
+    checkpoint.save(
+        first.run_dir,
+        LoopState(step=1),
+        lambda path: (path / "shard").write_bytes(b"s"),
+        first.fingerprint,
+        keep=1,
+    )
+    for flags, name in (
+        (("--chat_template_kwargs", '{"k": "z"}'), "data"),
+        (("--system_prompt", "zz"), "data"),
+        (("--stop_token_ids", "z"), "stop_token_ids"),
+    ):
+        with pytest.raises(ValueError, match=f"--resume: `{name}` differs from the checkpoint"):
+            prepare(parse(train_mopd.Config, [*argv, *flags]))
+    neutral = ("--chat_template_kwargs", '{"other": 1}', "--allow", "eos,template,rendering")
+    assert prepare(parse(train_mopd.Config, [*argv, *neutral])).fingerprint == first.fingerprint
+
+
+def test_teachers_are_tried_on_the_run_s_own_prompts(tiny, tmp_path, capsys):
+    """Another program that writes the same is the same; a mode that it does not know is not."""
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    hybrid = plain + "{% if quiet %}z{% endif %}"
+    argv = [a for a in with_template(tiny, tmp_path, hybrid) if not a.startswith("--teacher=")]
+    place = argv.index("--allow")
+    del argv[place : place + 2]
+    for name, path in (("addition", tiny.addition), ("reversal", tiny.reversal)):
+        shutil.copytree(path, tmp_path / name)
+        template = plain if name == "addition" else hybrid
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+        argv.append(f"--teacher={name}={tmp_path / name}")
+    ready = prepare(parse(train_mopd.Config, argv))
+    assert len(ready.facts.dialects) == 2 and not ready.unshared
+    quiet = ["--chat_template_kwargs", 'addition={"quiet": true}', "--output_dir", str(tmp_path)]
+    line = mistake(capsys, [*argv, *quiet])
+    assert "--teacher addition" in line and "in another way" in line
+    assert line.endswith("--allow addition=rendering")
+    quiet[1] = 'reversal={"quiet": true}'  # the domain of the teacher that knows it
+    prepare(parse(train_mopd.Config, [*argv, *quiet]))
+
+
+@pytest.mark.parametrize(
+    "flags", [("--system_prompt", "poetry=rhyme"), ("--chat_template_kwargs", 'poetry={"a": 1}')]
+)
+def test_flags_for_a_domain_that_no_row_has(tiny, tmp_path, capsys, flags):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    line = mistake(capsys, [*with_template(tiny, tmp_path, template), *flags])
+    assert f"{flags[0]} poetry=...: the data has no domain poetry" in line

@@ -11,9 +11,9 @@ import yaml
 
 import train_gkd
 import train_mopd
-from opd.config import to_dict
 from opd.inputs.arguments import parse
 from opd.inputs.identity import check_output_dir, fingerprint_of
+from opd.options import to_dict
 
 REQUIRED = ["--student_model", "s", "--data", "d", "--output_dir", "o"]
 

@@ -46,7 +46,6 @@ from opd.config import (
     RunConfig,
     TeacherConfig,
     TeacherSpec,
-    to_dict,
 )
 from opd.inputs import vllm_models
 from opd.inputs.arguments import parse
@@ -62,6 +61,7 @@ from opd.inputs.prompts import load_prompts
 from opd.inputs.shapes import _divided, check_tensor_parallel, layer_values, read_model
 from opd.inputs.vllm_models import check_agrees
 from opd.ops.attention import attention_for
+from opd.options import to_dict
 from opd.plan.job import Machine, make_job
 from opd.plan.planner import make_plan
 from opd.plan.view import table
@@ -222,33 +222,81 @@ def test_another_tokenizer_of_the_same_size(student, tmp_path):
     swapped = [*VOCABULARY]
     swapped[10], swapped[11] = swapped[11], swapped[10]
     teacher = save_model(tmp_path / "t", tokenizer={"tokens": swapped})
-    message = refusal(student, teacher, "--allow_template_mismatch")
+    message = refusal(student, teacher, "--allow", "eos,template,rendering")
     assert (
         "--teacher math" in message
         and "2 tokens differ, first 'g' (id 11, the student's 10)" in message
     )
 
 
-def test_an_added_token(student, tmp_path):
+def add_tokens(path: str, *tokens: str) -> str:
+    tokenizer = load_tokenizer(path)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_added_tokens_that_only_one_of_them_has(student, tmp_path):
+    """Their ids are kept for whoever looks at prompts and responses."""
+    size = len(VOCABULARY)
+    teacher = add_tokens(save_model(tmp_path / "t", vocab_size=64), "<think>")
+    (dialect,) = read(make_config(student, teacher)).dialects
+    assert (dialect.foreign.ids, dialect.foreign.texts) == ({size}, ("<think>",))
+    (dialect,) = read(make_config(teacher, save_model(tmp_path / "u", vocab_size=64))).dialects
+    assert (dialect.foreign.ids, dialect.foreign.texts) == ({size}, ())
+    one, two = (
+        add_tokens(save_model(tmp_path / name, vocab_size=64), *tokens)
+        for name, tokens in (("a", ("<a>", "<b>")), ("b", ("<b>", "<c>")))
+    )
+    (dialect,) = read(make_config(one, two)).dialects
+    assert (dialect.foreign.ids, dialect.foreign.texts) == ({size, size + 1}, ("<c>",))
+    assert not read(make_config(one, one)).dialects[0].foreign.ids
+
+
+def test_an_added_token_that_ends_responses(student, tmp_path):
+    own = add_tokens(save_model(tmp_path / "s", vocab_size=64), "<|im_end|>")
     teacher = save_model(tmp_path / "t", vocab_size=64)
-    tokenizer = load_tokenizer(teacher)
-    tokenizer.add_tokens(["<think>"])
-    tokenizer.save_pretrained(teacher)
-    assert "1 tokens differ, first '<think>'" in refusal(student, teacher)
+    read(make_config(own, teacher))
+    message = refusal(own, teacher, "--stop_token_ids", "<|im_end|>")
+    assert f"another token {len(VOCABULARY)}, or none" in message
+    assert "'<|im_end|>', ends or pads responses" in message
+
+
+def test_a_teacher_without_a_row_for_an_added_token(student, tmp_path):
+    own = add_tokens(save_model(tmp_path / "s", vocab_size=64), "<think>")
+    assert f"ids up to {len(VOCABULARY)}, its lm_head has {len(VOCABULARY)} rows" in refusal(
+        own, student
+    )
 
 
 def test_another_eos(student, tmp_path):
     teacher = save_model(tmp_path / "t", eos=[3])
-    assert "its EOS is ['<assistant>'], the student's is ['<eos>']" in refusal(student, teacher)
-    assert "--allow_template_mismatch" in refusal(student, teacher)
-    facts = read(make_config(student, teacher, "--allow_template_mismatch"))
+    message = refusal(student, teacher)
+    assert "its EOS is ['<assistant>'], the student's is ['<eos>']" in message
+    assert message.endswith("accept it with --allow math=eos") and "stop_token" not in message
+    facts = read(make_config(student, teacher, "--allow", "math=eos"))
     assert facts.student.eos_ids == (1,) and facts.teachers["math"].eos_ids == (3,)
 
 
-def test_another_chat_template(student, tmp_path):
-    teacher = save_model(tmp_path / "t", tokenizer={"chat_template": TEMPLATE + " "})
-    assert "its chat template is not the student's" in refusal(student, teacher)
-    read(make_config(student, teacher, "--allow_template_mismatch"))
+def test_a_teacher_that_ends_at_more_tokens_than_a_base_student(student, tmp_path):
+    """As Qwen3 to Qwen3-Base. The tokens that it ends at too may be given by id or name."""
+    teacher = save_model(tmp_path / "t", eos=[3, 1])
+    assert "let responses end there too with --stop_token_ids 3, or choose" in refusal(
+        student, teacher
+    )
+    for values in (["3"], ["<assistant>"], ["3", "<assistant>", "1"]):
+        facts = read(make_config(student, teacher, "--stop_token_ids", *values))
+        assert facts.student.eos_ids == (1, 3) and facts.own_eos_ids == (1,)
+        assert facts.stop_ids == (3,)
+    # more than the teacher's own is the user's choice, and no mismatch
+    facts = read(make_config(student, teacher, "--stop_token_ids", "3", "z"))
+    assert facts.student.eos_ids == (1, 3, load_tokenizer(student).get_vocab()["z"])
+
+
+@pytest.mark.parametrize("value", ["999", "ab", "", "-1"])
+def test_stop_tokens_that_are_none(student, value):
+    message = refusal(student, student, f"--stop_token_ids={value}")
+    assert f"--stop_token_ids {value!r}: not one token of the student's tokenizer" in message
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])
@@ -350,7 +398,7 @@ def test_families_without_the_attention_that_is_asked_for(student, tmp_path, con
     shutil.copytree(student, tmp_path / "m")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
     odd = str(tmp_path / "m")
-    message = refusal(odd, odd, "--attn_implementation", "sdpa", "--allow_template_mismatch")
+    message = refusal(odd, odd, "--attn_implementation", "sdpa", "--allow", "eos")
     assert message.startswith(
         f"--attn_implementation sdpa: not for --student_model {odd}; choose auto or eager"
     )

@@ -23,10 +23,11 @@ from transformers import (
 import train_gkd
 import train_mopd
 from opd import processes
-from opd.config import GIB, AsyncConfig, TeacherSpec, groups_of, to_dict
+from opd.config import GIB, AsyncConfig, TeacherSpec
 from opd.inputs.arguments import parse
 from opd.inputs.models import ModelFact, ModelFacts
 from opd.inputs.shapes import ModelShape, layer_values, model_of, read_model, shape_of
+from opd.options import groups_of, to_dict
 from opd.plan import __main__ as plan_main
 from opd.plan import apply, memory, planner
 from opd.plan.job import OFFLOADS, PHASES, Machine, make_job
