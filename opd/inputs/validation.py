@@ -156,6 +156,13 @@ def _validate_correction(loss: LossConfig) -> None:
     if loss.reject_high < 1:
         raise ValueError(f"--reject_high {loss.reject_high}: must be at least 1, {one}")
 
+    reads_old = loss.clip_low is not None or loss.is_mode != "none" or loss.reject_level != "none"
+    if loss.old_logprobs != "rollout" and not reads_old:
+        raise ValueError(
+            f"--old_logprobs {loss.old_logprobs}: nothing reads them; set --clip_low, --is_mode or "
+            "--reject_level, or leave it at rollout"
+        )
+
 
 def _validate_batch(config) -> None:
     batch = config.batch

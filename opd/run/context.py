@@ -210,11 +210,8 @@ class Run(Inputs):
 
     @property
     def reads_logprobs(self) -> bool:
-        """Whether a step reads the sampler's log-probabilities: a correction, a PPO ratio, or an
-        old policy that is measured against it.
-        """
-        loss = self.cfg.loss
-        return corrects(loss) or loss.clip_low is not None or loss.old_logprobs != "rollout"
+        """Whether the loss reads the sampler's log-probabilities: a correction, or a PPO ratio."""
+        return corrects(self.cfg.loss) or self.cfg.loss.clip_low is not None
 
     @functools.cached_property
     def teachers_of(self) -> Callable[[int], tuple[str, ...]]:
