@@ -162,6 +162,8 @@ def with_teacher_responses(run: Run) -> Run:
         "temperature": cfg.gkd.seq_kd_temperature,
         "max_response_tokens": cfg.rollout.max_response_tokens,
     }
+    if run.facts.stop_ids:
+        made_from["stop_ids"] = list(run.facts.stop_ids)
     kept = distributed.broadcast_object(json.loads(path.read_text()) if path.exists() else None)
     if kept is None or kept["made_from"] != made_from:
         say(f"teacher {spec.name} writes {len(run.train_set.prompts)} responses")

@@ -74,9 +74,9 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         for t in cfg.teachers
     }
     fingerprint = fingerprint_of(cfg, hashes, inputs.train_set.content_hash)
-    fingerprint["eval"] = asked(inputs)
     if inputs.facts.stop_ids:
         fingerprint["stop_token_ids"] = sorted(inputs.facts.stop_ids)
+    fingerprint["eval"] = asked(inputs)
     if inputs.train_set.moment:
         fingerprint[checkpoint.FIRST_START] = inputs.train_set.moment.isoformat()
     resume_from = _open_run_dir(cfg, fingerprint)

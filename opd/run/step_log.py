@@ -84,7 +84,7 @@ class UnsharedTokens:
                 self._warned = True
                 token = self.run.tokenizer.convert_ids_to_tokens(found[0])
                 warn(
-                    f"sample {r.sample_id}: the student wrote {token!r} ({found[0]}), a token that "
+                    f"sample {r.sample_id}: its response has {token!r} ({found[0]}), a token that "
                     f"teacher {teacher_of[found[0]]} does not share, so its score there says "
                     "nothing; "
                     "rollout/unshared_tokens has the share of such tokens"

@@ -16,13 +16,14 @@ import train_mopd
 from opd.clients.health import Limits
 from opd.clients.pool import Unanswered
 from opd.clients.served_checks import check_served
-from opd.clients.served_model import ServedModel, inspect_replicas
+from opd.clients.served_model import ServedModel, inspect_replicas, unshared_tokens
 from opd.clients.served_teacher import ServedTeacher, write_with_servers
 from opd.clients.transport import Rejected
 from opd.config import LossConfig, TeacherSpec
 from opd.engines.vllm_engine import HiddenStateEngine
 from opd.inputs.arguments import parse
 from opd.inputs.models import check_models, load_tokenizer
+from opd.inputs.templates import added_tokens
 from opd.ops.heads import load_head
 from opd.teachers import ColocatedTeacher, TeacherPool
 from opd.types import Prompt, Rollout
@@ -358,6 +359,24 @@ def test_another_tokenizer_is_found_out(tiny, served, models):
             match=r"its tokenizer is not the student's: .* the first to differ is number 0",
         ):
             checked(tiny, served, urls=[other.url])
+
+
+def test_added_tokens_that_a_server_does_not_have(tiny, served, models):
+    """Of more tokens than one question holds."""
+    tokenizer = load_tokenizer(str(tiny.student))
+    known = list(added_tokens(tokenizer))
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(40)])
+
+    def unshared(*tokens: str) -> list[str]:
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        urls = [server.url for server in served["addition"]]
+        return unshared_tokens("F", urls, models["addition"], tokens, encode, None)
+
+    assert known and unshared(*known) == []
+    extra = [token for token in added_tokens(tokenizer) if token not in known]
+    assert unshared(*known, *extra) == extra
 
 
 def test_a_server_that_gives_fewer_candidates_is_found_out(tiny, served, models):
