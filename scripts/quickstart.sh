@@ -14,10 +14,8 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
     # Models this small lose more to thread barriers than they gain.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 else
-    VISIBLE="${CUDA_VISIBLE_DEVICES:-$(
-        python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")'
-    )}"
-    IFS=, read -ra VISIBLE <<<"$VISIBLE"
+    ALL="$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')"
+    IFS=, read -ra VISIBLE <<<"${CUDA_VISIBLE_DEVICES:-$ALL}"
     N=8 # a step's 128 prompts must divide among the ranks
     while ((N > ${#VISIBLE[@]})); do N=$((N / 2)); done
     # DeepSpeed's launcher starts a rank on each of these; --num_gpus would take the first of all.
