@@ -7,8 +7,9 @@ does, by the bounds in the types of the fields and by its own rules.
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -38,7 +39,10 @@ class ModelConfig:
     """The student, and what all models share."""
 
     student_model: str = option(
-        "", "Student: a Hugging Face model directory or hub id. Required.", identifies=True
+        "",
+        "Student: a Hugging Face model directory, or a hub id, ORG/NAME or ORG/NAME@REVISION. "
+        "Required.",
+        identifies=True,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
@@ -148,7 +152,7 @@ class TeacherSpec:
     @property
     def identity(self) -> tuple[str, str, tuple[str, ...] | str, float]:
         """What decides what it says in a run. What runs it, and where, does not."""
-        return self.name, self.model, self.domains, self.share
+        return self.name, as_named(self.model), self.domains, self.share
 
     @property
     def is_served(self) -> bool:
@@ -465,6 +469,17 @@ def is_async(config) -> bool:
     return getattr(config, "ahead", AsyncConfig()).mode == "async"
 
 
+SNAPSHOT = re.compile(r"[^\s'\"]*/models--([^/\s]+)/snapshots/([0-9a-f]{40})")
+
+
+def as_named(text: str) -> str:
+    """Text in which directories of the hub's cache are the models that they hold.
+
+    Example: ".../hub/models--Qwen--Qwen3-4B/snapshots/1cfa..." is "Qwen/Qwen3-4B@1cfa...".
+    """
+    return SNAPSHOT.sub(lambda found: f"{found[1].replace('--', '/')}@{found[2]}", text)
+
+
 def groups_of(config_class) -> dict[str, type]:
     """The configuration groups of a script's Config: field name -> dataclass."""
     hints = get_type_hints(config_class)
@@ -484,11 +499,14 @@ def options_of(config) -> Iterator[tuple[str, dataclasses.Field, Any]]:
 
 
 def to_dict(config) -> dict[str, Any]:
-    """The flat mapping that `--config` reads back; `teachers` in its long form."""
+    """The flat mapping that `--config` reads back; `teachers` in its long form, and models of the
+    hub by name and commit.
+    """
     flat = {flag.name: copy.copy(value) for _, flag, value in options_of(config)}
     flat.pop("teacher", None)
+    flat["student_model"] = as_named(flat["student_model"])
     flat["teachers"] = [
         {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(spec).items()}
-        for spec in config.teachers
+        for spec in (replace(spec, model=as_named(spec.model)) for spec in config.teachers)
     ]
     return flat

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from opd.config import GIB, groups_of
+from opd.config import GIB, as_named, groups_of
 from opd.inputs.arguments import OneLineParser, given, parse
+from opd.inputs.hub import find_models, with_models
 from opd.plan.apply import apply
 from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, make_job, read_shapes
 from opd.plan.planner import make_plan
@@ -103,11 +104,12 @@ def plan_command(argv: list[str] | None = None) -> int:
     """Exit status 0 if the run fits, 1 if it does not, 2 for a mistake."""
     try:
         args, cfg = plan_arguments(sys.argv[1:] if argv is None else argv)
+        cfg = with_models(cfg, find_models(cfg))
         plan = make_plan(make_job(cfg, *read_shapes(cfg), machine_of(args)), cfg.explicit)
         if args.plot:
             draw(plan, Path(args.plot))
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {as_named(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(as_json(plan)))

@@ -26,6 +26,7 @@ import torch
 
 from opd.clients.protocols import TOKEN_VARIABLE
 from opd.inputs.arguments import OneLineParser
+from opd.inputs.hub import fetch
 from opd.inputs.shapes import check_path
 from opd.log import one_line
 from opd.servers.http_service import read_token
@@ -227,6 +228,7 @@ def launch() -> int:
         signal.signal(signum, _leave)
     try:
         args = launch_arguments(sys.argv[1:])
+        path = fetch("MODEL", args.model)  # before the time of a start is counted
     except ValueError as error:
         tell(f"error: {one_line(error)}")
         return 2
@@ -246,7 +248,7 @@ def launch() -> int:
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     try:
         with serving(
-            args.model,
+            path,
             replicas=args.replicas,
             gpus=args.gpus,
             log_dir=log_dir,

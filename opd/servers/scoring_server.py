@@ -43,10 +43,12 @@ from transformers import AutoTokenizer
 from opd import distributed
 from opd.clients.protocols import SCORING
 from opd.clients.wire import Question, decode_ids, encode_arrays
+from opd.config import as_named
 from opd.distributed import resolve_dtype
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
 from opd.inputs.content import content_hash
+from opd.inputs.hub import fetch, find_snapshot
 from opd.inputs.models import ModelFact, read_fact
 from opd.inputs.shapes import check_path, load_part, served_length
 from opd.log import one_line
@@ -154,6 +156,9 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     args = scoring_arguments(argv)
     leave_on_signals()
     bound = bind(args.host, args.port, token)
+    own = args.tokenizer == args.model
+    args.model = fetch("--model", args.model)
+    args.tokenizer = args.model if own else find_snapshot("--tokenizer", args.tokenizer)
     fact, tokenizer = _read_model(args)
     max_model_len = served_length(args.model, fact.context, args.max_model_len)
     limits = BatchLimits(
@@ -163,7 +168,7 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     engine.ready.result(timeout=LOAD_SECONDS)
     served = ModelInfo(
         name=args.name,
-        model=args.model,
+        model=as_named(args.model),
         content=content_hash(args.model),
         eos_ids=fact.eos_ids,
         max_model_len=max_model_len,
