@@ -32,6 +32,7 @@ def big(tiny, tmp_path) -> Path:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_headers", {})
     monkeypatch.setattr(hub, "_notes", {})
     return tmp_path / "cache"
