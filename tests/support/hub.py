@@ -110,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(401, "")
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:])
+        if parts[2:3] != ["resolve"]:  # what the library asks beside a model
+            return self._refuse(404, "")
         repo, (_, revision, *file) = "/".join(parts[:2]), parts[2:]
         return self._file(repo, revision, "/".join(file))
 
