@@ -7,13 +7,14 @@ does, by the bounds in the types of the fields and by its own rules.
 
 import copy
 import dataclasses
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le
+
+from opd.hub_names import as_named
 
 PositiveInt, NonNegativeInt = Annotated[int, Ge(1)], Annotated[int, Ge(0)]
 PositiveFloat, NonNegativeFloat = Annotated[float, Gt(0)], Annotated[float, Ge(0)]
@@ -467,17 +468,6 @@ class RunConfig:
 def is_async(config) -> bool:
     """Whether rollouts run ahead of training; the Config of train_gkd.py has no such group."""
     return getattr(config, "ahead", AsyncConfig()).mode == "async"
-
-
-SNAPSHOT = re.compile(r"[^\s'\"]*/models--([^/\s]+)/snapshots/([0-9a-f]{40})")
-
-
-def as_named(text: str) -> str:
-    """Text in which directories of the hub's cache are the models that they hold.
-
-    Example: ".../hub/models--Qwen--Qwen3-4B/snapshots/1cfa..." is "Qwen/Qwen3-4B@1cfa...".
-    """
-    return SNAPSHOT.sub(lambda found: f"{found[1].replace('--', '/')}@{found[2]}", text)
 
 
 def groups_of(config_class) -> dict[str, type]:

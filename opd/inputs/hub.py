@@ -22,7 +22,8 @@ from pathlib import Path
 from huggingface_hub import DryRunFileInfo, HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
-from opd.config import GIB, as_named
+from opd.config import GIB
+from opd.hub_names import as_named
 from opd.inputs.shapes import check_path
 from opd.log import one_line
 from opd.ops.headers import INDEX, WHOLE, weight_files

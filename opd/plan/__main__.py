@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from opd.config import GIB, as_named, groups_of
+from opd.config import GIB, groups_of
+from opd.hub_names import as_named
 from opd.inputs.arguments import OneLineParser, given, parse
 from opd.inputs.hub import find_models, with_models
 from opd.plan.apply import apply

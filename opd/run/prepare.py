@@ -16,6 +16,7 @@ from typing import Any
 from opd import config, distributed, faults, processes
 from opd.clients.served_checks import check_served
 from opd.engines.deepspeed_engine import check_ds_config
+from opd.hub_names import as_named
 from opd.inputs import content, hub, models, prompts, rewards
 from opd.inputs.dry_run import dry_run_report
 from opd.inputs.identity import check_output_dir, fingerprint_of
@@ -38,7 +39,7 @@ def user_errors():
         yield
     except ValueError as error:
         if distributed.rank() == 0:
-            line = config.as_named(" ".join(str(error).split()))
+            line = as_named(" ".join(str(error).split()))
             print(f"error: {line}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # rank 0 speaks first: launchers end all ranks when one has left
@@ -106,7 +107,7 @@ def _with_snapshots(cfg) -> tuple[Any, bool]:
     """
     with distributed.agree_on_error("finding the models"):
         found = hub.find_models(cfg) if distributed.rank() == 0 else {}
-    pinned = {model: config.as_named(path) for model, path in found.items()}
+    pinned = {model: as_named(path) for model, path in found.items()}
     pinned = distributed.broadcast_object(pinned)
     with distributed.agree_on_error("finding the models"):
         cfg = hub.with_models(cfg, pinned)

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from opd.clients.protocols import TOKEN_VARIABLE, is_loopback
-from opd.config import as_named
+from opd.hub_names import as_named
 from opd.inputs.arguments import OneLineParser
 from opd.log import one_line
 

@@ -33,8 +33,8 @@ from fastapi.responses import Response
 
 from opd.clients.protocols import LOGPROB
 from opd.clients.wire import VERSION_HEADER, LogprobQuestion, decode_ids
-from opd.config import as_named
 from opd.distributed import resolve_dtype
+from opd.hub_names import as_named
 from opd.inputs.hub import fetch
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import served_length

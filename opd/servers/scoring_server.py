@@ -43,10 +43,10 @@ from transformers import AutoTokenizer
 from opd import distributed
 from opd.clients.protocols import SCORING
 from opd.clients.wire import Question, decode_ids, encode_arrays
-from opd.config import as_named
 from opd.distributed import resolve_dtype
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
+from opd.hub_names import as_named
 from opd.inputs.content import content_hash
 from opd.inputs.hub import fetch, find_snapshot
 from opd.inputs.models import ModelFact, read_fact

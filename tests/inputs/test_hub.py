@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from opd.config import as_named, to_dict
+from opd.config import to_dict
+from opd.hub_names import as_named
 from opd.inputs import hub
 from opd.inputs.arguments import parse
 from opd.inputs.models import check_models, fetch_models, load_tokenizer
