@@ -489,9 +489,7 @@ def options_of(config) -> Iterator[tuple[str, dataclasses.Field, Any]]:
 
 
 def to_dict(config) -> dict[str, Any]:
-    """The flat mapping that `--config` reads back; `teachers` in its long form, and models of the
-    hub by name and commit.
-    """
+    """The flat mapping that `--config` reads back; hub models by commit, long form `teachers`."""
     flat = {flag.name: copy.copy(value) for _, flag, value in options_of(config)}
     flat.pop("teacher", None)
     flat["student_model"] = as_named(flat["student_model"])
