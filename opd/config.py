@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval, Le
 
+from opd.hub_names import as_named
 from opd.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, option
 
 Auto = Literal["auto"]
@@ -21,7 +22,10 @@ class ModelConfig:
     """The student, and what all models share."""
 
     student_model: str = option(
-        "", "Student: a Hugging Face model directory or hub id. Required.", identifies=True
+        "",
+        "Student: a Hugging Face model directory, or a hub id, ORG/NAME or ORG/NAME@REVISION. "
+        "Required.",
+        identifies=True,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
@@ -139,7 +143,7 @@ class TeacherSpec:
     @property
     def identity(self) -> tuple[str, str, tuple[str, ...] | str, float]:
         """What decides what it says in a run. What runs it, and where, does not."""
-        return self.name, self.model, self.domains, self.share
+        return self.name, as_named(self.model), self.domains, self.share
 
     @property
     def is_served(self) -> bool:

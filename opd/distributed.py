@@ -106,12 +106,12 @@ def broadcast_object(value):
     return box[0]
 
 
-def gather_objects(value) -> list:
+def gather_objects(value, group=None) -> list:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -212,16 +212,19 @@ def _failure_key() -> str:
 
 
 @contextmanager
-def agree_on_error(what: str):
+def agree_on_error(what: str, *, timeout: datetime.timedelta | None = None):
     """Wraps work that holds no collective; on exit all ranks raise if any did, so that nobody waits
     for the dead.
 
     A rank that raises alone leaves the others in their next collective until its timeout. Here
     every rank reports, and all raise together with the first cause. Those who wait in
-    `gather_in_group` meanwhile are called off.
+    `gather_in_group` meanwhile are called off. `timeout` is for work that may take one rank longer
+    than another by more than `COLLECTIVE_TIMEOUT`.
     """
     global _agreements, _agreed
-    error, report = None, None
+    error, report, patient = None, None, None
+    if timeout is not None and world_size() > 1:
+        patient = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield
     except PeerError as caught:
@@ -232,7 +235,7 @@ def agree_on_error(what: str):
             dist.distributed_c10d._get_default_store().set(
                 _failure_key(), f"rank {rank()} failed: {report}"
             )
-    reports = gather_objects(report)
+    reports = gather_objects(report, patient)
     _agreements += 1
     _meetings.clear()
     first = next(((r, text) for r, text in enumerate(reports) if text is not None), None)

@@ -3,10 +3,12 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Any, get_type_hints
 
 from annotated_types import Ge, Gt
+
+from opd.hub_names import as_named
 
 PositiveInt, NonNegativeInt = Annotated[int, Ge(1)], Annotated[int, Ge(0)]
 PositiveFloat, NonNegativeFloat = Annotated[float, Gt(0)], Annotated[float, Ge(0)]
@@ -46,11 +48,13 @@ def options_of(config) -> Iterator[tuple[str, dataclasses.Field, Any]]:
 
 
 def to_dict(config) -> dict[str, Any]:
-    """The flat mapping that `--config` reads back; `teachers` in its long form."""
+    """The flat mapping that `--config` reads back; hub models by commit, long form `teachers`."""
     flat = {flag.name: copy.copy(value) for _, flag, value in options_of(config)}
     flat.pop("teacher", None)
+    flat["student_model"] = as_named(flat["student_model"])
+    specs = (replace(spec, model=as_named(spec.model)) for spec in config.teachers)
     flat["teachers"] = [
         {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(spec).items()}
-        for spec in config.teachers
+        for spec in specs
     ]
     return flat

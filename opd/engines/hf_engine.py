@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -325,11 +324,6 @@ def _return_free_memory() -> None:
 
 def _read_ahead(model: str) -> None:
     """The kernel reads the weights into its page cache in the background; no process holds them."""
-    root = (
-        Path(model)
-        if Path(model).is_dir()
-        else Path(snapshot_download(model, local_files_only=True))
-    )
-    for path in root.glob("*.safetensors"):
+    for path in Path(model).glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

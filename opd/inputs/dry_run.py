@@ -2,6 +2,7 @@
 
 import yaml
 
+from opd.inputs.hub import not_checked
 from opd.inputs.models import ModelFacts
 from opd.inputs.prompts import PromptSet
 from opd.options import to_dict
@@ -23,8 +24,8 @@ def _marked(token_ids: list[int], tokenizer) -> str:
 def dry_run_report(
     config, prompt_set: PromptSet, tokenizer, facts: ModelFacts, *, memory: str
 ) -> str:
-    """What a run would do: its configuration, its `memory` as the planner sees it, two prompts as
-    the models will.
+    """What a run would do: its configuration, its `memory` as the planner sees it, what is left to
+    download, two prompts as the models will see them.
     """
     eos = ", ".join(f"{tokenizer.convert_ids_to_tokens(e)} ({e})" for e in facts.student.eos_ids)
     firsts = {prompt.domain: prompt for prompt in reversed(prompt_set.prompts)}
@@ -37,6 +38,7 @@ def dry_run_report(
         f"{eos} >>"
         for p in chosen
     ]
+    notes = not_checked()
     rows = ", ".join(
         f"{d} {n} ({prompt_set.overlong.get(d, 0)} over-long)" for d, n in prompt_set.counts.items()
     )
@@ -45,6 +47,7 @@ def dry_run_report(
             "Configuration\n"
             + yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).rstrip(),
             memory,
+            *(["\n".join(["Weights that are not here yet", *notes])] if notes else []),
             "\n".join(
                 [f"Prompts: {rows}; special tokens in brackets", *prompt_set.notes, *prompts]
             ),

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from opd.config import TeacherSpec
 from opd.inputs.dialects import Dialect, check_eos, compare_tokenizers
+from opd.inputs.hub import fetch_weights, files_of, models_here
 from opd.inputs.shapes import ModelShape, check_path, head_of, load_part, read_model, shape_of
 from opd.inputs.teacher_rules import allowed
 from opd.inputs.vllm_models import check_agrees, check_vllm_runs
@@ -174,19 +174,19 @@ def read_checked(
     """The model at `path` on the meta device, when its files hold all of it and its scores can be
     computed; else ValueError.
 
-    With `vllm` it is also one that vLLM runs. The files of a hub id are checked when they are there
-    (`check_downloads`).
+    With `vllm` it is also one that vLLM runs. Where a snapshot of the hub has no weights yet, their
+    headers are checked.
     """
-    content, is_local = _config_dict(flag, path), Path(path).is_dir()
+    content = _config_dict(flag, path)
     is_teacher = flag.startswith("--teacher")
     served = ", or serve it with vLLM and give its URL" if is_teacher else ""
     check_not_quantised(flag, path, content, f"give its bfloat16 checkpoint{served}")
     model = read_model(flag, path, trust_remote_code, attn_implementation=attn_implementation)
     _check_head(flag, path, model)
-    if is_local:
-        _check_files(flag, path, path, model, vllm)
+    if root := files_of(flag, path):
+        _check_files(flag, path, root, model, vllm)
     if vllm:
-        if is_local and set(path) & set("[*?"):
+        if set(path) & set("[*?"):
             raise ValueError(
                 f"{flag} {path}: vLLM takes [, * and ? in a path for a pattern; rename the "
                 "directory"
@@ -196,30 +196,25 @@ def read_checked(
     return model
 
 
-def _check_files(flag: str, path: str, root: str, model: torch.nn.Module, vllm: bool) -> None:
-    check_weights(flag, path, Path(root), model, vllm=vllm)
+def _check_files(flag: str, path: str, root: Path, model: torch.nn.Module, vllm: bool) -> None:
+    check_weights(flag, path, root, model, vllm=vllm)
     try:
-        find_head(root)
+        find_head(str(root))
     except ValueError as error:
-        raise ValueError(f"{flag} {error}") from None
+        raise ValueError(f"{flag} {str(error).replace(str(root), path)}") from None
 
 
-def check_downloads(config) -> None:
-    """Fetches the models that are given by a hub id, and checks their files as those of a
-    directory.
+def fetch_models(config) -> None:
+    """Downloads the weights of models of the hub, where the cache lacks them, and checks the files
+    themselves.
     """
-    models = [("--student_model", config.model.student_model, True)]
-    models += [
-        (f"--teacher {t.name}", t.model, t.backend == "vllm")
-        for t in config.teachers
-        if not t.is_served
-    ]
-    for flag, path, vllm in models:
-        if not Path(path).is_dir():
-            root = snapshot_download(path, allow_patterns=["*.safetensors", "*.json"])
-            _check_files(
-                flag, path, root, read_model(flag, path, config.model.trust_remote_code), vllm
-            )
+    flags = models_here(config)
+    by_hf = {t.model for t in config.teachers if t.backend == "hf"} - {config.model.student_model}
+    trust = config.model.trust_remote_code
+    for path in fetch_weights(flags):
+        flag = flags[path]
+        model = read_model(flag, path, trust)
+        _check_files(flag, path, Path(path), model, path not in by_hf)
 
 
 def read_fact(

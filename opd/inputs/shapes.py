@@ -181,7 +181,9 @@ def load_part(flag: str, path: str, what: str, load: Callable[[], Any]) -> Any:
 def check_path(flag: str, path: str) -> None:
     """Refuses what is neither a directory nor looks like a hub id."""
     if not Path(path).is_dir() and (
-        path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+        path.startswith((".", "/", "~"))
+        or path.partition("@")[0].count("/") > 1
+        or Path(path).exists()
     ):
         raise ValueError(f"{flag} {path}: no such model directory")
 

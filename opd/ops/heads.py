@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -236,7 +235,7 @@ def find_head(model: str) -> tuple[Path, str]:
     """(file, tensor name) of a checkpoint's output projection: its `lm_head`, or the embedding that
     it is tied to.
 
-    `model` is a directory or a hub id, which is fetched. Raises ValueError if its safetensors hold
+    `model` is a directory. Raises ValueError if its safetensors hold
     neither, are broken, or hold both and they differ: then vLLM 0.32 uses the one, and transformers
     5.19 under ZeRO-3 the other.
     """
@@ -295,8 +294,6 @@ def _read_config(root: Path) -> PreTrainedConfig:
 def _checkpoint(model: str) -> tuple[Path, dict[str, Path]]:
     """(directory, tensor name -> its file) of a model."""
     root = Path(model)
-    if not root.is_dir():
-        root = Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
     try:
         return root, {name: stored.file for name, stored in read_headers(root).items()}
     except ValueError as error:

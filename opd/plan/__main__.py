@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 from opd.config import GIB
+from opd.hub_names import as_named
 from opd.inputs.arguments import OneLineParser, given, parse
+from opd.inputs.hub import find_models, with_models
 from opd.options import groups_of
 from opd.plan.apply import apply
 from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, make_job, read_shapes
@@ -104,13 +106,14 @@ def plan_command(argv: list[str] | None = None) -> int:
     """Exit status 0 if the run fits, 1 if it does not, 2 for a mistake."""
     try:
         args, cfg = plan_arguments(sys.argv[1:] if argv is None else argv)
+        cfg = with_models(cfg, find_models(cfg))
         job = make_job(cfg, *read_shapes(cfg), machine_of(args))
         check_caches(job)
         plan = make_plan(job, cfg.explicit if cfg.run.plan == "auto" else None)
         if args.plot:
             draw(plan, Path(args.plot))
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {as_named(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     if args.json:
         print(json.dumps(as_json(plan)))

@@ -9,14 +9,15 @@ import functools
 import sys
 import time
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from opd import distributed, faults, processes
 from opd.clients.served_checks import check_served
 from opd.engines.deepspeed_engine import check_ds_config
-from opd.inputs import content, models, prompts, rewards
+from opd.hub_names import as_named
+from opd.inputs import content, hub, models, prompts, rewards
 from opd.inputs.dialects import check_dialects
 from opd.inputs.dry_run import dry_run_report
 from opd.inputs.identity import check_output_dir, fingerprint_of
@@ -31,6 +32,8 @@ from opd.records.files import write_run_files
 from opd.run.context import Inputs, Run
 from opd.run.evaluation import asked
 
+DOWNLOAD_TIMEOUT = timedelta(days=1)
+
 
 @contextmanager
 def user_errors():
@@ -39,7 +42,8 @@ def user_errors():
         yield
     except ValueError as error:
         if distributed.rank() == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            line = as_named(" ".join(str(error).split()))
+            print(f"error: {line}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # rank 0 speaks first: launchers end all ranks when one has left
         sys.exit(2)
@@ -57,6 +61,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     cfg.validate()
     device = distributed.init(cfg.run.local_rank)
     moment = checkpoint.first_start(Path(cfg.run.output_dir), cfg.run.resume)
+    cfg, is_from_hub = _with_snapshots(cfg)
     with distributed.agree_on_error("checking the inputs"):
         inputs = read_inputs(cfg, need_response, moment)
 
@@ -66,6 +71,10 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         say(dry_run_report(cfg, inputs.train_set, inputs.tokenizer, inputs.facts, memory=memory))
         distributed.barrier()  # nobody leaves while another is in a collective operation
         sys.exit(0)
+    if is_from_hub:
+        # one machine may have them already, while another downloads for hours
+        with distributed.agree_on_error("downloading the models", timeout=DOWNLOAD_TIMEOUT):
+            models.fetch_models(cfg)
 
     hashes = {
         t.name: content.content_hash(t.model)
@@ -94,6 +103,20 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         started=started,
         plan=plan,
     )
+
+
+def _with_snapshots(cfg) -> tuple[Any, bool]:
+    """The configuration with local directories in place of hub ids, and whether there was one.
+
+    Rank 0 asks which commits they are, for all ranks: a branch may move. Collective.
+    """
+    with distributed.agree_on_error("finding the models"):
+        found = hub.find_models(cfg) if distributed.rank() == 0 else {}
+    pinned = {model: as_named(path) for model, path in found.items()}
+    pinned = distributed.broadcast_object(pinned)
+    with distributed.agree_on_error("finding the models"):
+        cfg = hub.with_models(cfg, pinned)
+        return hub.with_models(cfg, hub.find_models(cfg)), bool(pinned)
 
 
 def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inputs:
@@ -131,7 +154,6 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     read_template_flags(cfg.data).check_domains(routes)
     check_dialects(facts.dialects, tokenizer, prompt_sets, routes)
     reward = rewards.load_rewards(cfg.data.reward_fn, routes)
-    models.check_downloads(cfg)
     check_ds_config(cfg.run.ds_config, ds_config)
     inputs = Inputs(cfg, ds_config, tokenizer, facts, served, train_set, eval_set, routes, reward)
     inputs.prompt_batch(0)  # refuses batch sizes and domain weights that do not fit

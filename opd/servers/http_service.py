@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from opd.clients.protocols import TOKEN_VARIABLE, is_loopback
+from opd.hub_names import as_named
 from opd.inputs.arguments import OneLineParser
 from opd.log import one_line
 
@@ -282,6 +283,6 @@ def run_main(serve: Callable[[list[str], str | None], None]) -> int:
     try:
         serve(sys.argv[1:], read_token())
     except ValueError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {as_named(one_line(error))}", file=sys.stderr)
         return 2
     return 0

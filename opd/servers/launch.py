@@ -27,6 +27,7 @@ import torch
 from opd.clients.protocols import TOKEN_VARIABLE
 from opd.distributed import resolve_dtype
 from opd.inputs.arguments import OneLineParser
+from opd.inputs.hub import fetch, find_snapshot
 from opd.inputs.shapes import check_path, read_model, shape_of
 from opd.log import one_line
 from opd.servers.cache_size import CACHE_HELP, cache_and_length, cache_gib
@@ -173,7 +174,8 @@ def _size_vllms_own(args: argparse.Namespace) -> None:
     asked = OneLineParser("", "")
     asked.add_argument(*spelled, type=int, default=args.max_model_len, dest="length")
     known, rest = asked.parse_known_args(args.extra)
-    shape = shape_of(read_model("MODEL", args.model), "MODEL", args.model)
+    path = find_snapshot("MODEL", args.model)
+    shape = shape_of(read_model("MODEL", path), "MODEL", path)
     args.kv_cache_gib, longest = cache_and_length(
         shape,
         known.length,
@@ -243,6 +245,7 @@ def launch() -> int:
         signal.signal(signum, _leave)
     try:
         args = launch_arguments(sys.argv[1:])
+        path = fetch("MODEL", args.model)  # before the time of a start is counted
     except ValueError as error:
         tell(f"error: {one_line(error)}")
         return 2
@@ -262,7 +265,7 @@ def launch() -> int:
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     try:
         with serving(
-            args.model,
+            path,
             replicas=args.replicas,
             gpus=args.gpus,
             log_dir=log_dir,

@@ -34,6 +34,8 @@ from fastapi.responses import Response
 from opd.clients.protocols import LOGPROB
 from opd.clients.wire import VERSION_HEADER, LogprobQuestion, decode_ids
 from opd.distributed import resolve_dtype
+from opd.hub_names import as_named
+from opd.inputs.hub import fetch
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import served_length
 from opd.log import one_line
@@ -101,6 +103,7 @@ def serve_logprobs(argv: list[str], token: str | None) -> None:
     args = logprob_arguments(argv)
     leave_on_signals()
     bound = bind(args.host, args.port, token)
+    args.model = fetch("--model", args.model)
     max_model_len = _longest_question(args)
     limits = BatchLimits(
         args.max_tokens_per_batch, args.max_tokens_per_batch, args.batch_wait_ms / 1000
@@ -114,7 +117,7 @@ def serve_logprobs(argv: list[str], token: str | None) -> None:
     app = LogprobService(
         engine, control, max_model_len=max_model_len, max_waiting=args.max_waiting
     ).app(token)
-    asyncio.run(serve_app(app, bound, Path(args.model).name))
+    asyncio.run(serve_app(app, bound, Path(as_named(args.model)).name))
 
 
 class EngineHolder:

@@ -33,6 +33,7 @@ from starlette.requests import ClientDisconnect
 
 from opd.clients.protocols import ROLLOUT
 from opd.distributed import resolve_dtype
+from opd.inputs.hub import fetch
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import shape_of
 from opd.log import one_line
@@ -227,6 +228,7 @@ def serve_rollouts(argv: list[str], token: str | None) -> None:
     args = rollout_arguments(argv)
     http_service.leave_on_signals(_end_children)
     bound = http_service.bind(args.host, args.port, token)
+    args.model = fetch("--model", args.model)
     facts = _rollout_facts(args)
     asyncio.run(_serve(args, token, bound, *facts))
 

@@ -47,7 +47,9 @@ from opd.clients.wire import Question, decode_ids, encode_arrays
 from opd.distributed import resolve_dtype
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
+from opd.hub_names import as_named
 from opd.inputs.content import content_hash
+from opd.inputs.hub import fetch, find_snapshot
 from opd.inputs.models import ModelFact, read_fact
 from opd.inputs.shapes import check_path, load_part
 from opd.log import one_line
@@ -155,6 +157,9 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     args = scoring_arguments(argv)
     leave_on_signals()
     bound = bind(args.host, args.port, token)
+    own = args.tokenizer == args.model
+    args.model = fetch("--model", args.model)
+    args.tokenizer = args.model if own else find_snapshot("--tokenizer", args.tokenizer)
     fact, tokenizer = _read_model(args)
     kv_cache_gib, max_model_len = cache_and_length(
         fact if args.backend == "vllm" else dataclasses.replace(fact, cached=()),
@@ -172,7 +177,7 @@ def serve_scores(argv: list[str], token: str | None) -> None:
     engine.ready.result(timeout=LOAD_SECONDS)
     served = ModelInfo(
         name=args.name,
-        model=args.model,
+        model=as_named(args.model),
         content=content_hash(args.model),
         eos_ids=fact.eos_ids,
         max_model_len=max_model_len,

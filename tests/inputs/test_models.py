@@ -50,13 +50,7 @@ from opd.config import (
 from opd.inputs import vllm_models
 from opd.inputs.arguments import parse
 from opd.inputs.dry_run import dry_run_report
-from opd.inputs.models import (
-    ModelFacts,
-    check_downloads,
-    check_models,
-    load_tokenizer,
-    read_checked,
-)
+from opd.inputs.models import ModelFacts, check_models, load_tokenizer, read_checked
 from opd.inputs.prompts import load_prompts
 from opd.inputs.shapes import _divided, check_tensor_parallel, layer_values, read_model
 from opd.inputs.vllm_models import check_agrees
@@ -704,28 +698,6 @@ def test_teachers_that_sleep_on_the_disk(student, tmp_path, monkeypatch):
     assert "convert the .bin files" in refusal(student, str(tmp_path / "t"), *disk, *hf)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     read(make_config(student, student, *disk))
-
-
-def test_hub_ids_are_checked_when_their_files_are_there(student, tmp_path, monkeypatch):
-    """As the cache of the hub lays them out; nothing is fetched."""
-    snapshot = tmp_path / "hub" / "models--group--model" / "snapshots" / "0"
-    shutil.copytree(student, snapshot)
-    (tmp_path / "hub" / "models--group--model" / "refs").mkdir()
-    (tmp_path / "hub" / "models--group--model" / "refs" / "main").write_text("0")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    by_flag = {
-        "--student_model": make_config("group/model", student),
-        "--teacher math": make_config(student, "group/model"),
-    }
-    for config in by_flag.values():
-        read(config)
-        check_downloads(config)
-    break_weights(snapshot)
-    for flag, config in by_flag.items():
-        read(config)
-        assert error(check_downloads, config).startswith(
-            f"{flag} group/model: 1 of 14 weights are not in its files"
-        )
 
 
 def test_tensor_parallel_divides_every_layer(student):
