@@ -66,7 +66,7 @@ def make_micro_batches(
     else:
         groups = [scored[i : i + micro_batch_size] for i in range(0, len(scored), micro_batch_size)]
     if distributed.world_size() > 1:
-        groups.sort(key=lambda group: -_tokens([_length(r) - 1 for r, _ in group], packed))
+        groups.sort(key=lambda group: -_computed([_length(r) - 1 for r, _ in group], packed))
     (most,) = distributed.all_reduce([len(groups)], "max")
     groups += [[]] * (int(most) - len(groups))
     return [collate(group, pad_id=pad_id, domains=domains) for group in groups]
@@ -135,7 +135,7 @@ def _per_row(values: list, filler, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values or [filler], dtype=dtype)
 
 
-def _tokens(lengths: Sequence[int], packed: bool) -> int:
+def _computed(lengths: Sequence[int], packed: bool) -> int:
     """What a micro-batch computes."""
     return sum(lengths) if packed else max(lengths) * len(lengths)
 
