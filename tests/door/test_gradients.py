@@ -33,8 +33,8 @@ WORKER = ROOT / "tests" / "support" / "workers" / "gradient_worker.py"
 DEADLINE = 300  # seconds for all cases of one launch
 TOLERANCE = 1e-6  # of the largest entry
 # In bfloat16, of the length of all: 2^-9 = .002 is one rounding, and a gradient has gone through
-# ten of them. What one adds depends on the shape of the product that it ends, so on the cut. Sums
-# over micro-batches add nothing: tests/engines/test_accumulation.py.
+# ten of them. Measured: .006 between cuts under stages 1 and 2, .022 between stages 2 and 3, .023
+# from float32. That sums over micro-batches add nothing to it: tests/engines/test_accumulation.py.
 BFLOAT16_TOLERANCE = 0.03
 
 ONE_RANK = (
@@ -334,10 +334,9 @@ def test_bfloat16(case, one_rank, two_ranks, reference):
     loss, gradients = reference(case.model, case.loss)
     record = json.loads((out / f"{case.name}.json").read_text())
     expected = {n: -LEARNING_RATE * g / (g.abs() + ADAM_EPS) for n, g in gradients.items()}
-    print("MEASURE", case.name, distance(moved, whole), distance(moved, expected))
     assert record["losses"] == pytest.approx([loss], rel=BFLOAT16_TOLERANCE)
     assert distance(moved, whole) < BFLOAT16_TOLERANCE
-    assert distance(moved, expected) < 3 * BFLOAT16_TOLERANCE
+    assert distance(moved, expected) < BFLOAT16_TOLERANCE
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
