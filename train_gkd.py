@@ -208,6 +208,8 @@ def main(run: Run) -> None:
             with loop.phase("rollout"):  # the student writes, or the data set has it written
                 rollouts = loop.generate(prompts) if on_policy else loop.from_dataset(prompts)
 
+            rollouts = loop.balance(rollouts)  # about equal work for every rank
+
             with loop.phase("score"):  # the teacher reads
                 scores = teachers.score(rollouts)
 

@@ -160,6 +160,8 @@ def main(run: Run) -> None:
                 if cfg.loss.reward_weight > 0:
                     rollouts = add_task_rewards(rollouts, run.judge, cfg.rollout.num_generations)
 
+            rollouts = loop.balance(rollouts)  # about equal work for every rank
+
             with loop.phase("score"):  # each response's own teachers read it
                 scores = teachers.score(rollouts)
 

@@ -42,7 +42,7 @@ class ModelConfig:
     attn_implementation: str = option(
         "auto",
         "Attention of the Hugging Face student; `auto` takes the fastest that leaves out nothing "
-        "of the model.",
+        "of the model: flash attention on a GPU in half precision, where flash-attn is installed.",
     )
     trust_remote_code: bool = option(
         False, "Run model code that ships with a checkpoint. Off: such models are refused."

@@ -48,8 +48,10 @@ def make_micro_batches(
     needed at a time. A micro-batch is `micro_batch_size` of them; or, with `max_tokens` > 0, as
     many as fit that many tokens: rows times the longest, both after the shift, or, for a student
     that runs its rows `packed` into one, the sum of lengths. Losses are sums over tokens divided by
-    one global count, so neither the order nor the split changes a gradient. Collective. Raises
-    ValueError if a rollout has no scores, or is longer than `max_tokens`.
+    one global count, so neither the order nor the split changes a gradient. On several ranks the
+    largest micro-batch comes first: under ZeRO-3 all ranks compute their first together, then their
+    second, and each time wait for the slowest. Collective. Raises ValueError if a rollout has no
+    scores, or is longer than `max_tokens`.
     """
     scored = sorted(
         zip(rollouts, scores, strict=True),
@@ -63,6 +65,8 @@ def make_micro_batches(
         groups = _cut_by_tokens(scored, max_tokens, packed)
     else:
         groups = [scored[i : i + micro_batch_size] for i in range(0, len(scored), micro_batch_size)]
+    if distributed.world_size() > 1:
+        groups.sort(key=lambda group: -_computed([_length(r) - 1 for r, _ in group], packed))
     (most,) = distributed.all_reduce([len(groups)], "max")
     groups += [[]] * (int(most) - len(groups))
     return [collate(group, pad_id=pad_id, domains=domains) for group in groups]
@@ -129,6 +133,11 @@ def _length(rollout: Rollout) -> int:
 
 def _per_row(values: list, filler, dtype: torch.dtype) -> Tensor:
     return torch.tensor(values or [filler], dtype=dtype)
+
+
+def _computed(lengths: Sequence[int], packed: bool) -> int:
+    """What a micro-batch computes."""
+    return sum(lengths) if packed else max(lengths) * len(lengths)
 
 
 def _cut_by_tokens(scored: list[Scored], max_tokens: int, packed: bool) -> list[list[Scored]]:

@@ -22,7 +22,7 @@ from opd.distributed import resolve_dtype
 from opd.engines.checkpoint_names import checkpoint_tensors, forget_prefixes
 from opd.engines.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
-from opd.ops.attention import attention_of
+from opd.ops.attention import attention_of, needs_padding_mask
 from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
 from opd.ops.heads import OutputHead, logit_form
 from opd.ops.logits import LogitsChunk
@@ -79,6 +79,7 @@ class _ModelWithLoss(nn.Module):
         super().__init__()
         self.model, self.settings = model, settings
         self.form = logit_form(model.config)
+        self.needs_mask = needs_padding_mask(model)
 
     def forward(
         self, mb: MicroBatch, token_loss: TokenLoss | None, logprob_temperature: float | None
@@ -118,7 +119,9 @@ class _ModelWithLoss(nn.Module):
     def _hidden_states(self, mb: MicroBatch) -> Tensor:
         """[N, H] at the loss tokens, in row-major order, padded or packed."""
         if not self.settings.packing:
-            inputs = {"input_ids": mb.input_ids_BS, "attention_mask": mb.attention_mask_BS}
+            inputs = {"input_ids": mb.input_ids_BS}
+            if self.needs_mask:
+                inputs["attention_mask"] = mb.attention_mask_BS
             return self.model.base_model(**inputs, use_cache=False).last_hidden_state[
                 mb.loss_mask_BS
             ]
@@ -158,7 +161,7 @@ class Student:
             dtype=dtype,
             trust_remote_code=trust,
             attn_implementation=attention_of(
-                path, model.attn_implementation, trust_remote_code=trust
+                path, model.attn_implementation, dtype=dtype, trust_remote_code=trust
             ),
         )
         forget_prefixes(self.model)

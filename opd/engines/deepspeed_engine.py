@@ -41,10 +41,16 @@ def complete_ds_config(
 
     Batch sizes are nominal. Micro-batches are summed by `backward(last=...)`, so DeepSpeed must not
     count them. DeepSpeed 0.19.8 clips at norm 1.0 when `gradient_clipping` is absent, so it is
-    always set.
+    always set. It adds up gradients in the model's type when `grad_accum_dtype` is absent; here in
+    float32, unless the ds_config says something else. Its stages 0 and 1 are left out: see
+    `_accumulate_in_float32`.
     """
+    data_types = {"grad_accum_dtype": "fp32", **ds_config.get("data_types", {})}
+    if _accumulates_here(ds_config, dtype):
+        del data_types["grad_accum_dtype"]
     return {
         **ds_config,
+        "data_types": data_types,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.max_grad_norm,
@@ -54,6 +60,32 @@ def complete_ds_config(
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+
+
+def _stage(ds_config: dict[str, Any]) -> int:
+    return ds_config.get("zero_optimization", {}).get("stage", 0)
+
+
+def _accumulates_here(ds_config: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether `_accumulate_in_float32` has to see to it."""
+    wanted = ds_config.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    return dtype is torch.bfloat16 and _stage(ds_config) < 2 and wanted == "fp32"
+
+
+def _accumulate_in_float32(engine, stage: int) -> None:
+    """What `grad_accum_dtype` does in stages 2 and 3, for bfloat16 parameters in stages 0 and 1.
+
+    DeepSpeed 0.19.8 refuses it in stage 0. In stage 1 it makes another optimizer of it, whose
+    states cannot leave the GPU, where the one of stage 2 knows both.
+    """
+    if stage == 0:
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                parameter.grad_dtype = torch.float32
+    else:
+        zero = engine.optimizer
+        zero.gradient_accumulation_dtype = torch.float32
+        zero.use_separate_grad_accum = zero.use_grad_accum_attribute = True
 
 
 def check_ds_config(path: str, ds_config: dict[str, Any]) -> None:
@@ -199,7 +231,8 @@ class ShardedEngine:
 
     def __init__(self, ds_config: dict[str, Any], optim: OptimConfig, *, dtype: torch.dtype):
         self.config = complete_ds_config(ds_config, optim, dtype=dtype)
-        self.stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.stage = _stage(ds_config)
+        self._accumulates_here = _accumulates_here(ds_config, dtype)
         self._deepspeed = _import_deepspeed()
         from transformers.integrations import HfDeepSpeedConfig  # imports deepspeed
 
@@ -228,6 +261,8 @@ class ShardedEngine:
         self.engine, *_ = self._deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config
         )
+        if self._accumulates_here:
+            _accumulate_in_float32(self.engine, self.stage)
         self.hf_config = (
             None  # while it lives, `from_pretrained` shards whatever it loads, teachers included
         )

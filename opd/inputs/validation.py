@@ -157,10 +157,11 @@ def _validate_correction(loss: LossConfig) -> None:
         raise ValueError(f"--reject_high {loss.reject_high}: must be at least 1, {one}")
 
     reads_old = loss.clip_low is not None or loss.is_mode != "none" or loss.reject_level != "none"
-    if loss.old_logprobs != "rollout" and not reads_old:
+    # those of a server cost the trainer nothing, and say how far its sampler is from it
+    if loss.old_logprobs == "recompute" and not reads_old:
         raise ValueError(
-            f"--old_logprobs {loss.old_logprobs}: nothing reads them; set --clip_low, --is_mode or "
-            "--reject_level, or leave it at rollout"
+            "--old_logprobs recompute: nothing reads them; set --clip_low, --is_mode or "
+            "--reject_level, or leave it at rollout (--parity_every 1 logs mismatch/* each step)"
         )
 
 

@@ -5,7 +5,11 @@ it, as PyTorch's `scaled_dot_product_attention` does not know the soft-cap of Ge
 part out without a word.
 """
 
+import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available
 
 AUTO = "auto"
 SOFTCAP_KEYS = (
@@ -22,17 +26,26 @@ CAPPING = (
 )  # of transformers 5.19
 
 
-def attention_for(config: PreTrainedConfig, wanted: str = AUTO) -> str | None:
+FLASH, FLASH_HEAD_SIZE = "flash_attention_2", 256  # the largest head that its kernels know
+
+
+def attention_for(
+    config: PreTrainedConfig, wanted: str = AUTO, dtype: torch.dtype | None = None
+) -> str | None:
     """The `attn_implementation` for a model of `config`: what is wanted; for "auto" the fastest
     that is exact.
 
-    None leaves the choice to transformers: PyTorch's own where the family has it, else eager.
-    ValueError, without the flag, for one that leaves out a part of the model.
+    That is flash attention for a model in half precision, `dtype`, where the package is installed,
+    there is a GPU and the family has it. None leaves the choice to transformers: PyTorch's own
+    where the family has it, else eager. ValueError, without the flag, for one that leaves out a
+    part of the model.
     """
     text_config = config.get_text_config()
     capped = next(
         (key for key in SOFTCAP_KEYS if getattr(text_config, key, None) is not None), None
     )
+    if wanted == AUTO and _has_flash(config, dtype):
+        return FLASH
     if wanted == AUTO:
         return "eager" if capped else None
     if capped and wanted not in CAPPING:
@@ -43,8 +56,39 @@ def attention_for(config: PreTrainedConfig, wanted: str = AUTO) -> str | None:
     return wanted
 
 
-def attention_of(model: str, wanted: str = AUTO, *, trust_remote_code: bool = False) -> str | None:
+def _has_flash(config: PreTrainedConfig, dtype: torch.dtype | None) -> bool:
+    if dtype not in (torch.float16, torch.bfloat16) or not is_flash_attn_2_available():
+        return False
+    family, text = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), config.get_text_config()
+    # code that ships with a checkpoint is no family; some have a kernel of their own
+    if family is None or not family._supports_flash_attn:
+        return False
+    heads = getattr(text, "num_attention_heads", None) or 1
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return not family._compatible_flash_implementations and size <= FLASH_HEAD_SIZE
+
+
+def attention_of(
+    model: str,
+    wanted: str = AUTO,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> str | None:
     """The same for the model of a directory or hub id."""
-    return attention_for(
-        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), wanted
-    )
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return attention_for(config, wanted, dtype)
+
+
+def needs_padding_mask(model: nn.Module) -> bool:
+    """Whether right-padded rows must come with a mask.
+
+    In a causal model padding comes after every real token, so none sees it. With a mask PyTorch's
+    attention takes a slower kernel, which computes the upper triangle too. In float32 the
+    gradients of both kernels differ by rounding (torch 2.13 on a CPU); there it stays, so that a
+    comparison to the bit does not depend on it.
+    """
+    if model.dtype == torch.float32 or getattr(model.config, "_attn_implementation", "") == "eager":
+        return True
+    # what looks ahead says so in its attention layers (transformers 5.19)
+    return any(getattr(module, "is_causal", True) is False for module in model.modules())

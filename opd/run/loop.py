@@ -12,6 +12,7 @@ from pathlib import Path
 
 from opd import distributed
 from opd.async_rollout import AsyncRolloutEngine
+from opd.balance import deal
 from opd.colocation import Colocation
 from opd.log import say
 from opd.mismatch import corrects, log_mismatch
@@ -174,6 +175,20 @@ class Loop:
             policy_version=self.state.policy_version,
         )
 
+    def balance(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+        """This rank's share of the step, so that all ranks have about equal work. Collective.
+
+        Where served teachers hear of responses while others are written, their answers come back to
+        the rank that asked, and all stays as it is.
+        """
+        self._rollouts = rollouts  # what is logged of a rank is what it wrote
+        if self.teachers.hear is not None:
+            return rollouts
+        routes, config = self.run.routes, self.student.model.config.get_text_config()
+        return deal(
+            rollouts, lambda r: tuple(n for n, _ in routes[r.prompt.domain]), config.hidden_size
+        )
+
     def micro_batches(
         self, rollouts: Sequence[Rollout], scores: Sequence[tuple[TeacherScores, ...]]
     ) -> list[MicroBatch]:
@@ -181,7 +196,6 @@ class Loop:
 
         Hidden states are copied. The samples are written to the ledger once the step is done.
         """
-        self._rollouts = rollouts
         self._rows = sample_rows(rollouts, scores, step=self.state.step + 1)
         return self.run.micro_batches(rollouts, scores)
 

@@ -47,7 +47,7 @@ def load_model(
     """
     options = {
         "attn_implementation": attention_of(
-            model, attn_implementation, trust_remote_code=trust_remote_code
+            model, attn_implementation, dtype=dtype, trust_remote_code=trust_remote_code
         ),
         "trust_remote_code": trust_remote_code,
     }

@@ -658,6 +658,7 @@ def test_what_the_asynchronous_mode_refuses(argv):
         "--loss reverse_kl_pg --is_mode truncate --clip_low 0.2 --old_logprobs server "
         "--logprob_servers auto --logprob_gpus 3",
         "--loss reverse_kl_pg --is_mode truncate --old_logprobs recompute",
+        "--old_logprobs server --logprob_servers auto",  # measured only
         "--rollout_servers http://a:1 --weights_dir w --sync_every 2 --eval_every 4",
         "--loss reverse_kl_pg --max_staleness 0",
         "--rollout_gpus 4,5,6,7 --rollout_replicas 2 --rollout_tensor_parallel_size 2 "

@@ -355,6 +355,28 @@ def test_a_cut_by_tokens_is_filled_up_as_well(own, monkeypatch):
     assert [mb.num_loss_tokens > 0 for mb in micro_batches] == [True] * full + [False] * (4 - full)
 
 
+@pytest.mark.parametrize(
+    ("options", "alone", "beside_others"),
+    [
+        ({"size": 2}, [[1, 2], [3, 4], [5, 9], [7]], [[5, 9], [3, 4], [7], [1, 2]]),
+        (
+            {"size": 1, "max_tokens": 8, "packed": True},
+            [[1, 2], [3, 4], [5], [7]],
+            [[3, 4], [7], [5], [1, 2]],
+        ),
+    ],
+)
+def test_the_largest_comes_first_beside_other_ranks(options, alone, beside_others, monkeypatch):
+    """What all ranks compute at the same time is about as large; a single rank goes by teacher."""
+    lengths = [1, 2, 3, 4, 5, 9, 7] if "max_tokens" not in options else [1, 2, 3, 4, 5, 7]
+    domains = ["addition"] * (len(lengths) - 1) + ["reversal"]
+    rollouts, scores = of_lengths(lengths, domains)
+    assert lengths_of(batches_of(rollouts, scores, **options)) == alone
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda values, op="sum": values)
+    assert lengths_of(batches_of(rollouts, scores, **options)) == beside_others
+
+
 # ---- Order, fillers, mistakes --------------------------------------------------------------------
 
 

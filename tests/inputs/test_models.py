@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -415,6 +416,22 @@ def test_an_attention_that_leaves_out_a_part_of_the_model(student, tmp_path):
     assert attention_for(config) == "eager" and attention_for(config, "eager") == "eager"
     assert attention_for(Gemma2Config(attn_logit_softcapping=None)) is None
     read(make_config(odd, odd))
+
+
+def test_flash_attention_where_it_is_usable(monkeypatch):
+    """It needs a GPU, so that it is installed is pretended; what decides on it is real."""
+    half, qwen = torch.bfloat16, Qwen3Config(**SMALL)
+    assert attention_for(qwen, dtype=half) is None, "not here"
+    monkeypatch.setattr("opd.ops.attention.is_flash_attn_2_available", lambda: True)
+    assert attention_for(qwen, dtype=half) == "flash_attention_2"
+    assert attention_for(qwen, "sdpa", half) == "sdpa", "what is asked for stays"
+    assert attention_for(qwen) is None and attention_for(qwen, dtype=torch.float32) is None
+    wide = Qwen3Config(**SMALL, head_dim=512)
+    assert attention_for(wide, dtype=half) is None, "its kernels end at 256"
+    # it knows the soft-cap; gpt-oss has sinks, for which it has a kernel of its own
+    assert attention_for(Gemma2Config(**SMALL, head_dim=8), dtype=half) == "flash_attention_2"
+    assert attention_for(GptOssConfig(**SMALL, head_dim=8), dtype=half) is None
+    assert attention_for(BloomConfig(), dtype=half) is None, "it has no flash attention"
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,13 @@ def test_async_runs(models, servers, tmp_path):
     # some of a step's in the row before
     assert sum(row["logprob/requests"] for row in metrics_of(asked)) == 3 * 8
 
+    # Where nothing reads it, it is measured, and the losses are those of a run without it.
+    measured = tmp_path / "measured"
+    succeed(launch(models, measured, servers, *server))
+    assert losses_of(measured) == losses_of(calm)
+    for row in metrics_of(measured):
+        assert 0 <= row["mismatch/abs_mean"] < 1e-4 and row["mismatch/old_policy_gap"] < 1e-5
+
     # Above it nothing is lost, nothing is trained on twice, and the bound holds, whatever is
     # killed.
     stale = tmp_path / "staleness_2"

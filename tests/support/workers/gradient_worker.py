@@ -74,6 +74,9 @@ class Case:
     packing: bool = False
     inner_updates: int = 1
     learning_rate: float = LEARNING_RATE
+    dtype: str = "float32"
+    balanced: bool = False  # the ranks deal their responses anew
+    max_tokens: int = 0
 
 
 def randn(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -144,7 +147,7 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     student = Student(
         ModelConfig(
             student_model=models[case.model],
-            dtype="float32",
+            dtype=case.dtype,
             gradient_checkpointing=case.gradient_checkpointing,
         ),
         OptimConfig(
@@ -176,7 +179,7 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
         device=device,
         turns=iter,
     )
-    before = {name: value.clone() for name, value in student.named_full_parameters()}
+    before = weights_of(student)
 
     micro_batches = my_micro_batches(case)
     num_loss_tokens = count_loss_tokens(micro_batches)
@@ -195,7 +198,7 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
             advantages[update] += loss.metrics["distill/advantage_abs"][0].item()
         grad_norm = student.step(case.learning_rate)
 
-    delta = {name: value - before[name] for name, value in student.named_full_parameters()}
+    delta = {name: value - before[name] for name, value in weights_of(student).items()}
     losses = [total / num_loss_tokens for total in distributed.all_reduce(losses)]
     advantages = [total / num_loss_tokens for total in distributed.all_reduce(advantages)]
     counts = distributed.gather_objects([mb.num_loss_tokens for mb in micro_batches])
@@ -211,8 +214,21 @@ def run_case(case: Case, models: dict[str, str], out: Path, device: torch.device
     student.engine.destroy()
 
 
+def weights_of(student) -> dict[str, torch.Tensor]:
+    """What AdamW steps on: the parameters, or their float32 masters."""
+    if student.model.dtype == torch.float32:
+        return {name: value.clone() for name, value in student.named_full_parameters()}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {
+        name: safe_get_full_fp32_param(value).clone()
+        for name, value in student.model.named_parameters()
+    }
+
+
 def my_micro_batches(case: Case):
     from opd import distributed
+    from opd.balance import deal
     from opd.padding import collate, make_micro_batches
 
     batch, rank = make_batch(), distributed.rank()
@@ -228,6 +244,11 @@ def my_micro_batches(case: Case):
     if case.order is not None and case.deal is None:
         return [collate(mine[i : i + size], **options) for i in range(0, len(mine), size)]
     rollouts, scores = zip(*mine, strict=True) if mine else ((), ())
+    if case.balanced:
+        scores_of = {rollout.sample_id: scores for rollout, scores in batch}
+        rollouts = deal(rollouts, lambda rollout: rollout.prompt.domain, hidden_size=32)
+        scores = [scores_of[rollout.sample_id] for rollout in rollouts]
+    options |= {"max_tokens": case.max_tokens, "packed": case.packing}
     return make_micro_batches(rollouts, scores, micro_batch_size=size, **options)
 
 

@@ -78,7 +78,10 @@ def run_case(case: dict, out: Path) -> None:
     engine = sharded.attach(model, tuple(model.get_output_embeddings().parameters()))
     ids = torch.arange(8).view(1, 8)
     sharded.backward(engine(input_ids=ids, labels=ids).loss, last=False)
-    record = {"open_gradients": wanted(p.grad for p in model.parameters())}
+    open_ones = [
+        getattr(p, "grad_accum", None) if p.grad is None else p.grad for p in model.parameters()
+    ]
+    record = {"open_gradients": wanted(open_ones)}
     sharded.backward(engine(input_ids=ids, labels=ids).loss, last=True)
     record["gradients"] = wanted(gradients_of(engine, stage))
     sharded.step(1e-3)
