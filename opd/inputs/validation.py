@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Interval, Le
 
 from opd.config import LossConfig, RolloutConfig, is_async, options_of
 from opd.inputs.arguments import pairs
+from opd.inputs.identity import allowed_changes
 from opd.inputs.teacher_rules import validate_teachers
 
 
@@ -32,6 +33,7 @@ def validate_common(config) -> None:
     validate_teachers(config.teachers, config.teacher)
     check_bounds(config)
     pairs("domain_weights", config.data.domain_weights)
+    allowed_changes(config)
     _validate_loss(config.loss, config.rollout)
     _validate_correction(config.loss)
     if config.loss.old_logprobs == "server" and not is_async(config):

@@ -286,23 +286,6 @@ def load_state(path: Path) -> LoopState:
     return LoopState(**json.loads((path / LOOP_STATE).read_text()))
 
 
-def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
-    """Raises ValueError naming the first field in which this run differs from the one that wrote
-    the checkpoint.
-    """
-    saved = _flatten(json.loads((path / CHECKPOINT_MANIFEST).read_text())["fingerprint"])
-    now = _flatten(json.loads(json.dumps(fingerprint)))
-    for name in [*now, *(n for n in saved if n not in now)]:
-        there, here = (
-            _short(values[name]) if name in values else "absent" for values in (saved, now)
-        )
-        if name not in saved or name not in now or saved[name] != now[name]:
-            raise ValueError(
-                f"--resume: `{name}` differs from the checkpoint: {there} there, {here} now; "
-                f"restore it, or start anew in another --output_dir ({path})"
-            )
-
-
 def _check_world_size(path: Path, saved: int) -> None:
     if saved != world_size():
         raise ValueError(
@@ -451,27 +434,3 @@ def fsync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- fingerprints --------------------------------------------------------------------------------
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"teachers": {"math": x}} -> {"teachers.math": x}; an empty mapping is a value."""
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    nested = [
-        _flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()
-    ]
-    return {name: value for part in nested for name, value in part.items()}
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    if re.fullmatch(r"[0-9a-f]{32,}", text):
-        return text[:12]
-    return (
-        text
-        if len(text) <= 60
-        else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
-    )

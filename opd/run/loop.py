@@ -13,6 +13,7 @@ from pathlib import Path
 from opd import distributed
 from opd.async_rollout import AsyncRolloutEngine
 from opd.colocation import Colocation
+from opd.config import is_async
 from opd.log import say
 from opd.mismatch import corrects, log_mismatch
 from opd.parity import Parity
@@ -55,7 +56,9 @@ def start(run: Run) -> "Loop":
     student.place(states=False, parameters=True)  # its optimizer states make room for the engines
     student.settle()
     rollout_engine = build_rollout_engine(run)
-    if run.resume_from is not None:
+    if run.changes and is_async(run.cfg):
+        say("responses that were written ahead are written again, with what has changed")
+    elif run.resume_from is not None:
         rollout_engine.load(run.resume_from)
 
     engines, ledger = build_teachers(run), Ledger(run.run_dir / "ledger.jsonl", distributed.rank())

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from opd.inputs import content
-from opd.records import checkpoint, export
+from opd.records import changes, checkpoint, export
 from opd.records.checkpoint import FAULT_POINTS
 from opd.types import LoopState
 from tests.support.processes import ROOT, worker_environment
@@ -373,7 +373,7 @@ def test_the_fingerprint_names_the_first_field_that_differs(tmp_path):
         "data": [1, 2],
     }
     path = write(tmp_path, 1, fingerprint=fingerprint)
-    checkpoint.check_fingerprint(path, {**fingerprint, "data": (1, 2)})
+    changes.check_fingerprint(path, {**fingerprint, "data": (1, 2)})
     expected = {
         "`teachers.math` differs from the checkpoint: abababababab there, cdcdcdcdcdcd": {
             "teachers": {"math": code}
@@ -388,7 +388,7 @@ def test_the_fingerprint_names_the_first_field_that_differs(tmp_path):
     }
     for message, change in expected.items():
         with pytest.raises(ValueError) as caught:
-            checkpoint.check_fingerprint(path, {**fingerprint, **change})
+            changes.check_fingerprint(path, {**fingerprint, **change})
         assert message in str(caught.value) and "start anew in another --output_dir" in str(
             caught.value
         )

@@ -34,7 +34,7 @@ from opd import distributed, processes
 from opd.config import OptimConfig
 from opd.engines.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
-from opd.records import checkpoint, export
+from opd.records import changes, checkpoint, export
 from opd.types import LoopState
 
 RANK_DEADLINE = 300  # seconds; a rank that hangs is ended by SIGALRM and its trial fails
@@ -122,7 +122,7 @@ def run(job: dict) -> dict:
     found = checkpoint.find(run_dir, job.get("resume", "auto"))
     state = LoopState()
     if found is not None:
-        checkpoint.check_fingerprint(found, {"seed": 0})
+        changes.check_fingerprint(found, {"seed": 0})
         sharded.load(found)
         state = checkpoint.load_state(found)
     checkpoint.set_aside_newer(run_dir, found)
