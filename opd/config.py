@@ -23,8 +23,8 @@ def option(default: Any, help: str, **metadata):
 
     What else a field may say of itself: `fingerprinted`, whether another value makes it another run
     (False, True, or the part of the fingerprint that it stands in; `opd/inputs/identity.py`);
-    `identifies`, whether a run directory with another value holds another run; `fixed`, whether a
-    resumed run may never change it; `remedy`, what to do with a value out of bounds.
+    `identifies`, whether a run directory with another value holds another run; `remedy`, what to do
+    with a value out of bounds.
     """
     metadata["help"] = help
     if isinstance(default, list):
@@ -262,9 +262,7 @@ class DataConfig:
 class RolloutConfig:
     """Prompts of a step, sampling of responses, and the engines' KV caches."""
 
-    prompts_per_step: PositiveInt = option(
-        64, "Prompts in one optimizer step, over all ranks.", fixed=True
-    )
+    prompts_per_step: PositiveInt = option(64, "Prompts in one optimizer step, over all ranks.")
     num_generations: PositiveInt = option(1, "Responses per prompt.")
     max_response_tokens: PositiveInt = option(
         1024, "Longest response, in tokens; a longer one is truncated and counted."
@@ -434,28 +432,27 @@ class RunConfig:
         100, "Steps: batches of rollouts, each trained on inner_updates times.", fingerprinted=True
     )
     seed: NonNegativeInt = option(
-        0, "Seed of data order and sampling.", fingerprinted=True, identifies=True, fixed=True
+        0, "Seed of data order and sampling.", fingerprinted=True, identifies=True
     )
     ds_config: str = option(
         "ds_configs/zero3.json", "DeepSpeed: sharding, offload and communication only."
     )
     eval_every: NonNegativeInt = option(0, "Evaluate every n steps; 0 is before and after only.")
     eval_max_prompts: NonNegativeInt = option(0, "Held-out prompts per domain; 0 is all.")
-    save_every: NonNegativeInt = option(0, "Checkpoint every n steps; 0 is at the end only.")
+    save_every: str = option(
+        "auto", "Checkpoint every n steps; 0 is at the end only; auto is every 10 to 30 minutes."
+    )
+    time_limit: Annotated[float | None, Gt(0)] = option(
+        None, "Hours from the start in which the run saves and ends; the same command continues."
+    )
     keep_checkpoints: PositiveInt = option(2, "Newest checkpoints to keep.")
     rollout_samples: NonNegativeInt = option(
         4, "Responses written to rollouts/ and TensorBoard at each logged step."
     )
     rollout_every: NonNegativeInt = option(10, "Write sample responses every n steps; 0 is never.")
-    resume: str = option(
-        "auto",
-        "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path.",
-    )
+    resume: str = option("auto", "auto: newest whole checkpoint, or fresh; never; or one's path.")
     allow_change: list[str] = option(
-        [],
-        "Flags that a resumed run gives another value than its checkpoint has, such as "
-        "learning_rate,num_steps; anything else that differs is refused. Also `weight`, of "
-        "teachers, and `eval`, what is asked of held-out prompts. changes.jsonl keeps them.",
+        [], "Flags that may differ from the checkpoint's, such as learning_rate,num_steps."
     )
     plan: Literal["auto", "off"] = option(
         "off",

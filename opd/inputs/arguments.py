@@ -193,10 +193,8 @@ def nearest(name: str, known: list[str]) -> str:
 class _Parser(HfArgumentParser):
     """argparse, but a mistake is one line and exit status 2."""
 
-    def add_argument(self, *names, **options):
+    def add_argument(self, *names, fingerprinted=None, identifies=None, remedy=None, **options):
         """Of what a field says of itself, argparse takes what it knows."""
-        for ours in ("fingerprinted", "identifies", "fixed", "remedy"):
-            options.pop(ours, None)
         return super().add_argument(*names, **options)
 
     def error(self, message):

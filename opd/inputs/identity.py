@@ -42,16 +42,17 @@ def fingerprint_of(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any
     return found
 
 
+# Which prompts a step has follows from these, for every step of a run.
+FIXED = ("seed", "prompts_per_step")
 # Names of the fingerprint that are no flags, and may change.
 BESIDE_FLAGS = ("eval", "weight")
 
 
 def changeable(config) -> dict[str, bool]:
     """What `--allow_change` knows: name -> whether it may change under a resumed run."""
-    fields = [(group, field) for group, field, _ in options_of(config)]
     found = {
-        field.name: not field.metadata.get("fixed", False)
-        for group, field in fields
+        field.name: field.name not in FIXED
+        for group, field, _ in options_of(config)
         if field.metadata.get("fingerprinted", PARTS.get(group, False))
     }
     # models and data are compared by content

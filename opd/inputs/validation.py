@@ -34,6 +34,11 @@ def validate_common(config) -> None:
     check_bounds(config)
     pairs("domain_weights", config.data.domain_weights)
     allowed_changes(config)
+    if config.run.save_every != "auto" and not config.run.save_every.isdecimal():
+        raise ValueError(
+            f"--save_every {config.run.save_every}: expected auto, or steps: a whole number of at "
+            "least 0"
+        )
     _validate_loss(config.loss, config.rollout)
     _validate_correction(config.loss)
     if config.loss.old_logprobs == "server" and not is_async(config):

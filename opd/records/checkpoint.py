@@ -223,17 +223,23 @@ def find(run_dir: Path, resume: str) -> Path | None:
             _remove_leftovers(_checkpoints(run_dir))
             candidates = [path for _, path in _steps(_checkpoints(run_dir))]
     for path in broadcast_object(candidates) if resume == "auto" else [Path(resume)]:
-        manifest, reason = _verify(path)
+        if resume != "auto":
+            manifest, reason = check_whole(path, "--resume"), None
+        else:
+            manifest, reason = _verify(path)
         if reason is None:
             _check_world_size(path, manifest["world_size"])
             return path
-        if resume != "auto":
-            raise ValueError(
-                f"--resume {path}: not a whole checkpoint: {reason}; name another, or use --resume "
-                "auto"
-            )
         warn_once(f"checkpoint: skipped {path}: {reason}")
     return None
+
+
+def check_whole(path: Path, flag: str) -> dict[str, Any]:
+    """The manifest of the checkpoint that `flag` names; ValueError if not whole. Collective."""
+    manifest, reason = _verify(path)
+    if reason is not None:
+        raise ValueError(f"{flag} {path}: not a whole checkpoint: {reason}; name another")
+    return manifest
 
 
 def first_start(run_dir: Path, resume: str) -> datetime:

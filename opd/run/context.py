@@ -124,6 +124,12 @@ class Run(Inputs):
         return {phase: self.plan.spare(phase) for phase in PHASES} if self.plan else {}
 
     @property
+    def works_alone(self) -> bool:
+        """Whether no engine is shared by ranks, which would wait for one that leaves its work."""
+        sizes = [spec.tensor_parallel_size for spec in self.cfg.teachers]
+        return max([self.cfg.rollout.rollout_tensor_parallel_size, *sizes]) == 1
+
+    @property
     def limits(self) -> Limits:
         """Waits and bounds towards servers."""
         return limits_of(self.cfg)

@@ -26,6 +26,7 @@ from opd.plan.apply import plan_run
 from opd.records import checkpoint
 from opd.records.changes import Change, check_fingerprint, record_changes
 from opd.records.files import write_run_files
+from opd.run import stopping
 from opd.run.context import Inputs, Run
 from opd.run.evaluation import asked
 
@@ -157,7 +158,7 @@ def _open_run_dir(
             f"--output_dir {run_dir}: cannot be made: {error}; choose another"
         ) from None
     checkpoint.set_aside_newer(run_dir, resume_from)
-    processes.die_with_launcher()
+    processes.die_with_launcher(is_stopping=stopping.has_arrived)
     if distributed.rank() == 0:
         once = dataclasses.replace(cfg.run, allow_change=[])  # of this launch, and not of the run
         kept = config.to_dict(dataclasses.replace(cfg, run=once))

@@ -84,7 +84,7 @@ def test_a_change_that_never_came_to_pass_is_forgotten(launch):
 
 def test_teachers_may_be_weighed_anew(launch, tiny):
     entries = [
-        {"name": name, "model": str(tiny.addition), "domains": ["addition", "reversal"]}
+        {"name": name, "model": str(tiny.addition), "domains": [*tiny.domains], "weight": 1}
         for name in ("first", "second")
     ]
     files = []

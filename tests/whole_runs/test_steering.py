@@ -1,0 +1,111 @@
+"""Runs that are stopped, changed, continued and exported, as their users do it."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import (
+    BIN,
+    DEADLINE,
+    command,
+    ledger_of,
+    losses_of,
+    metrics_of,
+    parameter_hash,
+    start,
+    succeed,
+)
+from tests.support.processes import ROOT, worker_environment
+
+pytestmark = pytest.mark.e2e
+
+FLAGS = ("--num_steps", "4", "--parity_every", "0")
+LONG_S = 100  # what a rollout would take that nobody interrupts
+
+
+@pytest.fixture(scope="module")
+def undisturbed(models, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    succeed(command(models, run_dir, *FLAGS))
+    return run_dir
+
+
+def struck(arguments: list[str], run_dir: Path, number: int, *, behind: int) -> tuple[int, str]:
+    """(status, console) of a run that gets a signal in the rollout behind step `behind`, which
+    would take `LONG_S`.
+    """
+    environment = worker_environment(
+        OPD_FAULT=f"rollout:delay={LONG_S}@{behind + 1}", OPD_FAULT_RANK="all", PATH=f"{BIN}:/bin"
+    )
+    run = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + DEADLINE
+        while not (run_dir / "metrics.jsonl").exists() or metrics_of(run_dir)[-1]["step"] < behind:
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
+            time.sleep(0.2)
+        struck_at = time.monotonic()
+        run.send_signal(number)
+        console, _ = run.communicate(timeout=DEADLINE)
+    finally:
+        run.kill()
+    assert time.monotonic() - struck_at < LONG_S / 2, "it has waited for the rollout"
+    return run.returncode, console
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "number", "status"),
+    [
+        ("python", 1, signal.SIGINT, -signal.SIGINT),
+        ("torchrun", 2, signal.SIGTERM, 1),
+        pytest.param("accelerate", 2, signal.SIGINT, 1, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_continues_as_if_it_had_not(
+    models, tmp_path, undisturbed, launcher, ranks, number, status
+):
+    run_dir = tmp_path / "run"
+    arguments = command(models, run_dir, *FLAGS, launcher=launcher, ranks=ranks)
+    found, console = struck(arguments, run_dir, number, behind=2)
+    assert found == status, console
+    assert "asked to stop: step 2 is saved; the same command continues" in console
+    assert "Traceback" not in console.split("asked to stop")[0]
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_2"]
+    console = succeed(command(models, run_dir, *FLAGS, launcher=launcher, ranks=ranks))
+    assert "resumes from" in console
+    assert losses_of(run_dir) == pytest.approx(losses_of(undisturbed), abs=1e-5)
+    assert [row["id"] for row in ledger_of(run_dir)] == [r["id"] for r in ledger_of(undisturbed)]
+    if ranks == 1:
+        assert parameter_hash(run_dir) == parameter_hash(undisturbed)
+
+
+def test_a_run_ends_before_its_time_and_goes_on_with_what_has_changed(models, tmp_path):
+    run_dir = tmp_path / "run"
+    limited = start(command(models, run_dir, *FLAGS, "--time_limit", "0.0001"))
+    assert limited.returncode == 0, limited.stderr
+    assert "--time_limit 0.0001: step 1 is saved; the same command continues" in limited.stdout
+    assert not (run_dir / "model").exists()
+    changed = ("--num_steps", "3", "--learning_rate", "2e-3", "--lr_schedule", "constant")
+    refused = start(command(models, run_dir, *changed))
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    allowed = ("--allow_change", "num_steps,learning_rate,lr_schedule")
+    console = succeed(command(models, run_dir, *changed, *allowed))
+    assert "changes from here on: optim.learning_rate 0.001 -> 0.002" in console
+    rates = {row["step"]: row["optim/learning_rate"] for row in metrics_of(run_dir)}
+    assert rates == {1: 1e-3, 2: 2e-3, 3: 2e-3}
+    rows = [json.loads(line) for line in (run_dir / "changes.jsonl").read_text().splitlines()]
+    assert {(row["step"], row["name"]) for row in rows} == {
+        (1, "optim.learning_rate"),
+        (1, "optim.lr_schedule"),
+        (1, "num_steps"),
+    }
