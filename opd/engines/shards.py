@@ -34,6 +34,17 @@ class Shards:
         self._slices = [_load(path)["optimizer_state_dict"] for path in self._optims]
         self.stage = int(self._slices[0]["zero_stage"]) if self._slices else 0
 
+    @staticmethod
+    def count(directory: Path) -> int:
+        """Ranks that have written optimizer shards below a checkpoint's directory."""
+        return len(_in_order(Path(directory) / "shards", "*optim_states.pt"))
+
+    @property
+    def moments(self) -> list[str]:
+        """AdamW's names of what it keeps for every element of a parameter."""
+        state = self._slices[0]["optimizer_state_dict"]["state"][0]
+        return [key for key, value in state.items() if value.ndim > 0]
+
     @property
     def dtype(self) -> torch.dtype:
         """That of the parameters in training."""

@@ -205,7 +205,7 @@ def _retain(checkpoints: Path, step: int, keep: int) -> None:
 # ---- find ----------------------------------------------------------------------------------------
 
 
-def find(run_dir: Path, resume: str) -> Path | None:
+def find(run_dir: Path, resume: str, *, any_number: bool = False) -> Path | None:
     """The checkpoint to resume from; None is a fresh start.
 
     Collective, the same answer on every rank.
@@ -213,7 +213,7 @@ def find(run_dir: Path, resume: str) -> Path | None:
     `resume` is `auto` (the newest whole one; each that is skipped is named, with the reason),
     `never`, or a path. Every hash is checked here, divided over the ranks, before anything is
     loaded. Raises ValueError if the path is not a whole checkpoint, or was written by another
-    number of ranks.
+    number of ranks, unless `any_number` says that this one can load it.
     """
     if resume == "never":
         return None
@@ -228,7 +228,8 @@ def find(run_dir: Path, resume: str) -> Path | None:
         else:
             manifest, reason = _verify(path)
         if reason is None:
-            _check_world_size(path, manifest["world_size"])
+            if not any_number:
+                _check_world_size(path, manifest["world_size"])
             return path
         warn_once(f"checkpoint: skipped {path}: {reason}")
     return None
@@ -296,7 +297,8 @@ def _check_world_size(path: Path, saved: int) -> None:
     if saved != world_size():
         raise ValueError(
             f"--resume: {path} was written by {saved} rank(s) and this run has {world_size()}; "
-            f"ZeRO shards need the same number: start {saved}, or use another --output_dir"
+            f"only shards of ZeRO stage 3 can be divided anew: start {saved}, or use another "
+            "--output_dir"
         )
 
 

@@ -76,7 +76,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     fingerprint["eval"] = asked(inputs)
     if inputs.train_set.moment:
         fingerprint[checkpoint.FIRST_START] = inputs.train_set.moment.isoformat()
-    resume_from, changed = _open_run_dir(cfg, fingerprint, asks=inputs.eval_set is not None)
+    resume_from, changed = _open_run_dir(inputs, fingerprint)
     say(f"resumes from {resume_from}" if resume_from else "starts fresh")
     for change in changed:
         say(f"changes from here on: {change}")
@@ -137,17 +137,17 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     return inputs
 
 
-def _open_run_dir(
-    cfg, fingerprint: dict[str, Any], *, asks: bool
-) -> tuple[Path | None, list[Change]]:
+def _open_run_dir(inputs: Inputs, fingerprint: dict[str, Any]) -> tuple[Path | None, list[Change]]:
     """The checkpoint that the run continues, if there is one, and what changes behind it, in a
-    directory that is the run's own from here on. `asks` says that there are held-out prompts.
-    Collective.
+    directory that is the run's own from here on. Collective.
     """
+    cfg, changed = inputs.cfg, []
     run_dir = Path(cfg.run.output_dir)
-    resume_from, changed = checkpoint.find(run_dir, cfg.run.resume), []
+    shards_parameters = inputs.ds_config.get("zero_optimization", {}).get("stage", 0) == 3
+    resume_from = checkpoint.find(run_dir, cfg.run.resume, any_number=shards_parameters)
     # the fingerprint compares contents, so models and data may have moved
     if resume_from is not None:
+        asks = inputs.eval_set is not None
         changed = _changes_since(resume_from, cfg, fingerprint, asks=asks)
     else:
         check_output_dir(run_dir, cfg.run.resume, cfg)

@@ -175,6 +175,36 @@ def test_another_number_of_ranks_is_refused(saved, started, serve, tmp_path):
     assert names(tmp_path) == ["step_1"]
 
 
+@pytest.mark.parametrize("saved, started", [(1, 2), (2, 1), (3, 2)])
+def test_shards_are_divided_anew_for_another_number_of_ranks(saved, started, serve, tmp_path):
+    """Masters, moments and parameters are whole and the same bit for bit, there and back."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    first = serve(there, 2, world_size=saved, any_number=True)
+    assert first["statuses"] == [0] * saved, first["stderr"]
+    before = first["results"][0]
+    moved = serve(there, 2, world_size=started, any_number=True, save_as=str(back))
+    assert moved["statuses"] == [0] * started, moved["stderr"]
+    assert {result["whole"] for result in moved["results"]} == {before["whole"]}
+    assert moved["results"][0]["resumed"] == 2
+    again = serve(back, 2, world_size=saved, any_number=True)
+    assert again["results"][0] == {**before, "resumed": 2}, again["stderr"]  # `hash` too
+    onward = serve(there, 3, world_size=started, any_number=True)
+    assert onward["statuses"] == [0] * started, onward["stderr"]
+    assert onward["results"][0]["whole"] != before["whole"]
+
+
+@pytest.mark.parametrize("started", [1, 2])
+def test_a_resumed_optimizer_has_what_the_flags_say_now(started, serve, tmp_path):
+    """And not what they said when the checkpoint was written."""
+    assert serve(tmp_path, 1)["statuses"] == [0]
+    optim = {"weight_decay": 0.25, "adam_beta1": 0.5, "adam_eps": 1e-4}
+    answer = serve(tmp_path, 2, world_size=started, any_number=True, optim=optim)
+    assert answer["statuses"] == [0] * started, answer["stderr"]
+    result = answer["results"][0]
+    assert result["resumed"] == 1
+    assert result["adam"] == [[0.25, 0.5, 0.95, 1e-4], [0.0, 0.5, 0.95, 1e-4]]
+
+
 def test_a_damaged_shard_is_refused_before_deepspeed_sees_it(serve, undisturbed, tmp_path):
     assert serve(tmp_path, 2, world_size=2)["statuses"] == [0, 0]
     path = tmp_path / "checkpoints" / "step_2"

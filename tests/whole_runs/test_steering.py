@@ -1,6 +1,7 @@
 """Runs that are stopped, changed, continued and exported, as their users do it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from opd.run.export_checkpoint import export_command
 from tests.support.launch import (
     BIN,
     DEADLINE,
@@ -74,6 +76,7 @@ def struck(arguments: list[str], run_dir: Path, number: int, *, behind: int) -> 
 def test_a_run_that_is_asked_to_stop_saves_and_continues_as_if_it_had_not(
     models, tmp_path, undisturbed, launcher, ranks, number, status
 ):
+    """On one rank, whoever has saved it."""
     run_dir = tmp_path / "run"
     arguments = command(models, run_dir, *FLAGS, launcher=launcher, ranks=ranks)
     found, console = struck(arguments, run_dir, number, behind=2)
@@ -81,12 +84,36 @@ def test_a_run_that_is_asked_to_stop_saves_and_continues_as_if_it_had_not(
     assert "asked to stop: step 2 is saved; the same command continues" in console
     assert "Traceback" not in console.split("asked to stop")[0]
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_2"]
-    console = succeed(command(models, run_dir, *FLAGS, launcher=launcher, ranks=ranks))
+    console = succeed(command(models, run_dir, *FLAGS))
     assert "resumes from" in console
     assert losses_of(run_dir) == pytest.approx(losses_of(undisturbed), abs=1e-5)
     assert [row["id"] for row in ledger_of(run_dir)] == [r["id"] for r in ledger_of(undisturbed)]
     if ranks == 1:
         assert parameter_hash(run_dir) == parameter_hash(undisturbed)
+
+
+def test_a_checkpoint_is_exported_as_its_run_exports_it(undisturbed, tmp_path, capsys):
+    """Every file, bit for bit; and a mistake is one line."""
+    checkpoint, out = undisturbed / "checkpoints" / "step_4", tmp_path / "new" / "model"
+    assert export_command([str(checkpoint), str(out)]) == 0
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in (undisturbed / "model").iterdir()}
+    capsys.readouterr()
+    damaged = tmp_path / "run" / "checkpoints" / "step_4"
+    shutil.copytree(checkpoint, damaged)
+    for wrong, said in {
+        (checkpoint, out): f"OUT {out}: exists already and is not empty; choose another",
+        (tmp_path / "step_9", tmp_path / "x"): "not a whole checkpoint: no such directory",
+        (damaged, tmp_path / "x"): "config.yaml cannot be read",
+    }.items():
+        assert export_command([*map(str, wrong)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    (shard,) = damaged.rglob("*optim_states.pt")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert export_command([str(damaged), str(tmp_path / "x")]) == 2
+    assert "not a whole checkpoint: shards/" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_run_ends_before_its_time_and_goes_on_with_what_has_changed(models, tmp_path):

@@ -8,8 +8,9 @@ trials; the ranks are real processes all the same.
 
 A JOB is a JSON object: `run_dir`, `num_steps`, and optionally `resume` (default auto), `keep` (2),
 `world_size` (1; for `serve`), `fault` ("point:kill") with `fault_rank` and `strike_at` (the step
-whose save is struck), `full_disk_rank`. With `export_from` (a model directory) the job is one
-export of that model from under ZeRO-3.
+whose save is struck), `full_disk_rank`, `any_number` (of ranks may have written), `save_as`
+(another run directory, where the last step is saved too), `optim` (fields of `OptimConfig`). With
+`export_from` (a model directory) the job is one export of that model from under ZeRO-3.
 """
 
 import hashlib
@@ -54,14 +55,14 @@ class StruckWriter:
         fault_point("worker.first_shard")
 
 
-def zero_3() -> ShardedEngine:
+def zero_3(optim: dict | None = None) -> ShardedEngine:
     ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    return ShardedEngine(ds_config, OptimConfig(), dtype=torch.float32)
+    return ShardedEngine(ds_config, OptimConfig(**(optim or {})), dtype=torch.float32)
 
 
-def build() -> ShardedEngine:
+def build(optim: dict | None = None) -> ShardedEngine:
     torch.manual_seed(0)
-    sharded = zero_3()
+    sharded = zero_3(optim)
     sharded.attach(
         nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8)), ()
     )
@@ -97,6 +98,24 @@ def state_hash(sharded: ShardedEngine) -> str:
     ).hexdigest()
 
 
+def whole_hash(sharded: ShardedEngine) -> str:
+    """SHA-256 over the same, whole, as DeepSpeed itself gathers it: no matter how many ranks."""
+    from deepspeed import utils
+
+    digest = hashlib.sha256()
+    for name, parameter in sharded.engine.module.named_parameters():
+        moments = [
+            utils.safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")
+        ]
+        for tensor in (utils.safe_get_full_fp32_param(parameter), *moments):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for name, tensor in sharded.named_full_parameters(sharded.engine.module):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    adam = sharded.engine.optimizer.optimizer.state
+    digest.update(json.dumps([int(state["step"]) for state in adam.values()][:1]).encode())
+    return digest.hexdigest()
+
+
 def save(job: dict, sharded: ShardedEngine, state: LoopState) -> None:
     checkpoint.save(Path(job["run_dir"]), state, sharded.save, {"seed": 0}, keep=job.get("keep", 2))
 
@@ -117,9 +136,11 @@ def save_on_full_disk(job: dict, sharded: ShardedEngine, state: LoopState) -> st
 
 def run(job: dict) -> dict:
     distributed.init()
-    sharded = build()
+    sharded = build(job.get("optim"))
     run_dir = Path(job["run_dir"])
-    found = checkpoint.find(run_dir, job.get("resume", "auto"))
+    found = checkpoint.find(
+        run_dir, job.get("resume", "auto"), any_number=job.get("any_number", False)
+    )
     state = LoopState()
     if found is not None:
         changes.check_fingerprint(found, {"seed": 0})
@@ -139,6 +160,13 @@ def run(job: dict) -> dict:
             result["full_disk_error"] = save_on_full_disk(job, sharded, state)
             result["after_full_disk"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
         save(job, sharded, state)
+    if "save_as" in job:
+        save({**job, "run_dir": job["save_as"]}, sharded, state)
+    if job.get("any_number"):
+        result["whole"] = whole_hash(sharded)
+    if "optim" in job:
+        groups = sharded.engine.optimizer.param_groups
+        result["adam"] = [[g["weight_decay"], *g["betas"], g["eps"]] for g in groups]
     return {
         **result,
         "step": state.step,
