@@ -239,7 +239,8 @@ def check_whole(path: Path, flag: str) -> dict[str, Any]:
     """The manifest of the checkpoint that `flag` names; ValueError if not whole. Collective."""
     manifest, reason = _verify(path)
     if reason is not None:
-        raise ValueError(f"{flag} {path}: not a whole checkpoint: {reason}; name another")
+        others = ", or use --resume auto" if flag == "--resume" else ""
+        raise ValueError(f"{flag} {path}: not a whole checkpoint: {reason}; name another{others}")
     return manifest
 
 

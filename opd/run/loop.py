@@ -302,7 +302,7 @@ class Loop:
         clock = [False, False]
         if distributed.rank() == 0:
             clock = [self.pace.is_time_to_save, self.pace.is_over]
-        asked, is_late, is_over = distributed.all_reduce([stopping.asked(), *clock], "max")
+        asked, is_late, is_over = distributed.all_reduce([stopping.signal_here(), *clock], "max")
         return int(asked), bool(is_late), bool(is_over)
 
     def _is_due(self, every: int) -> bool:

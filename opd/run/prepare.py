@@ -24,7 +24,7 @@ from opd.inputs.validation import load_ds_config
 from opd.log import say, setup_logging
 from opd.plan.apply import plan_run
 from opd.records import checkpoint
-from opd.records.changes import Change, check_fingerprint, record_changes
+from opd.records.changes import Difference, check_fingerprint, record_changes
 from opd.records.files import write_run_files
 from opd.run import stopping
 from opd.run.context import Inputs, Run
@@ -137,7 +137,9 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     return inputs
 
 
-def _open_run_dir(inputs: Inputs, fingerprint: dict[str, Any]) -> tuple[Path | None, list[Change]]:
+def _open_run_dir(
+    inputs: Inputs, fingerprint: dict[str, Any]
+) -> tuple[Path | None, list[Difference]]:
     """The checkpoint that the run continues, if there is one, and what changes behind it, in a
     directory that is the run's own from here on. Collective.
     """
@@ -171,7 +173,7 @@ def _open_run_dir(inputs: Inputs, fingerprint: dict[str, Any]) -> tuple[Path | N
 
 def _changes_since(
     resume_from: Path, cfg, fingerprint: dict[str, Any], *, asks: bool
-) -> list[Change]:
+) -> list[Difference]:
     """What `--allow_change` lets differ from the checkpoint; ValueError for anything else."""
     allowed = allowed_changes(cfg)
     # where nobody is asked, the question is only what follows from other flags

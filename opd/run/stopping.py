@@ -53,10 +53,10 @@ def _on_signal(number: int, frame) -> None:
     elif number == signal.SIGINT and time.monotonic() - _moment > SAME_SECONDS:
         raise KeyboardInterrupt
     if _is_interruptible:
-        _leave()
+        _leave_work()
 
 
-def _leave() -> NoReturn:
+def _leave_work() -> NoReturn:
     global _is_interruptible
     _is_interruptible = False
     raise Asked(f"asked to stop by {signal.Signals(_asked).name}")
@@ -76,13 +76,13 @@ def interruptible(may: bool = True) -> Iterator[None]:
     _is_interruptible = may
     try:
         if may and _asked:
-            _leave()
+            _leave_work()
         yield
     finally:
         _is_interruptible = False
 
 
-def asked() -> int:
+def signal_here() -> int:
     """The first signal that this rank has had; 0 for none."""
     return _asked
 

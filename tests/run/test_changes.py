@@ -96,7 +96,8 @@ def test_teachers_may_be_weighed_anew(launch, tiny):
     def parsed(file, *flags):
         argv = ["--config", str(file), "--student_model", str(tiny.student), *flags]
         options = ("--data", str(tiny.train), "--output_dir", str(launch.dir))
-        return parse(train_mopd.Config, [*argv, *options, "--max_prompt_tokens", "16"])
+        small = ("--max_prompt_tokens", "16", "--max_response_tokens", "8")
+        return parse(train_mopd.Config, [*argv, *options, *small])
 
     save(prepare(parsed(files[0])), 1)
     with pytest.raises(ValueError, match=r"teachers.second.weight.*--allow_change weight"):

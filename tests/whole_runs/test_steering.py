@@ -1,6 +1,7 @@
 """Runs that are stopped, changed, continued and exported, as their users do it."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -41,7 +42,9 @@ def struck(arguments: list[str], run_dir: Path, number: int, *, behind: int) -> 
     would take `LONG_S`.
     """
     environment = worker_environment(
-        OPD_FAULT=f"rollout:delay={LONG_S}@{behind + 1}", OPD_FAULT_RANK="all", PATH=f"{BIN}:/bin"
+        OPD_FAULT=f"rollout:delay={LONG_S}@{behind + 1}",
+        OPD_FAULT_RANK="all",
+        PATH=f"{BIN}:{os.environ['PATH']}",
     )
     run = subprocess.Popen(
         arguments,
