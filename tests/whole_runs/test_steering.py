@@ -37,12 +37,14 @@ def undisturbed(models, tmp_path_factory):
     return run_dir
 
 
-def struck(arguments: list[str], run_dir: Path, number: int, *, behind: int) -> tuple[int, str]:
+def struck(
+    arguments: list[str], run_dir: Path, number: int, *, behind: int, at="rollout", to_all=False
+) -> tuple[int, str]:
     """(status, console) of a run that gets a signal in the rollout behind step `behind`, which
-    would take `LONG_S`.
+    would take `LONG_S`. With `to_all` every process gets it, as from a terminal or Slurm.
     """
     environment = worker_environment(
-        OPD_FAULT=f"rollout:delay={LONG_S}@{behind + 1}",
+        OPD_FAULT=f"{at}:delay={LONG_S}@{behind + 1}",
         OPD_FAULT_RANK="all",
         PATH=f"{BIN}:{os.environ['PATH']}",
     )
@@ -53,6 +55,7 @@ def struck(arguments: list[str], run_dir: Path, number: int, *, behind: int) -> 
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        process_group=0,
     )
     try:
         deadline = time.monotonic() + DEADLINE
@@ -60,7 +63,7 @@ def struck(arguments: list[str], run_dir: Path, number: int, *, behind: int) -> 
             assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
             time.sleep(0.2)
         struck_at = time.monotonic()
-        run.send_signal(number)
+        (os.killpg if to_all else os.kill)(run.pid, number)
         console, _ = run.communicate(timeout=DEADLINE)
     finally:
         run.kill()
@@ -68,21 +71,28 @@ def struck(arguments: list[str], run_dir: Path, number: int, *, behind: int) -> 
     return run.returncode, console
 
 
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
-    ("launcher", "ranks", "number", "status"),
+    ("launcher", "ranks", "number", "to_all", "status"),
     [
-        ("python", 1, signal.SIGINT, -signal.SIGINT),
-        ("torchrun", 2, signal.SIGTERM, 1),
-        pytest.param("accelerate", 2, signal.SIGINT, 1, marks=pytest.mark.long),
+        ("python", 1, signal.SIGINT, False, -signal.SIGINT),
+        ("torchrun", 2, signal.SIGTERM, False, 1),
+        long("torchrun", 2, signal.SIGINT, True, 1),
+        long("accelerate", 2, signal.SIGTERM, False, 1),
+        long("deepspeed", 2, signal.SIGINT, True, -signal.SIGINT),
+        long("deepspeed", 2, signal.SIGTERM, True, -signal.SIGTERM),
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_continues_as_if_it_had_not(
-    models, tmp_path, undisturbed, launcher, ranks, number, status
+    models, tmp_path, undisturbed, launcher, ranks, number, to_all, status
 ):
     """On one rank, whoever has saved it."""
     run_dir = tmp_path / "run"
     arguments = command(models, run_dir, *FLAGS, launcher=launcher, ranks=ranks)
-    found, console = struck(arguments, run_dir, number, behind=2)
+    found, console = struck(arguments, run_dir, number, behind=2, to_all=to_all)
     assert found == status, console
     assert "asked to stop: step 2 is saved; the same command continues" in console
     assert "Traceback" not in console.split("asked to stop")[0]
@@ -93,6 +103,23 @@ def test_a_run_that_is_asked_to_stop_saves_and_continues_as_if_it_had_not(
     assert [row["id"] for row in ledger_of(run_dir)] == [r["id"] for r in ledger_of(undisturbed)]
     if ranks == 1:
         assert parameter_hash(run_dir) == parameter_hash(undisturbed)
+
+
+@pytest.mark.long
+def test_an_asynchronous_run_is_stopped_and_changed(models, tmp_path):
+    """Every sample is trained on once, though those of step 4 were there when it stopped."""
+    run_dir, flags = tmp_path / "run", (*FLAGS, "--mode", "async", "--max_staleness", "1")
+    found, console = struck(
+        command(models, run_dir, *flags), run_dir, signal.SIGTERM, behind=2, at="score.done"
+    )
+    assert found == -signal.SIGTERM and "step 2 is saved" in console
+    (buffer,) = run_dir.glob("checkpoints/step_2/buffer_rank_0.json")
+    assert json.loads(buffer.read_text())["finished"]
+    changed = ("--temperature", "0.7", "--allow_change", "temperature")
+    console = succeed(command(models, run_dir, *flags, *changed))
+    assert "responses that were written ahead are written again" in console
+    ids = [row["id"] for row in ledger_of(run_dir)]
+    assert len(ids) == len(set(ids)) == 4 * 8
 
 
 def test_a_checkpoint_is_exported_as_its_run_exports_it(undisturbed, tmp_path, capsys):

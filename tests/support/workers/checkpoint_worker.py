@@ -10,7 +10,8 @@ A JOB is a JSON object: `run_dir`, `num_steps`, and optionally `resume` (default
 `world_size` (1; for `serve`), `fault` ("point:kill") with `fault_rank` and `strike_at` (the step
 whose save is struck), `full_disk_rank`, `any_number` (of ranks may have written), `save_as`
 (another run directory, where the last step is saved too), `optim` (fields of `OptimConfig`). With
-`export_from` (a model directory) the job is one export of that model from under ZeRO-3.
+`export_from` (a model directory) the job is one export of that model from under ZeRO-3. With
+`shards_of` (a model directory), `stage` and `dtype` it trains that model and reads its shards.
 """
 
 import hashlib
@@ -34,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import distributed, processes
 from opd.config import OptimConfig
 from opd.engines.deepspeed_engine import ShardedEngine
+from opd.engines.shards import Shards
 from opd.faults import fault_point
 from opd.records import changes, checkpoint, export
 from opd.types import LoopState
@@ -189,6 +191,37 @@ def export_job(job: dict) -> dict:
     return {"partitioned": partitioned}
 
 
+def shards_job(job: dict) -> dict:
+    """What the shards of a trained model say of its parameters against what DeepSpeed gathers."""
+    distributed.init()
+    dtype, folder = getattr(torch, job["dtype"]), Path(job["run_dir"])
+    ds_config = json.loads((ROOT / "ds_configs" / f"zero{job['stage']}.json").read_text())
+    sharded = ShardedEngine(ds_config, OptimConfig(), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(job["shards_of"], dtype=dtype)
+    sharded.attach(model, tuple(model.get_output_embeddings().parameters()))
+    for step in range(2):
+        ids = torch.arange(8).view(2, 4) + distributed.rank() + step
+        sharded.backward(sharded.engine(input_ids=ids).logits.float().square().mean(), last=True)
+        sharded.step(learning_rate=0.01)
+    sharded.save(folder)
+    distributed.barrier()
+    read = dict(Shards(folder).parameters())
+    live = {name: t.clone() for name, t in sharded.named_full_parameters(model)}
+    untrained = AutoModelForCausalLM.from_pretrained(job["shards_of"], dtype=dtype).state_dict()
+    return {
+        "names": sorted(live),
+        "equal": sorted(
+            n
+            for n, t in live.items()
+            if t.dtype == read[n].dtype == dtype and torch.equal(t, read[n])
+        ),
+        "trained": sum(not torch.equal(t, untrained[n]) for n, t in live.items()),
+    }
+
+
+OTHER_JOBS = {"export_from": export_job, "shards_of": shards_job}
+
+
 def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Path) -> None:
     """A forked rank. It never returns."""
     status = 1
@@ -202,7 +235,8 @@ def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Pa
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.get("world_size", 1))
         )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        result_path.write_text(json.dumps(export_job(job) if "export_from" in job else run(job)))
+        work = next((w for key, w in OTHER_JOBS.items() if key in job), run)
+        result_path.write_text(json.dumps(work(job)))
         status = 0
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
