@@ -38,13 +38,20 @@ def undisturbed(models, tmp_path_factory):
 
 
 def struck(
-    arguments: list[str], run_dir: Path, number: int, *, behind: int, at="rollout", to_all=False
+    arguments: list[str],
+    run_dir: Path,
+    *numbers: int,
+    behind: int,
+    at: str = "rollout",
+    delay_s: float = LONG_S,
+    to_all: bool = False,
 ) -> tuple[int, str]:
-    """(status, console) of a run that gets a signal in the rollout behind step `behind`, which
-    would take `LONG_S`. With `to_all` every process gets it, as from a terminal or Slurm.
+    """(status, console) of a run that gets signals, 2 s apart, behind step `behind`, while it waits
+    for `delay_s` at a place of the next step. With `to_all` every process gets them, as from a
+    terminal or Slurm.
     """
     environment = worker_environment(
-        OPD_FAULT=f"{at}:delay={LONG_S}@{behind + 1}",
+        OPD_FAULT=f"{at}:delay={delay_s}@{behind + 1}",
         OPD_FAULT_RANK="all",
         PATH=f"{BIN}:{os.environ['PATH']}",
     )
@@ -63,11 +70,13 @@ def struck(
             assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
             time.sleep(0.2)
         struck_at = time.monotonic()
-        (os.killpg if to_all else os.kill)(run.pid, number)
+        for index, number in enumerate(numbers):
+            time.sleep(2 * index)
+            (os.killpg if to_all else os.kill)(run.pid, number)
         console, _ = run.communicate(timeout=DEADLINE)
     finally:
         run.kill()
-    assert time.monotonic() - struck_at < LONG_S / 2, "it has waited for the rollout"
+    assert time.monotonic() - struck_at < LONG_S / 2, "it has waited"
     return run.returncode, console
 
 
@@ -103,6 +112,26 @@ def test_a_run_that_is_asked_to_stop_saves_and_continues_as_if_it_had_not(
     assert [row["id"] for row in ledger_of(run_dir)] == [r["id"] for r in ledger_of(undisturbed)]
     if ranks == 1:
         assert parameter_hash(run_dir) == parameter_hash(undisturbed)
+
+
+def test_a_step_in_training_is_finished_and_saved(models, tmp_path):
+    """Its weights are about to change: there is no going back to those before."""
+    run_dir = tmp_path / "run"
+    arguments = command(models, run_dir, *FLAGS)
+    found, console = struck(
+        arguments, run_dir, signal.SIGTERM, behind=2, at="train.before_step", delay_s=8
+    )
+    assert found == -signal.SIGTERM and "step 3 is saved" in console, console
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_3"]
+    assert [row["step"] for row in metrics_of(run_dir)] == [1, 2, 3]
+
+
+def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(models, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments, twice = command(models, run_dir, *FLAGS), (signal.SIGINT, signal.SIGINT)
+    found, console = struck(arguments, run_dir, *twice, behind=2, at="train.before_step")
+    assert found == -signal.SIGINT and "KeyboardInterrupt" in console, console
+    assert not any((run_dir / "checkpoints").iterdir())
 
 
 @pytest.mark.long
