@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from opd.records.files import parse_row
 from opd.run.export_checkpoint import export_command
 from tests.support.launch import (
     BIN,
@@ -35,6 +36,17 @@ def undisturbed(models, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     succeed(command(models, run_dir, *FLAGS))
     return run_dir
+
+
+PHASE_OF = {"rollout": "rollout", "score.done": "score", "train.before_step": "train"}
+
+
+def is_in(run_dir: Path, phase: str, *, step: int) -> bool:
+    """Whether a run has come to that phase of a step (0-based)."""
+    path = run_dir / "ledger.jsonl"
+    rows = map(parse_row, path.read_text().splitlines() if path.exists() else [])
+    wanted = {"step": step, "phase": phase, "event": "enter"}
+    return any(row and wanted.items() <= row.items() for row in rows)
 
 
 def struck(
@@ -66,7 +78,7 @@ def struck(
     )
     try:
         deadline = time.monotonic() + DEADLINE
-        while not (run_dir / "metrics.jsonl").exists() or metrics_of(run_dir)[-1]["step"] < behind:
+        while not is_in(run_dir, PHASE_OF[at], step=behind):
             assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0]
             time.sleep(0.2)
         struck_at = time.monotonic()
