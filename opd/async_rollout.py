@@ -300,10 +300,11 @@ class AsyncRolloutEngine:
         (directory / _buffer_file()).write_text(json.dumps(self.state()))
 
     def load(self, directory: Path) -> None:
-        """Reads what `save` wrote; a checkpoint of a synchronous run has nothing."""
-        path = directory / _buffer_file()
-        if path.exists():
-            self.restore(json.loads(path.read_text()))
+        """Reads what `save` wrote, on however many ranks; a checkpoint of a synchronous run has
+        nothing.
+        """
+        states = [json.loads(path.read_text()) for path in directory.glob("buffer_rank_*.json")]
+        self.restore({"finished": [row for state in states for row in state["finished"]]})
 
     def state(self) -> dict[str, Any]:
         """What a resume needs of the buffer: finished samples whole, and which others are being
@@ -333,8 +334,8 @@ class AsyncRolloutEngine:
         return {"finished": rows, "in_flight": flying, "policy_version": self.policy_version}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes the finished samples of a checkpoint; the others are written again, from the same
-        prompts and seeds.
+        """Takes the finished samples of a checkpoint that are this rank's; the others are written
+        again, from the same prompts and seeds.
         """
         prompts = {}
         for step in {int(row["id"].split("/")[0]) for row in state["finished"]}:
@@ -342,6 +343,8 @@ class AsyncRolloutEngine:
                 prompts[step, place] = prompt
         for row in state["finished"]:
             step, place, generation = map(int, row["id"].split("/"))
+            if (step, place) not in prompts:  # another rank's
+                continue
             at = _Place(step, prompts[step, place], place, generation)
             assert at.prompt.prompt_id == row["prompt_id"], (
                 f"sample {row['id']}: another prompt than in the checkpoint"

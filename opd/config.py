@@ -460,15 +460,20 @@ class RunConfig:
     )
     eval_every: NonNegativeInt = option(0, "Evaluate every n steps; 0 is before and after only.")
     eval_max_prompts: NonNegativeInt = option(0, "Held-out prompts per domain; 0 is all.")
-    save_every: NonNegativeInt = option(0, "Checkpoint every n steps; 0 is at the end only.")
+    save_every: str = option(
+        "auto", "Checkpoint every n steps; 0 is at the end only; auto is every 10 to 30 minutes."
+    )
+    time_limit: Annotated[float | None, Gt(0)] = option(
+        None, "Hours from the start in which the run saves and ends; the same command continues."
+    )
     keep_checkpoints: PositiveInt = option(2, "Newest checkpoints to keep.")
     rollout_samples: NonNegativeInt = option(
         4, "Responses written to rollouts/ and TensorBoard at each logged step."
     )
     rollout_every: NonNegativeInt = option(10, "Write sample responses every n steps; 0 is never.")
-    resume: str = option(
-        "auto",
-        "auto: newest whole checkpoint in output_dir, or fresh; never; or a checkpoint's path.",
+    resume: str = option("auto", "auto: newest whole checkpoint, or fresh; never; or one's path.")
+    allow_change: list[str] = option(
+        [], "Flags that may differ from the checkpoint's, such as learning_rate,num_steps."
     )
     plan: Literal["auto", "off"] = option(
         "auto",

@@ -139,7 +139,8 @@ class Stop(RuntimeError):
 
     `exit_together` prints no traceback.
 
-    `status` is the program's: 2 for what is refused before anything was trained.
+    `status` is the program's: 2 for what is refused before anything was trained, below 0 the signal
+    that ends it.
     """
 
     def __init__(self, message: str, status: int = 1):
@@ -374,8 +375,9 @@ def collective_region():
     except BaseException as error:
         if not isinstance(error, Stop):
             traceback.print_exc()
-        # what the user needs, below all that he does not
-        if rank() == 0 and (was_agreed(error) or isinstance(error, Stop)):
+        # what the user needs, below all that he does not; a run that was asked to stop has said so
+        is_said = isinstance(error, Stop) and error.status < 0
+        if rank() == 0 and not is_said and (was_agreed(error) or isinstance(error, Stop)):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _end_now(error.status if isinstance(error, Stop) else 1)
 

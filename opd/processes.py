@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 GRACE_SECONDS = 7.0  # between SIGTERM and SIGKILL: vLLM takes 6.6 s to unlink its shared memory
@@ -140,10 +140,16 @@ def _launcher_chain() -> list[int]:
     return chain
 
 
-def die_with_launcher(poll_seconds: float = 1.0) -> None:
+LAUNCHER_SECONDS = 30.0  # what launchers give their ranks between SIGTERM and SIGKILL
+
+
+def die_with_launcher(
+    poll_seconds: float = 1.0, is_stopping: Callable[[], bool] = lambda: False
+) -> None:
     """Ends this rank when its launcher is gone, however it died.
 
-    A SIGKILL of a launcher cannot be forwarded to its ranks.
+    A SIGKILL of a launcher cannot be forwarded to its ranks. A rank that was told to end itself, as
+    all are when a scheduler signals every process of a job, has `LAUNCHER_SECONDS` to do so.
     """
     chain = _launcher_chain()
     if not chain:
@@ -155,6 +161,9 @@ def die_with_launcher(poll_seconds: float = 1.0) -> None:
             _parent_of(child) == parent
             for child, parent in zip([me, *chain[:-1]], chain, strict=True)
         ):
+            time.sleep(poll_seconds)
+        deadline = time.monotonic() + LAUNCHER_SECONDS
+        while is_stopping() and time.monotonic() < deadline:
             time.sleep(poll_seconds)
         os._exit(1)
 

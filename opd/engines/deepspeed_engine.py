@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from opd.config import OptimConfig
+from opd.distributed import rank, world_size
 from opd.engines.checkpoint_names import by_layer, persistent_tensors
 from opd.engines.host_memory import pinned_like
+from opd.engines.shards import MASTERS, Shards
 
 
 def _import_deepspeed():
@@ -372,10 +374,70 @@ class ShardedEngine:
             raise writer.error
 
     def load(self, directory: Path) -> None:
-        """Raises if DeepSpeed finds nothing: by itself it would start fresh without a word."""
-        path, _ = self.engine.load_checkpoint(str(directory), tag="shards")
-        if path is None:
-            raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
+        """Raises if DeepSpeed finds nothing: by itself it would start fresh without a word.
+
+        Under ZeRO-3 the shards may be those of another number of ranks. What the flags say of
+        AdamW stays: a checkpoint holds what they said when it was written.
+        """
+        said = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.engine.optimizer.param_groups
+        ]
+        if self.stage == 3 and Shards.count(directory) not in (0, world_size()):
+            self._load_divided_anew(Shards(directory))
+        else:
+            path, _ = self.engine.load_checkpoint(str(directory), tag="shards")
+            if path is None:
+                raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
+        for group, own in zip(self.engine.optimizer.param_groups, said, strict=True):
+            group.update(own)
+
+    def _load_divided_anew(self, shards: Shards) -> None:
+        """Gives DeepSpeed what it would have saved on this number of ranks: this rank's slices of
+        the masters and of AdamW's moments.
+        """
+        zero, names = self.engine.optimizer, {}
+        for name, parameter in self.engine.module.named_parameters():
+            names[parameter] = name
+        where = {
+            names[p]: (i, k) for i, ps in enumerate(zero.fp16_groups) for k, p in enumerate(ps)
+        }
+        sizes = [[p.partition_numel() for p in group] for group in zero.fp16_groups]
+
+        def slices(key: str) -> list[Tensor]:
+            """A flat tensor per sub-group."""
+            flats = [torch.zeros(sum(group), dtype=torch.float32) for group in sizes]
+            parts = [list(flat.split(group)) for flat, group in zip(flats, sizes, strict=True)]
+            found = set()
+            for name, whole in shards.whole(key):
+                group, index = where[name]
+                part = parts[group][index]
+                mine = whole.flatten()[rank() * part.numel() :][: part.numel()]
+                part[: mine.numel()] = mine
+                found.add(name)
+            assert found == where.keys(), sorted(found ^ where.keys())[:4]
+            return flats
+
+        moments = {key: slices(key) for key in shards.moments}
+        steps = shards.steps()
+        zero._set_fp32_optimizer_param_groups()
+        groups = zero.optimizer.state_dict()["param_groups"]
+        zero._clear_fp32_optimizer_param_groups()
+        adam = {
+            index: {"step": steps.clone(), **{key: flat[index] for key, flat in moments.items()}}
+            for index in range(len(sizes))
+        }
+        zero.checkpoint_event_prologue()
+        zero._rigid_load_state_dict(
+            {
+                "loss_scaler": zero.loss_scaler,
+                "dynamic_loss_scale": zero.dynamic_loss_scale,
+                "overflow": zero.overflow,
+                "optimizer_state_dict": {"state": adam, "param_groups": groups},
+                "fp32_flat_groups": slices(MASTERS),
+            }
+        )
+        zero.checkpoint_event_epilogue()
 
     def place(self, *, states: bool, parameters: bool) -> int:
         """Brings optimizer states and parameters to the GPU, or starts to move to the host what is

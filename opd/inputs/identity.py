@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from opd.config import is_async
-from opd.inputs.arguments import teachers_from_yaml
+from opd.inputs.arguments import nearest, teachers_from_yaml
 from opd.inputs.content import content_hash
 from opd.options import options_of, to_dict
 
@@ -41,6 +41,55 @@ def fingerprint_of(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any
         if part and (group != "ahead" or is_stale):
             (found if part is True else found.setdefault(part, {}))[field.name] = value
     return found
+
+
+# Which prompts a step has follows from these, for every step of a run.
+FIXED = ("seed", "prompts_per_step")
+# Names of the fingerprint that are no flags, and may change.
+BESIDE_FLAGS = ("eval", "weight")
+
+
+def changeable(config) -> dict[str, bool]:
+    """What `--allow_change` knows: name -> whether it may change under a resumed run."""
+    found = {
+        field.name: field.name not in FIXED
+        for group, field, _ in options_of(config)
+        if field.metadata.get("fingerprinted", PARTS.get(group, False))
+    }
+    # models and data are compared by content
+    never = dict.fromkeys(("student_model", "teacher", "teachers", "data"), False)
+    return found | never | dict.fromkeys(BESIDE_FLAGS, True)
+
+
+def allowed_changes(config) -> set[str]:
+    """The names of `--allow_change`; ValueError for one that does not exist or may never change."""
+    known = changeable(config)
+    names = {n.strip() for value in config.run.allow_change for n in value.split(",")} - {""}
+    for name in sorted(names):
+        if name not in known:
+            others = {field.name for _, field, _ in options_of(config)}
+            why = (
+                "it may change at any time; leave it out"
+                if name in others
+                else f"no such flag{nearest(name, [*known])}"
+            )
+            raise ValueError(f"--allow_change {name}: {why}")
+        if not known[name]:
+            raise ValueError(
+                f"--allow_change {name}: a run keeps it to its end; start anew in another "
+                "--output_dir"
+            )
+    return names
+
+
+def flag_of(name: str, config) -> str | None:
+    """The name under which `--allow_change` knows a value of the fingerprint; None where it must
+    not change. `teachers.math.weight` is `weight`.
+    """
+    part, _, last = name.rpartition(".")
+    if part.startswith("teachers.") and last != "weight":
+        return None
+    return last if changeable(config).get(last, False) else None
 
 
 def check_output_dir(run_dir: str | Path, resume: str, config) -> None:

@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Interval, Le
 
 from opd.config import LossConfig, RolloutConfig, is_async
 from opd.inputs.arguments import pairs
+from opd.inputs.identity import allowed_changes
 from opd.inputs.teacher_rules import validate_teachers
 from opd.inputs.template_flags import read_template_flags
 from opd.options import options_of
@@ -35,6 +36,12 @@ def validate_common(config) -> None:
     check_bounds(config)
     pairs("domain_weights", config.data.domain_weights)
     read_template_flags(config.data)
+    allowed_changes(config)
+    if config.run.save_every != "auto" and not config.run.save_every.isdecimal():
+        raise ValueError(
+            f"--save_every {config.run.save_every}: expected auto, or steps: a whole number of at "
+            "least 0"
+        )
     _validate_loss(config.loss, config.rollout)
     _validate_correction(config.loss)
     if config.loss.old_logprobs == "server" and not is_async(config):

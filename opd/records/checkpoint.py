@@ -205,7 +205,7 @@ def _retain(checkpoints: Path, step: int, keep: int) -> None:
 # ---- find ----------------------------------------------------------------------------------------
 
 
-def find(run_dir: Path, resume: str) -> Path | None:
+def find(run_dir: Path, resume: str, *, any_number: bool = False) -> Path | None:
     """The checkpoint to resume from; None is a fresh start.
 
     Collective, the same answer on every rank.
@@ -213,7 +213,7 @@ def find(run_dir: Path, resume: str) -> Path | None:
     `resume` is `auto` (the newest whole one; each that is skipped is named, with the reason),
     `never`, or a path. Every hash is checked here, divided over the ranks, before anything is
     loaded. Raises ValueError if the path is not a whole checkpoint, or was written by another
-    number of ranks.
+    number of ranks, unless `any_number` says that this one can load it.
     """
     if resume == "never":
         return None
@@ -223,17 +223,25 @@ def find(run_dir: Path, resume: str) -> Path | None:
             _remove_leftovers(_checkpoints(run_dir))
             candidates = [path for _, path in _steps(_checkpoints(run_dir))]
     for path in broadcast_object(candidates) if resume == "auto" else [Path(resume)]:
-        manifest, reason = _verify(path)
-        if reason is None:
-            _check_world_size(path, manifest["world_size"])
-            return path
         if resume != "auto":
-            raise ValueError(
-                f"--resume {path}: not a whole checkpoint: {reason}; name another, or use --resume "
-                "auto"
-            )
+            manifest, reason = check_whole(path, "--resume"), None
+        else:
+            manifest, reason = _verify(path)
+        if reason is None:
+            if not any_number:
+                _check_world_size(path, manifest["world_size"])
+            return path
         warn_once(f"checkpoint: skipped {path}: {reason}")
     return None
+
+
+def check_whole(path: Path, flag: str) -> dict[str, Any]:
+    """The manifest of the checkpoint that `flag` names; ValueError if not whole. Collective."""
+    manifest, reason = _verify(path)
+    if reason is not None:
+        others = ", or use --resume auto" if flag == "--resume" else ""
+        raise ValueError(f"{flag} {path}: not a whole checkpoint: {reason}; name another{others}")
+    return manifest
 
 
 def first_start(run_dir: Path, resume: str) -> datetime:
@@ -286,28 +294,12 @@ def load_state(path: Path) -> LoopState:
     return LoopState(**json.loads((path / LOOP_STATE).read_text()))
 
 
-def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
-    """Raises ValueError naming the first field in which this run differs from the one that wrote
-    the checkpoint.
-    """
-    saved = _flatten(json.loads((path / CHECKPOINT_MANIFEST).read_text())["fingerprint"])
-    now = _flatten(json.loads(json.dumps(fingerprint)))
-    for name in [*now, *(n for n in saved if n not in now)]:
-        there, here = (
-            _short(values[name]) if name in values else "absent" for values in (saved, now)
-        )
-        if name not in saved or name not in now or saved[name] != now[name]:
-            raise ValueError(
-                f"--resume: `{name}` differs from the checkpoint: {there} there, {here} now; "
-                f"restore it, or start anew in another --output_dir ({path})"
-            )
-
-
 def _check_world_size(path: Path, saved: int) -> None:
     if saved != world_size():
         raise ValueError(
             f"--resume: {path} was written by {saved} rank(s) and this run has {world_size()}; "
-            f"ZeRO shards need the same number: start {saved}, or use another --output_dir"
+            f"only shards of ZeRO stage 3 can be divided anew: start {saved}, or use another "
+            "--output_dir"
         )
 
 
@@ -451,27 +443,3 @@ def fsync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- fingerprints --------------------------------------------------------------------------------
-
-
-def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """{"teachers": {"math": x}} -> {"teachers.math": x}; an empty mapping is a value."""
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    nested = [
-        _flatten(value, f"{prefix}.{key}" if prefix else key) for key, value in values.items()
-    ]
-    return {name: value for part in nested for name, value in part.items()}
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    if re.fullmatch(r"[0-9a-f]{32,}", text):
-        return text[:12]
-    return (
-        text
-        if len(text) <= 60
-        else f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
-    )

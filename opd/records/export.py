@@ -31,36 +31,37 @@ def export_huggingface(
             tensors[name] = tensor.detach().to("cpu", copy=True)
     with agree_on_error(f"export to {path}"):
         if rank() == 0:
-            _export_from_rank_0(
-                Path(path), model, tokenizer, _checkpoint_tensors(model, tensors), generation_config
-            )
+            parameters = {name for name, _ in model.named_parameters()}
+            aliases = model.all_tied_weights_keys
+            buffers = {
+                n: b.cpu()
+                for n, b in model.state_dict().items()
+                if n not in parameters and n not in aliases
+            }
+            export_tensors(Path(path), model, tokenizer, tensors | buffers, generation_config)
 
 
-def _checkpoint_tensors(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One tensor per tied group, under the name that loaders expect, and the persistent buffers."""
+def _one_name(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One tensor per tied group, under the name that loaders expect."""
     result = dict(tensors)
     for alias, source in model.all_tied_weights_keys.items():
         if alias in result:
             tensor = result.pop(alias)
             result.setdefault(source, tensor)
-    parameters = {name for name, _ in model.named_parameters()}
-    assert parameters == result.keys(), (
-        f"names differ from the model's: {sorted(parameters ^ result.keys())[:4]}"
-    )
-    aliases = model.all_tied_weights_keys
-    result.update(
-        {
-            n: b.cpu()
-            for n, b in model.state_dict().items()
-            if n not in parameters and n not in aliases
-        }
+    names = model.state_dict().keys() - model.all_tied_weights_keys.keys()
+    assert names == result.keys(), (
+        f"names differ from the model's: {sorted(names ^ result.keys())[:4]}"
     )
     return result
 
 
-def _export_from_rank_0(
+def export_tensors(
     path: Path, model, tokenizer, tensors: dict[str, Tensor], generation_config
 ) -> None:
+    """Writes the directory from parameters and persistent buffers by name; `model` may be on the
+    meta device. On one rank.
+    """
+    tensors = _one_name(model, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (
         *path.parent.glob(f".tmp_{path.name}.*"),

@@ -23,6 +23,7 @@ from opd.mismatch import corrects
 from opd.padding import make_micro_batches
 from opd.plan.job import PHASES
 from opd.plan.planner import Plan
+from opd.records.changes import Difference
 from opd.rollout import write_with_model
 from opd.types import MicroBatch, Prompt, Rollout, Sample, TeacherScores
 
@@ -120,6 +121,7 @@ class Run(Inputs):
     hashes: dict[str, str]  # teacher name -> content hash
     fingerprint: dict[str, Any]
     resume_from: Path | None
+    changes: list[Difference]  # of the fingerprint since that checkpoint, all of them wanted
     started: float
     plan: Plan | None  # what memory the run should take; None for a model that says too little
 
@@ -148,6 +150,12 @@ class Run(Inputs):
         choices = self.plan.choices
         size = choices.kv_cache if teacher is None else choices.teacher_kv[teacher.name]
         return size / config.GIB
+
+    @property
+    def works_alone(self) -> bool:
+        """Whether no engine is shared by ranks, which would wait for one that leaves its work."""
+        sizes = [spec.tensor_parallel_size for spec in self.cfg.teachers]
+        return max([self.cfg.rollout.rollout_tensor_parallel_size, *sizes]) == 1
 
     @property
     def limits(self) -> Limits:

@@ -16,6 +16,7 @@ from opd.records.memory_ledger import Ledger
 from opd.records.metrics import Metrics
 from opd.records.report import Scores
 from opd.rollout import RolloutEngine
+from opd.run import stopping
 from opd.run.context import Inputs, Judge, Run
 from opd.student import Student
 from opd.types import Prompt
@@ -32,21 +33,26 @@ def _gather_scores(prompts: Sequence[Prompt], mine: list[float]) -> Scores:
 
 
 def evaluate_student(
-    engine: RolloutEngine, prompts: Sequence[Prompt], judge: Judge, metrics: Metrics
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    metrics: Metrics,
+    *,
+    may_leave: bool = False,
 ) -> Scores:
     """Greedy answers of the student, spread over the ranks; adds `eval/*` per domain.
 
-    Collective.
+    With `may_leave` it is left, and nothing added, when the run is asked to stop. Collective.
     """
-    with distributed.agree_on_error("evaluating the student"):
+    with distributed.agree_on_error("evaluating the student"), stopping.interruptible(may_leave):
         rollouts = engine.generate_greedily(prompts[distributed.rank() :: distributed.world_size()])
         mine = [judge(r.prompt, r.response_ids) for r in rollouts]
-        for rollout, score in zip(rollouts, mine, strict=True):
-            metrics.add(f"eval/accuracy/{rollout.prompt.domain}", score)
-            metrics.add(f"eval/response_tokens/{rollout.prompt.domain}", len(rollout.response_ids))
-            metrics.add(
-                f"eval/truncated/{rollout.prompt.domain}", float(rollout.finish_reason == "length")
-            )
+    for rollout, score in zip(rollouts, mine, strict=True):
+        metrics.add(f"eval/accuracy/{rollout.prompt.domain}", score)
+        metrics.add(f"eval/response_tokens/{rollout.prompt.domain}", len(rollout.response_ids))
+        metrics.add(
+            f"eval/truncated/{rollout.prompt.domain}", float(rollout.finish_reason == "length")
+        )
     return _gather_scores(prompts, mine)
 
 
@@ -119,7 +125,9 @@ def evaluate(run: Run, rollout_engine: RolloutEngine, metrics: Metrics, step: in
     """
     if run.eval_prompts:
         with metrics.timed("eval"):
-            scores = evaluate_student(rollout_engine, run.eval_prompts, run.judge, metrics)
+            scores = evaluate_student(
+                rollout_engine, run.eval_prompts, run.judge, metrics, may_leave=run.works_alone
+            )
         remember(run.run_dir, step, scores)
 
 

@@ -4,6 +4,7 @@ A phase is colocation, timing, agreement of all ranks on errors, and a checkpoin
 would lose a step. Around the steps stand the ledgers, metrics, evaluation and checkpoints.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from opd import distributed
 from opd.async_rollout import AsyncRolloutEngine
 from opd.balance import deal
 from opd.colocation import Colocation
+from opd.config import is_async
 from opd.log import say
 from opd.mismatch import corrects, log_mismatch
 from opd.parity import Parity
@@ -23,9 +25,11 @@ from opd.records.metrics import Metrics
 from opd.records.report import Scores
 from opd.records.sample_ledger import SampleLedger, sample_rows
 from opd.rollout import RolloutEngine, dataset_rollouts, push_weights
+from opd.run import stopping
 from opd.run.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers
 from opd.run.context import Run
-from opd.run.evaluation import evaluate, evaluate_teachers, finish_run
+from opd.run.evaluation import evaluate, evaluate_teachers, finish_run, recall
+from opd.run.pace import Pace, process_age_s
 from opd.run.step_log import UnsharedTokens, log_servers, log_step
 from opd.student import Student
 from opd.teachers import TeacherPool
@@ -56,7 +60,9 @@ def start(run: Run) -> "Loop":
     student.place(states=False, parameters=True)  # its optimizer states make room for the engines
     student.settle()
     rollout_engine = build_rollout_engine(run)
-    if run.resume_from is not None:
+    if run.changes and is_async(run.cfg):
+        say("responses that were written ahead are written again, with what has changed")
+    elif run.resume_from is not None:
         rollout_engine.load(run.resume_from)
 
     engines, ledger = build_teachers(run), Ledger(run.run_dir / "ledger.jsonl", distributed.rank())
@@ -68,6 +74,7 @@ def start(run: Run) -> "Loop":
         run, student, rollout_engine, teachers, colocation, metrics, samples, state, teacher_scores
     )
     loop.first_push()
+    stopping.listen()  # from here on there is something to save
     return loop
 
 
@@ -90,6 +97,8 @@ class Loop:
         dtype, every = self.student.model.dtype, cfg.rollout.parity_every
         self.parity = Parity(self.run.micro_batches, cfg.rollout, every=every, dtype=dtype)
         self._unshared = UnsharedTokens(self.run)
+        self.pace = Pace(cfg.run, process_age_s())
+        self._saved = self.state.step  # the newest step with a checkpoint; 0 needs none
         # Of the step under way:
         self._started, self._num_loss_tokens = 0.0, 0
         self._rollouts: Sequence[Rollout] = ()
@@ -108,13 +117,15 @@ class Loop:
             stack.enter_context(self.metrics.timed(name))
             if name in AGREED:
                 stack.enter_context(distributed.agree_on_error(AGREED[name]))
+                stack.enter_context(stopping.interruptible(self.run.works_alone))
             yield
             if name == "train":
                 self.teachers.release_head()
 
     @contextmanager
     def _saves_on_failure(self, *, has_line: bool) -> Iterator[None]:
-        """If all ranks stop here, as without a teacher, they save the step that is done.
+        """If all ranks stop here, as without a teacher or when asked to, they save the step that is
+        done.
 
         A checkpoint of other weights would train on a step twice. `has_line` says that the
         finished step has its line in `metrics.jsonl`. A run that has no step to save starts
@@ -123,24 +134,41 @@ class Loop:
         try:
             yield
         except Exception as error:
-            done = self.state.step
-            if distributed.was_agreed(error) and done > 0:
+            if not distributed.was_agreed(error):
+                raise
+            done, asked = self.state.step, stopping.asked_of_all()
+            if done > 0 and not asked:
                 say(
                     f"step {done + 1} cannot be done: saving step {done}; the same command "
                     "continues from there"
                 )
-                if not has_line:
-                    self.metrics.flush(done)
-                self._save()
+            if done > 0 and not has_line:
+                self.metrics.flush(done)
+            self._save()
+            if asked:
+                self._end_by(asked)
             raise
+
+    def _end_by(self, signal: int) -> None:
+        """Ends the run as the signal asks, after all is saved. Collective."""
+        done = self.state.step
+        saved = f"step {done} is saved; the same command continues" if done else "nothing is done"
+        say(f"asked to stop: {saved}")
+        self.metrics.close()
+        stopping.end_by(signal)
 
     def first_push(self) -> None:
         """Before the first step: the sampler gets the weights, and the student its first marks."""
         with self.colocation.phase("sync"):
             self.push()
-        if self.state.step == 0 and self.run.eval_prompts:
+        step, last = self.state.step, self.run.cfg.run.num_steps
+        if not self.run.eval_prompts:
+            return
+        if step == 0:
             self._evaluate()
             self.metrics.flush(0)
+        elif step == last and recall(self.run.run_dir, last) is None:  # it was asked to stop there
+            self._evaluate()
 
     # ---- The parts of a step ---------------------------------------------------------------------
 
@@ -246,7 +274,9 @@ class Loop:
     # ---- After a step, and after the last --------------------------------------------------------
 
     def after_step(self) -> None:
-        """The step's line of metrics; evaluation and checkpoint, when they are due. Collective."""
+        """The step's line of metrics; evaluation and checkpoint, when they are due; the end, when
+        the run is asked to stop or its time is over. Collective.
+        """
         cfg, seconds = self.run.cfg.run, time.perf_counter() - self._started
         log_step(
             self.run,
@@ -260,13 +290,36 @@ class Loop:
         self._unshared.log(self.metrics, self._rollouts)
         servers = (self.teachers, self.rollout_engine)
         log_servers(self.metrics, *servers, self._rollouts, step=self.state.step, seconds=seconds)
-        if self._is_due(cfg.eval_every):
-            self._evaluate()
+        self.pace.stepped()
+        asked, is_late, is_over = self._wishes()
+        if not asked and self._is_due(cfg.eval_every):
+            asked = self._evaluate_unless_asked()
         # before the checkpoint: a step that can be resumed from has its line
         self.metrics.flush(self.state.step)
-        if self._is_due(cfg.save_every):
+        is_due = self._is_due(0) or self.pace.is_due(self.state.step)
+        if is_due or asked or is_late or is_over:
             with self.metrics.timed("checkpoint"):
                 self._save()
+        if asked:
+            self._end_by(asked)
+        if is_over and self.state.step < cfg.num_steps:
+            say(
+                f"--time_limit {cfg.time_limit}: step {self.state.step} is saved; the same command "
+                "continues"
+            )
+            self._close()
+            distributed.barrier()  # nobody leaves while another is in a collective operation
+            sys.exit(0)
+
+    def _wishes(self) -> tuple[int, bool, bool]:
+        """The same on every rank: the signal that asks for the end, and what rank 0's clock says:
+        whether to save, and whether the time is over.
+        """
+        clock = [False, False]
+        if distributed.rank() == 0:
+            clock = [self.pace.is_time_to_save, self.pace.is_over]
+        asked, is_late, is_over = distributed.all_reduce([stopping.signal_here(), *clock], "max")
+        return int(asked), bool(is_late), bool(is_over)
 
     def _is_due(self, every: int) -> bool:
         """After the last step, and at every multiple of `every` above 0."""
@@ -277,8 +330,24 @@ class Loop:
         with self.colocation.phase("rollout"):
             evaluate(self.run, self.rollout_engine, self.metrics, self.state.step)
 
+    def _evaluate_unless_asked(self) -> int:
+        """Evaluates; if the run is asked to stop meanwhile, nothing of it is kept, and the signal
+        returned.
+        """
+        try:
+            self._evaluate()
+        except Exception as error:
+            asked = stopping.asked_of_all() if distributed.was_agreed(error) else 0
+            if not asked:
+                raise
+            return asked
+        return 0
+
     def _save(self) -> None:
-        run = self.run
+        """The checkpoint of the finished step, unless it has one."""
+        run, started = self.run, time.perf_counter()
+        if self._saved == self.state.step:
+            return
         checkpoint.save(
             run.run_dir,
             self.state,
@@ -286,6 +355,8 @@ class Loop:
             run.fingerprint,
             keep=run.cfg.run.keep_checkpoints,
         )
+        self._saved = self.state.step
+        self.pace.saved(time.perf_counter() - started)
 
     def save_parts(self, directory: Path) -> None:
         """This rank's part of a checkpoint, which `start` loads: its shards, and responses of
@@ -296,8 +367,12 @@ class Loop:
 
     def finish(self) -> None:
         """Ends engines and connections; the export, and the report. Collective."""
+        stopping.unlisten()  # all is saved
+        self._close()
+        finish_run(self.run, self.student, self.teacher_scores, self.colocation.ledger)
+
+    def _close(self) -> None:
         self.rollout_engine.close()
         self.teachers.close()
         self.colocation.close()
         self.metrics.close()
-        finish_run(self.run, self.student, self.teacher_scores, self.colocation.ledger)

@@ -20,7 +20,7 @@ from opd.hub_names import as_named
 from opd.inputs import content, hub, models, prompts, rewards
 from opd.inputs.dialects import check_dialects
 from opd.inputs.dry_run import dry_run_report
-from opd.inputs.identity import check_output_dir, fingerprint_of
+from opd.inputs.identity import allowed_changes, check_output_dir, fingerprint_of, flag_of
 from opd.inputs.shapes import check_tensor_parallel
 from opd.inputs.template_flags import read_template_flags
 from opd.inputs.validation import load_ds_config
@@ -28,7 +28,9 @@ from opd.log import say, setup_logging
 from opd.options import to_dict
 from opd.plan.apply import plan_run
 from opd.records import checkpoint
+from opd.records.changes import Difference, check_fingerprint, record_changes
 from opd.records.files import write_run_files
+from opd.run import stopping
 from opd.run.context import Inputs, Run
 from opd.run.evaluation import asked
 
@@ -88,8 +90,10 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     fingerprint["eval"] = asked(inputs)
     if inputs.train_set.moment:
         fingerprint[checkpoint.FIRST_START] = inputs.train_set.moment.isoformat()
-    resume_from = _open_run_dir(cfg, fingerprint)
+    resume_from, changed = _open_run_dir(inputs, fingerprint)
     say(f"resumes from {resume_from}" if resume_from else "starts fresh")
+    for change in changed:
+        say(f"changes from here on: {change}")
     for name, prompt_set in (("training", inputs.train_set), ("held-out", inputs.eval_set)):
         if prompt_set is not None:
             say(f"{name} prompts: {prompt_set.summary}")
@@ -100,6 +104,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         hashes=hashes,
         fingerprint=fingerprint,
         resume_from=resume_from,
+        changes=changed,
         started=started,
         plan=plan,
     )
@@ -162,15 +167,20 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     return inputs
 
 
-def _open_run_dir(cfg, fingerprint: dict[str, Any]) -> Path | None:
-    """The checkpoint that the run continues, if there is one, in a directory that is the run's own
-    from here on. Collective.
+def _open_run_dir(
+    inputs: Inputs, fingerprint: dict[str, Any]
+) -> tuple[Path | None, list[Difference]]:
+    """The checkpoint that the run continues, if there is one, and what changes behind it, in a
+    directory that is the run's own from here on. Collective.
     """
+    cfg, changed = inputs.cfg, []
     run_dir = Path(cfg.run.output_dir)
-    resume_from = checkpoint.find(run_dir, cfg.run.resume)
+    shards_parameters = inputs.ds_config.get("zero_optimization", {}).get("stage", 0) == 3
+    resume_from = checkpoint.find(run_dir, cfg.run.resume, any_number=shards_parameters)
     # the fingerprint compares contents, so models and data may have moved
     if resume_from is not None:
-        checkpoint.check_fingerprint(resume_from, fingerprint)
+        asks = inputs.eval_set is not None
+        changed = _changes_since(resume_from, cfg, fingerprint, asks=asks)
     else:
         check_output_dir(run_dir, cfg.run.resume, cfg)
     try:
@@ -180,8 +190,31 @@ def _open_run_dir(cfg, fingerprint: dict[str, Any]) -> Path | None:
             f"--output_dir {run_dir}: cannot be made: {error}; choose another"
         ) from None
     checkpoint.set_aside_newer(run_dir, resume_from)
-    processes.die_with_launcher()
+    processes.die_with_launcher(is_stopping=stopping.has_arrived)
     if distributed.rank() == 0:
-        write_run_files(run_dir, to_dict(cfg), sys.argv)
+        once = dataclasses.replace(cfg.run, allow_change=[])  # of this launch, and not of the run
+        kept = to_dict(dataclasses.replace(cfg, run=once))
+        write_run_files(run_dir, kept, sys.argv)
+        step = checkpoint.load_state(resume_from).step if resume_from else 0
+        record_changes(run_dir, step, changed)
     setup_logging(run_dir)
-    return resume_from
+    return resume_from, changed
+
+
+def _changes_since(
+    resume_from: Path, cfg, fingerprint: dict[str, Any], *, asks: bool
+) -> list[Difference]:
+    """What `--allow_change` lets differ from the checkpoint; ValueError for anything else."""
+    allowed = allowed_changes(cfg)
+    # where nobody is asked, the question is only what follows from other flags
+    if allowed and not asks:
+        allowed.add("eval")
+    changed = check_fingerprint(
+        resume_from, fingerprint, allowed, functools.partial(flag_of, config=cfg)
+    )
+    done = checkpoint.load_state(resume_from).step
+    if cfg.run.num_steps < done:
+        raise ValueError(
+            f"--num_steps {cfg.run.num_steps}: {resume_from} has done {done}; take at least as many"
+        )
+    return changed

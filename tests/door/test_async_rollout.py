@@ -238,6 +238,28 @@ def test_a_checkpoint_keeps_what_is_finished_and_names_what_is_not(server):
     assert sorted(r.sample_id for r in heard) == sorted(ids_of(range(1, 4)))
 
 
+def test_a_rank_takes_its_own_of_what_any_number_of_ranks_have_kept(server, tmp_path):
+    server.delays["1-2-1"] = 30.0
+    engine = engine_of(server, num_steps=4)
+    engine.load_weights([], 0)
+    engine.generate(prompts_of(0), 0)
+    rows = state_when_all_but_one_are_ready(engine)["finished"]
+    for rank in range(2):  # the places of two ranks, read by one
+        mine = [row for row in rows if int(row["id"].split("/")[1]) % 2 == rank]
+        assert mine
+        (tmp_path / f"buffer_rank_{rank}.json").write_text(json.dumps({"finished": mine}))
+    server.delays.clear()
+    resumed = engine_of(server, num_steps=4)
+    resumed.load(tmp_path)
+    assert sorted(resumed._restored) == sorted(row["id"] for row in rows)
+    fewer = engine_of(server, num_steps=4)
+    fewer.prompts_of = lambda step: prompts_of(step)[:1]  # of three ranks, say: place 0 is its own
+    fewer.load(tmp_path)
+    assert {name.split("/")[1] for name in fewer._restored} == {"0"}
+    for engine in (resumed, fewer):
+        engine.close()
+
+
 def test_greedy_answers_for_an_evaluation_do_not_disturb_the_order(server):
     engine = engine_of(server, num_steps=2)
     engine.load_weights([], 0)

@@ -557,6 +557,10 @@ BAD_VALUES = [
         "--reject_low 1.1: must be at most 1",
     ),
     ("--reject_level geometric --reject_high 0.9", "--reject_high 0.9: must be at least 1"),
+    ("--save_every often", "--save_every often: expected auto, or steps"),
+    ("--save_every 2.5", "--save_every 2.5: expected auto, or steps"),
+    ("--time_limit 0", "--time_limit 0.0: must be above 0"),
+    ("--allow_change learning_rate,lrr", "--allow_change lrr: no such flag"),
     *(
         (f"--{name} -1", f"--{name} -1")
         for name in words(

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from opd.inputs import content
-from opd.records import checkpoint, export
+from opd.records import changes, checkpoint, export
 from opd.records.checkpoint import FAULT_POINTS
 from opd.types import LoopState
 from tests.support.processes import ROOT, worker_environment
@@ -173,6 +173,49 @@ def test_another_number_of_ranks_is_refused(saved, started, serve, tmp_path):
     )
     assert answer["stderr"].count(message) == started
     assert names(tmp_path) == ["step_1"]
+
+
+@pytest.mark.parametrize("saved, started", [(1, 2), (2, 1), (3, 2)])
+def test_shards_are_divided_anew_for_another_number_of_ranks(saved, started, serve, tmp_path):
+    """Masters, moments and parameters are whole and the same bit for bit, there and back."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    first = serve(there, 2, world_size=saved, any_number=True)
+    assert first["statuses"] == [0] * saved, first["stderr"]
+    before = first["results"][0]
+    moved = serve(there, 2, world_size=started, any_number=True, save_as=str(back))
+    assert moved["statuses"] == [0] * started, moved["stderr"]
+    assert {result["whole"] for result in moved["results"]} == {before["whole"]}
+    assert moved["results"][0]["resumed"] == 2
+    again = serve(back, 2, world_size=saved, any_number=True)["results"][0]
+    assert again["resumed"] == 2 and again["whole"] == before["whole"]
+    # three ranks pad their slices, and what is in a padding does not matter
+    assert saved == 3 or again["hash"] == before["hash"]
+    onward = serve(there, 3, world_size=started, any_number=True)
+    assert onward["statuses"] == [0] * started, onward["stderr"]
+    assert onward["results"][0]["whole"] != before["whole"]
+
+
+@pytest.mark.parametrize("stage, dtype", [(3, "bfloat16"), (2, "bfloat16"), (0, "float32")])
+def test_shards_hold_what_deepspeed_gathers(stage, dtype, serve, tmp_path):
+    """Tied weights included, and rounded as DeepSpeed rounds its masters."""
+    model, source = make_model(tied=True), tmp_path / "source"
+    model.save_pretrained(source)
+    answer = serve(tmp_path, shards_of=str(source), stage=stage, dtype=dtype, world_size=2)
+    assert answer["statuses"] == [0, 0], answer["stderr"]
+    for result in answer["results"]:
+        assert result["equal"] == result["names"] and result["trained"] == len(result["names"])
+
+
+@pytest.mark.parametrize("started", [1, 2])
+def test_a_resumed_optimizer_has_what_the_flags_say_now(started, serve, tmp_path):
+    """And not what they said when the checkpoint was written."""
+    assert serve(tmp_path, 1)["statuses"] == [0]
+    optim = {"weight_decay": 0.25, "adam_beta1": 0.5, "adam_eps": 1e-4}
+    answer = serve(tmp_path, 2, world_size=started, any_number=True, optim=optim)
+    assert answer["statuses"] == [0] * started, answer["stderr"]
+    result = answer["results"][0]
+    assert result["resumed"] == 1
+    assert result["adam"] == [[0.25, 0.5, 0.95, 1e-4], [0.0, 0.5, 0.95, 1e-4]]
 
 
 def test_a_damaged_shard_is_refused_before_deepspeed_sees_it(serve, undisturbed, tmp_path):
@@ -373,7 +416,7 @@ def test_the_fingerprint_names_the_first_field_that_differs(tmp_path):
         "data": [1, 2],
     }
     path = write(tmp_path, 1, fingerprint=fingerprint)
-    checkpoint.check_fingerprint(path, {**fingerprint, "data": (1, 2)})
+    changes.check_fingerprint(path, {**fingerprint, "data": (1, 2)})
     expected = {
         "`teachers.math` differs from the checkpoint: abababababab there, cdcdcdcdcdcd": {
             "teachers": {"math": code}
@@ -388,7 +431,7 @@ def test_the_fingerprint_names_the_first_field_that_differs(tmp_path):
     }
     for message, change in expected.items():
         with pytest.raises(ValueError) as caught:
-            checkpoint.check_fingerprint(path, {**fingerprint, **change})
+            changes.check_fingerprint(path, {**fingerprint, **change})
         assert message in str(caught.value) and "start anew in another --output_dir" in str(
             caught.value
         )

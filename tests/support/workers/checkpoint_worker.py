@@ -8,8 +8,10 @@ trials; the ranks are real processes all the same.
 
 A JOB is a JSON object: `run_dir`, `num_steps`, and optionally `resume` (default auto), `keep` (2),
 `world_size` (1; for `serve`), `fault` ("point:kill") with `fault_rank` and `strike_at` (the step
-whose save is struck), `full_disk_rank`. With `export_from` (a model directory) the job is one
-export of that model from under ZeRO-3.
+whose save is struck), `full_disk_rank`, `any_number` (of ranks may have written), `save_as`
+(another run directory, where the last step is saved too), `optim` (fields of `OptimConfig`). With
+`export_from` (a model directory) the job is one export of that model from under ZeRO-3. With
+`shards_of` (a model directory), `stage` and `dtype` it trains that model and reads its shards.
 """
 
 import hashlib
@@ -33,8 +35,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import distributed, processes
 from opd.config import OptimConfig
 from opd.engines.deepspeed_engine import ShardedEngine
+from opd.engines.shards import Shards
 from opd.faults import fault_point
-from opd.records import checkpoint, export
+from opd.records import changes, checkpoint, export
 from opd.types import LoopState
 
 RANK_DEADLINE = 300  # seconds; a rank that hangs is ended by SIGALRM and its trial fails
@@ -54,14 +57,14 @@ class StruckWriter:
         fault_point("worker.first_shard")
 
 
-def zero_3() -> ShardedEngine:
+def zero_3(optim: dict | None = None) -> ShardedEngine:
     ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    return ShardedEngine(ds_config, OptimConfig(), dtype=torch.float32)
+    return ShardedEngine(ds_config, OptimConfig(**(optim or {})), dtype=torch.float32)
 
 
-def build() -> ShardedEngine:
+def build(optim: dict | None = None) -> ShardedEngine:
     torch.manual_seed(0)
-    sharded = zero_3()
+    sharded = zero_3(optim)
     sharded.attach(
         nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8)), ()
     )
@@ -97,6 +100,24 @@ def state_hash(sharded: ShardedEngine) -> str:
     ).hexdigest()
 
 
+def whole_hash(sharded: ShardedEngine) -> str:
+    """SHA-256 over the same, whole, as DeepSpeed itself gathers it: no matter how many ranks."""
+    from deepspeed import utils
+
+    digest = hashlib.sha256()
+    for name, parameter in sharded.engine.module.named_parameters():
+        moments = [
+            utils.safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")
+        ]
+        for tensor in (utils.safe_get_full_fp32_param(parameter), *moments):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for name, tensor in sharded.named_full_parameters(sharded.engine.module):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    adam = sharded.engine.optimizer.optimizer.state
+    digest.update(json.dumps([int(state["step"]) for state in adam.values()][:1]).encode())
+    return digest.hexdigest()
+
+
 def save(job: dict, sharded: ShardedEngine, state: LoopState) -> None:
     checkpoint.save(Path(job["run_dir"]), state, sharded.save, {"seed": 0}, keep=job.get("keep", 2))
 
@@ -117,12 +138,14 @@ def save_on_full_disk(job: dict, sharded: ShardedEngine, state: LoopState) -> st
 
 def run(job: dict) -> dict:
     distributed.init()
-    sharded = build()
+    sharded = build(job.get("optim"))
     run_dir = Path(job["run_dir"])
-    found = checkpoint.find(run_dir, job.get("resume", "auto"))
+    found = checkpoint.find(
+        run_dir, job.get("resume", "auto"), any_number=job.get("any_number", False)
+    )
     state = LoopState()
     if found is not None:
-        checkpoint.check_fingerprint(found, {"seed": 0})
+        changes.check_fingerprint(found, {"seed": 0})
         sharded.load(found)
         state = checkpoint.load_state(found)
     checkpoint.set_aside_newer(run_dir, found)
@@ -139,6 +162,13 @@ def run(job: dict) -> dict:
             result["full_disk_error"] = save_on_full_disk(job, sharded, state)
             result["after_full_disk"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
         save(job, sharded, state)
+    if "save_as" in job:
+        save({**job, "run_dir": job["save_as"]}, sharded, state)
+    if job.get("any_number"):
+        result["whole"] = whole_hash(sharded)
+    if "optim" in job:
+        groups = sharded.engine.optimizer.param_groups
+        result["adam"] = [[g["weight_decay"], *g["betas"], g["eps"]] for g in groups]
     return {
         **result,
         "step": state.step,
@@ -161,6 +191,37 @@ def export_job(job: dict) -> dict:
     return {"partitioned": partitioned}
 
 
+def shards_job(job: dict) -> dict:
+    """What the shards of a trained model say of its parameters against what DeepSpeed gathers."""
+    distributed.init()
+    dtype, folder = getattr(torch, job["dtype"]), Path(job["run_dir"])
+    ds_config = json.loads((ROOT / "ds_configs" / f"zero{job['stage']}.json").read_text())
+    sharded = ShardedEngine(ds_config, OptimConfig(), dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(job["shards_of"], dtype=dtype)
+    sharded.attach(model, tuple(model.get_output_embeddings().parameters()))
+    for step in range(2):
+        ids = torch.arange(8).view(2, 4) + distributed.rank() + step
+        sharded.backward(sharded.engine(input_ids=ids).logits.float().square().mean(), last=True)
+        sharded.step(learning_rate=0.01)
+    sharded.save(folder)
+    distributed.barrier()
+    read = dict(Shards(folder).parameters())
+    live = {name: t.clone() for name, t in sharded.named_full_parameters(model)}
+    untrained = AutoModelForCausalLM.from_pretrained(job["shards_of"], dtype=dtype).state_dict()
+    return {
+        "names": sorted(live),
+        "equal": sorted(
+            n
+            for n, t in live.items()
+            if t.dtype == read[n].dtype == dtype and torch.equal(t, read[n])
+        ),
+        "trained": sum(not torch.equal(t, untrained[n]) for n, t in live.items()),
+    }
+
+
+OTHER_JOBS = {"export_from": export_job, "shards_of": shards_job}
+
+
 def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Path) -> None:
     """A forked rank. It never returns."""
     status = 1
@@ -174,7 +235,8 @@ def run_rank(job: dict, rank: int, port: int, result_path: Path, stderr_path: Pa
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.get("world_size", 1))
         )
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        result_path.write_text(json.dumps(export_job(job) if "export_from" in job else run(job)))
+        work = next((w for key, w in OTHER_JOBS.items() if key in job), run)
+        result_path.write_text(json.dumps(work(job)))
         status = 0
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""The student of a checkpoint as a Hugging Face directory, on a CPU, without ranks or an engine.
+
+It equals what the run itself exports after that step. The shards say the weights; configuration
+and tokenizer are those of the student from which the run began, which `config.yaml` of the run
+directory names.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import GenerationConfig
+
+from opd.inputs.content import content_hash
+from opd.inputs.models import load_tokenizer, read_fact
+from opd.inputs.shapes import read_model
+from opd.records import checkpoint, export
+
+WRAPPER = "model."  # the student's module holds the model beside its loss
+
+
+def export_command(argv: Sequence[str]) -> int:
+    """Exports the checkpoint in `argv`; returns the exit status, 2 for a mistake."""
+    if len(argv) != 2:
+        print("usage: python -m opd.export CHECKPOINT OUT", file=sys.stderr)
+        return 2
+    try:
+        export_checkpoint(Path(argv[0]), Path(argv[1]))
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"model: {argv[1]}")
+    return 0
+
+
+def export_checkpoint(path: Path, out: Path) -> None:
+    """Writes the student of the checkpoint `path` to the new directory `out`, whole or not at all.
+
+    Host memory: the weights once, in their dtype of training. ValueError with one line if `path` is
+    not a whole checkpoint, if the student that it began with is not there any more, or if `out` is
+    in use.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"OUT {out}: exists already and is not empty; choose another")
+    manifest = checkpoint.check_whole(path, "CHECKPOINT")
+    model_config = _config_of(path)
+    student, trust = model_config["student_model"], model_config["trust_remote_code"]
+    tokenizer = load_tokenizer(student, trust)
+    if content_hash(student) != manifest["fingerprint"]["student"]:
+        raise ValueError(
+            f"--student_model {student}: not the model that {path} began with; put that one back"
+        )
+    fact = read_fact("--student_model", student, tokenizer, trust, vllm=False)
+    model = read_model("--student_model", student, trust)
+
+    # its shards name DeepSpeed's classes, and DeepSpeed looks for an accelerator when it is found
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from opd.engines.shards import Shards
+
+    shards = Shards(path)
+    model.config.dtype = shards.dtype
+    found = (*shards.parameters(), *shards.buffers())
+    tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in found}
+    generation_config = _generation_config(student, model)
+    generation_config.eos_token_id = list(fact.eos_ids)
+    try:
+        if out.exists():
+            out.rmdir()
+        export.export_tensors(out, model, tokenizer, tensors, generation_config)
+    except OSError as error:
+        raise ValueError(f"OUT {out}: cannot be written: {error}") from None
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """The configuration of the run that a checkpoint lies in."""
+    file = path.resolve().parent.parent / "config.yaml"
+    try:
+        content = yaml.safe_load(file.read_text())
+        return {name: content[name] for name in ("student_model", "trust_remote_code")}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        raise ValueError(
+            f"CHECKPOINT {path}: {file} cannot be read, and says which model it began with; give "
+            "the checkpoint in its run directory"
+        ) from None
+
+
+def _generation_config(student: str, model) -> GenerationConfig:
+    """As transformers loads it with the model: of its own file, if there is one."""
+    try:
+        return GenerationConfig.from_pretrained(student)
+    except OSError:
+        return model.generation_config
