@@ -126,7 +126,7 @@ def _eos_ids(flag: str, path: str, model_config: PreTrainedConfig, tokenizer) ->
     return tuple(ids)
 
 
-def _stop_ids(values: Sequence[str], tokenizer) -> tuple[int, ...]:
+def token_ids_of(values: Sequence[str], tokenizer) -> tuple[int, ...]:
     """The ids of `--stop_token_ids`, each once."""
     vocab, found = tokenizer.get_vocab(), []
     known = set(vocab.values())
@@ -268,7 +268,7 @@ def check_models(config, tokenizer) -> ModelFacts:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else own_eos[0]
     stop_ids = tuple(
         token
-        for token in _stop_ids(config.rollout.stop_token_ids, tokenizer)
+        for token in token_ids_of(config.rollout.stop_token_ids, tokenizer)
         if token not in own_eos
     )
     student = dataclasses.replace(student, eos_ids=(*own_eos, *stop_ids))

@@ -117,7 +117,7 @@ def _open_gradients(job: Job) -> int:
     """Stage 1 keeps the gradients of all parameters until the last micro-batch; the others keep
     what they end with.
     """
-    return job.width * job.student.num_parameters if job.zero.stage == 1 else job.shard.gradients
+    return FLOAT32 * job.student.num_parameters if job.zero.stage == 1 else job.shard.gradients
 
 
 def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:

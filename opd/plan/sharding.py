@@ -7,13 +7,14 @@ computation type.
 
 | stage | parameters | gradients | masters | moments |
 |-------|------------|-----------|---------|---------|
-| 0 | all, width | all, width | bfloat16: all, 4 | all, 4 + 4 |
-| 1, 2 | all, width | own part, width | own part, 4 | own part, 4 + 4 |
-| 3 | own part, width, and whole ones below a threshold | own part, width, for the whole run | own part, 4 | own part, 4 + 4 |
+| 0 | all, width | all, 4 | bfloat16: all, 4 | all, 4 + 4 |
+| 1, 2 | all, width | own part, 4 | own part, 4 | own part, 4 + 4 |
+| 3 | own part, width, and whole ones below a threshold | own part, 4, for the whole run | own part, 4 | own part, 4 + 4 |
 
 AdamW keeps two moments of every value it steps on (arXiv 1412.6980) in float32, and a step count
 per tensor. DeepSpeed keeps a float32 master beside the parameters in every sharded stage, in
-float32 runs too; in stage 0 in bfloat16 only.
+float32 runs too; in stage 0 in bfloat16 only. Gradients are summed over micro-batches in float32
+(`deepspeed_engine`).
 """  # noqa: E501
 
 import math
@@ -109,7 +110,7 @@ def zero_shard(shapes: Shapes, zero: ZeroSettings, *, width: int, world_size: in
         total = _numel(shapes)
         masters = 0 if width == FLOAT32 else FLOAT32 * total
         moments = ADAM_MOMENTS * FLOAT32 * total + STEP_COUNT * len(shapes)
-        return Shard(width * total, width * total, masters, moments)
+        return Shard(width * total, FLOAT32 * total, masters, moments)
     if zero.stage in (1, 2):
         return _flat_shard(shapes, width, world_size)
     return _partitioned_shard(shapes, zero, width, world_size)
@@ -124,7 +125,7 @@ def _flat_shard(shapes: Shapes, width: int, world_size: int) -> Shard:
     part = sum(rows) // world_size
     return Shard(
         parameters=width * sum(rows),
-        gradients=width * part,
+        gradients=FLOAT32 * part,
         masters=FLOAT32 * part,
         moments=ADAM_MOMENTS * FLOAT32 * part + STEP_COUNT * len(rows),
     )
@@ -143,7 +144,7 @@ def _partitioned_shard(shapes: Shapes, zero: ZeroSettings, width: int, world_siz
     part, persistent = sum(parts), sum(whole) * world_size if world_size > 1 else 0
     return Shard(
         parameters=width * (part + persistent),
-        gradients=width * part,
+        gradients=FLOAT32 * part,
         masters=FLOAT32 * part,
         moments=ADAM_MOMENTS * FLOAT32 * part
         + STEP_COUNT * _count_sub_groups(shapes, zero, world_size),

@@ -15,7 +15,13 @@ from opd.records.checkpoint import fsync
 
 
 def export_huggingface(
-    path: Path, model, tokenizer, named_tensors: Iterable[tuple[str, Tensor]], generation_config
+    path: Path,
+    model,
+    tokenizer,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    generation_config,
+    *,
+    card: str = "",
 ) -> None:
     """Writes a directory that transformers and vLLM load; an older one at `path` gives way to a
     finished one only.
@@ -23,7 +29,8 @@ def export_huggingface(
     Collective: every rank iterates `named_tensors` (under ZeRO-3 the iterator gathers), rank 0
     keeps host copies in the tensors' own dtype. Names are those of `model.named_parameters()`; of
     tied weights either name, or both. `model` is the transformers model; its own parameters may be
-    partitioned. Raises RuntimeError on every rank if rank 0 fails.
+    partitioned. `card` is the text of its README.md, if it is to have one. Raises RuntimeError on
+    every rank if rank 0 fails.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in named_tensors:
@@ -38,7 +45,7 @@ def export_huggingface(
                 for n, b in model.state_dict().items()
                 if n not in parameters and n not in aliases
             }
-            export_tensors(Path(path), model, tokenizer, tensors | buffers, generation_config)
+            export_tensors(Path(path), model, tokenizer, tensors | buffers, generation_config, card)
 
 
 def _one_name(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -56,7 +63,7 @@ def _one_name(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_tensors(
-    path: Path, model, tokenizer, tensors: dict[str, Tensor], generation_config
+    path: Path, model, tokenizer, tensors: dict[str, Tensor], generation_config, card: str = ""
 ) -> None:
     """Writes the directory from parameters and persistent buffers by name; `model` may be on the
     meta device. On one rank.
@@ -77,6 +84,8 @@ def export_tensors(
         model.generation_config = _storable(generation_config, tokenizer)
         model.save_pretrained(tmp, state_dict=tensors, max_shard_size="5GB")
         tokenizer.save_pretrained(tmp)
+        if card:
+            (tmp / "README.md").write_text(card, encoding="utf-8")
         for file in (*tmp.iterdir(), tmp):
             fsync(file)
         if path.exists():

@@ -3,9 +3,11 @@ the same prompts.
 """
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from opd import distributed
 from opd.config import GIB, TeacherSpec
@@ -14,6 +16,7 @@ from opd.records import checkpoint, export, report
 from opd.records.files import replace_text
 from opd.records.memory_ledger import Ledger
 from opd.records.metrics import Metrics
+from opd.records.model_card import model_card
 from opd.records.report import Scores
 from opd.rollout import RolloutEngine
 from opd.run import stopping
@@ -141,38 +144,46 @@ def _say_memory(run: Run, ledger: Ledger) -> None:
         say(f"memory, predicted/measured: {', '.join(phases)}")
 
 
+def _report(run: Run, teacher_scores: Scores) -> dict[str, Any] | None:
+    """The content of report.json, which is written here; None without held-out prompts.
+
+    Collective.
+    """
+    path, num_steps = run.run_dir / "report.json", run.cfg.run.num_steps
+    was_done = run.resume_from and checkpoint.load_state(run.resume_from).step == num_steps
+    kept = json.loads(path.read_text()) if was_done and path.exists() else None
+    # rank 0's, for all: it may write the file before another has looked for it
+    if (kept := distributed.broadcast_object(kept)) is not None:
+        return kept
+    before = recall(run.run_dir, 0)
+    after = recall(run.run_dir, num_steps)
+    if before is None or after is None:
+        return None
+    result = report.recovery_report(
+        before, after, teacher_scores, steps=num_steps, wall_s=round(time.time() - run.started, 1)
+    )
+    if distributed.rank() == 0:
+        report.write_report(run.run_dir, result)
+    return result
+
+
 def finish_run(run: Run, student: Student, teacher_scores: Scores, ledger: Ledger) -> None:
-    """The Hugging Face export, memory as predicted and measured and, with held-out prompts, the
-    report. Collective.
+    """Memory as predicted and measured, with held-out prompts the report, and the Hugging Face
+    export, whose card shows it. Collective.
     """
     _say_memory(run, ledger)
+    result = _report(run, teacher_scores)
     model_dir = run.run_dir / "model"
     generation_config = student.model.generation_config
     generation_config.eos_token_id = list(run.facts.student.eos_ids)
     export.export_huggingface(
-        model_dir, student.model, run.tokenizer, student.named_full_parameters(), generation_config
+        model_dir,
+        student.model,
+        run.tokenizer,
+        student.named_full_parameters(),
+        generation_config,
+        card=model_card(run.cfg, Path(sys.argv[0]).name, result),
     )
     say(f"model: {model_dir}")
-    path = run.run_dir / "report.json"
-    if (
-        path.exists()
-        and run.resume_from
-        and checkpoint.load_state(run.resume_from).step == run.cfg.run.num_steps
-    ):
-        # this process had nothing left to do
-        say(report.render_report(json.loads(path.read_text())))
-        return
-    before = recall(run.run_dir, 0)
-    after = recall(run.run_dir, run.cfg.run.num_steps)
-    if before is None or after is None:
-        return
-    result = report.recovery_report(
-        before,
-        after,
-        teacher_scores,
-        steps=run.cfg.run.num_steps,
-        wall_s=round(time.time() - run.started, 1),
-    )
-    if distributed.rank() == 0:
-        report.write_report(run.run_dir, result)
-    say(report.render_report(result))
+    if result is not None:
+        say(report.render_report(result))

@@ -15,7 +15,8 @@ import yaml
 from transformers import GenerationConfig
 
 from opd.inputs.content import content_hash
-from opd.inputs.models import load_tokenizer, read_fact
+from opd.inputs.hub import find_snapshot
+from opd.inputs.models import load_tokenizer, read_fact, token_ids_of
 from opd.inputs.shapes import read_model
 from opd.records import checkpoint, export
 
@@ -46,12 +47,13 @@ def export_checkpoint(path: Path, out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"OUT {out}: exists already and is not empty; choose another")
     manifest = checkpoint.check_whole(path, "CHECKPOINT")
-    model_config = _config_of(path)
-    student, trust = model_config["student_model"], model_config["trust_remote_code"]
+    run_config = _config_of(path)
+    named, trust = run_config["student_model"], run_config["trust_remote_code"]
+    student = find_snapshot("--student_model", named)
     tokenizer = load_tokenizer(student, trust)
     if content_hash(student) != manifest["fingerprint"]["student"]:
         raise ValueError(
-            f"--student_model {student}: not the model that {path} began with; put that one back"
+            f"--student_model {named}: not the model that {path} began with; put that one back"
         )
     fact = read_fact("--student_model", student, tokenizer, trust, vllm=False)
     model = read_model("--student_model", student, trust)
@@ -65,7 +67,8 @@ def export_checkpoint(path: Path, out: Path) -> None:
     found = (*shards.parameters(), *shards.buffers())
     tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in found}
     generation_config = _generation_config(student, model)
-    generation_config.eos_token_id = list(fact.eos_ids)
+    more = token_ids_of(run_config.get("stop_token_ids") or [], tokenizer)
+    generation_config.eos_token_id = list(dict.fromkeys([*fact.eos_ids, *more]))
     try:
         if out.exists():
             out.rmdir()
@@ -79,7 +82,8 @@ def _config_of(path: Path) -> dict[str, Any]:
     file = path.resolve().parent.parent / "config.yaml"
     try:
         content = yaml.safe_load(file.read_text())
-        return {name: content[name] for name in ("student_model", "trust_remote_code")}
+        content["student_model"], content["trust_remote_code"]
+        return content
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         raise ValueError(
             f"CHECKPOINT {path}: {file} cannot be read, and says which model it began with; give "

@@ -613,7 +613,10 @@ def test_a_failed_export_leaves_the_old_one_and_the_next_replaces_it(tmp_path):
     with pytest.raises(RuntimeError, match=r"export to .*model\.norm\.weight"):
         export.export_huggingface(path, second, tokenizer, incomplete, generation_config)
     assert (path / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["model"]
-    export.export_huggingface(path, second, tokenizer, second.named_parameters(), generation_config)
+    export.export_huggingface(
+        path, second, tokenizer, second.named_parameters(), generation_config, card="# Second\n"
+    )
+    assert (path / "README.md").read_text() == "# Second\n"
     assert not (path / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["model"]
     assert torch.equal(
         load_file(path / "model.safetensors")["model.embed_tokens.weight"], second.lm_head.weight

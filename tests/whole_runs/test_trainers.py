@@ -119,6 +119,9 @@ def test_the_run_directory_is_complete(full_run):
         set(d) >= {"student_before", "student_after", "teacher", "recovery", "ci95", "n"}
         for d in report["domains"].values()
     )
+    card = (run_dir / "model" / "README.md").read_text()
+    assert "library_name: transformers" in card and "| steps | 4, of" in card
+    assert "| addition |" in card and "python train_mopd.py --config run.yaml" in card
 
 
 def test_every_emitted_metric_is_documented(full_run):
