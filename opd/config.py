@@ -471,6 +471,13 @@ class RunConfig:
         4, "Responses written to rollouts/ and TensorBoard at each logged step."
     )
     rollout_every: NonNegativeInt = option(10, "Write sample responses every n steps; 0 is never.")
+    report_to: str = option(
+        "tensorboard",
+        "Where curves go beside metrics.jsonl: tensorboard, wandb, both with a comma, or none.",
+    )
+    push_to_hub: str = option(
+        "", "ORG/NAME on the hub for the trained model; made, private, if it does not exist."
+    )
     resume: str = option("auto", "auto: newest whole checkpoint, or fresh; never; or one's path.")
     allow_change: list[str] = option(
         [], "Flags that may differ from the checkpoint's, such as learning_rate,num_steps."

@@ -124,6 +124,21 @@ def all_reduce(values: list[float], op: str = "sum") -> list[float]:
     return tensor.tolist()
 
 
+@contextmanager
+def others_wait(what: str, timeout: datetime.timedelta):
+    """Around what rank 0 does alone, and for longer than a collective operation may take: the
+    others wait in the store until it is done. A name serves once.
+    """
+    try:
+        yield
+    finally:
+        if _store is not None and world_size() > 1:
+            if rank() == 0:
+                _store.set(f"opd/waited/{what}", "")
+            else:
+                _store.wait([f"opd/waited/{what}"], timeout)
+
+
 class RankError(RuntimeError):
     """Raised on every rank when any rank failed; carries the first cause."""
 

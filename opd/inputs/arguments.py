@@ -28,6 +28,8 @@ _SECRET_KEYS = (
     "api_key", "apikey", "key", "token", "auth_token", "access_token", "secret", "password"
 )  # fmt: skip
 
+TRACKERS = ("tensorboard", "wandb")
+
 # Flags that were taken away, and what to do instead.
 _REMOVED = {
     "weight_transfer": "it was removed: leave it out, and let trainer and servers share the folder "
@@ -64,6 +66,19 @@ def pairs(flag: str, values: list[str]) -> dict[str, float]:
             raise ValueError(f"--{flag} {value}: {name} is given twice")
         parsed[name] = weight
     return parsed
+
+
+def trackers_of(report_to: str) -> frozenset[str]:
+    """What `--report_to` names; ValueError for a name that is not known."""
+    names = {name.strip() for name in report_to.split(",")}
+    for name in sorted(names - {"none", *TRACKERS}):
+        raise ValueError(
+            f"--report_to {report_to}: unknown name {name!r}; choose of {', '.join(TRACKERS)}, "
+            "with a comma between them, or none"
+        )
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"--report_to {report_to}: none stands alone; leave it out")
+    return frozenset(names - {"none"})
 
 
 def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:

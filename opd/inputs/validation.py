@@ -7,6 +7,7 @@ in `models.py`.
 """
 
 import difflib
+import importlib.util
 import json
 import math
 from collections.abc import Collection
@@ -16,7 +17,7 @@ from typing import Any, get_type_hints
 from annotated_types import Ge, Gt, Interval, Le
 
 from opd.config import LossConfig, RolloutConfig, is_async
-from opd.inputs.arguments import pairs
+from opd.inputs.arguments import pairs, trackers_of
 from opd.inputs.identity import allowed_changes
 from opd.inputs.teacher_rules import validate_teachers
 from opd.inputs.template_flags import read_template_flags
@@ -42,6 +43,7 @@ def validate_common(config) -> None:
             f"--save_every {config.run.save_every}: expected auto, or steps: a whole number of at "
             "least 0"
         )
+    trackers_of(config.run.report_to)
     _validate_loss(config.loss, config.rollout)
     _validate_correction(config.loss)
     if config.loss.old_logprobs == "server" and not is_async(config):
@@ -50,6 +52,19 @@ def validate_common(config) -> None:
             "--old_logprobs recompute"
         )
     _validate_batch(config)
+
+
+def check_wandb(report_to: str) -> None:
+    """Where wandb is asked for, it is installed: a folder `wandb`, such as it leaves behind, is no
+    package.
+    """
+    if "wandb" in trackers_of(report_to):
+        found = importlib.util.find_spec("wandb")
+        if found is None or found.origin is None:
+            raise ValueError(
+                f"--report_to {report_to}: wandb is not installed; pip install wandb, or leave it "
+                "out"
+            )
 
 
 def check_bounds(config) -> None:

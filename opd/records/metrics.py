@@ -14,7 +14,7 @@ import datetime
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from torch import Tensor
 from opd.config import GIB
 from opd.distributed import gather_objects, rank
 from opd.faults import fault_point
-from opd.log import logger
+from opd.log import logger, redact_config
 from opd.records.files import append_text, json_line, parse_row, replace_text
 from opd.records.memory_ledger import host_bytes
+from opd.records.wandb_run import WandbRun
 
 GROUPS = (
     "loss",
@@ -59,17 +60,29 @@ class Metrics:
 
     Keys are `group/name[/domain]`, of a served teacher `teacher/name/TEACHER`. A step is the number
     of optimizer steps done when its line is written: 0 is before training, and a checkpoint of step
-    s belongs to lines 0..s.
+    s belongs to lines 0..s. `trackers` are those of `--report_to`; `config` is shown by wandb, its
+    secrets hidden.
     """
 
-    def __init__(self, run_dir: Path, *, num_steps: int, domains: Iterable[str]):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        num_steps: int,
+        domains: Iterable[str],
+        trackers: Collection[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ):
         self.run_dir = Path(run_dir)
         self._domains = frozenset(domains)
         self._means: list[tuple[str, Number, Number]] = []
         self._maxima: list[tuple[str, Number]] = []
         self._derived: list[tuple[str, Derive, tuple[Number, ...]]] = []
         self._last_step = -1
+        self._draws = "tensorboard" in trackers
         self._writer = None
+        shown = redact_config(dict(config or {}))
+        self._wandb = WandbRun(self.run_dir, shown) if "wandb" in trackers else None
         self._progress = _Progress(num_steps)
 
     def add(self, key: str, total: Number, count: Number = 1) -> None:
@@ -126,9 +139,12 @@ class Metrics:
         row = _reduce(gather_objects(self._drain()))
         if rank() == 0:
             append_text(self.run_dir / "metrics.jsonl", json_line({"step": step, **row}))
-            for key, value in row.items():
-                self._tensorboard().add_scalar(key, value, step)
-            self._tensorboard().flush()
+            if self._draws:
+                for key, value in row.items():
+                    self._tensorboard().add_scalar(key, value, step)
+                self._tensorboard().flush()
+            if self._wandb is not None:
+                self._wandb.log(row, step)
             logger.info("step %d: %s", step, row)
             self._progress.show(step, row)
         # last: TensorBoard's writer, opened above, purges what lies beyond the step before
@@ -157,21 +173,23 @@ class Metrics:
             values = values.detach().float().cpu().numpy()
         merged = np.concatenate(gather_objects(np.asarray(values, dtype=np.float32).ravel()))
         merged = merged[np.isfinite(merged)]
-        if rank() == 0 and merged.size:
+        if rank() == 0 and merged.size and self._draws:
             self._tensorboard().add_histogram(key, merged, step)
 
     def text(self, key: str, text: str, step: int) -> None:
         """Shows rank 0's text, e.g. a sample rollout, in TensorBoard: four spaces keep Markdown
         away from it.
         """
-        if rank() == 0:
+        if rank() == 0 and self._draws:
             self._tensorboard().add_text(key, "    " + text.replace("\n", "\n    "), step)
 
     def close(self) -> None:
-        """Ends the progress bar and writes out TensorBoard's events."""
+        """Ends the progress bar, and writes out what TensorBoard and wandb still hold."""
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def _check(self, key: str) -> None:
         group, *rest = key.split("/", 2)

@@ -28,8 +28,8 @@ def model_card(cfg, program: str, report: dict[str, Any] | None) -> str:
         _header(said),
         f"# {Path(said['student_model'].partition('@')[0]).name}, distilled on-policy",
         _models(said),
-        _training(said),
-        _recovery(report),
+        _training_rows(said),
+        _recovery_rows(report),
         _command(cfg, said, program),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -68,7 +68,7 @@ def _models(said: dict[str, Any]) -> str:
     )
 
 
-def _training(said: dict[str, Any]) -> str:
+def _training_rows(said: dict[str, Any]) -> str:
     loss = f"{said['loss']} on the support {said['support']}"
     if said["reward_weight"]:
         loss += f", and the task reward {', '.join(said['reward_fn'])} x {said['reward_weight']:g}"
@@ -86,12 +86,12 @@ def _training(said: dict[str, Any]) -> str:
     return "## Training\n\n" + _table(("what", "value"), rows)
 
 
-def _recovery(report: dict[str, Any] | None) -> str:
+def _recovery_rows(report: dict[str, Any] | None) -> str:
     if report is None:
         return ""
     rows = []
     for domain, entry in report["domains"].items():
-        scores = (_number(entry[key]) for key in ("student_before", "student_after", "teacher"))
+        scores = (_score_cell(entry[key]) for key in ("student_before", "student_after", "teacher"))
         interval = " to ".join(f"{bound:.1%}" for bound in entry["ci95"] or ()) or "-"
         share = "-" if entry["recovery"] is None else f"{entry['recovery']:.1%}"
         rows.append((domain, str(entry["n"]), *scores, share, interval))
@@ -102,7 +102,7 @@ def _recovery(report: dict[str, Any] | None) -> str:
     )
 
 
-def _number(value: float | None) -> str:
+def _score_cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 

@@ -14,6 +14,7 @@ from opd.config import GIB, TeacherSpec
 from opd.log import say
 from opd.records import checkpoint, export, report
 from opd.records.files import replace_text
+from opd.records.hub_upload import push_model
 from opd.records.memory_ledger import Ledger
 from opd.records.metrics import Metrics
 from opd.records.model_card import model_card
@@ -169,7 +170,7 @@ def _report(run: Run, teacher_scores: Scores) -> dict[str, Any] | None:
 
 def finish_run(run: Run, student: Student, teacher_scores: Scores, ledger: Ledger) -> None:
     """Memory as predicted and measured, with held-out prompts the report, and the Hugging Face
-    export, whose card shows it. Collective.
+    export, whose card shows it; last its upload, if that is asked for. Collective.
     """
     _say_memory(run, ledger)
     result = _report(run, teacher_scores)
@@ -187,3 +188,5 @@ def finish_run(run: Run, student: Student, teacher_scores: Scores, ledger: Ledge
     say(f"model: {model_dir}")
     if result is not None:
         say(report.render_report(result))
+    if run.cfg.run.push_to_hub:
+        push_model(model_dir, run.cfg.run.push_to_hub)

@@ -16,8 +16,10 @@ from opd.async_rollout import AsyncRolloutEngine
 from opd.balance import deal
 from opd.colocation import Colocation
 from opd.config import is_async
+from opd.inputs.arguments import trackers_of
 from opd.log import say
 from opd.mismatch import corrects, log_mismatch
+from opd.options import to_dict
 from opd.parity import Parity
 from opd.records import checkpoint
 from opd.records.memory_ledger import Ledger
@@ -46,7 +48,13 @@ def start(run: Run) -> "Loop":
     """Student, sampler and teachers on this rank's device, each asleep until its phase, with the
     checkpoint from which the run continues. Collective.
     """
-    metrics = Metrics(run.run_dir, num_steps=run.cfg.run.num_steps, domains=run.domains)
+    metrics = Metrics(
+        run.run_dir,
+        num_steps=run.cfg.run.num_steps,
+        domains=run.domains,
+        trackers=trackers_of(run.cfg.run.report_to),
+        config=to_dict(run.cfg),
+    )
     samples = SampleLedger(run.run_dir)
     teacher_scores = evaluate_teachers(run)  # in a child that is gone before the engines exist
 

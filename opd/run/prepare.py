@@ -23,13 +23,14 @@ from opd.inputs.dry_run import dry_run_report
 from opd.inputs.identity import allowed_changes, check_output_dir, fingerprint_of, flag_of
 from opd.inputs.shapes import check_tensor_parallel
 from opd.inputs.template_flags import read_template_flags
-from opd.inputs.validation import load_ds_config
+from opd.inputs.validation import check_wandb, load_ds_config
 from opd.log import say, setup_logging
 from opd.options import to_dict
 from opd.plan.apply import plan_run
 from opd.records import checkpoint
 from opd.records.changes import Difference, check_fingerprint, record_changes
 from opd.records.files import write_run_files
+from opd.records.hub_upload import check_push
 from opd.run import stopping
 from opd.run.context import Inputs, Run
 from opd.run.evaluation import asked
@@ -63,8 +64,10 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     cfg.validate()
     device = distributed.init(cfg.run.local_rank)
     moment = checkpoint.first_start(Path(cfg.run.output_dir), cfg.run.resume)
+    check_push(cfg.run.push_to_hub)
     cfg, is_from_hub = _with_snapshots(cfg)
     with distributed.agree_on_error("checking the inputs"):
+        check_wandb(cfg.run.report_to)
         inputs = read_inputs(cfg, need_response, moment)
 
     cfg, plan, memory = plan_run(cfg, inputs.facts)

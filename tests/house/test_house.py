@@ -49,7 +49,7 @@ reward_weight reward_fn overlap_k loss_chunk_bytes
 micro_batch_size max_tokens_per_micro_batch packing inner_updates offload_student
 learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm
 output_dir num_steps seed ds_config eval_every eval_max_prompts save_every time_limit keep_checkpoints parity_every rollout_samples
-rollout_every resume allow_change plan ignore_plan dry_run local_rank
+rollout_every report_to push_to_hub resume allow_change plan ignore_plan dry_run local_rank
 """,  # noqa: E501
 )
 AHEAD_FLAGS = re.findall(
