@@ -490,9 +490,7 @@ class RunConfig:
     ignore_plan: bool = option(
         False, "Start although the plan says that the run does not fit its memory."
     )
-    dry_run: bool = option(
-        False, "Print the resolved configuration, memory and two prompts; load no weights."
-    )
+    dry_run: bool = option(False, "Print configuration, memory and two prompts; load no weights.")
     local_rank: int = option(-1, "Set by launchers.")
 
 

@@ -252,8 +252,11 @@ class Run(Inputs):
 
     @property
     def reads_logprobs(self) -> bool:
-        """Whether the loss reads the sampler's log-probabilities: a correction, or a PPO ratio."""
-        return corrects(self.cfg.loss) or self.cfg.loss.clip_low is not None
+        """Whether somebody reads the sampler's log-probabilities: a correction, a PPO ratio, or the
+        measurement against log-prob servers.
+        """
+        loss = self.cfg.loss
+        return corrects(loss) or loss.clip_low is not None or loss.old_logprobs == "server"
 
     @functools.cached_property
     def teachers_of(self) -> Callable[[int], tuple[str, ...]]:
