@@ -45,17 +45,17 @@ def table(plan: Plan) -> str:
         if kind == "host":
             lines.append(f"on the host, of each of {machine.gpus} ranks")
         for row in rows:
-            cells = "".join(_size(row.bytes[phase], unit) for phase in PHASES)
+            cells = "".join(_in_gib(row.bytes[phase], unit) for phase in PHASES)
             lines.append(
-                f"{row.participant:{width}}{cells}" + (_size(row.moved, unit) if moves else "")
+                f"{row.participant:{width}}{cells}" + (_in_gib(row.moved, unit) if moves else "")
             )
-        lines.append(f"{title:{width}}" + "".join(_size(total(phase), unit) for phase in PHASES))
+        lines.append(f"{title:{width}}" + "".join(_in_gib(total(phase), unit) for phase in PHASES))
     if plan.job.is_async:
         lines.append("rollout and log-prob servers are not in this table: devices of their own")
     return "\n".join(lines)
 
 
-def _size(size: int, unit: int) -> str:
+def _in_gib(size: int, unit: int) -> str:
     return f"{size / unit:10,.1f}" if size else f"{'.':>10}"
 
 

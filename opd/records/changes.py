@@ -22,7 +22,7 @@ ABSENT = "absent"
 
 
 @dataclass(frozen=True)
-class Difference:
+class FlagChange:
     """A value of the fingerprint that is not that of the checkpoint."""
 
     name: str  # with its part, as in optim.learning_rate
@@ -38,7 +38,7 @@ def check_fingerprint(
     fingerprint: dict[str, Any],
     allowed: Collection[str] = (),
     flag_of: Callable[[str], str | None] = lambda name: None,
-) -> list[Difference]:
+) -> list[FlagChange]:
     """The wanted changes of a run against the checkpoint that it continues.
 
     `flag_of` gives the name under which a value of the fingerprint may change, None if it may not;
@@ -47,7 +47,7 @@ def check_fingerprint(
     saved = _flatten(json.loads((path / CHECKPOINT_MANIFEST).read_text())["fingerprint"])
     now = _flatten(json.loads(json.dumps(fingerprint)))
     differing = [
-        Difference(name, saved.get(name, ABSENT), now.get(name, ABSENT))
+        FlagChange(name, saved.get(name, ABSENT), now.get(name, ABSENT))
         for name in [*now, *(n for n in saved if n not in now)]
         if name not in saved or name not in now or saved[name] != now[name]
     ]
@@ -69,7 +69,7 @@ def check_fingerprint(
     )
 
 
-def record_changes(run_dir: Path, step: int, changes: Collection[Difference]) -> None:
+def record_changes(run_dir: Path, step: int, changes: Collection[FlagChange]) -> None:
     """Rank 0 keeps what changes behind `step`. Earlier lines from there on never came to pass: the
     run goes back behind them.
     """

@@ -23,7 +23,7 @@ from opd.mismatch import corrects
 from opd.padding import make_micro_batches
 from opd.plan.job import PHASES
 from opd.plan.planner import Plan
-from opd.records.changes import Difference
+from opd.records.changes import FlagChange
 from opd.rollout import write_with_model
 from opd.types import MicroBatch, Prompt, Rollout, Sample, TeacherScores
 
@@ -121,7 +121,7 @@ class Run(Inputs):
     hashes: dict[str, str]  # teacher name -> content hash
     fingerprint: dict[str, Any]
     resume_from: Path | None
-    changes: list[Difference]  # of the fingerprint since that checkpoint, all of them wanted
+    changes: list[FlagChange]  # of the fingerprint since that checkpoint, all of them wanted
     started: float
     plan: Plan | None  # what memory the run should take; None for a model that says too little
 

@@ -28,7 +28,7 @@ from opd.log import say, setup_logging
 from opd.options import to_dict
 from opd.plan.apply import plan_run
 from opd.records import checkpoint
-from opd.records.changes import Difference, check_fingerprint, record_changes
+from opd.records.changes import FlagChange, check_fingerprint, record_changes
 from opd.records.files import write_run_files
 from opd.records.hub_upload import check_push
 from opd.run import stopping
@@ -172,7 +172,7 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
 
 def _open_run_dir(
     inputs: Inputs, fingerprint: dict[str, Any]
-) -> tuple[Path | None, list[Difference]]:
+) -> tuple[Path | None, list[FlagChange]]:
     """The checkpoint that the run continues, if there is one, and what changes behind it, in a
     directory that is the run's own from here on. Collective.
     """
@@ -206,7 +206,7 @@ def _open_run_dir(
 
 def _changes_since(
     resume_from: Path, cfg, fingerprint: dict[str, Any], *, asks: bool
-) -> list[Difference]:
+) -> list[FlagChange]:
     """What `--allow_change` lets differ from the checkpoint; ValueError for anything else."""
     allowed = allowed_changes(cfg)
     # where nobody is asked, the question is only what follows from other flags
