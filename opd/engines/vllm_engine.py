@@ -98,6 +98,7 @@ class _Engine:
             if self.memory is not None:
                 self.llm.collective_rpc(_use_own_sleep)
         self._kv_cache_bytes = sizes[-1] if sizes else 0
+        self.dtype = self.llm.model_config.dtype
 
     @contextmanager
     def _active(self):
@@ -422,5 +423,5 @@ class HiddenStateEngine(_Engine):
                 f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"
             )
             # twice the bytes on their way to the host, and in what the plan counts
-            assert state.dtype == self.llm.model_config.dtype, f"{self.name}: {state.dtype}"
+            assert state.dtype == self.dtype, f"{self.name}: {state.dtype}"
         return states

@@ -112,9 +112,9 @@ def _check_disk(files: Mapping[str, list[DryRunFileInfo]], flags: Mapping[str, s
     cache = Path(constants.HF_HUB_CACHE)
     need, free = sum(map(_size, files.values())), shutil.disk_usage(cache).free
     if need > free:
-        path, flag = next(iter(flags.items()))
+        path = max(files, key=lambda path: _size(files[path]))
         raise ValueError(
-            f"{flag} {as_named(path)}: the download needs {need / GIB:.1f} GiB, and "
+            f"{flags[path]} {as_named(path)}: the download needs {need / GIB:.1f} GiB, and "
             f"{free / GIB:.1f} GiB are free in {cache}; set HF_HOME to a folder on a larger disk"
         )
 

@@ -90,7 +90,7 @@ def test_without_an_error_nothing_is_raised_and_reductions_go_on(agreed):
 
 
 def test_unequal_ranks_run_equally_many_micro_batches(agreed):
-    assert seen(agreed, "micro_batches", "per_batch") == [[3, 7, 5], [7, 0, 0]]
+    assert seen(agreed, "micro_batches", "per_batch") == [[7, 3, 5], [7, 0, 0]], "the largest first"
     assert seen(agreed, "micro_batches", "total") == [22, 22]
 
 
