@@ -127,8 +127,11 @@ def device():
     if "deepspeed" in sys.modules:
         from deepspeed import comm
         from deepspeed.utils import groups
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         comm.comm.cdb = groups._WORLD_GROUP = None
+        # a student under ZeRO-3 that is not collected yet: models would be built in its shards
+        unset_hf_deepspeed_config()
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:

@@ -214,6 +214,8 @@ def test_no_start_on_two_ranks_is_aborted(tmp_path, starts):
 # ---- The console ---------------------------------------------------------------------------------
 
 OURS = [
+    r"plan: --\w+ \S+",
+    r"plan: fits: \S+ of \S+ GiB in \w+ \(92% of the memory are counted on\)",
     r"starts fresh",
     r"training prompts: addition \d+, reversal \d+",
     r"step \d/2  loss \S+  \S+ tok/s  eta \S+  \S+s \(rollout \S+, score \S+, train \S+, sync "

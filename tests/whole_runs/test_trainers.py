@@ -331,7 +331,7 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
     runs = [full_run[0], *(tmp_path / name for name in (*forms, "seq_kd"))]
     emitted = {key for run_dir in runs for row in metrics_of(run_dir) for key in row}
     never = {key for key, pattern in documented.items() if not any(map(pattern.fullmatch, emitted))}
-    # a GPU, served teachers, the asynchronous mode
+    # a GPU, served teachers, the asynchronous mode, teachers with other added tokens
     elsewhere = (
         "mem/gpu",
         "teacher/",
@@ -344,6 +344,7 @@ def test_other_losses_and_teacher_written_responses(models, tmp_path, full_run):
         "rollout/idle",
         "rollout/server_retries",
         "rollout/push_",
+        "rollout/unshared_tokens",
         "perf/trainer_idle",
         "perf/push_share",
         "mismatch/old_policy_gap",
