@@ -90,7 +90,7 @@ class _Engine:
                 tensor_parallel_size=tensor_parallel_size,
                 distributed_executor_backend="external_launcher",
                 enforce_eager=enforce_eager,
-                kv_cache_memory_bytes=size,
+                kv_cache_memory_bytes=max(1, size),  # 0 is vLLM's own default
                 disable_log_stats=True,
                 **options,
             )

@@ -12,8 +12,10 @@ from transformers import PreTrainedConfig
 
 # Tokens of a block. vllm 0.32 takes 16 on a GPU and 128 on a CPU; attention kernels may want more.
 SMALL_BLOCK, BLOCK = 16, 128
-# Layer types of transformers whose layers keep a state, however long the sequence.
-STATES = ("linear_attention", "mamba", "conv", "recurrent", "moe")
+# In the name of a setting: the family has layers that keep a state, however long the sequence.
+STATES = ("mamba", "ssm", "state_size", "linear_", "lru", "hybrid", "conv_L")
+# They have a latent, of which vLLM keeps the keys and values that follow from it.
+UNFOLDED = ("minicpm3",)
 
 
 @dataclass(frozen=True)
@@ -27,37 +29,47 @@ class CachedLayers:
 
 
 def cached_layers(config: PreTrainedConfig) -> dict[str, Any]:
-    """`cached` and `state_layers` of a ModelShape, from a model's text configuration."""
+    """`cached` and `keeps_states` of a ModelShape, from a model's text configuration."""
     found: dict[tuple[int, int, int | None], int] = {}
-    kinds = list(_layers(config))
-    for kind in kinds:
-        if kind is not None:
-            found[kind] = found.get(kind, 0) + 1
+    for kind in _layers(config):
+        found[kind] = found.get(kind, 0) + 1
     cached = tuple(
         CachedLayers(count, values, heads, window)
         for (values, heads, window), count in found.items()
     )
-    return {"cached": cached, "state_layers": kinds.count(None)}
+    keeps_states = any(word in name for name in config.to_dict() for word in STATES)
+    return {"cached": cached, "keeps_states": keeps_states}
 
 
-def _layers(config: PreTrainedConfig) -> Iterator[tuple[int, int, int | None] | None]:
-    """(values, heads, window) of each layer, None for one that keeps a state."""
+def _layers(config: PreTrainedConfig) -> Iterator[tuple[int, int, int | None]]:
+    """(values, heads, window) of each layer that attends."""
     own = getattr(config, "is_heterogeneous", False)
     number = getattr(config, "num_hidden_layers", None)
     for index in range(number if isinstance(number, int) else 0):
         part = config.per_layer_config[index] if own else config
         kind = _at(getattr(config, "layer_types", None), index) or "full_attention"
-        if kind in STATES or "mamba" in kind:
-            yield None
+        heads = _at(getattr(part, "num_attention_heads", None), index)
+        if not heads or not kind.endswith("attention") or kind == "linear_attention":
             continue
-        latent = getattr(part, "kv_lora_rank", None)
-        if latent:
-            yield latent + (getattr(part, "qk_rope_head_dim", None) or 0), 1, None
+        latent, rotated = (getattr(part, key, None) for key in ("kv_lora_rank", "qk_rope_head_dim"))
+        if latent and config.model_type not in UNFOLDED:
+            yield latent + (rotated or 0), 1, None
             continue
-        heads = _at(getattr(part, "num_attention_heads", None), index) or 1
         head_dim = _at(getattr(part, "head_dim", None), index) or part.hidden_size // heads
-        kv_heads = _at(getattr(part, "num_key_value_heads", None), index) or heads
+        if latent:
+            head_dim = part.qk_nope_head_dim + rotated
+        kv_heads = _kv_heads(part, index) or heads
         yield 2 * kv_heads * head_dim, kv_heads, _window(part, index, kind)
+
+
+def _kv_heads(config: PreTrainedConfig, index: int) -> int | None:
+    """Falcon has names of its own."""
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        return 1
+    names = ("num_key_value_heads", "num_kv_heads")
+    return next((n for name in names if (n := _at(getattr(config, name, None), index))), None)
 
 
 def _at(value: Any, index: int) -> Any:
@@ -97,25 +109,39 @@ def one_sequence_bytes(
 ) -> int:
     """Bytes on each of `gpus` GPUs without which vLLM refuses sequences of `tokens` tokens.
 
-    A block holds so many tokens of a group of layers; layers are grouped by what they look back,
-    all groups with equally many, so some have fillers. A layer with a window keeps it and the
+    Layers that look back alike stand in one group, and a block holds `block` tokens of it. Where
+    they differ, all groups have equally many layers, some of them fillers, and blocks of one size:
+    what is smaller gets more tokens into it, or is padded. A layer with a window keeps it and the
     `in_flight` tokens that are computed at once. One block more is vLLM's own.
 
     `width` is bytes of a value. 0 for a model without a cache.
     """
-    pages: dict[int | None, list[int]] = {}  # window -> bytes of a block, layer by layer
+    kinds: dict[tuple[int | None, int], int] = {}  # (window, bytes of a token) -> layers
     for layers in cached:
-        page = block * width * (layers.values // min(layers.heads, gpus))
-        pages.setdefault(layers.window, []).extend([page] * layers.count)
-    if not pages:
+        kind = layers.window, width * (layers.values // min(layers.heads, gpus))
+        kinds[kind] = kinds.get(kind, 0) + layers.count
+    if not kinds:
         return 0
-    least, most = (choose(map(len, pages.values())) for choose in (min, max))
-    size = most if most < 1.5 * least else least  # layers of a group
-    # layers of one kind stand in one block, whatever their sizes; others are padded to the largest
-    in_block = sum(*pages.values()) if len(pages) == 1 else size * max(map(max, pages.values()))
+    windows = {window for window, _ in kinds}
+    if len(windows) == 1:
+        kept = _kept(*windows, tokens, in_flight)
+        in_block = block * sum(size * count for (_, size), count in kinds.items())
+        return (1 + _blocks(kept, block, *windows)) * in_block
+    least, most = min(kinds.values()), max(kinds.values())
+    group = most if most < 1.5 * least else least  # layers of a group
+    largest = max(size for _, size in kinds)
     blocks = 1
-    for window, own in pages.items():
-        kept = tokens if window is None else min(tokens, window - 1 + in_flight)
-        groups = 1 if len(pages) == 1 else -(-len(own) // size)
-        blocks += groups * (-(-kept // block) + (window is not None))
-    return blocks * in_block
+    for (window, size), count in kinds.items():
+        own = block * (largest // size) if largest % size == 0 else block
+        kept = _kept(window, tokens, in_flight)
+        blocks += -(-count // group) * _blocks(kept, own, window)
+    return blocks * group * block * largest
+
+
+def _kept(window: int | None, tokens: int, in_flight: int) -> int:
+    return tokens if window is None else min(tokens, window - 1 + in_flight)
+
+
+def _blocks(kept: int, block: int, window: int | None) -> int:
+    """A window may begin within a block."""
+    return -(-kept // block) + (window is not None)

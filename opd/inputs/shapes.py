@@ -52,8 +52,9 @@ class ModelShape:
     divided: dict[str, int]
     common_kv_heads: int
     cached: tuple[CachedLayers, ...]  # what stands in the KV cache
-    # layers that keep a state instead (Mamba, linear attention): vLLM fits its pages to theirs
-    state_layers: int
+    # layers of the family keep a state (Mamba, linear attention); what their pages take beside the
+    # cache, only vLLM knows
+    keeps_states: bool
 
     @property
     def num_parameters(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from opd.config import GIB
-from opd.inputs.kv_cache import BLOCK, SMALL_BLOCK
+from opd.inputs.kv_cache import SMALL_BLOCK
 from opd.plan.job import MIB, OFFLOADS, PHASES, Choices, Job, MemoryRow
 from opd.plan.memory import (
     hidden_bytes,
@@ -146,9 +146,8 @@ def check_caches(job: Job) -> None:
     ]
     for flag, shape, gpus in caches:
         size = job.cfg.rollout.rollout_kv_cache_gib if "rollout" in flag else of_teachers
-        block = SMALL_BLOCK if job.machine.is_gpu else BLOCK
-        least = one_sequence(job, shape, gpus, FEWEST_AT_ONCE, block)
-        if size != "auto" and int(size * GIB) < least:
+        least = one_sequence(job, shape, gpus, FEWEST_AT_ONCE, SMALL_BLOCK)
+        if size != "auto" and not shape.keeps_states and int(size * GIB) < least:
             raise ValueError(
                 f"{flag} {size:g}: one sequence of {job.longest} tokens takes "
                 f"{math.ceil(1000 * least / GIB) / 1000:g} GiB of {shape.flag} {shape.path}; give "

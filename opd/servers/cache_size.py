@@ -20,6 +20,7 @@ CACHE_HELP = (
 )
 USED = 0.9  # of the memory that is free; the rest is for activations and for what others take
 USED_CPU = 0.25  # of a machine's, which is everybody's
+WITH_STATES = GIB  # at least, for a family whose layers keep states beside the cache
 # Tokens that are computed at once, defaults of vllm 0.32: most for what sizes itself, so that no
 # model gets too little; fewest for what is given, so that none is refused that would run.
 MOST_IN_FLIGHT, FEWEST_IN_FLIGHT = 2 * 16_384, 2048
@@ -53,10 +54,11 @@ def cache_and_length(
 
     block, in_flight = BLOCK, MOST_IN_FLIGHT
     if kv_cache_gib != "auto":
-        in_flight = FEWEST_IN_FLIGHT
-        block = SMALL_BLOCK if torch.cuda.is_available() else BLOCK
+        block, in_flight = SMALL_BLOCK, FEWEST_IN_FLIGHT
 
     def needs(length: int) -> int:
+        if shape.keeps_states:  # only vLLM knows
+            return WITH_STATES if kv_cache_gib == "auto" else 0
         return one_sequence_bytes(
             shape.cached, length, width=width, gpus=gpus, in_flight=in_flight, block=block
         )

@@ -42,6 +42,8 @@ def test_caches_of_engines(addition):
         **OPTIONS,
     )
     assert sized._kv_cache_bytes == least(addition)
+    cache = sized.llm.llm_engine.vllm_config.cache_config
+    assert cache.num_gpu_blocks == -(-LENGTH // cache.block_size) + 1, "what vLLM took, and its own"
     short, long = sized.hidden_states([[5, 6, 7], list(range(10, 60)) * (LENGTH // 50)])
     assert short.shape == (3, 32) and long.shape == (LENGTH, 32)
     assert short.dtype == long.dtype == torch.bfloat16, "not float32, which is twice the bytes"

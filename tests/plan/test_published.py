@@ -5,11 +5,13 @@ import torch
 
 import train_mopd
 from opd.config import GIB
-from opd.engines.vllm_process import as_transformers, import_vllm
+from opd.engines.vllm_process import as_transformers, import_vllm, kept_classes
 from opd.inputs.arguments import parse
-from opd.inputs.shapes import read_model, shape_of
+from opd.inputs.kv_cache import BLOCK, SMALL_BLOCK, one_sequence_bytes
+from opd.inputs.shapes import model_of, read_model, shape_of
 from opd.plan.job import Machine, make_job
 from opd.plan.planner import check_caches, make_plan
+from scripts.measure.families import FAMILIES, make_config
 from tests.support.processes import ROOT
 from tests.support.published import PARAMETERS, PUBLISHED, write_config
 
@@ -41,8 +43,8 @@ def job_of(shapes, student: str, teacher: str, response: int, *flags: str, machi
 
 @pytest.fixture(scope="module")
 def needed_by_vllm(device, shapes):
-    """(name, tokens, block) -> bytes that vllm 0.32 asks for, of the layers that it builds itself,
-    on a device without memory.
+    """(model directory, tokens, block) -> bytes that vllm 0.32 asks for, of the layers that it
+    builds itself, on a device without memory.
     """
     import_vllm()
     from vllm.config import set_current_vllm_config
@@ -55,10 +57,10 @@ def needed_by_vllm(device, shapes):
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.worker import worker_base
 
-    def needed(name: str, tokens: int, block: int) -> int:
+    def needed(path: str, tokens: int, block: int | None = None) -> int:
         options = as_transformers() | {"load_format": "dummy", "enforce_eager": True}
         config = EngineArgs(
-            model=shapes[name][0],
+            model=path,
             skip_tokenizer_init=True,
             dtype="bfloat16",
             max_model_len=tokens,
@@ -66,12 +68,13 @@ def needed_by_vllm(device, shapes):
             max_num_batched_tokens=16_384,
             **options,
         ).create_engine_config()
-        config.cache_config.block_size = block  # a CPU prefers another
+        config.cache_config.block_size = block or config.cache_config.block_size
         with set_current_vllm_config(config):
             if parallel_state._WORLD is None:  # the first model is one with experts
                 parallel_state.init_distributed_environment(1, 0, "env://", 0, "gloo")
                 parallel_state.initialize_model_parallel(1, 1)
-            with torch.device("meta"), set_default_torch_dtype(torch.bfloat16):
+            dtype = set_default_torch_dtype(torch.bfloat16)
+            with kept_classes(), torch.device("meta"), dtype:
                 initialize_model(config)
         layers = config.compilation_config.static_forward_context.items()
         specs = {
@@ -84,10 +87,12 @@ def needed_by_vllm(device, shapes):
         layouts = [each.name for each in worker_base.get_supported_kv_cache_layouts(backends)]
         resolve_kv_cache_layout(config, [layouts], list(specs.values()))
         groups = kv_cache_utils.get_kv_cache_groups(config, specs)
+        if not groups:
+            return 0
         least = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
         return least + kv_cache_utils._pool_bytes_per_block(config, groups)
 
-    needed("Qwen3-30B-A3B", 64, 16)
+    needed(shapes["Qwen3-30B-A3B"][0], 64, 16)
     yield needed
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
@@ -100,7 +105,7 @@ def test_default_flags_give_every_engine_the_cache_that_vllm_asks_for(
 ):
     response = min(LENGTHS[length], shapes[name][1].context - 1024)
     job = job_of(shapes, name, name, response)
-    needed = needed_by_vllm(name, 1024 + response, 16)
+    needed = needed_by_vllm(shapes[name][0], 1024 + response, 16)
     choices = make_plan(job, frozenset()).choices
     assert choices.kv_cache >= needed
     assert choices.teacher_kv["default"] * choices.tensor_parallel["default"] >= needed
@@ -120,9 +125,35 @@ def test_default_flags_give_every_engine_the_cache_that_vllm_asks_for(
 def test_on_a_cpu_blocks_are_larger(shapes, needed_by_vllm, name):
     cpu = Machine(1, 512 * GIB, 0, 25e9, is_gpu=False)
     job = job_of(shapes, name, name, 1024, "--dtype", "bfloat16", machine=cpu)
-    needed = needed_by_vllm(name, 2048, 128)
+    needed = needed_by_vllm(shapes[name][0], 2048, 128)
     least = make_plan(job).choices.teacher_kv["default"]
     assert needed <= least
+
+
+def test_every_family_gets_enough_and_none_is_refused_that_would_run(needed_by_vllm, tmp_path):
+    """The families of docs/models.md that vLLM builds without weights; those that keep states too
+    are never refused, and their engines take what vLLM says.
+    """
+    built = {}
+    for family in (family for family in FAMILIES if family.is_known):
+        path = tmp_path / family.name
+        config = make_config(family, 0, 1)
+        model = model_of(config, "--x", family.name)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(path)
+        shape = shape_of(read_model("--x", str(path)), "--x", family.name)
+        try:
+            needed = needed_by_vllm(str(path), 500)
+        # vLLM does not have it, or wants its weights
+        except (AssertionError, AttributeError, NotImplementedError, ValueError):
+            continue
+        most, fewest = (
+            one_sequence_bytes(shape.cached, 500, width=2, in_flight=tokens, block=block)
+            for tokens, block in ((2 * 16_384, BLOCK), (2048, SMALL_BLOCK))
+        )
+        built[family.name] = shape.keeps_states or fewest <= needed <= most
+    assert [name for name, is_right in built.items() if not is_right] == []
+    assert len(built) > 75 and {"gemma4", "falcon", "minicpm3", "deepseek_v3"} <= built.keys()
 
 
 def test_the_run_of_two_large_teachers_is_planned_without_a_flag(shapes):
