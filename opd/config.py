@@ -460,7 +460,7 @@ class RunConfig:
     )
     eval_every: NonNegativeInt = option(0, "Evaluate every n steps; 0 is before and after only.")
     eval_max_prompts: NonNegativeInt = option(0, "Held-out prompts per domain; 0 is all.")
-    save_every: str = option(
+    save_every: Annotated[int | Auto, Ge(0)] = option(
         "auto", "Checkpoint every n steps; 0 is at the end only; auto is every 10 to 30 minutes."
     )
     time_limit: Annotated[float | None, Gt(0)] = option(

@@ -231,7 +231,8 @@ class _Parser(HfArgumentParser):
         def number(text: str) -> int | float | str:
             return text if text == "auto" else kind(text)
 
-        number.__name__ = "number or auto"  # argparse says it of a value that is neither
+        # argparse says it of a value that is neither
+        number.__name__ = f"{'whole number' if kind is int else 'number'} or auto"
         parser.add_argument(f"--{field.name}", type=number, default=field.default, **field.metadata)
 
     def error(self, message):

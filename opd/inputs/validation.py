@@ -38,11 +38,6 @@ def validate_common(config) -> None:
     pairs("domain_weights", config.data.domain_weights)
     read_template_flags(config.data)
     allowed_changes(config)
-    if config.run.save_every != "auto" and not config.run.save_every.isdecimal():
-        raise ValueError(
-            f"--save_every {config.run.save_every}: expected auto, or steps: a whole number of at "
-            "least 0"
-        )
     trackers_of(config.run.report_to)
     _validate_loss(config.loss, config.rollout)
     _validate_correction(config.loss)

@@ -41,8 +41,8 @@ class Pace:
 
     def is_due(self, step: int) -> bool:
         """Whether `--save_every` with a number saves after this step."""
-        every = 0 if self.cfg.save_every == "auto" else int(self.cfg.save_every)
-        return every > 0 and step % every == 0
+        every = self.cfg.save_every
+        return every not in ("auto", 0) and step % every == 0
 
     @property
     def is_time_to_save(self) -> bool:

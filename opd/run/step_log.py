@@ -86,8 +86,7 @@ class UnsharedTokens:
                 warn(
                     f"sample {r.sample_id}: its response has {token!r} ({found[0]}), a token that "
                     f"teacher {teacher_of[found[0]]} does not share, so its score there says "
-                    "nothing; "
-                    "rollout/unshared_tokens has the share of such tokens"
+                    "nothing; rollout/unshared_tokens has the share of such tokens"
                 )
 
 

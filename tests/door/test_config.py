@@ -557,8 +557,6 @@ BAD_VALUES = [
         "--reject_low 1.1: must be at most 1",
     ),
     ("--reject_level geometric --reject_high 0.9", "--reject_high 0.9: must be at least 1"),
-    ("--save_every often", "--save_every often: expected auto, or steps"),
-    ("--save_every 2.5", "--save_every 2.5: expected auto, or steps"),
     ("--time_limit 0", "--time_limit 0.0: must be above 0"),
     ("--allow_change learning_rate,lrr", "--allow_change lrr: no such flag"),
     *(
@@ -579,6 +577,19 @@ BAD_VALUES = [
         for n in words("prompts_per_step num_generations max_response_tokens micro_batch_size")
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "kind"),
+    [
+        ("save_every", "often", "whole number"),
+        ("save_every", "2.5", "whole number"),
+        ("rollout_kv_cache_gib", "much", "number"),
+    ],
+)
+def test_what_is_neither_a_number_nor_auto(flag, value, kind):
+    message = error(parse, Config, [*REQUIRED, f"--{flag}", value])
+    assert message == f"--{flag}: invalid {kind} or auto value: {value!r}"
 
 
 @pytest.mark.parametrize(("argv", "message"), BAD_VALUES)

@@ -49,10 +49,12 @@ class Run:
                 file.write_text("".join(json.dumps({"data_source": "d"} | r) + "\n" for r in some))
                 self.sets[flag] = load_prompts([str(file)], student, DataConfig(**flags), flag=flag)
 
-    def check(self, teacher, *allow: str) -> None:
+    def check(self, teacher, *allow: str) -> frozenset[int]:
+        """The ids of tokens that the two do not share, where the teacher is accepted."""
         foreign = compare_tokenizers("--teacher t", teacher, self.student, (EOS,))
         dialect = Dialect("t", "--teacher t", frozenset(allow), foreign, teacher)
         check_dialects([dialect], self.student, self.sets, {"d": (("t", 1.0),), "o": (("u", 1),)})
+        return foreign.ids
 
     def refusal(self, teacher, *allow: str) -> str:
         """The one line, which the word that it ends with has to settle, and no other word."""
@@ -89,7 +91,7 @@ def test_templates_of_other_source_that_write_the_same(tmp_path):
             ]
         },
     ]
-    Run(tmp_path, tokenizer_of(HYBRID), rows).check(tokenizer_of(CODER))
+    assert Run(tmp_path, tokenizer_of(HYBRID), rows).check(tokenizer_of(CODER)) == set()
 
 
 def test_a_mode_that_the_teacher_does_not_know(tmp_path):
@@ -208,8 +210,9 @@ def test_a_template_that_ends_a_turn_where_no_response_ends(tmp_path):
 def test_added_tokens_that_no_prompt_has(tmp_path):
     rows = [{"prompt": "hi"}, {"prompt": "<think>", "data_source": "o"}]
     run = Run(tmp_path, tokenizer_of(HYBRID, "<think>"), rows)
-    run.check(tokenizer_of(HYBRID))
-    run.check(tokenizer_of(HYBRID, "<tool_response>", "<think>"))
+    first = run.student.get_vocab()["<think>"]
+    assert run.check(tokenizer_of(HYBRID)) == {first}
+    assert run.check(tokenizer_of(HYBRID, "<tool_response>", "<think>")) == {first, first + 1}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ class Clock:
         return self.now
 
 
-def saves_of(save_s: float, hours: float, save_every: str = "auto", step_s: float = 60.0):
+def saves_of(save_s: float, hours: float, save_every: int | str = "auto", step_s: float = 60.0):
     """Minutes at which a run of equal steps and equal saves starts to save."""
     clock = Clock()
     pace, found, step = Pace(RunConfig(save_every=save_every), 0.0, clock), [], 0
@@ -38,8 +38,8 @@ def test_auto_saves_as_often_as_it_costs_a_fiftieth_of_the_time():
     assert saves_of(save_s=18, hours=1)[:3] == [10, 25, 41]  # 18 s are 2 % of 15 minutes
     assert saves_of(save_s=300, hours=2)[:3] == [10, 45, 80]  # but not after 30
     assert saves_of(save_s=1, hours=0.15) == []  # a short run saves at its end alone
-    assert saves_of(save_s=1, hours=0.1, save_every="2") == [2, 4, 6]
-    assert saves_of(save_s=1, hours=1, save_every="0") == []
+    assert saves_of(save_s=1, hours=0.1, save_every=2) == [2, 4, 6]
+    assert saves_of(save_s=1, hours=1, save_every=0) == []
 
 
 @pytest.mark.parametrize(
