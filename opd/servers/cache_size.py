@@ -19,7 +19,7 @@ CACHE_HELP = (
     "room"
 )
 USED = 0.9  # of the memory that is free; the rest is for activations and for what others take
-USED_CPU = 0.25  # of a machine's, which is everybody's
+SHARE_CPU = 0.25  # of what is left on a CPU, beyond one sequence: its memory is everybody's
 WITH_STATES = GIB  # at least, for a family whose layers keep states beside the cache
 # Tokens that are computed at once, defaults of vllm 0.32: most for what sizes itself, so that no
 # model gets too little; fewest for what is given, so that none is refused that would run.
@@ -44,14 +44,14 @@ def cache_and_length(
     width: int,
     gpus: int = 1,
     tokens: int,
+    device: int = 0,
 ) -> tuple[float, int]:
     """(GiB of the KV cache on each of `gpus` GPUs, tokens of the longest sequence).
 
-    `auto` is room for `tokens` tokens and for one sequence at least. A context for which there is
-    no memory is cut, unless `max_model_len` asks for it. ValueError for a cache that vLLM would
-    refuse.
+    `device` is one of them, by its number in this process. `auto` is room for `tokens` tokens and
+    for one sequence at least. A context for which there is no memory is cut, unless `max_model_len`
+    asks for it. ValueError for a cache that vLLM would refuse.
     """
-
     block, in_flight = BLOCK, MOST_IN_FLIGHT
     if kv_cache_gib != "auto":
         block, in_flight = SMALL_BLOCK, FEWEST_IN_FLIGHT
@@ -64,7 +64,7 @@ def cache_and_length(
         )
 
     longest = served_length(shape.path, shape.context, max_model_len)
-    free = _free_bytes() - shape.num_parameters * width // gpus
+    free = _free_bytes(device) - shape.num_parameters * width // gpus
     room = int(kv_cache_gib * GIB) if kv_cache_gib != "auto" else free
     if needs(longest) > room:
         fitting = _longest_within(room, longest, needs)
@@ -85,13 +85,14 @@ def cache_and_length(
     if kv_cache_gib != "auto":
         return kv_cache_gib, longest
     wanted = tokens * token_bytes(shape.cached, width=width, gpus=gpus)
-    return max(needs(longest), min(wanted, room)) / GIB, longest
+    most = room if torch.cuda.is_available() else int(SHARE_CPU * room)
+    return max(needs(longest), min(wanted, most)) / GIB, longest
 
 
-def _free_bytes() -> int:
+def _free_bytes(device: int) -> int:
     if torch.cuda.is_available():
-        return int(USED * torch.cuda.mem_get_info()[0])
-    return int(USED_CPU * psutil.virtual_memory().available)
+        return int(USED * torch.cuda.mem_get_info(device)[0])
+    return int(USED * psutil.virtual_memory().available)
 
 
 def _longest_within(room: int, longest: int, needs) -> int:

@@ -80,6 +80,8 @@ def launch_arguments(argv: list[str]) -> argparse.Namespace:
     args.role, args.extra = role, extra
     _check_arguments(args)
     args.gpus = deal_gpus(args.gpus, args.replicas * getattr(args, "tensor_parallel", 1))
+    if role == "teacher" and args.protocol == "json":
+        _size_vllms_own(args)
     return args
 
 
@@ -148,9 +150,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
                 "GPU; use --protocol json"
             )
         args.name = args.name or Path(args.model).resolve().name
-        if args.protocol == "json":
-            _size_vllms_own(args)
-        elif args.max_model_len:
+        if args.protocol == "binary" and args.max_model_len:
             args.extra = ["--max_model_len", str(args.max_model_len), *args.extra]
         return
     if token is None:
@@ -183,8 +183,15 @@ def _size_vllms_own(args: argparse.Namespace) -> None:
         width=resolve_dtype(args.dtype).itemsize,
         gpus=args.tensor_parallel,
         tokens=JSON_TOKENS,
+        device=_number_of(args.gpus[0]) if args.gpus else 0,
     )
     args.extra = ["--max-model-len", str(longest), *rest]
+
+
+def _number_of(gpu: str) -> int:
+    """The number that this process gives to a GPU of `--gpus`."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return visible.index(gpu) if gpu in visible else int(gpu)
 
 
 def deal_gpus(flag: str | None, needed: int) -> list[str]:

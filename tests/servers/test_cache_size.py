@@ -23,7 +23,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture
 def free(monkeypatch):
     def set_free(gib: float) -> None:
-        monkeypatch.setattr(cache_size, "_free_bytes", lambda: int(gib * GIB))
+        monkeypatch.setattr(cache_size, "_free_bytes", lambda device: int(gib * GIB))
 
     return set_free
 
@@ -63,6 +63,15 @@ def test_what_vllm_would_refuse_is_a_line(shapes, free, length, gib, line):
     free(70)
     with pytest.raises(ValueError, match=line):
         asked(shapes["Qwen3-32B"], length, gib)
+
+
+def test_a_cpu_keeps_its_memory_for_others_too(shapes, free):
+    """One sequence always, where it fits; of what is left beyond it, a quarter."""
+    free(12)
+    weights = shapes["Qwen3-0.6B"].num_parameters * 2 / GIB
+    assert asked(shapes["Qwen3-0.6B"])[1] == 40960
+    gib, _ = asked(shapes["Qwen3-0.6B"], 1024, tokens=1 << 20)
+    assert gib == pytest.approx((12 - weights) / 4, rel=0.01)
 
 
 def test_a_model_larger_than_the_card(shapes, free):
