@@ -107,6 +107,7 @@ class PromptLogprobs(vllm_engine._Engine):
             frozen=True,
             enforce_eager=True,
             kv_cache_gib=args.kv_cache_gib,
+            kv_cache_grows=False,
             dtype=dtype,
             max_model_len=args.length + 8,
             skip_tokenizer_init=True,

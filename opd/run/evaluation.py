@@ -12,7 +12,7 @@ from typing import Any
 from opd import distributed
 from opd.config import GIB, TeacherSpec
 from opd.log import say
-from opd.records import checkpoint, export, report
+from opd.records import export, report
 from opd.records.files import replace_text
 from opd.records.hub_upload import push_model
 from opd.records.memory_ledger import Ledger
@@ -145,13 +145,13 @@ def _say_memory(run: Run, ledger: Ledger) -> None:
         say(f"memory, predicted/measured: {', '.join(phases)}")
 
 
-def _report(run: Run, teacher_scores: Scores) -> dict[str, Any] | None:
-    """The content of report.json, which is written here; None without held-out prompts.
+def _report(run: Run, teacher_scores: Scores, was_done: bool) -> dict[str, Any] | None:
+    """The content of report.json, which is written here unless the run `was_done` and has one;
+    None without held-out prompts.
 
     Collective.
     """
     path, num_steps = run.run_dir / "report.json", run.cfg.run.num_steps
-    was_done = run.resume_from and checkpoint.load_state(run.resume_from).step == num_steps
     kept = json.loads(path.read_text()) if was_done and path.exists() else None
     # rank 0's, for all: it may write the file before another has looked for it
     if (kept := distributed.broadcast_object(kept)) is not None:
@@ -168,12 +168,16 @@ def _report(run: Run, teacher_scores: Scores) -> dict[str, Any] | None:
     return result
 
 
-def finish_run(run: Run, student: Student, teacher_scores: Scores, ledger: Ledger) -> None:
+def finish_run(
+    run: Run, student: Student, teacher_scores: Scores, ledger: Ledger, *, was_done: bool
+) -> None:
     """Memory as predicted and measured, with held-out prompts the report, and the Hugging Face
     export, whose card shows it; last its upload, if that is asked for. Collective.
+
+    `was_done`: this start had no step left to train.
     """
     _say_memory(run, ledger)
-    result = _report(run, teacher_scores)
+    result = _report(run, teacher_scores, was_done)
     model_dir = run.run_dir / "model"
     generation_config = student.model.generation_config
     generation_config.eos_token_id = list(run.facts.student.eos_ids)

@@ -107,6 +107,7 @@ class Loop:
         self._unshared = UnsharedTokens(self.run)
         self.pace = Pace(cfg.run, process_age_s())
         self._saved = self.state.step  # the newest step with a checkpoint; 0 needs none
+        self._was_done = self.state.step == cfg.run.num_steps
         # Of the step under way:
         self._started, self._num_loss_tokens = 0.0, 0
         self._rollouts: Sequence[Rollout] = ()
@@ -377,7 +378,13 @@ class Loop:
         """Ends engines and connections; the export, and the report. Collective."""
         stopping.unlisten()  # all is saved
         self._close()
-        finish_run(self.run, self.student, self.teacher_scores, self.colocation.ledger)
+        finish_run(
+            self.run,
+            self.student,
+            self.teacher_scores,
+            self.colocation.ledger,
+            was_done=self._was_done,
+        )
 
     def _close(self) -> None:
         self.rollout_engine.close()
