@@ -270,7 +270,7 @@ class DataConfig:
 class RolloutConfig:
     """Prompts of a step, sampling of responses, and the engines' KV caches."""
 
-    prompts_per_step: PositiveInt = option(64, "Prompts in one optimizer step, over all ranks.")
+    prompts_per_step: PositiveInt = option(64, "Prompts in one step, over all ranks.")
     num_generations: PositiveInt = option(1, "Responses per prompt.")
     max_response_tokens: PositiveInt = option(
         1024, "Longest response, in tokens; a longer one is truncated and counted."

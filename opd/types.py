@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-RolloutSource = Literal["student", "dataset", "teacher"]
+RolloutSource = Literal["student", "dataset"]
 FinishReason = Literal["stop", "length"]
 # What a loss needs from a teacher, in ascending size; "topk+hidden" is both.
 TeacherPayload = Literal["sampled", "topk", "hidden", "topk+hidden"]
@@ -226,7 +226,7 @@ class LoopState:
     the step.
     """
 
-    step: int = 0  # optimizer steps done
+    step: int = 0  # steps done; with `--inner_updates` each has several optimizer steps
     policy_version: int = 0  # version of the weights in the rollout engine
     tokens_seen: int = 0  # loss tokens trained on, over all ranks
 
