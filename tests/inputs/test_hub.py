@@ -109,9 +109,10 @@ def test_headers_that_cannot_be_had_are_said(org, monkeypatch):
 def test_weights_come_once_for_all_who_want_them(org, big):
     """Eight at once, as the ranks of a machine; what came is the file itself."""
     cfg = checked(config_of())
+    flags = hub.models_here(cfg)
     org.asked.clear()
     org.sent.clear()
-    threads = [threading.Thread(target=fetch_models, args=(cfg,)) for _ in range(8)]
+    threads = [threading.Thread(target=hub.fetch_weights, args=(flags,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -122,6 +123,9 @@ def test_weights_come_once_for_all_who_want_them(org, big):
     here = load_file(Path(cfg.model.student_model) / "model.safetensors")
     there = load_file(big / "model.safetensors")
     assert all(torch.equal(here[name], there[name]) for name in there)
+    org.sent.clear()
+    fetch_models(cfg)  # the files are checked, and nothing comes twice
+    assert not org.fetched(".safetensors")
 
 
 def test_files_that_came_are_checked(org, big):
