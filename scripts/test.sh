@@ -20,6 +20,6 @@ if [ "$*" != "" ] && [ "$*" != --all ]; then
 fi
 # Tests that measure times want no neighbour.
 STATUS=0
-python -m pytest -n 2 --dist loadfile -m "not alone" "$@" || STATUS=$?
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone" "$@" || STATUS=$?
 python -m pytest -m alone "$@" || STATUS=$?
 exit "$STATUS"

@@ -34,8 +34,16 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also the tests marked `long`: hours")
 
 
+# Folders whose files take minutes.
+SLOW = {"whole_runs", "servers", "run", "scripts", "engines"}
+
+
 def pytest_collection_modifyitems(config, items):
-    """What is marked `long` is left out, and counted as deselected, unless `--all` is given."""
+    """What is marked `long` is left out, and counted as deselected, unless `--all` is given.
+
+    Slow folders come first, so that two workers end together.
+    """
+    items.sort(key=lambda item: item.path.parent.name not in SLOW)
     if not config.getoption("--all"):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
