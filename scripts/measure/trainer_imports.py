@@ -5,6 +5,7 @@ Processes that are forked from one that has this start within a second.
 `scripts/check_families.py` starts hundreds of runs of a few steps, most of whose time were imports.
 """
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,3 +28,6 @@ import train_mopd  # noqa: E402, F401
 # vllm asks a new process, which imports all that again, what a model class can do: that keeps a
 # parent off the GPU. Here each run is such a process.
 registry._run_in_subprocess = lambda function: function()
+
+gc.collect()
+gc.freeze()  # no child has to visit all that at each collection

@@ -303,11 +303,9 @@ def test_a_dead_replica_is_out_at_once_and_comes_back():
         print(f"out after {until(lambda: not pool.replicas[0].in_rotation, 5.0):.2f} s")
         assert pool.collect(futures) == echoes(200)
         stats = pool.take_stats()
-        assert (
-            stats.failovers > 0
-            and stats.ejections == 1
-            and "connect" in pool.replicas[0].last_error
-        )
+        # sent again before or after the probe has found it dead
+        assert stats.retries + stats.failovers >= 8
+        assert stats.ejections == 1 and "connect" in pool.replicas[0].last_error
         before = a.counts["/work"]
         a.open()
         until(lambda: pool.replicas[0].in_rotation)

@@ -9,8 +9,6 @@ L response length, V vocabulary.
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opd import processes
-from tests.support.processes import ROOT, worker_environment
+from tests.support.processes import ROOT
+from tests.support.ranks import run_ranks
 from tests.support.workers.gradient_worker import (
     ADAM_EPS,
     LEARNING_RATE,
@@ -233,44 +231,24 @@ def reference(models):
 # ---- The real thing ------------------------------------------------------------------------------
 
 
-def launch(cases, models, out: Path, command: list[str]) -> Path:
+def launch(cases, models, out: Path, num_ranks: int) -> Path:
     """All cases in one process per rank: starting one costs more than a case."""
     job = out / "job.json"
     rows = [dataclasses.asdict(case) for case in cases]
     job.write_text(json.dumps({"models": models, "out": str(out), "cases": rows}))
-    result = subprocess.run(
-        [*command, str(WORKER), str(job)],
-        env=worker_environment(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_ranks(WORKER, str(job), num_ranks=num_ranks, timeout_s=DEADLINE)
     return out
 
 
 @pytest.fixture(scope="module")
 def one_rank(models, tmp_path_factory):
     return launch(
-        (*ONE_RANK, *REFRESHED, *BFLOAT16),
-        models,
-        tmp_path_factory.mktemp("one_rank"),
-        [sys.executable],
+        (*ONE_RANK, *REFRESHED, *BFLOAT16), models, tmp_path_factory.mktemp("one_rank"), 1
     )
 
 
 @pytest.fixture(scope="module")
 def two_ranks(models, tmp_path_factory):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-addr",
-        "127.0.0.1",
-    ]
-    torchrun += ["--master-port", str(processes.free_port())]
     return launch(
         (
             *TWO_RANKS,
@@ -279,7 +257,7 @@ def two_ranks(models, tmp_path_factory):
         ),
         models,
         tmp_path_factory.mktemp("two_ranks"),
-        torchrun,
+        2,
     )
 
 

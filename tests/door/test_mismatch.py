@@ -6,8 +6,6 @@ N tokens of all responses that the student wrote.
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd import processes
 from opd.config import LossConfig
 from opd.mismatch import effective_share, log_mismatch, pearson
 from opd.records.metrics import Metrics
-from tests.support.processes import ROOT, worker_environment
+from tests.support.processes import ROOT
+from tests.support.ranks import run_ranks
 from tests.support.workers.mismatch_worker import CONFIGS, DOMAINS, SPLITS, micro_batches, responses
 
 WORKER = ROOT / "tests" / "support" / "workers" / "mismatch_worker.py"
@@ -29,27 +27,10 @@ DEADLINE = 300  # seconds
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """ranks -> the directory with the metrics of every configuration and split."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-    ]
-    commands = {1: [sys.executable], 2: [*launcher, str(processes.free_port())]}
     found = {}
-    for ranks, command in commands.items():
+    for ranks in (1, 2):
         found[ranks] = tmp_path_factory.mktemp(f"ranks_{ranks}")
-        done = subprocess.run(
-            [*command, str(WORKER), str(found[ranks])],
-            env=worker_environment(),
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_ranks(WORKER, str(found[ranks]), num_ranks=ranks, timeout_s=DEADLINE)
     return found
 
 

@@ -1,14 +1,12 @@
 """Gradients in bfloat16 add up in float32, under every ZeRO stage, on one rank and on two."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from opd import processes
 from opd.inputs.validation import load_ds_config
-from tests.support.processes import ROOT, worker_environment
+from tests.support.processes import ROOT
+from tests.support.ranks import run_ranks
 from tests.support.workers.accumulation_worker import MORE, SIZE
 
 WORKER = ROOT / "tests" / "support" / "workers" / "accumulation_worker.py"
@@ -24,18 +22,7 @@ def norms(request, tmp_path_factory):
         cases[stage] = load_ds_config(str(ROOT / "ds_configs" / f"{stage}.json"))
         cases[f"{stage}_bf16"] = {**cases[stage], "data_types": {"grad_accum_dtype": "bf16"}}
     (out / "job.json").write_text(json.dumps({"out": str(out / "norms.json"), "cases": cases}))
-    command = [sys.executable]
-    if request.param > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(request.param)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(processes.free_port())]
-    result = subprocess.run(
-        [*command, str(WORKER), str(out / "job.json")],
-        env=worker_environment(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_ranks(WORKER, str(out / "job.json"), num_ranks=request.param, timeout_s=DEADLINE)
     return json.loads((out / "norms.json").read_text())
 
 

@@ -5,16 +5,14 @@ that they are made at all, and undone, is the same code.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from opd import processes
 from opd.engines.deepspeed_engine import HostCopy, what_leaves
 from opd.inputs.validation import load_ds_config
-from tests.support.processes import ROOT, worker_environment
+from tests.support.processes import ROOT
+from tests.support.ranks import run_ranks
 
 WORKER = ROOT / "tests" / "support" / "workers" / "offload_worker.py"
 DEADLINE = 600  # seconds for all cases of one launch
@@ -36,25 +34,7 @@ def records(request, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("offload")
     job = out / "job.json"
     job.write_text(json.dumps({"model": str(tiny.student), "out": str(out), "cases": CASES}))
-    command = [sys.executable]
-    if request.param == 2:
-        command += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-addr",
-            "127.0.0.1",
-        ]
-        command += ["--master-port", str(processes.free_port())]
-    result = subprocess.run(
-        [*command, str(WORKER), str(job)],
-        env=worker_environment(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_ranks(WORKER, str(job), num_ranks=request.param, timeout_s=DEADLINE)
     return request.param, {name: json.loads((out / f"{name}.json").read_text()) for name in CASES}
 
 

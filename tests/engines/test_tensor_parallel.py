@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from opd import processes
 from tests.support.processes import ROOT, worker_environment
+from tests.support.ranks import run_ranks
 from tests.support.workers.tensor_parallel_worker import DEAL
 
 WORKER = ROOT / "tests" / "support" / "workers" / "tensor_parallel_worker.py"
@@ -111,14 +112,7 @@ def make_job(paths, reference, prompts, tmp_path_factory):
 def seen(make_job):
     """What both ranks report, and the tensors they got: lists by rank."""
     job = make_job()
-    result = subprocess.run(
-        [*torchrun(), str(WORKER), "both_sizes", str(job)],
-        env=worker_environment(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
+    run_ranks(WORKER, "both_sizes", str(job), num_ranks=2, timeout_s=DEADLINE)
     reports = [json.loads((job.parent / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     return reports, [load_file(job.parent / f"rank_{rank}.safetensors") for rank in (0, 1)]
 

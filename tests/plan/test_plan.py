@@ -22,7 +22,6 @@ from transformers import (
 
 import train_gkd
 import train_mopd
-from opd import processes
 from opd.config import GIB, AsyncConfig, TeacherSpec
 from opd.inputs.arguments import parse
 from opd.inputs.models import ModelFact, ModelFacts
@@ -37,6 +36,7 @@ from opd.plan.sharding import ZeroSettings, zero_shard
 from opd.plan.view import as_json, remedies, table, verdict
 from opd.run.prepare import prepare
 from tests.support.processes import ROOT, worker_environment
+from tests.support.ranks import run_ranks
 
 # ---- Exact: what ZeRO holds, against the tensors of real engines ---------------------------------
 
@@ -84,15 +84,8 @@ def counted(request, odd_models, tmp_path_factory) -> tuple[int, Path]:
         for name, zero, dtype, model in CASES
     ]
     (out / "job.json").write_text(json.dumps({"out": str(out), "cases": cases}))
-    command = [sys.executable]
-    if request.param > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(processes.free_port())]
-    command += [str(ROOT / "tests/support/workers/zero_worker.py"), str(out / "job.json")]
-    run = subprocess.run(
-        command, env=worker_environment(), capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    worker = ROOT / "tests/support/workers/zero_worker.py"
+    run_ranks(worker, str(out / "job.json"), num_ranks=request.param, timeout_s=300)
     return request.param, out
 
 

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from gradient_worker import DOMAINS, VOCAB, Case, my_micro_batches
 
 from tests.support.processes import ROOT
+from tests.support.workers.gradient_worker import DOMAINS, VOCAB, Case, my_micro_batches
 
 STEPS = 3
 
