@@ -157,7 +157,7 @@ def device():
 
 @pytest.fixture(scope="module")
 def served(tiny):
-    """Teacher name -> its two vLLM servers."""
+    """Teacher name -> its vLLM servers: two of addition, one of reversal."""
     from tests.support.servers import start_two_by_two
 
     more = {
@@ -165,7 +165,7 @@ def served(tiny):
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
     }
-    wanted = [(getattr(tiny, name), name) for name in DOMAINS for _ in range(2)]
+    wanted = [(getattr(tiny, name), name) for name in ("addition", "addition", "reversal")]
     servers = start_two_by_two(wanted, worker_environment(**more))
     yield {name: [server for server in servers if server.name == name] for name in DOMAINS}
     for server in servers:

@@ -261,7 +261,7 @@ def test_what_servers_say(served, models):
 
 
 def test_replicas_that_do_not_fit_together(served, models):
-    (a, _), (c, _) = served["addition"], served["reversal"]
+    (a, _), (c,) = served["addition"], served["reversal"]
     with pytest.raises(
         ValueError, match=r"^F: http://127.0.0.1:9 cannot be reached: cannot connect: .*"
     ):

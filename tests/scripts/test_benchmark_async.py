@@ -104,6 +104,7 @@ def test_tokens_of_a_response_are_counted_from_its_text():
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_real_runs_of_all_sides(run_main):
     """Six short steps of tiny models: what is compared is the same work."""
     setting = Setting(

@@ -99,7 +99,7 @@ def long(*values):
 @pytest.mark.parametrize(
     ("launcher", "ranks", "number", "to_all", "status"),
     [
-        ("python", 1, signal.SIGINT, False, -signal.SIGINT),
+        long("python", 1, signal.SIGINT, False, -signal.SIGINT),
         ("torchrun", 2, signal.SIGTERM, False, 1),
         long("torchrun", 2, signal.SIGINT, True, 1),
         long("accelerate", 2, signal.SIGTERM, False, 1),

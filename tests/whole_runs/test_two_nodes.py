@@ -40,6 +40,7 @@ def start(tiny, tmp_path, **more) -> subprocess.Popen:
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @NEEDS_ROOT
 def test_a_run_on_two_hosts_outlives_a_pulled_cable(tiny, tmp_path):
     process = start(tiny, tmp_path, DOWN_S="5")
