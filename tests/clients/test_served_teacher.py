@@ -520,11 +520,11 @@ def test_two_replicas_are_faster_than_one_or_do_half_the_work_each(served, model
 
 def test_a_replica_killed_in_the_middle_loses_nothing(served, models):
     """The last test: there is one replica less after it."""
-    rollouts = rollouts_of(["reversal"] * 200)
-    killed, left = served["reversal"]
-    expected, _ = score_in_one_step(served, "reversal", models, [left.url], rollouts, Limits())
+    rollouts = rollouts_of(["addition"] * 200)
+    killed, left = served["addition"]
+    expected, _ = score_in_one_step(served, "addition", models, [left.url], rollouts, Limits())
     with teacher(
-        "reversal", models["reversal"], [killed.url, left.url], Limits(max_inflight=8)
+        "addition", models["reversal"], [killed.url, left.url], Limits(max_inflight=8)
     ) as one:
         pool = pool_of(served=[one])
         for rollout in rollouts:
