@@ -524,7 +524,7 @@ def test_a_replica_killed_in_the_middle_loses_nothing(served, models):
     killed, left = served["addition"]
     expected, _ = score_in_one_step(served, "addition", models, [left.url], rollouts, Limits())
     with teacher(
-        "addition", models["reversal"], [killed.url, left.url], Limits(max_inflight=8)
+        "addition", models["addition"], [killed.url, left.url], Limits(max_inflight=8)
     ) as one:
         pool = pool_of(served=[one])
         for rollout in rollouts:
