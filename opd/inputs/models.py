@@ -333,6 +333,16 @@ def _read(
     return fact
 
 
+def check_context(model: ModelShape, config) -> None:
+    """The model has a position for every token of the longest response; ValueError otherwise."""
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if model.context is not None and prompt + response > model.context:
+        raise ValueError(
+            f"--max_prompt_tokens {prompt} + --max_response_tokens {response}: over the context of "
+            f"{model.flag} {model.path}, {model.context} tokens; lower them"
+        )
+
+
 def _check_sizes(fact: ModelFact, num_tokens: int, config) -> None:
     """The model has a row for every token, and a position for every token of the longest
     response.
@@ -342,9 +352,4 @@ def _check_sizes(fact: ModelFact, num_tokens: int, config) -> None:
             f"{fact.flag} {fact.path}: the tokenizer has ids up to {num_tokens - 1}, its lm_head "
             f"has {fact.vocab_size} rows; resize it"
         )
-    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    if fact.context is not None and prompt + response > fact.context:
-        raise ValueError(
-            f"--max_prompt_tokens {prompt} + --max_response_tokens {response}: over the context of "
-            f"{fact.flag} {fact.path}, {fact.context} tokens; lower them"
-        )
+    check_context(fact, config)

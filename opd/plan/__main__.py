@@ -22,6 +22,7 @@ from opd.config import GIB
 from opd.hub_names import as_named
 from opd.inputs.arguments import OneLineParser, given, parse
 from opd.inputs.hub import find_models, with_models
+from opd.inputs.models import check_context
 from opd.options import groups_of
 from opd.plan.apply import apply
 from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, make_job, read_shapes
@@ -107,7 +108,10 @@ def plan_command(argv: list[str] | None = None) -> int:
     try:
         args, cfg = plan_arguments(sys.argv[1:] if argv is None else argv)
         cfg = with_models(cfg, find_models(cfg))
-        job = make_job(cfg, *read_shapes(cfg), machine_of(args))
+        student, teachers = read_shapes(cfg)
+        for model in (student, *teachers.values()):
+            check_context(model, cfg)
+        job = make_job(cfg, student, teachers, machine_of(args))
         check_caches(job)
         plan = make_plan(job, cfg.explicit if cfg.run.plan == "auto" else None)
         if args.plot:

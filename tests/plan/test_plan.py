@@ -646,6 +646,10 @@ def test_an_asynchronous_run_is_planned_without_its_servers(async_yaml, run_yaml
         ),
         (("--student_model", "/nope"), "--student_model /nope: no such model directory"),
         (("--plot", "/nope/x.png"), "--plot /nope/x.png: cannot be written"),
+        (
+            ("--max_response_tokens", "300000"),
+            "--max_prompt_tokens 16 + --max_response_tokens 300000: over the context of",
+        ),
         (("--ds_config", "nope.json"), "--ds_config nope.json: no such file"),
     ],
 )
