@@ -19,7 +19,7 @@ CACHE_HELP = (
     "room"
 )
 USED = 0.9  # of the memory that is free; the rest is for activations and for what others take
-SHARE_CPU = 0.25  # of what is left on a CPU, beyond one sequence: its memory is everybody's
+SHARE_CPU = 0.5  # of what is free beside the weights on a CPU: its memory is everybody's
 WITH_STATES = GIB  # at least, for a family whose layers keep states beside the cache
 # Tokens that are computed at once, defaults of vllm 0.32: most for what sizes itself, so that no
 # model gets too little; fewest for what is given, so that none is refused that would run.
@@ -65,6 +65,8 @@ def cache_and_length(
 
     longest = served_length(shape.path, shape.context, max_model_len)
     free = _free_bytes(device) - shape.num_parameters * width // gpus
+    if not torch.cuda.is_available():
+        free = int(SHARE_CPU * free)
     room = int(kv_cache_gib * GIB) if kv_cache_gib != "auto" else free
     if needs(longest) > room:
         fitting = _longest_within(room, longest, needs)
@@ -85,8 +87,7 @@ def cache_and_length(
     if kv_cache_gib != "auto":
         return kv_cache_gib, longest
     wanted = tokens * token_bytes(shape.cached, width=width, gpus=gpus)
-    most = room if torch.cuda.is_available() else int(SHARE_CPU * room)
-    return max(needs(longest), min(wanted, most)) / GIB, longest
+    return max(needs(longest), min(wanted, room)) / GIB, longest
 
 
 def _free_bytes(device: int) -> int:
