@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 
 from opd import distributed
 from opd.clients.protocols import TOKEN_VARIABLE
+from opd.engines import vllm_process
 from scripts.make_demo import make_tokenizer
 from tests.support.launch import Models
 from tests.support.models import DOMAINS, RealModel, Tiny, padded, random_model, row, save
@@ -140,7 +141,10 @@ def device():
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     PartialState._reset_state()
-    # it remembers the groups of the first module of tests that used it
+    # vLLM and DeepSpeed remember the groups of the first module of tests that used them
+    if state := sys.modules.get("vllm.distributed.parallel_state"):
+        for name in ("_WORLD", "_NODE_COUNT", *vllm_process.GLOBALS):
+            setattr(state, name, None)
     if "deepspeed" in sys.modules:
         from deepspeed import comm
         from deepspeed.utils import groups

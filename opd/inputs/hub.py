@@ -251,9 +251,11 @@ def _one_line_of_the_hub(flag: str, model: str) -> Iterator[None]:
     except errors.HFValidationError:
         reason = "no such directory, and not a hub id"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        name, _, revision = model.partition("@")
+        wanted = f"{name} --revision {revision}" if revision else name
         reason = (
             f"the hub cannot be asked, and the cache has not all of it ({constants.HF_HUB_CACHE}); "
-            f"fetch it where there is a network: hf download {model.partition('@')[0]}"
+            f"fetch it where there is a network: hf download {wanted}"
         )
     except (OSError, errors.HfHubHTTPError) as error:
         reason = f"the download failed: {one_line(error)}; start again, what is here is kept"

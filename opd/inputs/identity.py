@@ -69,7 +69,8 @@ def allowed_changes(config) -> set[str]:
         if name not in known:
             others = {field.name for _, field, _ in options_of(config)}
             why = (
-                "it may change at any time; leave it out"
+                "leave it out: what changes no result may change at any time, what makes other "
+                "prompts or ends responses elsewhere never"
                 if name in others
                 else f"no such flag{nearest(name, [*known])}"
             )

@@ -100,6 +100,11 @@ def _with_choices_of(cfg):
         return cfg  # what is wrong with the directory is said elsewhere
     for group, name in KEPT_CHOICES:
         if name in old and not cfg.explicit & {name, *OTHER_FORM.get(name, ())}:
-            section = replace(getattr(cfg, group), **{name: old[name]})
+            value = old[name]
+            if name == "max_tokens_per_micro_batch" and value:
+                # responses may have become longer, and each is in one micro-batch
+                longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens - 1
+                value = max(value, longest)
+            section = replace(getattr(cfg, group), **{name: value})
             cfg = replace(cfg, **{group: section}, explicit=cfg.explicit | {name})
     return cfg

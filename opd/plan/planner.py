@@ -138,7 +138,9 @@ def check_caches(job: Job) -> None:
     """
     of_teachers = job.cfg.teacher.teacher_kv_cache_gib
     sharing = job.cfg.rollout.rollout_tensor_parallel_size
-    caches = [] if job.is_async else [("--rollout_kv_cache_gib", job.student, sharing)]
+    # servers of one's own were told theirs
+    is_ours = not job.is_async or job.cfg.ahead.rollout_servers == ["auto"]
+    caches = [("--rollout_kv_cache_gib", job.student, sharing)] if is_ours else []
     caches += [
         ("--teacher_kv_cache_gib", shape, job.spec(name).tensor_parallel_size)
         for name, shape in job.teachers.items()

@@ -627,6 +627,9 @@ def test_an_asynchronous_run_is_planned_without_its_servers(async_yaml, run_yaml
     assert "servers are not in this table" not in command(capsys, "--config", str(run_yaml))[1]
     status, _, err = command(capsys, "--config", str(async_yaml), *machine, "--sync_every", "9")
     assert status == 2 and err.startswith("error: --max_staleness 2: with --sync_every 9")
+    small = ("--rollout_kv_cache_gib", "0.00001")
+    status, _, err = command(capsys, "--config", str(async_yaml), *machine, *small)
+    assert status == 2 and err.startswith("error: --rollout_kv_cache_gib 1e-05: one sequence of")
 
 
 @pytest.mark.parametrize(
@@ -793,6 +796,7 @@ def test_a_resumed_run_keeps_the_support_that_was_planned(tiny, tmp_path):
         f"--teacher={tiny.addition}",
         f"--data={tiny.train}",
         f"--output_dir={run_dir}",
+        *("--max_prompt_tokens", "16", "--max_response_tokens", "8"),
     ]
     cfg = parse(train_mopd.Config, flags)
     assert apply._with_choices_of(cfg) == cfg, "a fresh run"
@@ -804,6 +808,10 @@ def test_a_resumed_run_keeps_the_support_that_was_planned(tiny, tmp_path):
     kept = apply._with_choices_of(cfg)
     assert kept.loss.support == "teacher_topk" and "support" in kept.explicit
     assert kept.batch.max_tokens_per_micro_batch == 96 and kept.model.gradient_checkpointing
+    longer = apply._with_choices_of(
+        parse(train_mopd.Config, [*flags, "--max_response_tokens", "200"])
+    )
+    assert longer.batch.max_tokens_per_micro_batch == 215, "each response is in one micro-batch"
     words = ["--support", "full", "--micro_batch_size", "2", "--gradient_checkpointing=no"]
     given = parse(train_mopd.Config, [*flags, *words])
     assert apply._with_choices_of(given) == given, "a flag is the user's word"
