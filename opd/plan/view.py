@@ -76,8 +76,16 @@ def verdict(plan: Plan) -> str:
         return f"fits: {peak}"
     changes = next(remedies(plan), None)
     return f"does not fit: {peak}; " + (
-        f"try {' and '.join(changes)}" if changes else "take a smaller student, or more GPUs"
+        f"try {' and '.join(changes)}" if changes else _last_resort(plan, phase)
     )
+
+
+def _last_resort(plan: Plan, phase: str) -> str:
+    if phase != "score":
+        return "take a smaller student, or more GPUs"
+    if any(spec.backend == "hf" for spec in plan.job.cfg.teachers):
+        return "take a smaller teacher, or --teacher_backend vllm, which divides one over GPUs"
+    return "take a smaller teacher, or more GPUs"
 
 
 # ---- What would make it fit ----------------------------------------------------------------------

@@ -497,6 +497,8 @@ def test_what_does_not_fit_names_changes_that_do(published):
     assert next(remedies(made)) == ("--ds_config ds_configs/zero3.json",)
     hopeless = make_plan(job_of(published, "32B", ["8B"], gpus=1, gib=24), frozenset())
     assert verdict(hopeless).startswith("does not fit") and "smaller student" in verdict(hopeless)
+    lone = make_plan(job_of(published, "0.6B", ["32B"], gpus=1, gib=24), frozenset())
+    assert verdict(lone).endswith("; take a smaller teacher, or more GPUs")
 
 
 def test_a_host_that_is_too_small_does_not_fit(published):
