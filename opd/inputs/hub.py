@@ -68,7 +68,9 @@ def find_snapshot(flag: str, model: str) -> str:
     """
     if Path(model).is_dir():
         return model
-    repo, _, revision = model.partition("@")
+    repo, at, revision = model.partition("@")
+    if at and (not revision or "@" in revision):
+        raise ValueError(f"{flag} {model}: one @, and behind it a branch, a tag or a commit")
     check_path(flag, model)
     with _one_line_of_the_hub(flag, model):
         validate_repo_id(repo)

@@ -50,6 +50,12 @@ def table(plan: Plan) -> str:
                 f"{row.participant:{width}}{cells}" + (_in_gib(row.moved, unit) if moves else "")
             )
         lines.append(f"{title:{width}}" + "".join(_in_gib(total(phase), unit) for phase in PHASES))
+    for shape in (plan.job.student, *plan.job.teachers.values()):
+        if shape.keeps_states:
+            lines.append(
+                f"{shape.flag} {shape.path}: layers that keep states take more beside the KV "
+                "cache, which only vLLM knows; it is not counted"
+            )
     if plan.job.is_async:
         lines.append("rollout and log-prob servers are not in this table: devices of their own")
     return "\n".join(lines)

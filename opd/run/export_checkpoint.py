@@ -25,9 +25,11 @@ WRAPPER = "model."  # the student's module holds the model beside its loss
 
 def export_command(argv: Sequence[str]) -> int:
     """Exports the checkpoint in `argv`; returns the exit status, 2 for a mistake."""
-    if len(argv) != 2:
-        print("usage: python -m opd.export CHECKPOINT OUT", file=sys.stderr)
-        return 2
+    asks = bool({"-h", "--help"} & set(argv))
+    if len(argv) != 2 or asks:
+        usage = "usage: python -m opd.export CHECKPOINT OUT"
+        print(usage, file=sys.stdout if asks else sys.stderr)
+        return 0 if asks else 2
     try:
         export_checkpoint(Path(argv[0]), Path(argv[1]))
     except ValueError as error:

@@ -189,6 +189,8 @@ def test_a_disk_that_is_too_small_is_found_out_before(org, cache, monkeypatch):
         ("org/student@v9", "the hub has no such revision"),
         ("org/gated", "ask on its page, and set HF_TOKEN"),
         ("what is this", "not a hub id"),
+        ("org/student@", "one @, and behind it a branch"),
+        ("org/student@main@v1", "one @, and behind it a branch"),
         ("/no/such/place", "no such model directory"),
     ],
 )

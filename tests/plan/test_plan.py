@@ -501,6 +501,13 @@ def test_what_does_not_fit_names_changes_that_do(published):
     assert verdict(lone).endswith("; take a smaller teacher, or more GPUs")
 
 
+def test_what_only_vllm_knows_is_said(published):
+    job = job_of(published, "0.6B", ["8B"], gpus=8, gib=80)
+    assert "only vLLM knows" not in table(make_plan(job, frozenset()))
+    job = replace(job, student=replace(job.student, keeps_states=True))
+    assert "0.6B: layers that keep states" in table(make_plan(job, frozenset()))
+
+
 def test_a_host_that_is_too_small_does_not_fit(published):
     large = make_plan(job_of(published, "1.7B", ["8B", "4B"], host=1024))
     small = make_plan(job_of(published, "1.7B", ["8B", "4B"], host=100))
