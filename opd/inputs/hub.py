@@ -69,9 +69,12 @@ def find_snapshot(flag: str, model: str) -> str:
     if Path(model).is_dir():
         return model
     repo, at, revision = model.partition("@")
-    if at and (not revision or "@" in revision):
-        raise ValueError(f"{flag} {model}: one @, and behind it a branch, a tag or a commit")
     check_path(flag, model)
+    if at and (not revision or "@" in revision):
+        raise ValueError(
+            f"{flag} {model}: no such directory, and no hub id; write ORG/NAME@REVISION, a branch, "
+            "a tag or a commit"
+        )
     with _one_line_of_the_hub(flag, model):
         validate_repo_id(repo)
         with _one_at_a_time():

@@ -56,8 +56,12 @@ def changeable(config) -> dict[str, bool]:
         for group, field, _ in options_of(config)
         if field.metadata.get("fingerprinted", PARTS.get(group, False))
     }
-    # models and data are compared by content
-    never = dict.fromkeys(("student_model", "teacher", "teachers", "data"), False)
+    # models are compared by content, and data with all that makes prompts of them
+    of_data = [
+        f.name for group, f, _ in options_of(config) if group == "data" and f.name not in found
+    ]
+    never = ("student_model", "teacher", "teachers", "stop_token_ids", *of_data)
+    never = {name: False for name in never if name != "eval_data"}
     return found | never | dict.fromkeys(BESIDE_FLAGS, True)
 
 
@@ -66,11 +70,12 @@ def allowed_changes(config) -> set[str]:
     known = changeable(config)
     names = {n.strip() for value in config.run.allow_change for n in value.split(",")} - {""}
     for name in sorted(names):
+        if name == "eval_data":
+            raise ValueError("--allow_change eval_data: held-out prompts are allowed by eval")
         if name not in known:
             others = {field.name for _, field, _ in options_of(config)}
             why = (
-                "leave it out: what changes no result may change at any time, what makes other "
-                "prompts or ends responses elsewhere never"
+                "it may change at any time; leave it out"
                 if name in others
                 else f"no such flag{nearest(name, [*known])}"
             )

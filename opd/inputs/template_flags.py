@@ -77,7 +77,8 @@ def read_template_flags(cfg: DataConfig) -> TemplateFlags:
     """ValueError for what is no object or no text, and for what is given twice."""
     kwargs: dict[str | None, dict[str, Any]] = {}
     for value in cfg.chat_template_kwargs:
-        domain, text = (None, value) if value.lstrip()[:1] == "{" else _of_domain(value)
+        is_all = "=" not in value or value.lstrip()[:1] in ("{", "[")
+        domain, text = (None, value) if is_all else _of_domain(value)
         _add(kwargs, domain, _object(value, text), KWARGS_FLAG)
     system: dict[str | None, str] = {}
     for value in cfg.system_prompt:

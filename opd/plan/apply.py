@@ -2,6 +2,7 @@
 choices in the configuration.
 """
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,10 @@ OTHER_FORM = {"max_tokens_per_micro_batch": ("micro_batch_size",)}
 
 
 def _with_choices_of(cfg):
-    """A run that is resumed keeps what was chosen for it, whatever memory is free today."""
+    """A run that is resumed keeps what was chosen for it, whatever memory is free today.
+
+    What does not go with flags that have changed since is chosen anew.
+    """
     recorded = Path(cfg.run.output_dir) / "config.yaml"
     if cfg.run.resume == "never" or not recorded.exists():
         return cfg
@@ -100,11 +104,9 @@ def _with_choices_of(cfg):
         return cfg  # what is wrong with the directory is said elsewhere
     for group, name in KEPT_CHOICES:
         if name in old and not cfg.explicit & {name, *OTHER_FORM.get(name, ())}:
-            value = old[name]
-            if name == "max_tokens_per_micro_batch" and value:
-                # responses may have become longer, and each is in one micro-batch
-                longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens - 1
-                value = max(value, longest)
-            section = replace(getattr(cfg, group), **{name: value})
-            cfg = replace(cfg, **{group: section}, explicit=cfg.explicit | {name})
+            section = replace(getattr(cfg, group), **{name: old[name]})
+            kept = replace(cfg, **{group: section}, explicit=cfg.explicit | {name})
+            with contextlib.suppress(ValueError):
+                kept.validate()
+                cfg = kept
     return cfg

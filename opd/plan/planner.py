@@ -1,11 +1,12 @@
 """Predicts a run's memory phase by phase, and chooses what the user left open so that it fits."""
 
 import math
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 
 from opd.config import GIB
 from opd.inputs.kv_cache import SMALL_BLOCK
+from opd.inputs.shapes import ModelShape
 from opd.plan.job import MIB, OFFLOADS, PHASES, Choices, Job, MemoryRow
 from opd.plan.memory import (
     hidden_bytes,
@@ -130,6 +131,18 @@ def as_configured(job: Job) -> Choices:
     return _with_least_caches(job, choices)
 
 
+def engines_with_cache(job: Job) -> Iterator[tuple[str, ModelShape, int]]:
+    """(flag of the cache, model, GPUs that share it) of the sampler and the teachers that vLLM
+    runs for this run, rollout servers that it starts included.
+    """
+    if not job.is_async or job.cfg.ahead.rollout_servers == ["auto"]:
+        sharing = job.cfg.rollout.rollout_tensor_parallel_size
+        yield "--rollout_kv_cache_gib", job.student, sharing
+    for name, shape in job.teachers.items():
+        if job.spec(name).backend == "vllm":
+            yield "--teacher_kv_cache_gib", shape, job.spec(name).tensor_parallel_size
+
+
 def check_caches(job: Job) -> None:
     """ValueError for a KV cache of a given size that vLLM would refuse, minutes later.
 
@@ -137,16 +150,7 @@ def check_caches(job: Job) -> None:
     says so.
     """
     of_teachers = job.cfg.teacher.teacher_kv_cache_gib
-    sharing = job.cfg.rollout.rollout_tensor_parallel_size
-    # servers of one's own were told theirs
-    is_ours = not job.is_async or job.cfg.ahead.rollout_servers == ["auto"]
-    caches = [("--rollout_kv_cache_gib", job.student, sharing)] if is_ours else []
-    caches += [
-        ("--teacher_kv_cache_gib", shape, job.spec(name).tensor_parallel_size)
-        for name, shape in job.teachers.items()
-        if job.spec(name).backend == "vllm"
-    ]
-    for flag, shape, gpus in caches:
+    for flag, shape, gpus in engines_with_cache(job):
         size = job.cfg.rollout.rollout_kv_cache_gib if "rollout" in flag else of_teachers
         least = one_sequence(job, shape, gpus, FEWEST_AT_ONCE, SMALL_BLOCK)
         if size != "auto" and not shape.keeps_states and int(size * GIB) < least:

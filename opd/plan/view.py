@@ -12,7 +12,7 @@ from typing import Any
 from opd.config import GIB
 from opd.plan.job import MIB, PHASES, Choices, Job
 from opd.plan.memory import memory_rows, sampler_cache, teacher_cache
-from opd.plan.planner import USABLE, Plan, make_plan
+from opd.plan.planner import USABLE, Plan, engines_with_cache, make_plan
 
 
 def table(plan: Plan) -> str:
@@ -50,12 +50,6 @@ def table(plan: Plan) -> str:
                 f"{row.participant:{width}}{cells}" + (_in_gib(row.moved, unit) if moves else "")
             )
         lines.append(f"{title:{width}}" + "".join(_in_gib(total(phase), unit) for phase in PHASES))
-    for shape in (plan.job.student, *plan.job.teachers.values()):
-        if shape.keeps_states:
-            lines.append(
-                f"{shape.flag} {shape.path}: layers that keep states take more beside the KV "
-                "cache, which only vLLM knows; it is not counted"
-            )
     if plan.job.is_async:
         lines.append("rollout and log-prob servers are not in this table: devices of their own")
     return "\n".join(lines)
@@ -66,7 +60,9 @@ def _in_gib(size: int, unit: int) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """One line: fits, or what is missing and which one or two changes would help."""
+    """One line: fits, or what is missing and which one or two changes would help; and what is not
+    counted.
+    """
     machine = plan.job.machine
     phase = max(PHASES, key=plan.bytes_of)
     usable = USABLE * machine.device_bytes
@@ -78,6 +74,9 @@ def verdict(plan: Plan) -> str:
     if machine.is_gpu:
         peak += f", host {host / GIB:.1f} of {machine.host_bytes / GIB:.1f} GiB"
         peak += f"; {plan.transfer_seconds:.1f} s a step on the PCIe bus"
+    for _, shape, _ in engines_with_cache(plan.job):
+        if shape.keeps_states:
+            peak += f"; not counted: states of {shape.flag} {shape.path}, which only vLLM knows"
     if plan.fits:
         return f"fits: {peak}"
     changes = next(remedies(plan), None)
@@ -87,9 +86,11 @@ def verdict(plan: Plan) -> str:
 
 
 def _last_resort(plan: Plan, phase: str) -> str:
+    """For a run that no change of its flags makes fit, by what is too large in its worst phase."""
     if phase != "score":
         return "take a smaller student, or more GPUs"
-    if any(spec.backend == "hf" for spec in plan.job.cfg.teachers):
+    largest = max(plan.job.teachers, key=lambda name: plan.job.teachers[name].num_parameters)
+    if plan.job.spec(largest).backend == "hf":
         return "take a smaller teacher, or --teacher_backend vllm, which divides one over GPUs"
     return "take a smaller teacher, or more GPUs"
 

@@ -33,6 +33,10 @@ class FlagChange:
         return f"{self.name} {_short(self.old)} -> {_short(self.new)}"
 
 
+# What a name of the fingerprint stands for, where its flag may be the same.
+ASIDES = {"data": " (rows, and what columns, template and system prompt make of them)"}
+
+
 def check_fingerprint(
     path: Path,
     fingerprint: dict[str, Any],
@@ -64,7 +68,8 @@ def check_fingerprint(
             "another --output_dir"
         )
     raise ValueError(
-        f"--resume: `{first.name}` differs from the checkpoint: {_short(first.old)} there, "
+        f"--resume: `{first.name}`{ASIDES.get(first.name, '')} differs from the checkpoint: "
+        f"{_short(first.old)} there, "
         f"{_short(first.new)} now; {remedy} ({path})"
     )
 

@@ -25,11 +25,13 @@ WRAPPER = "model."  # the student's module holds the model beside its loss
 
 def export_command(argv: Sequence[str]) -> int:
     """Exports the checkpoint in `argv`; returns the exit status, 2 for a mistake."""
-    asks = bool({"-h", "--help"} & set(argv))
-    if len(argv) != 2 or asks:
-        usage = "usage: python -m opd.export CHECKPOINT OUT"
-        print(usage, file=sys.stdout if asks else sys.stderr)
-        return 0 if asks else 2
+    usage = "usage: python -m opd.export CHECKPOINT OUT"
+    if {"-h", "--help"} & set(argv):
+        print(usage)
+        return 0
+    if len(argv) != 2:
+        print(usage, file=sys.stderr)
+        return 2
     try:
         export_checkpoint(Path(argv[0]), Path(argv[1]))
     except ValueError as error:

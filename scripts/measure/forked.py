@@ -50,5 +50,4 @@ def _become(command: list[str], stdout: Path, stderr: Path, env: dict[str, str] 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a forkserver's children ignore it
     os.chdir(ROOT)
     sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).resolve().parent))  # as `python SCRIPT` does
     runpy.run_path(command[0], run_name="__main__")

@@ -508,6 +508,7 @@ BAD_VALUES = [
     ("--allow =eos", "--allow =eos: no teacher is called ''"),
     ("--allow default=eos,", "--allow default=eos,: '' is none of eos"),
     ("--chat_template_kwargs a=b", "--chat_template_kwargs 'a=b': not JSON"),
+    ("--chat_template_kwargs [1]", "--chat_template_kwargs '[1]': not a JSON object"),
     ("--chat_template_kwargs a=[1]", "--chat_template_kwargs 'a=[1]': not a JSON object"),
     ("--chat_template_kwargs {} {}", "--chat_template_kwargs: given twice for every domain"),
     ("--system_prompt a=b a=c", "--system_prompt: given twice for the domain a"),

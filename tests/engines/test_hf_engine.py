@@ -235,16 +235,17 @@ def test_a_teacher_on_the_disk_really_leaves(heavy, files):
     engine.hidden_states(sequences)  # the first forward also loads libraries and starts threads
     engine.sleep()
     assert module() is None
-    # of a process whose other pages come and go: files that are mapped, or copies
+    # pages of its own kind, mapped files or copies: the machine takes others back meanwhile
     key = "RssAnon" if files else "RssFile"
     for _ in range(2):
-        asleep = resident_bytes(key)
+        asleep, all_asleep = resident_bytes(key), resident_bytes()
         engine.wake()
         engine.hidden_states(sequences)
         awake = resident_bytes(key)
         engine.sleep()
         assert awake - asleep > 0.9 * engine.bytes_awake > 60 * MIB
         assert abs(resident_bytes(key) - asleep) < 0.1 * engine.bytes_awake
+        assert resident_bytes() - all_asleep < 0.1 * engine.bytes_awake
     assert str(heavy / files) not in Path("/proc/self/maps").read_text()
 
 

@@ -189,8 +189,8 @@ def test_a_disk_that_is_too_small_is_found_out_before(org, cache, monkeypatch):
         ("org/student@v9", "the hub has no such revision"),
         ("org/gated", "ask on its page, and set HF_TOKEN"),
         ("what is this", "not a hub id"),
-        ("org/student@", "one @, and behind it a branch"),
-        ("org/student@main@v1", "one @, and behind it a branch"),
+        ("org/student@", "write ORG/NAME@REVISION"),
+        ("org/student@main@v1", "write ORG/NAME@REVISION"),
         ("/no/such/place", "no such model directory"),
     ],
 )
@@ -204,4 +204,6 @@ def test_what_the_hub_refuses_is_one_line(org, big, model, reason):
 def test_without_a_network_and_without_a_copy(org, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     line = refusal(config_of())
-    assert "the hub cannot be asked" in line and "hf download org/student" in line
+    assert "the hub cannot be asked" in line and line.endswith("hf download org/student")
+    line = refusal(config_of(student="org/student@v1"))
+    assert line.endswith("hf download org/student --revision v1")

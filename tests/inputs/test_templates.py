@@ -259,7 +259,10 @@ def test_tools_as_text_keep_their_nulls(load):
 @pytest.mark.parametrize("nothing", [None, [], "", " ", "[]", "null"])
 def test_no_tools(load, nothing):
     for template in (PLAIN, None):
-        load(template, {"prompt": "a", "tools": nothing, "chat_template_kwargs": nothing})
+        with_nothing, _ = load(
+            template, {"prompt": "a", "tools": nothing, "chat_template_kwargs": nothing}
+        )
+        assert with_nothing == load(template, {"prompt": "a"})[0]
 
 
 def test_tools_that_no_prompt_would_show_are_refused(refusal):

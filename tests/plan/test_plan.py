@@ -503,9 +503,10 @@ def test_what_does_not_fit_names_changes_that_do(published):
 
 def test_what_only_vllm_knows_is_said(published):
     job = job_of(published, "0.6B", ["8B"], gpus=8, gib=80)
-    assert "only vLLM knows" not in table(make_plan(job, frozenset()))
+    assert "only vLLM knows" not in verdict(make_plan(job, frozenset()))
     job = replace(job, student=replace(job.student, keeps_states=True))
-    assert "0.6B: layers that keep states" in table(make_plan(job, frozenset()))
+    said = verdict(make_plan(job, frozenset()))
+    assert said.startswith("fits: ") and "0.6B, which only vLLM knows" in said
 
 
 def test_a_host_that_is_too_small_does_not_fit(published):
@@ -820,7 +821,8 @@ def test_a_resumed_run_keeps_the_support_that_was_planned(tiny, tmp_path):
     longer = apply._with_choices_of(
         parse(train_mopd.Config, [*flags, "--max_response_tokens", "200"])
     )
-    assert longer.batch.max_tokens_per_micro_batch == 215, "each response is in one micro-batch"
+    assert longer.batch.max_tokens_per_micro_batch == 0, "a response of 215 tokens is chosen for"
+    assert "max_tokens_per_micro_batch" not in longer.explicit and "support" in longer.explicit
     words = ["--support", "full", "--micro_batch_size", "2", "--gradient_checkpointing=no"]
     given = parse(train_mopd.Config, [*flags, *words])
     assert apply._with_choices_of(given) == given, "a flag is the user's word"

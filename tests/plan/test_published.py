@@ -112,7 +112,8 @@ def test_default_flags_give_every_engine_the_cache_that_vllm_asks_for(
     # what is given by hand is refused exactly where vLLM would
     for flag in ("--rollout_kv_cache_gib", "--teacher_kv_cache_gib"):
         check_caches(job_of(shapes, name, name, response, flag, repr(needed / GIB)))
-    if len(job.student.cached) == 1:  # of windows vLLM keeps what it computes at once, too
+    # of windows vLLM keeps what it computes at once, too, on a CPU in blocks of 32
+    if all(layers.window is None for layers in job.student.cached):
         with pytest.raises(ValueError, match=r"--teacher_kv_cache_gib .*: one sequence of"):
             check_caches(
                 job_of(

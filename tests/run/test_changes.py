@@ -114,7 +114,14 @@ def test_teachers_may_be_weighed_anew(launch, tiny):
         ("--seed 1 --allow_change seed", "--allow_change seed: a run keeps it to its end"),
         ("--allow_change data", "--allow_change data: a run keeps it to its end"),
         ("--allow_change learnin_rate", "no such flag; did you mean learning_rate?"),
-        ("--allow_change save_every", "--allow_change save_every: leave it out: what changes no"),
+        ("--allow_change save_every", "--allow_change save_every: it may change at any time"),
+        ("--allow_change system_prompt", "--allow_change system_prompt: a run keeps it to its end"),
+        ("--allow_change stop_token_ids", "stop_token_ids: a run keeps it to its end"),
+        ("--allow_change eval_data", "--allow_change eval_data: held-out prompts are allowed by"),
+        (
+            "--max_prompt_tokens 5 --overlong_prompts truncate",
+            "`data` (rows, and what columns, template and system prompt make",
+        ),
         ("--num_steps 1 --allow_change num_steps", "--num_steps 1: "),
     ],
 )

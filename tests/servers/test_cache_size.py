@@ -1,11 +1,13 @@
 """A server's KV cache and the sequences that it takes, of published shapes."""
 
+import argparse
+
 import pytest
 
 from opd.config import GIB
 from opd.inputs.shapes import read_model, shape_of
 from opd.servers import cache_size
-from opd.servers.cache_size import cache_and_length
+from opd.servers.cache_size import cache_and_length, cache_gib
 from tests.support.published import write_config
 
 
@@ -28,6 +30,12 @@ def free(monkeypatch):
     return set_free
 
 
+def beside(shape) -> float:
+    """GiB of weights, and of what a CPU needs: the packed head, and the process."""
+    values = shape.num_parameters + shape.vocab_size * shape.hidden_size
+    return (2 * values + cache_size.BESIDE_CPU) / GIB
+
+
 def asked(shape, length=None, gib="auto", tokens=8192):
     return cache_and_length(shape, length, gib, width=2, tokens=tokens)
 
@@ -43,7 +51,7 @@ def test_the_whole_context_where_there_is_room(shapes, free):
 def test_a_context_for_which_there_is_no_memory_is_cut_and_said(shapes, free, capfd):
     free(72)
     gib, length = asked(shapes["Qwen3-Coder-30B-A3B"])
-    room = (72 - shapes["Qwen3-Coder-30B-A3B"].num_parameters * 2 / GIB) / 2
+    room = 72 - beside(shapes["Qwen3-Coder-30B-A3B"])
     assert length < 262_144 and room - 0.1 < gib <= room
     assert f"takes {length} tokens of 262144: --kv_cache_gib auto: " in capfd.readouterr().err
 
@@ -53,7 +61,7 @@ def test_a_context_for_which_there_is_no_memory_is_cut_and_said(shapes, free, ca
     [
         (8192, 0.5, r"--kv_cache_gib 0.5: one sequence of 8192 tokens takes 2\.\d+ GiB; "
                     r"--max_model_len \d+ fits"),
-        (40_960, "auto", r"--kv_cache_gib auto: 4\.\d+ GiB are free beside the weights: one "
+        (40_960, "auto", r"--kv_cache_gib auto: 5\.\d+ GiB are free beside the weights: one "
                          r"sequence of 40960 tokens takes 10\.\d+ GiB; --max_model_len \d+ fits"),
         (None, 0.001, r"--kv_cache_gib 0.001: .*; give more, or auto"),
         (99_999, "auto", "--max_model_len 99999: over the 40960 tokens of"),
@@ -65,13 +73,18 @@ def test_what_vllm_would_refuse_is_a_line(shapes, free, length, gib, line):
         asked(shapes["Qwen3-32B"], length, gib)
 
 
+@pytest.mark.parametrize("text", ["x", "0", "-1", "nan", "inf", ""])
+def test_what_is_no_size_is_said(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="give GiB, above 0, or auto"):
+        cache_gib(text)
+
+
 def test_a_cpu_keeps_its_memory_for_others_too(shapes, free):
-    """Half of what is left beside the weights."""
+    """One sequence always, where it fits; of what is left beyond it, a quarter."""
     free(12)
-    weights = shapes["Qwen3-0.6B"].num_parameters * 2 / GIB
     assert asked(shapes["Qwen3-0.6B"])[1] == 40960
     gib, _ = asked(shapes["Qwen3-0.6B"], 1024, tokens=1 << 20)
-    assert gib == pytest.approx((12 - weights) / 2, rel=0.01)
+    assert gib == pytest.approx((12 - beside(shapes["Qwen3-0.6B"])) / 4, rel=0.01)
 
 
 def test_a_model_larger_than_the_card(shapes, free):

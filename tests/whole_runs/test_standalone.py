@@ -112,7 +112,6 @@ def same_samples(run_dir: Path, other: Path) -> None:
 # ---- Servers die ---------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_a_run_survives_its_servers(models, tmp_path, key):
     """Undisturbed; one of two servers killed; the only one killed and started again.
 

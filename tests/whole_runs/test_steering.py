@@ -99,7 +99,7 @@ def long(*values):
 @pytest.mark.parametrize(
     ("launcher", "ranks", "number", "to_all", "status"),
     [
-        long("python", 1, signal.SIGINT, False, -signal.SIGINT),
+        ("python", 1, signal.SIGINT, False, -signal.SIGINT),
         ("torchrun", 2, signal.SIGTERM, False, 1),
         long("torchrun", 2, signal.SIGINT, True, 1),
         long("accelerate", 2, signal.SIGTERM, False, 1),

@@ -429,7 +429,7 @@ def test_every_sharding_goes_the_full_cycle_with_teachers_that_come_and_go(model
 # ---- Failures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", ["rollout", pytest.param("backward", marks=pytest.mark.long)])
+@pytest.mark.parametrize("point", ["rollout", "backward"])
 def test_an_error_on_one_rank_ends_all(models, tmp_path, point):
     """`rollout` is agreed on by all ranks; `backward` strikes inside a collective region."""
     failed = start(
