@@ -39,6 +39,11 @@ class ModelConfig:
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: slower, less memory."
     )
+    freeze_vision: bool = option(
+        False,
+        "Leave the part of the student that reads images as it is: its image encoder, and what "
+        "brings its output to the width of the text model.",
+    )
     attn_implementation: str = option(
         "auto",
         "Attention of the Hugging Face student; `auto` takes the fastest that leaves out nothing "
@@ -256,13 +261,27 @@ class DataConfig:
         "NAME=WEIGHT pairs: share of each domain in a step. Default: rows decide.",
         fingerprinted=True,
     )
+    images_key: str = option(
+        "images",
+        "Column with the images of a prompt, for a student that sees: one or a list of paths "
+        "(relative to the file), bytes, or structs with either. `<image>` in the prompt, or a part "
+        "of type image, says where each is shown; by default first. May be absent.",
+    )
+    bad_images: Literal["error", "drop"] = option(
+        "error",
+        "What happens to a row with an image that cannot be read: the run ends with file and line, "
+        "or the row is dropped and counted.",
+    )
+    allow_urls: bool = option(False, "Download images that are given as URLs, at each start.")
     max_prompt_tokens: PositiveInt = option(
-        1024, "Longest prompt, in tokens, after the chat template."
+        1024,
+        "Longest prompt, in tokens, after the chat template; an image counts as many as it has "
+        "embeddings.",
     )
     overlong_prompts: Literal["drop", "truncate"] = option(
         "drop",
-        "What happens to longer prompts: drop them, or cut their beginning. Both are counted at "
-        "start.",
+        "What happens to longer prompts: drop them, or cut their beginning; those with images are "
+        "dropped either way. All are counted at start.",
     )
 
 

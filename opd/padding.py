@@ -4,13 +4,13 @@ B sequences, S padded length after the shift, L response length, N loss tokens, 
 teacher, K support, H teacher hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from opd import distributed
-from opd.types import MicroBatch, Rollout, TeacherScores, TeacherSlice
+from opd.types import MicroBatch, Prompt, Rollout, TeacherScores, TeacherSlice
 
 Scored = tuple[Rollout, tuple[TeacherScores, ...]]
 
@@ -40,6 +40,8 @@ def make_micro_batches(
     packed: bool = False,
     pad_id: int,
     domains: Sequence[str],
+    placeholder_ids: Collection[int] = (),
+    filler: Prompt | None = None,
 ) -> list[MicroBatch]:
     """Right-padded micro-batches on the host, the same number on every rank; ranks with fewer get
     fully masked ones.
@@ -50,7 +52,11 @@ def make_micro_batches(
     that runs its rows `packed` into one, the sum of lengths. Losses are sums over tokens divided by
     one global count, so neither the order nor the split changes a gradient. On several ranks the
     largest micro-batch comes first: under ZeRO-3 all ranks compute their first together, then their
-    second, and each time wait for the slowest. Collective. Raises ValueError if a rollout has no
+    second, and each time wait for the slowest.
+
+    `placeholder_ids` are never loss tokens. `filler` is a prompt with images, for a run that has
+    some: where one rank's micro-batch has images, all ranks run their image encoders, whose weights
+    and gradients are shared too. Collective. Raises ValueError if a rollout has no
     scores, or is longer than `max_tokens`.
     """
     scored = sorted(
@@ -69,7 +75,18 @@ def make_micro_batches(
         groups.sort(key=lambda group: -_computed([_length(r) - 1 for r, _ in group], packed))
     (most,) = distributed.all_reduce([len(groups)], "max")
     groups += [[]] * (int(most) - len(groups))
-    return [collate(group, pad_id=pad_id, domains=domains) for group in groups]
+    see = [any(rollout.prompt.images for rollout, _ in group) for group in groups]
+    somebody_sees = distributed.all_reduce([float(s) for s in see], "max") if filler else see
+    return [
+        collate(
+            group,
+            pad_id=pad_id,
+            domains=domains,
+            placeholder_ids=placeholder_ids,
+            filler=filler if others and not mine else None,
+        )
+        for group, mine, others in zip(groups, see, somebody_sees, strict=True)
+    ]
 
 
 def count_loss_tokens(micro_batches: Sequence[MicroBatch]) -> int:
@@ -81,35 +98,49 @@ def count_loss_tokens(micro_batches: Sequence[MicroBatch]) -> int:
     return int(total)
 
 
-def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) -> MicroBatch:
+def collate(
+    scored: Sequence[Scored],
+    *,
+    pad_id: int,
+    domains: Sequence[str],
+    placeholder_ids: Collection[int] = (),
+    filler: Prompt | None = None,
+) -> MicroBatch:
     """One micro-batch; an empty `scored` gives a single fully masked row, so that its loss is a
-    connected zero.
+    connected zero. A `filler` is a fully masked row more: a zero that is connected to the image
+    encoder too.
 
     Example: prompt [5, 6], response [7, 8] -> input [5, 6, 7], labels [6, 7, 8], loss mask [0, 1,
     1].
     """
-    B = max(1, len(scored))
+    B = max(1, len(scored) + (filler is not None))
     S = max([_length(rollout) - 1 for rollout, _ in scored], default=1)
-    input_ids_BS = torch.full((B, S), pad_id, dtype=torch.long)
-    labels_BS = torch.full((B, S), pad_id, dtype=torch.long)
-    attention_mask_BS = torch.zeros((B, S), dtype=torch.bool)
-    loss_mask_BS = torch.zeros((B, S), dtype=torch.bool)
-    rollout_logprobs_BS = torch.zeros((B, S), dtype=torch.float32)
-    old_logprobs_BS = torch.zeros((B, S), dtype=torch.float32)
+    S = max(S, len(filler.token_ids) if filler else 1)
+    input_ids_BS, labels_BS = (torch.full((B, S), pad_id) for _ in range(2))
+    attention_mask_BS, loss_mask_BS = (torch.zeros((B, S), dtype=torch.bool) for _ in range(2))
+    rollout_logprobs_BS, old_logprobs_BS = (torch.zeros(B, S) for _ in range(2))
     for row, (rollout, _) in enumerate(scored):
         raw = torch.tensor(rollout.prompt.token_ids + rollout.response_ids)
         length, first = len(raw) - 1, len(rollout.prompt.token_ids) - 1
+        end = first + _num_loss_tokens(rollout, placeholder_ids)
         assert first >= 0, f"prompt {rollout.prompt.prompt_id}: an empty prompt"
         input_ids_BS[row, :length] = raw[:-1]
         labels_BS[row, :length] = raw[1:]
         attention_mask_BS[row, :length] = True
-        loss_mask_BS[row, first:length] = True
+        loss_mask_BS[row, first:end] = True
         if rollout.rollout_logprobs is not None:
-            rollout_logprobs_BS[row, first:length] = torch.tensor(rollout.rollout_logprobs)
+            logprobs_L = torch.tensor(rollout.rollout_logprobs)
+            rollout_logprobs_BS[row, first:end] = logprobs_L[: end - first]
         if rollout.old_policy is not None:
-            old_logprobs_BS[row, first:length] = torch.tensor(rollout.old_policy.logprobs)
-    if not scored:
+            logprobs_L = torch.tensor(rollout.old_policy.logprobs)
+            old_logprobs_BS[row, first:end] = logprobs_L[: end - first]
+    if filler is not None:
+        input_ids_BS[-1, : len(filler.token_ids)] = torch.tensor(filler.token_ids)
+        attention_mask_BS[-1, : len(filler.token_ids)] = True
+    elif not scored:
         attention_mask_BS[:, 0] = True  # attention over nothing is not defined
+    images = [rollout.prompt.images for rollout, _ in scored]
+    images += [filler.images] if filler else []
     return MicroBatch(
         input_ids_BS=input_ids_BS,
         labels_BS=labels_BS,
@@ -120,19 +151,27 @@ def collate(scored: Sequence[Scored], *, pad_id: int, domains: Sequence[str]) ->
         old_logprobs_BS=old_logprobs_BS
         if all(r.old_policy is not None for r, _ in scored)
         else None,
-        task_advantages_B=_per_row([r.task_advantage for r, _ in scored], 0.0, torch.float32),
-        domain_ids_B=_per_row([domains.index(r.prompt.domain) for r, _ in scored], -1, torch.long),
-        on_policy_B=_per_row([r.source == "student" for r, _ in scored], False, torch.bool),
-        teacher_slices=_teacher_slices(scored),
+        task_advantages_B=_per_row([r.task_advantage for r, _ in scored], B, 0.0, torch.float32),
+        domain_ids_B=_per_row(
+            [domains.index(r.prompt.domain) for r, _ in scored], B, -1, torch.long
+        ),
+        on_policy_B=_per_row([r.source == "student" for r, _ in scored], B, False, torch.bool),
+        teacher_slices=_teacher_slices(scored, placeholder_ids),
+        images=tuple(images) if any(images) else (),
     )
+
+
+def _num_loss_tokens(rollout: Rollout, placeholder_ids: Collection[int]) -> int:
+    """A response ends at a placeholder, in whose place an image would be read: no text to learn."""
+    return len(rollout.response_ids) - (rollout.response_ids[-1] in placeholder_ids)
 
 
 def _length(rollout: Rollout) -> int:
     return len(rollout.prompt.token_ids) + len(rollout.response_ids)
 
 
-def _per_row(values: list, filler, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values or [filler], dtype=dtype)
+def _per_row(values: list, rows: int, of_filler, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([*values, *[of_filler] * (rows - len(values))], dtype=dtype)
 
 
 def _computed(lengths: Sequence[int], packed: bool) -> int:
@@ -173,7 +212,9 @@ def _cut_by_tokens(scored: list[Scored], max_tokens: int, packed: bool) -> list[
     return runs[::-1]
 
 
-def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
+def _teacher_slices(
+    scored: Sequence[Scored], placeholder_ids: Collection[int]
+) -> tuple[TeacherSlice, ...]:
     """Groups the rows' scores by teacher and by what the teacher gave: a cache that is full gives
     less for some rows.
 
@@ -182,7 +223,7 @@ def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
     parts: dict[tuple[str, ...], list[tuple[Tensor, TeacherScores]]] = {}
     offset = 0
     for rollout, row_scores in scored:
-        L = len(rollout.response_ids)
+        L, N = len(rollout.response_ids), _num_loss_tokens(rollout, placeholder_ids)
         if not row_scores:
             raise ValueError(
                 f"prompt {rollout.prompt.prompt_id} ({rollout.prompt.domain}): no teacher scored it"
@@ -191,9 +232,9 @@ def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
             _check_aligned(score, L, rollout)
             given = tuple(name for name in PAYLOAD if getattr(score, name) is not None)
             parts.setdefault((score.teacher, *given), []).append(
-                (torch.arange(offset, offset + L), score)
+                (torch.arange(offset, offset + N), score)
             )
-        offset += L
+        offset += N
     return tuple(
         TeacherSlice(
             teacher=teacher,
@@ -202,7 +243,9 @@ def _teacher_slices(scored: Sequence[Scored]) -> tuple[TeacherSlice, ...]:
                 [torch.full((len(index),), score.weight) for index, score in entries]
             ),
             **{
-                PAYLOAD[name]: _host_cat([getattr(score, name) for _, score in entries])
+                PAYLOAD[name]: _host_cat(
+                    [getattr(score, name)[: len(index)] for index, score in entries]
+                )
                 if name in given
                 else None
                 for name in PAYLOAD

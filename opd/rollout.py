@@ -22,6 +22,7 @@ from opd.config import LocalBackend, RolloutConfig
 from opd.engines.hf_engine import HFGenerator
 from opd.engines.vllm_engine import GeneratorEngine
 from opd.faults import fault_point
+from opd.pictures import PromptImages
 from opd.types import CANARY_IDS, Prompt, Rollout, Sample, WeightSource, WeightTarget
 
 OWN_CANARY_TOLERANCE = 0.05  # nats; kernels may add up in another order
@@ -45,10 +46,16 @@ class RolloutEngine:
         max_model_len: int,
         trust_remote_code: bool,
         kv_cache_gib: float | None = None,
+        placeholder_ids: tuple[int, ...] = (),
+        images_per_prompt: int | None = None,
     ):
-        """Where the configuration leaves the KV cache to the plan, `kv_cache_gib` is its size."""
+        """Where the configuration leaves the KV cache to the plan, `kv_cache_gib` is its size.
+
+        A response ends at a placeholder of an image, as at an EOS: behind it no model could read
+        on.
+        """
         given = cfg.rollout_kv_cache_gib
-        self.cfg, self.eos_ids, self.seed = cfg, eos_ids, seed
+        self.cfg, self.stop_ids, self.seed = cfg, (*eos_ids, *placeholder_ids), seed
         self.policy_version = 0
         self._canary, self._canary_version = None, -1
         self.engine = GeneratorEngine(
@@ -61,6 +68,7 @@ class RolloutEngine:
             trust_remote_code=trust_remote_code,
             enforce_eager=cfg.enforce_eager,
             tensor_parallel_size=cfg.rollout_tensor_parallel_size,
+            images_per_prompt=images_per_prompt,
         )
 
     @property
@@ -76,12 +84,21 @@ class RolloutEngine:
         if self.engine.can_sleep and self.engine.ready and not was_ready:
             self._check_canary()
 
-    def try_out(self) -> None:
-        """Writes two tokens.
+    def try_out(self, prompts: Sequence[Prompt] = ()) -> None:
+        """Writes two tokens, and behind each of `prompts` one.
 
-        Kernels that vLLM does not have for a model are missed when it first computes.
+        Kernels that vLLM does not have for a model are missed when it first computes; so are images
+        that it expands to other tokens than the student's processor does.
         """
-        self.engine.generate([CANARY_IDS], [0], (), max_tokens=2, temperature=self.cfg.temperature)
+        write = functools.partial(self.engine.generate, temperature=self.cfg.temperature)
+        write([CANARY_IDS], [0], (), max_tokens=2)
+        write(
+            [p.token_ids for p in prompts],
+            [0] * len(prompts),
+            (),
+            images=[p.images for p in prompts],
+            max_tokens=1,
+        )
 
     def _check_canary(self) -> None:
         """One greedy token of the engine that woke: known if its weights are, and never what a
@@ -139,7 +156,8 @@ class RolloutEngine:
         samples = self.engine.generate(
             [p.token_ids for p, _, _ in repeated],
             seeds,
-            self.eos_ids,
+            self.stop_ids,
+            images=[p.images for p, _, _ in repeated],
             max_tokens=self.cfg.max_response_tokens,
             temperature=self.cfg.temperature,
             top_p=self.cfg.top_p,
@@ -161,7 +179,8 @@ class RolloutEngine:
         samples = self.engine.generate(
             [p.token_ids for p in prompts],
             [0] * len(prompts),
-            self.eos_ids,
+            self.stop_ids,
+            images=[p.images for p in prompts],
             max_tokens=self.cfg.max_response_tokens,
             temperature=0.0,
             with_logprobs=False,
@@ -252,12 +271,20 @@ def write_with_model(
     Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine
     that generates would cost the trainer a KV cache and an `lm_head` for the whole run. `sampling`
     is what `GeneratorEngine.generate` takes, plus dtype, max_model_len, kv_cache_gib (which grows
-    to what one sequence takes), eos_ids, seed, trust_remote_code and enforce_eager. Raises
+    to what one sequence takes), eos_ids, seed, trust_remote_code, enforce_eager and
+    images_per_prompt. Raises
     RuntimeError with the end of the child's log if it fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
-        items = [{"prompt_id": p.prompt_id, "token_ids": p.token_ids} for p in prompts]
+        items = [
+            {
+                "prompt_id": p.prompt_id,
+                "token_ids": p.token_ids,
+                "images": p.images and p.images.to_json(),
+            }
+            for p in prompts
+        ]
         request.write_text(
             json.dumps({"model": model, "backend": backend, "prompts": items, **sampling})
         )
@@ -319,6 +346,7 @@ def _child_main() -> None:
             kv_cache_grows=True,
             seed=job["seed"],
             enforce_eager=job["enforce_eager"],
+            images_per_prompt=job["images_per_prompt"],
             **options,
         )
         generate = functools.partial(engine.generate, with_logprobs=False)
@@ -329,6 +357,9 @@ def _child_main() -> None:
             for item in job["prompts"]
         ],
         tuple(job["eos_ids"]),
+        images=[
+            item["images"] and PromptImages.from_json(item["images"]) for item in job["prompts"]
+        ],
         max_tokens=job["max_tokens"],
         temperature=job["temperature"],
     )

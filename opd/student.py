@@ -6,6 +6,7 @@ B sequences, S padded length, N loss tokens of a micro-batch, C tokens of one ch
 hidden size.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from opd import distributed
 from opd.config import ModelConfig, OptimConfig
@@ -26,6 +27,8 @@ from opd.ops.attention import attention_of, needs_padding_mask
 from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
 from opd.ops.heads import OutputHead, logit_form
 from opd.ops.logits import LogitsChunk
+from opd.ops.model_class import model_class
+from opd.ops.pixels import Pixels
 from opd.types import LossOutput, MicroBatch
 
 # (logits, rows, micro_batch, logprobs_N or None) -> (loss_C, {metric key: value_C})
@@ -82,13 +85,17 @@ class _ModelWithLoss(nn.Module):
         self.needs_mask = needs_padding_mask(model)
 
     def forward(
-        self, mb: MicroBatch, token_loss: TokenLoss | None, logprob_temperature: float | None
+        self,
+        mb: MicroBatch,
+        token_loss: TokenLoss | None,
+        logprob_temperature: float | None,
+        seen: dict[str, Tensor],
     ):
         """With `token_loss`: (loss_sum [], stats key -> [N], logprobs_N or None).
 
-        Without: the labels' logprobs_N alone.
+        Without: the labels' logprobs_N alone. `seen` is what the model gets of the images.
         """
-        hidden_NH = self._hidden_states(mb)
+        hidden_NH = self._hidden_states(mb, seen)
         linear, settings = self.model.get_output_embeddings(), self.settings
         head = OutputHead(linear.weight, getattr(linear, "bias", None), self.form)
         logprobs_N = None
@@ -116,10 +123,10 @@ class _ModelWithLoss(nn.Module):
         stats["distill/has_gradient"] = stats.pop("has_gradient")
         return loss_sum, stats, logprobs_N
 
-    def _hidden_states(self, mb: MicroBatch) -> Tensor:
+    def _hidden_states(self, mb: MicroBatch, seen: dict[str, Tensor]) -> Tensor:
         """[N, H] at the loss tokens, in row-major order, padded or packed."""
         if not self.settings.packing:
-            inputs = {"input_ids": mb.input_ids_BS}
+            inputs = {"input_ids": mb.input_ids_BS, **seen}
             if self.needs_mask:
                 inputs["attention_mask"] = mb.attention_mask_BS
             return self.model.base_model(**inputs, use_cache=False).last_hidden_state[
@@ -133,7 +140,7 @@ class _ModelWithLoss(nn.Module):
             "position_ids": (real_BS.cumsum(-1) - 1)[real_BS],
         }
         inputs = {name: row_T.unsqueeze(0) for name, row_T in inputs.items()}
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state[
+        return self.model.base_model(**inputs, **seen, use_cache=False).last_hidden_state[
             0, mb.loss_mask_BS[real_BS]
         ]
 
@@ -156,7 +163,8 @@ class Student:
         dtype = resolve_dtype(model.dtype)
         self.sharded = ShardedEngine(ds_config, optim, dtype=dtype)
         path, trust = model.student_model, model.trust_remote_code
-        self.model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        self.model = model_class(config).from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=trust,
@@ -172,12 +180,31 @@ class Student:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         self.device = device
+        self._path, self._trusts = path, trust
+        if model.freeze_vision:
+            for parameter in vision_parameters(self.model):
+                parameter.requires_grad_(False)
         _without_noise(self.model)
         wrapped = _ModelWithLoss(self.model, settings)
         self.engine = self.sharded.attach(
             wrapped, tuple(self.model.get_output_embeddings().parameters())
         )
         self._wrapped = wrapped
+
+    @functools.cached_property
+    def pixels(self) -> Pixels:
+        """The processor of a student that sees."""
+        return Pixels(self._path, self._trusts)
+
+    def _seen(self, mb: MicroBatch) -> dict[str, Tensor]:
+        """What the model is given beside token ids: nothing for a micro-batch without images."""
+        if not any(mb.images):
+            return {}
+        inputs = self.pixels.inputs(mb.images, mb.input_ids_BS.shape[1])
+        return {
+            name: t.to(self.device, self.model.dtype if t.is_floating_point() else None)
+            for name, t in inputs.items()
+        }
 
     def check_packing(self) -> None:
         """Packed rows must not see each other: state-space layers carry their state over, some
@@ -216,15 +243,17 @@ class Student:
         """Sum of `token_loss` over the loss tokens, with its statistics summed overall and per
         domain.
         """
-        settings, mb = self._wrapped.settings, mb.to(self.device)
-        loss_sum, stats, logprobs_N = self.engine(mb, token_loss, settings.logprob_temperature)
+        settings, mb, seen = self._wrapped.settings, mb.to(self.device), self._seen(mb)
+        loss_sum, stats, logprobs_N = self.engine(
+            mb, token_loss, settings.logprob_temperature, seen
+        )
         domain_ids_N = mb.at_loss_tokens(mb.domain_ids_B)
         return LossOutput(loss_sum, summarise(stats, domain_ids_N, settings.domains), logprobs_N)
 
     @torch.no_grad()
     def logprobs(self, mb: MicroBatch, temperature: float) -> Tensor:
         """The labels' log-probabilities [N], float32, under the current weights."""
-        return self.engine(mb.to(self.device), None, temperature)
+        return self.engine(mb.to(self.device), None, temperature, self._seen(mb))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient.
@@ -268,6 +297,19 @@ class Student:
 
     def load_shards(self, directory: Path) -> None:
         self.sharded.load(directory)
+
+
+def vision_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What of a model that sees is neither its text model nor its head.
+
+    ValueError if it has no such part.
+    """
+    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) if part
+            for p in part.parameters()}  # fmt: skip
+    found = [p for p in model.parameters() if id(p) not in text]
+    if not found or not text:
+        raise ValueError(f"{model.config.model_type} has no part that reads images")
+    return found
 
 
 def _without_noise(model: nn.Module) -> None:

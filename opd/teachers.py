@@ -103,7 +103,9 @@ class ColocatedTeacher:
     def hidden_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """[L, H] per rollout: the states that predict its response."""
         return response_states(
-            self.engine, [(r.prompt.token_ids, r.response_ids) for r in rollouts]
+            self.engine,
+            [(r.prompt.token_ids, r.response_ids) for r in rollouts],
+            [r.prompt.images for r in rollouts],
         )
 
 

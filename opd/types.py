@@ -13,12 +13,14 @@ Alignment
     everything with a suffix N follows that order.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from opd.pictures import PromptImages
 
 RolloutSource = Literal["student", "dataset"]
 FinishReason = Literal["stop", "length"]
@@ -39,6 +41,7 @@ class Prompt:
     token_ids: list[int]  # [prompt_len], rendered by the student's chat template
     target_ids: list[int] | None = None  # [L] a dataset response, for off-policy distillation
     answer: str | None = None  # for task rewards and evaluation
+    images: PromptImages | None = None  # placeholders are expanded in `token_ids`
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,7 @@ class MicroBatch:
     # None where nothing reads them
     old_logprobs_BS: Tensor | None = None
     teacher_slices: tuple[TeacherSlice, ...] = ()
+    images: tuple[PromptImages | None, ...] = ()  # of each row; () where none has any
 
     @property
     def num_loss_tokens(self) -> int:
@@ -197,13 +201,13 @@ class MicroBatch:
 
 
 def _moved(item, device: torch.device):
-    """A dataclass with its tensors, and those of its tuples of dataclasses, on `device`."""
+    """A dataclass with its tensors, and those of its slices, on `device`."""
     moved = {}
     for entry in fields(item):
         value = getattr(item, entry.name)
         if isinstance(value, Tensor):
             moved[entry.name] = value.to(device, non_blocking=True)
-        elif isinstance(value, tuple):
+        elif entry.name == "teacher_slices":
             moved[entry.name] = tuple(_moved(part, device) for part in value)
     return replace(item, **moved)
 
@@ -259,8 +263,12 @@ class TeacherSleeper(Sleeper, Protocol):
 class TeacherEngine(TeacherSleeper, Protocol):
     """What runs a teacher's model, whatever the library."""
 
-    def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
-        """Final hidden states [len, H] of each sequence, on the host."""
+    def hidden_states(
+        self, sequences: list[list[int]], images: Sequence[PromptImages | None] | None = None
+    ) -> list[Tensor]:
+        """Final hidden states [len, H] of each sequence, on the host; with the images of its
+        prompt.
+        """
 
 
 class Offloadable(Protocol):

@@ -17,20 +17,24 @@ B sequences in a batch, S padded length, H hidden size.
 """  # noqa: E501
 
 import ctypes
+import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from opd.config import Residency
 from opd.engines.host_memory import pinned_like
-from opd.ops.attention import attention_for, attention_of
+from opd.ops.attention import attention_for
+from opd.ops.model_class import model_class
+from opd.ops.pixels import Pixels
+from opd.pictures import PromptImages
 from opd.types import Sample
 
 # Tokens of a batch, padding included: enough for a prefill to be compute-bound, few enough for its
@@ -140,10 +144,23 @@ class HFEngine:
             self._arriving = None
         self.awake = True
 
+    @functools.cached_property
+    def _pixels(self) -> Pixels:
+        return Pixels(self.model, self.trust_remote_code)
+
     @torch.no_grad()
-    def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
-        """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
+    def hidden_states(
+        self, sequences: list[list[int]], images: Sequence[PromptImages | None] | None = None
+    ) -> list[Tensor]:
+        """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype.
+
+        ValueError if this model's processor makes other tokens of a prompt's images.
+        """
         assert self.awake, f"{self.name}: weights asleep; wake it first"
+        images = images or [None] * len(sequences)
+        for ids, own in zip(sequences, images, strict=True):
+            if own is not None:
+                self._check_expanded(ids, own)
         states: list[Tensor | None] = [None] * len(sequences)
         for indices in batches([len(ids) for ids in sequences], TOKENS_PER_BATCH):
             rows = [sequences[index] for index in indices]
@@ -153,11 +170,32 @@ class HFEngine:
             )
             length_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
             mask_BS = torch.arange(longest, device=self.device) < length_B1
-            output = self._base(input_ids=ids_BS, attention_mask=mask_BS.long(), use_cache=False)
+            seen = self._seen([images[index] for index in indices], longest)
+            output = self._base(
+                input_ids=ids_BS, attention_mask=mask_BS.long(), use_cache=False, **seen
+            )
             hidden_BSH = output.last_hidden_state.cpu()
             for index, ids, hidden_SH in zip(indices, rows, hidden_BSH, strict=True):
                 states[index] = hidden_SH[: len(ids)]
         return states
+
+    def _seen(self, images: Sequence[PromptImages | None], padded_length: int) -> dict:
+        """What the model gets beside token ids; nothing for a batch without images."""
+        if not any(images):
+            return {}
+        inputs = self._pixels.inputs(images, padded_length)
+        return {
+            name: t.to(self.device, self.dtype if t.is_floating_point() else None)
+            for name, t in inputs.items()
+        }
+
+    def _check_expanded(self, ids: list[int], images: PromptImages) -> None:
+        own = self._pixels.expanded(images.text, images.pictures)
+        if ids[: images.num_tokens] != own:
+            raise ValueError(
+                f"{self.name}: its processor makes {len(own)} tokens of a prompt with images, the "
+                f"student's {images.num_tokens}: {images.text!r:.120}"
+            )
 
     def _load(self) -> nn.Module:
         """The base model on the host: rotary tables and other buffers that no file holds are
@@ -166,7 +204,7 @@ class HFEngine:
         options = {"trust_remote_code": self.trust_remote_code}
         config = AutoConfig.from_pretrained(self.model, **options)
         with torch.device("meta"):  # for its classes only
-            whole = AutoModelForCausalLM.from_config(config, **options)
+            whole = model_class(config).from_config(config, **options)
         with _loading():
             base, info = type(whole.base_model).from_pretrained(
                 self.model,
@@ -194,15 +232,17 @@ class HFGenerator:
     def __init__(
         self, model: str, *, dtype: str, trust_remote_code: bool, device: torch.device | str = "cpu"
     ):
-        whole = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        whole = model_class(config).from_pretrained(
             model,
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
-            attn_implementation=attention_of(model, trust_remote_code=trust_remote_code),
+            attn_implementation=attention_for(config),
         )
         # its own would fill in a top_k or a penalty that nobody asked for
         whole.generation_config = GenerationConfig()
         self._model, self.device = whole.to(device).eval(), torch.device(device)
+        self._load_pixels = functools.cache(lambda: Pixels(model, trust_remote_code))
 
     def generate(
         self,
@@ -210,20 +250,26 @@ class HFGenerator:
         seeds: list[int],
         stop_ids: tuple[int, ...],
         *,
+        images: Sequence[PromptImages | None] | None = None,
         max_tokens: int,
         temperature: float,
     ) -> list[Sample]:
         """One response per prompt, without log-probabilities; `temperature=0` is greedy.
 
         transformers has one random state for a whole batch, so what is sampled is sampled alone,
-        from its own seed.
+        from its own seed; and what it makes of images is on the left, where batches are padded.
         """
-        budget = 0 if temperature else TOKENS_PER_BATCH
+        images = images or [None] * len(prompts)
+        budget = 0 if temperature or any(images) else TOKENS_PER_BATCH
         samples: list[Sample | None] = [None] * len(prompts)
         for indices in batches([len(ids) + max_tokens for ids in prompts], budget):
             torch.manual_seed(seeds[indices[0]])
             written = self._write(
-                [prompts[index] for index in indices], stop_ids, max_tokens, temperature
+                [prompts[index] for index in indices],
+                stop_ids,
+                max_tokens,
+                temperature,
+                images[indices[0]],
             )
             for index, sample in zip(indices, written, strict=True):
                 samples[index] = sample
@@ -236,7 +282,9 @@ class HFGenerator:
         stop_ids: tuple[int, ...],
         max_tokens: int,
         temperature: float,
+        images: PromptImages | None,
     ) -> list[Sample]:
+        """`images` are those of a prompt that is alone."""
         longest = max(map(len, prompts))
         ids_BS = torch.tensor(
             [[stop_ids[0]] * (longest - len(ids)) + ids for ids in prompts], device=self.device
@@ -254,6 +302,7 @@ class HFGenerator:
             max_new_tokens=max_tokens,
             eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
+            **(self._load_pixels().inputs([images], longest) if images else {}),
             **options,
         )[:, longest:]
         samples = []

@@ -6,7 +6,7 @@ modules comes from `opd/engines/vllm_process.py`.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,6 +31,7 @@ from opd.engines.vllm_process import (
     weight_bytes,
 )
 from opd.log import warn
+from opd.pictures import PromptImages
 from opd.types import Sample
 
 SLEEP_LEVEL = {"gpu": 0, "host": 1, "disk": 2}  # of a teacher, by its residency
@@ -50,6 +51,7 @@ class _Engine:
 
     `sleep_level` 1 keeps the weights on the host, 2 drops them, 0 never sleeps. `frozen` weights
     are never replaced. A KV cache that is too small for one sequence is a ValueError, or grows.
+    `images_per_prompt` is the most that a prompt has, None for a model that sees none.
     """
 
     def __init__(
@@ -63,9 +65,12 @@ class _Engine:
         kv_cache_grows: bool,
         enforce_eager: bool,
         tensor_parallel_size: int = 1,
+        images_per_prompt: int | None = None,
         **options,
     ):
         self.name = name
+        if images_per_prompt is not None:
+            options["limit_mm_per_prompt"] = {"image": images_per_prompt, "video": 0, "audio": 0}
         self.sleep_level = sleep_level
         self.tensor_parallel_size = tensor_parallel_size
         vllm = import_vllm()
@@ -188,6 +193,7 @@ class _Engine:
         if WEIGHTS in self._asleep:
             self._wake([WEIGHTS])
         with self._active():
+            self.llm.llm_engine.reset_encoder_cache()
             self.llm.sleep(level=self.sleep_level)
         self._asleep, self._rests = {WEIGHTS, KV_CACHE}, False
 
@@ -225,6 +231,37 @@ class _Engine:
         self._asleep -= set(tags)
 
 
+# ids of prompt and response, and the images of the prompt
+_Text = tuple[list[int], PromptImages | None]
+
+
+def _request(text: _Text) -> dict[str, Any]:
+    """A prompt as vLLM takes it."""
+    ids, images = text
+    if images is None:
+        return {"prompt_token_ids": ids}
+    return {
+        "prompt_token_ids": images.unexpanded(ids),
+        "multi_modal_data": {"image": images.open()},
+    }
+
+
+def _check_expanded(name: str, text: _Text, found: Sequence[int]) -> None:
+    """ValueError if vLLM has made other tokens of a prompt with images than its student did."""
+    ids, images = text
+    if images is None or list(found) == ids:
+        return
+    place = next(
+        (i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b),
+        min(len(ids), len(found)),
+    )
+    raise ValueError(
+        f"{name}: vLLM makes {len(found)} tokens of a prompt with images, the student's processor "
+        f"{len(ids)}; from token {place} on {list(found[place : place + 8])} and "
+        f"{ids[place : place + 8]}: {images.text!r:.120}"
+    )
+
+
 def _sample(completion, with_logprobs: bool) -> Sample:
     """vLLM's form of a response to ours."""
     ids, logprobs = list(completion.token_ids), None
@@ -257,6 +294,7 @@ class GeneratorEngine(_Engine):
         kv_cache_grows: bool = False,
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
+        images_per_prompt: int | None = None,
     ):
         super().__init__(
             "rollout",
@@ -271,7 +309,8 @@ class GeneratorEngine(_Engine):
             max_model_len=max_model_len,
             seed=seed,
             trust_remote_code=trust_remote_code,
-            skip_tokenizer_init=True,
+            images_per_prompt=images_per_prompt,
+            skip_tokenizer_init=images_per_prompt is None,  # a processor works on text
             logprobs_mode="processed_logprobs",
         )
 
@@ -281,6 +320,7 @@ class GeneratorEngine(_Engine):
         seeds: list[int],
         stop_ids: tuple[int, ...],
         *,
+        images: Sequence[PromptImages | None] | None = None,
         max_tokens: int,
         temperature: float,
         top_p: float = 1.0,
@@ -288,7 +328,7 @@ class GeneratorEngine(_Engine):
         with_logprobs: bool = True,
         on_finished: Callable[[int, Sample], None] | None = None,
     ) -> list[Sample]:
-        """One response per prompt.
+        """One response per prompt, which may have images.
 
         A seed per request makes a sample independent of what else is in the batch.
 
@@ -311,15 +351,15 @@ class GeneratorEngine(_Engine):
                 for _, seed in requests
             ]
             samples: dict[int, Sample] = {}
-            for index, output in self._run(
-                [{"prompt_token_ids": ids} for ids, _ in requests], params
-            ):
+            for index, output in self._run([_request(text) for text, _ in requests], params):
+                _check_expanded(self.name, requests[index][0], output.prompt_token_ids)
                 samples[index] = _sample(output.outputs[0], with_logprobs)
                 if on_finished is not None and index in mine:
                     on_finished(index - mine.start, samples[index])
             return [samples[index] for index in range(len(requests))]
 
-        return self._answer_all(list(zip(prompts, seeds, strict=True)), answer)
+        texts = zip(prompts, images or [None] * len(prompts), strict=True)
+        return self._answer_all(list(zip(texts, seeds, strict=True)), answer)
 
     def _run(self, prompts: list, params: list) -> Iterator[tuple[int, Any]]:
         """(index, output) of each request, in the order in which they finish.
@@ -341,12 +381,15 @@ class GeneratorEngine(_Engine):
                 engine.abort_request(ids, internal=True)
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Replaces the weights and drops every cached prefix, which the old weights had written."""
+        """Replaces the weights and drops every cached prefix and image, which the old weights had
+        computed.
+        """
         with self._active():
             self.llm.collective_rpc(
                 reload_weights, kwargs={"weights_iterator": iter(named_parameters)}
             )
             self.llm.reset_prefix_cache()
+            self.llm.llm_engine.reset_encoder_cache()  # what the old weights made of images
 
 
 class HiddenStateEngine(_Engine):
@@ -370,6 +413,7 @@ class HiddenStateEngine(_Engine):
         kv_cache_grows: bool = False,
         tensor_parallel_size: int = 1,
         residency: str = "host",
+        images_per_prompt: int | None = None,
     ):
         super().__init__(
             name,
@@ -385,6 +429,7 @@ class HiddenStateEngine(_Engine):
             max_model_len=max_model_len,
             trust_remote_code=trust_remote_code,
             enable_prefix_caching=False,
+            images_per_prompt=images_per_prompt,
             **pooling_options(),
         )
 
@@ -406,18 +451,24 @@ class HiddenStateEngine(_Engine):
         with self._active():
             self.llm.collective_rpc(reload_weights)
 
-    def hidden_states(self, sequences: list[list[int]]) -> list[Tensor]:
+    def hidden_states(
+        self, sequences: list[list[int]], images: Sequence[PromptImages | None] | None = None
+    ) -> list[Tensor]:
         """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
 
         def answer(requests: list, mine: range) -> list:
-            return self.llm.encode(
-                [{"prompt_token_ids": ids} for ids in requests],
+            outputs = self.llm.encode(
+                [_request(text) for text in requests],
                 pooling_task="token_embed",
                 pooling_params=import_vllm().PoolingParams(use_activation=False),
                 use_tqdm=False,
             )
+            for text, output in zip(requests, outputs, strict=True):
+                _check_expanded(self.name, text, output.prompt_token_ids)
+            return outputs
 
-        states = [output.outputs.data for output in self._answer_all(sequences, answer)]
+        texts = list(zip(sequences, images or [None] * len(sequences), strict=True))
+        states = [output.outputs.data for output in self._answer_all(texts, answer)]
         for ids, state in zip(sequences, states, strict=True):
             assert state.shape[0] == len(ids), (
                 f"{self.name}: {state.shape[0]} hidden states for {len(ids)} tokens"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opd.inputs.columns import column, json_column, without_nulls
+from opd.inputs.images import with_images
 from opd.log import cut
 
 TOOLS, KWARGS = (
@@ -18,7 +19,7 @@ TOOLS, KWARGS = (
 class Chat:
     """What a row tells the chat template.
 
-    A content is text, a list of one text part, or absent beside tool calls.
+    A content is text, a list of parts that are text or images, or absent beside tool calls.
     """
 
     messages: list[dict[str, Any]]
@@ -30,16 +31,43 @@ class Chat:
     def kind(self) -> tuple[Any, ...]:
         """What a template may treat in ways of its own, whatever the texts are."""
         return (
-            tuple((m["role"], frozenset(m), type(m.get("content"))) for m in self.messages),
+            tuple((m["role"], frozenset(m), _form(m.get("content"))) for m in self.messages),
             self.tools is None,
             frozenset(self.kwargs),
         )
 
 
+def _form(content: Any) -> Any:
+    return tuple(part["type"] for part in content) if isinstance(content, list) else type(content)
+
+
 def text_of(message: dict[str, Any]) -> str:
     """The text of a message's content, empty where there is none."""
     content = message.get("content")
-    return content[0]["text"] if isinstance(content, list) else content or ""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    return content or ""
+
+
+def _is_content(content: Any) -> bool:
+    """Text, or a list of parts that are text or images: `{"type": "image"}` says where."""
+    return isinstance(content, str) or (
+        isinstance(content, list)
+        and all(
+            isinstance(part, dict)
+            and (
+                part.get("type") == "image"
+                or (part.get("type") == "text" and isinstance(part.get("text"), str))
+            )
+            for part in content
+        )
+    )
+
+
+def _says(message: dict[str, Any]) -> bool:
+    content = message["content"]
+    shows = isinstance(content, list) and any(part["type"] == "image" for part in content)
+    return shows or bool(text_of(message).strip())
 
 
 def _messages(where: str, row: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -55,12 +83,13 @@ def _messages(where: str, row: dict[str, Any], key: str) -> list[dict[str, Any]]
     for message in prompt:
         is_call = message.get("content") is None and message.get("tool_calls")
         if not isinstance(message.get("role"), str) or not (
-            is_call or isinstance(message.get("content"), str)
+            is_call or _is_content(message.get("content"))
         ):
             raise ValueError(
-                f"{where}: every message needs a role and a content of text, got {cut(message)}"
+                f"{where}: every message needs a role and a content of text, or of parts of type "
+                f"text and image, got {cut(message)}"
             )
-    if not any(text_of(message).strip() for message in prompt):
+    if not any(message.get("content") and _says(message) for message in prompt):
         raise ValueError(f"{where}: the prompt is empty")
     if prompt[-1]["role"] == "assistant":
         raise ValueError(
@@ -103,7 +132,15 @@ def taken_names(names: Collection[str], tokenizer) -> list[str]:
     return sorted(ours & set(names))
 
 
-def read_chat(where: str, row: dict[str, Any], prompt_key: str, tokenizer) -> Chat:
+def read_chat(
+    where: str,
+    row: dict[str, Any],
+    prompt_key: str,
+    tokenizer,
+    *,
+    num_images: int = 0,
+    images_key: str = "images",
+) -> Chat:
     """What a row says to the chat template of `tokenizer`.
 
     ValueError, with the row, for what it must not say.
@@ -113,7 +150,12 @@ def read_chat(where: str, row: dict[str, Any], prompt_key: str, tokenizer) -> Ch
         raise ValueError(
             f"{where}: column `{KWARGS}`: {taken[0]} is not the row's to choose; remove it"
         )
-    return Chat(_messages(where, row, prompt_key), _tools(where, row), kwargs)
+    messages = _messages(where, row, prompt_key)
+    if num_images or any(isinstance(m.get("content"), list) for m in messages):
+        messages = with_images(where, messages, num_images, images_key)
+    if not num_images:
+        messages = [{**m, "content": text_of(m)} if "content" in m else m for m in messages]
+    return Chat(messages, _tools(where, row), kwargs)
 
 
 def read_plain(where: str, row: dict[str, Any], prompt_key: str) -> str:

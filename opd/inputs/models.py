@@ -26,6 +26,7 @@ from opd.inputs.weight_files import check_not_quantised, check_weights
 from opd.log import cut, one_line
 from opd.ops.attention import AUTO
 from opd.ops.heads import find_head, logit_form, weights_beside_the_head
+from opd.ops.model_class import placeholder_ids, sees_images
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class ModelFact(ModelShape):
     """One model: what its configuration says, and what ends its responses."""
 
     eos_ids: tuple[int, ...]  # generation config, else config, else tokenizer
+    sees: bool = False  # it reads images
+    placeholder_ids: tuple[int, ...] = ()  # tokens that stand for images and the like
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,12 @@ def _fact_of(model: torch.nn.Module, flag: str, path: str, tokenizer) -> ModelFa
         raise ValueError(
             f"{flag} {path}: EOS token {list(eos_ids)} is not one of its {shape.vocab_size} tokens"
         )
-    return ModelFact(**vars(shape), eos_ids=eos_ids)
+    return ModelFact(
+        **vars(shape),
+        eos_ids=eos_ids,
+        sees=sees_images(model.config),
+        placeholder_ids=placeholder_ids(model.config),
+    )
 
 
 def _check_residency(config) -> None:

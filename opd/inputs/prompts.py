@@ -24,10 +24,13 @@ from opd.config import DataConfig, TeacherSpec
 from opd.distributed import fold_seed
 from opd.inputs.chats import KWARGS, Chat, read_chat, read_plain
 from opd.inputs.columns import column, domain_column, text_column
-from opd.inputs.rows import read_rows
+from opd.inputs.images import BadImage, read_pictures
+from opd.inputs.rows import Place, read_rows
 from opd.inputs.template_flags import KWARGS_FLAG, SYSTEM_FLAG, read_template_flags
 from opd.inputs.templates import ChatTemplate
-from opd.log import cut
+from opd.log import cut, one_line
+from opd.ops.pixels import Pixels
+from opd.pictures import Picture, PromptImages
 from opd.types import Prompt
 
 MOST_SAMPLES = 64  # chats of a domain that a teacher's template is tried on
@@ -144,7 +147,7 @@ def _targets(where: str, row: dict[str, Any], key: str, tokenizer, end: _End) ->
 
 
 def _domains(
-    rows: list[tuple[str, dict[str, Any]]], cfg: DataConfig, default_domain: str | None
+    rows: list[tuple[Place, dict[str, Any]]], cfg: DataConfig, default_domain: str | None
 ) -> list[str]:
     if default_domain is not None and not any(cfg.domain_key in row for _, row in rows):
         return [default_domain] * len(rows)
@@ -155,8 +158,10 @@ def _domains(
 class _Read:
     """The rows of a data set as the chat template has them; without one there are no chats."""
 
-    rows: list[tuple[str, dict[str, Any]]]
+    rows: list[tuple[Place, dict[str, Any]]]
     domains: list[str]
+    pictures: list[tuple[Picture, ...]]
+    bad_images: Counter[str]  # domain -> rows that were left out
     template: ChatTemplate | None
     chats: list[Chat]
     texts: list[str]  # what is tokenised, with the beginning of the answer
@@ -179,7 +184,13 @@ class _Read:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Variables that the template does not mention."""
+        """Rows that were left out, and variables that the template does not mention."""
+        bad = self.bad_images.total()
+        left_out = [f"{bad} rows left out whose images cannot be read"] if bad else []
+        return (*left_out, *self._unknown_variables)
+
+    @property
+    def _unknown_variables(self) -> tuple[str, ...]:
         counts = Counter(name for chat in self.chats for name in chat.kwargs)
         unknown = self.template.unknown(counts) if self.template else []
         return tuple(
@@ -197,21 +208,60 @@ def _read_prompts(
     cfg: DataConfig,
     default_domain: str | None,
     moment: datetime | None,
+    sees: bool,
 ) -> _Read:
     rows = read_rows(paths, flag)
+    rows, pictures, bad_images = _with_pictures(rows, cfg, default_domain, sees=sees)
     domains = _domains(rows, cfg, default_domain)
     flags = read_template_flags(cfg)
     flags.check_tokenizer(tokenizer)
     if tokenizer.chat_template is None:
+        for (where, _), own in zip(rows, pictures, strict=True):
+            if own:
+                raise ValueError(
+                    f"{where}: column `{cfg.images_key}` needs a chat template, and the tokenizer "
+                    "has none"
+                )
         texts = [read_plain(where, row, cfg.prompt_key) for where, row in rows]
-        return _Read(rows, domains, None, [], texts, flags.variables)
+        return _Read(rows, domains, pictures, bad_images, None, [], texts, flags.variables)
     template = ChatTemplate(tokenizer, moment)
     chats, texts = [], []
-    for (where, row), domain in zip(rows, domains, strict=True):
-        own = read_chat(where, row, cfg.prompt_key, tokenizer)
+    for (where, row), domain, shown in zip(rows, domains, pictures, strict=True):
+        own = read_chat(
+            where, row, cfg.prompt_key, tokenizer, num_images=len(shown), images_key=cfg.images_key
+        )
         chats.append(flags.completed(own, domain))
         texts.append(_text(f"{where}: column `{cfg.prompt_key}`", template, chats[-1], own))
-    return _Read(rows, domains, template, chats, texts, flags.variables)
+    return _Read(rows, domains, pictures, bad_images, template, chats, texts, flags.variables)
+
+
+def _with_pictures(
+    rows: list[tuple[Place, dict[str, Any]]],
+    cfg: DataConfig,
+    default_domain: str | None,
+    *,
+    sees: bool,
+) -> tuple[list, list[tuple[Picture, ...]], Counter[str]]:
+    """(rows, the pictures of each, domain -> rows left out for a bad image)."""
+    kept, pictures, bad = [], [], Counter()
+    for where, row in rows:
+        try:
+            shown = read_pictures(where, where.folder, row, cfg.images_key, cfg.allow_urls)
+        except BadImage:
+            if cfg.bad_images == "error":
+                raise
+            bad[_domains([(where, row)], cfg, default_domain)[0]] += 1
+            continue
+        if shown and not sees:
+            raise ValueError(
+                f"{where}: column `{cfg.images_key}` has an image, and the student sees none; "
+                "choose another --images_key, or a vision-language student"
+            )
+        kept.append((where, row))
+        pictures.append(shown)
+    if not kept:
+        raise ValueError(f"--bad_images drop: no row of {where.rpartition(',')[0]} is left")
+    return kept, pictures, bad
 
 
 def _text(where: str, template: ChatTemplate, chat: Chat, own: Chat) -> str:
@@ -240,15 +290,20 @@ def load_prompts(
     default_domain: str | None = None,
     eos_ids: Sequence[int] = (),
     moment: datetime | None = None,
+    pixels: Pixels | None = None,
+    placeholder_ids: Collection[int] = (),
 ) -> PromptSet:
     """Reads and renders the prompts of `paths`.
 
     `flag` ("--data") is what error messages name. `default_domain` is every row's domain when no
     row has the column `cfg.domain_key`: for a run whose only teacher takes every domain. `eos_ids`
     end the student's responses, by default the tokenizer's EOS does. `moment` is the time that a
-    chat template writes, by default now. Any row that cannot be used is a ValueError.
+    chat template writes, by default now. `pixels` is the processor of a student that sees, and
+    `placeholder_ids` the tokens that stand for images and the like. Any row that cannot be used is
+    a ValueError.
     """
-    read = _read_prompts(paths, flag, tokenizer, cfg, default_domain, moment)
+    sees = pixels is not None
+    read = _read_prompts(paths, flag, tokenizer, cfg, default_domain, moment, sees)
     end = _turn_end(tokenizer, eos_ids, read.template, read.chats) if need_response else None
     prompts: dict[int, Prompt] = {}  # by row
     overlong: Counter[str] = Counter()
@@ -263,9 +318,28 @@ def load_prompts(
         # read of every row, dropped or not: a row that cannot be used is an error
         answer = text_column(where, row, cfg.answer_key, "--answer_key", is_needed=need_answer)
         target_ids = _targets(where, row, cfg.response_key, tokenizer, end) if end else None
+        if set(placeholder_ids) & {*(target_ids or ())}:
+            raise ValueError(
+                f"{where}: column `{cfg.response_key}`: a response shows no image; remove the "
+                "placeholder"
+            )
+        try:
+            images = _images(where, read, row_number, token_ids, pixels)
+        except BadImage:
+            if cfg.bad_images == "error":
+                raise
+            read.bad_images[domain] += 1
+            continue
+        if images is not None:
+            token_ids = pixels.expanded(images.text, images.pictures)
+        elif set(placeholder_ids) & {*token_ids}:
+            raise ValueError(
+                f"{where}: column `{cfg.prompt_key}`: the placeholder of an image, and column "
+                f"`{cfg.images_key}` has none; remove it from the text"
+            )
         if len(token_ids) > cfg.max_prompt_tokens:
             overlong[domain] += 1
-            if cfg.overlong_prompts == "drop":
+            if cfg.overlong_prompts == "drop" or images is not None:
                 continue
         prompts[row_number] = Prompt(
             prompt_id=len(prompts),
@@ -273,9 +347,26 @@ def load_prompts(
             token_ids=token_ids[-cfg.max_prompt_tokens :],
             target_ids=target_ids and target_ids[:max_response_tokens],
             answer=answer,
+            images=images,
         )
     open_end = _open_end(tokenizer, eos_ids, read)
     return _prompt_set(prompts, overlong, flag, cfg, read, open_end)
+
+
+def _images(
+    where: str, read: _Read, row: int, unexpanded_ids: list[int], pixels: Pixels | None
+) -> PromptImages | None:
+    """The images of a row; BadImage if the processor refuses them."""
+    text, pictures = read.texts[row], read.pictures[row]
+    if not pictures:
+        return None
+    try:
+        num_tokens = len(pixels.expanded(text, pictures))
+    except Exception as error:  # a processor is a program of others: it may fail in any way
+        raise BadImage(
+            f"{where}: the student's processor refuses its images: {one_line(error)}"
+        ) from None
+    return PromptImages(pictures, text, tuple(unexpanded_ids), num_tokens)
 
 
 def _open_end(tokenizer, eos_ids: Sequence[int], read: _Read) -> tuple[str, ...]:
@@ -301,6 +392,9 @@ def _prompt_set(
     """ValueError for a domain that lost all of its prompts."""
     counts = Counter(prompt.domain for prompt in prompts.values())
     lost = [f"{domain} ({overlong[domain]} rows)" for domain in sorted(set(overlong) - set(counts))]
+    unread = sorted(set(read.bad_images) - set(counts) - set(overlong))
+    if unread:
+        raise ValueError(f"--bad_images drop: no row of {', '.join(unread)} in {flag} is left")
     if lost:
         raise ValueError(
             f"{flag}: every prompt is longer than --max_prompt_tokens {cfg.max_prompt_tokens} in "
@@ -321,10 +415,10 @@ def _prompt_set(
 def _content_hash(prompts: list[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(
-            json.dumps([prompt.token_ids, prompt.domain, prompt.answer, prompt.target_ids]).encode()
-            + b"\n"
-        )
+        content = [prompt.token_ids, prompt.domain, prompt.answer, prompt.target_ids]
+        if prompt.images is not None:
+            content.append([picture.digest for picture in prompt.images.pictures])
+        digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -23,6 +23,19 @@ LFS_ADVICE = "a git-lfs pointer, not the file itself; fetch that with `git lfs p
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
 
 
+class Place(str):
+    """Where a row is: flag, file and line, for messages; and the folder of its file, in which
+    relative paths of images start.
+    """
+
+    __slots__ = ("folder",)
+
+    def __new__(cls, text: str, folder: Path = Path()):
+        place = super().__new__(cls, text)
+        place.folder = folder
+        return place
+
+
 @dataclass(frozen=True)
 class Unreadable:
     """Stands for a value of a column store that Python cannot hold.
@@ -163,7 +176,7 @@ def _data_files(directory: Path) -> list[Path]:
     return sorted(files)
 
 
-def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]]]:
+def read_rows(paths: Sequence[str], flag: str) -> list[tuple[Place, dict[str, Any]]]:
     """(where, row) of every row of `paths`, in order; `where` names flag, file and line for error
     messages.
 
@@ -171,7 +184,7 @@ def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]
     """
     if not paths:
         raise ValueError(f"{flag} is required: JSONL or parquet files, directories or hub ids")
-    rows: list[tuple[str, dict[str, Any]]] = []
+    rows: list[tuple[Place, dict[str, Any]]] = []
     for name in paths:
         path, before = Path(name).expanduser(), len(rows)
         files = [path] if path.is_file() else []
@@ -188,11 +201,10 @@ def read_rows(paths: Sequence[str], flag: str) -> list[tuple[str, dict[str, Any]
                     f"{flag} {file}: unknown file type {file.suffix!r}; use .jsonl, .json or "
                     ".parquet"
                 )
-            rows += (
-                _read_parquet(file, flag) if file.suffix == ".parquet" else _read_json(file, flag)
-            )
+            read = _read_parquet if file.suffix == ".parquet" else _read_json
+            rows += ((Place(where, file.parent), row) for where, row in read(file, flag))
         if not files:
-            rows += _read_hub(name, flag)
+            rows += ((Place(where), row) for where, row in _read_hub(name, flag))
         if len(rows) == before:
             raise ValueError(f"{flag} {name}: empty, no rows")
     for where, row in rows:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from opd.config import is_async
 from opd.inputs.kv_cache import CachedLayers, cached_layers
 from opd.log import one_line
 from opd.ops.attention import AUTO, attention_for
+from opd.ops.model_class import model_class
 
 
 class Unplannable(ValueError):
@@ -245,7 +246,7 @@ def model_of(config: PreTrainedConfig, flag: str, path: str, **options) -> torch
             flag,
             path,
             "architecture",
-            lambda: AutoModelForCausalLM.from_config(config, dtype="float32", **options),
+            lambda: model_class(config).from_config(config, dtype="float32", **options),
         )
 
 

@@ -32,8 +32,8 @@ _ANSWER = {"role": "assistant", "content": MARK}
 def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
     """The form of models that see images; to their templates a plain text is a list of nothing."""
     return (
-        {**message, "content": [{"type": "text", "text": text_of(message)}]}
-        if "content" in message
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
         else message
     )
 
@@ -229,6 +229,9 @@ class ChatTemplate:
             is_seen = not content or role == "assistant" or (is_known and content in text)
             if not is_seen and not self._changes(chat, text, number - 1, _exchanged(message)):
                 return f"the text of message {number}, of role {' '.join(role.split())}"
+            for without in () if is_known else _with_an_image_less(message):
+                if not self._changes(chat, text, number - 1, without):
+                    return f"an image of message {number}; take a model that sees images"
             if message.get("tool_calls") and not is_known:
                 silent = {k: v for k, v in _with_content(message).items() if k != "tool_calls"}
                 if not self._changes(chat, text, number - 1, silent):
@@ -262,5 +265,18 @@ def _exchanged(message: dict[str, Any]) -> dict[str, Any]:
     """
     text = text_of(message)
     other = ("x" if set(text.lower()) != {"x"} else "y") * len(text)
-    content = [{"type": "text", "text": other}] if isinstance(message["content"], list) else other
-    return {**message, "content": content}
+    if not isinstance(message["content"], list):
+        return {**message, "content": other}
+    parts = [
+        {**part, "text": other[: len(part["text"])]} if part["type"] == "text" else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _with_an_image_less(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The message without each of its images in turn."""
+    content = message.get("content")
+    for index, part in enumerate(content) if isinstance(content, list) else ():
+        if part["type"] == "image":
+            yield {**message, "content": content[:index] + content[index + 1 :]}

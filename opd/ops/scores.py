@@ -11,16 +11,24 @@ from torch import Tensor
 
 from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, score_hidden
 from opd.ops.heads import OutputHead
+from opd.pictures import PromptImages
 from opd.types import TeacherEngine
 
 Ids = Sequence[int]
 
 
-def response_states(engine: TeacherEngine, texts: Sequence[tuple[Ids, Ids]]) -> list[Tensor]:
+def response_states(
+    engine: TeacherEngine,
+    texts: Sequence[tuple[Ids, Ids]],
+    images: Sequence[PromptImages | None] | None = None,
+) -> list[Tensor]:
     """[L, H] of each (prompt ids, response ids), on the host: the state that predicts response
     token t is the one at its predecessor.
+
+    `images` are those of each prompt.
     """
-    states = engine.hidden_states([[*prompt, *response][:-1] for prompt, response in texts])
+    sequences = [[*prompt, *response][:-1] for prompt, response in texts]
+    states = engine.hidden_states(sequences, images or [None] * len(sequences))
     return [state[len(prompt) - 1 :] for (prompt, _), state in zip(texts, states, strict=True)]
 
 

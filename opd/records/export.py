@@ -13,6 +13,13 @@ from opd.distributed import agree_on_error, rank
 from opd.log import warn_once
 from opd.records.checkpoint import fsync
 
+# What a model that sees has beside its tokenizer; training changes nothing of it.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
 
 def export_huggingface(
     path: Path,
@@ -84,6 +91,9 @@ def export_tensors(
         model.generation_config = _storable(generation_config, tokenizer)
         model.save_pretrained(tmp, state_dict=tensors, max_shard_size="5GB")
         tokenizer.save_pretrained(tmp)
+        for name in PROCESSOR_FILES:
+            if (own := Path(tokenizer.name_or_path) / name).is_file():
+                shutil.copyfile(own, tmp / name)
         if card:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         for file in (*tmp.iterdir(), tmp):

@@ -189,6 +189,7 @@ def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFE
         kv_cache_grows=run.cfg.teacher.teacher_kv_cache_gib == "auto",
         tensor_parallel_size=spec.tensor_parallel_size,
         residency=run.cfg.teacher.teacher_residency,
+        images_per_prompt=run.images_per_prompt(run.facts.teachers[spec.name]),
         **run.engine_options,
     )
 
@@ -205,11 +206,13 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
             run.cfg.model.student_model,
             run.cfg.rollout,
             eos_ids=run.facts.student.eos_ids,
+            placeholder_ids=run.facts.student.placeholder_ids,
+            images_per_prompt=run.images_per_prompt(run.facts.student),
             seed=run.cfg.run.seed,
             kv_cache_gib=run.kv_cache_gib(),
             **run.engine_options,
         )
-        engine.try_out()
+        engine.try_out(run.shown)
     with distributed.agree_on_error("putting the rollout engine to sleep"):
         engine.sleep()
     return engine

@@ -17,8 +17,9 @@ from opd.clients.served_teacher import write_with_servers
 from opd.distributed import resolve_dtype
 from opd.inputs import prompts
 from opd.inputs.arguments import pairs
-from opd.inputs.models import ModelFacts
+from opd.inputs.models import ModelFact, ModelFacts
 from opd.inputs.prompts import PromptSet
+from opd.inputs.vision_rules import sample_of
 from opd.mismatch import corrects
 from opd.padding import make_micro_batches
 from opd.plan.job import PHASES
@@ -85,11 +86,31 @@ class Inputs:
         }
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """At which tokens a response ends: behind a placeholder no model could read on."""
+        return (*self.facts.student.eos_ids, *self.facts.student.placeholder_ids)
+
+    @functools.cached_property
+    def most_images(self) -> int:
+        """Of one prompt."""
+        sets = [self.train_set, *([self.eval_set] if self.eval_set else [])]
+        return max(len(p.images.pictures) if p.images else 0 for own in sets for p in own.prompts)
+
+    def images_per_prompt(self, fact: ModelFact) -> int | None:
+        """What an engine of a model has to be ready for; None for one that sees none."""
+        return self.most_images if fact.sees else None
+
+    @functools.cached_property
+    def shown(self) -> list[Prompt]:
+        """Some prompts with images, if there are any."""
+        return sample_of(self.train_set.prompts)
+
+    @property
     def writing_options(self) -> dict[str, Any]:
         """What a teacher writes with, in a child process."""
         return {
             **self.engine_options,
-            "eos_ids": self.facts.student.eos_ids,
+            "eos_ids": self.stop_ids,
             "max_tokens": self.cfg.rollout.max_response_tokens,
             "seed": self.cfg.run.seed,
             "enforce_eager": self.cfg.rollout.enforce_eager,
@@ -196,6 +217,7 @@ class Run(Inputs):
                 log=log,
                 backend=backend,
                 kv_cache_gib=self._writer_cache_gib(spec),
+                images_per_prompt=self._images_per_prompt_of(spec),
                 **options,
             )
         seeds = [distributed.fold_seed(self.cfg.run.seed, p.prompt_id, "teacher") for p in prompts]
@@ -212,6 +234,10 @@ class Run(Inputs):
             vocab=self.facts.shared_vocab,
             **asked,
         )
+
+    def _images_per_prompt_of(self, spec: config.TeacherSpec) -> int | None:
+        fact = self.facts.teachers.get(spec.name)
+        return None if fact is None else self.images_per_prompt(fact)
 
     def _writer_cache_gib(self, spec: config.TeacherSpec) -> float:
         """Of the child in which a teacher writes; it grows to what one sequence takes."""
@@ -239,6 +265,8 @@ class Run(Inputs):
             packed=batch.packing,
             pad_id=self.facts.pad_id,
             domains=self.domains,
+            placeholder_ids=self.facts.student.placeholder_ids,
+            filler=min(self.shown, key=lambda p: len(p.token_ids), default=None),
         )
 
     @property

@@ -24,6 +24,7 @@ from opd.inputs.identity import allowed_changes, check_output_dir, fingerprint_o
 from opd.inputs.shapes import check_tensor_parallel
 from opd.inputs.template_flags import read_template_flags
 from opd.inputs.validation import check_wandb, load_ds_config
+from opd.inputs.vision_rules import check_images, load_pixels
 from opd.log import say, setup_logging
 from opd.options import to_dict
 from opd.plan.apply import plan_run
@@ -90,6 +91,8 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
     fingerprint = fingerprint_of(cfg, hashes, inputs.train_set.content_hash)
     if inputs.facts.stop_ids:
         fingerprint["stop_token_ids"] = sorted(inputs.facts.stop_ids)
+    if cfg.model.freeze_vision:
+        fingerprint["freeze_vision"] = True
     fingerprint["eval"] = asked(inputs)
     if inputs.train_set.moment:
         fingerprint[checkpoint.FIRST_START] = inputs.train_set.moment.isoformat()
@@ -136,6 +139,12 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     facts = models.check_models(cfg, tokenizer)
     check_tensor_parallel(cfg, facts.student, facts.teachers, distributed.world_size())
     facts, served = check_served(cfg, tokenizer, facts)
+    pixels = None
+    if facts.student.sees:
+        model, trust = cfg.model.student_model, cfg.model.trust_remote_code
+        pixels = load_pixels("--student_model", model, trust)
+        # of older families the template lies beside the processor
+        tokenizer.chat_template = tokenizer.chat_template or pixels.processor.chat_template
     takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
     load = functools.partial(
         prompts.load_prompts,
@@ -143,6 +152,8 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
         cfg=cfg.data,
         default_domain=takes_all,
         moment=moment,
+        pixels=pixels,
+        placeholder_ids=facts.student.placeholder_ids,
     )
     train_set = load(
         cfg.data.data,
@@ -161,6 +172,7 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     routes = prompts.routes(cfg.teachers, list(prompt_sets.values()))
     read_template_flags(cfg.data).check_domains(routes)
     check_dialects(facts.dialects, tokenizer, prompt_sets, routes)
+    check_images(cfg, facts, pixels, prompt_sets, routes)
     reward = rewards.load_rewards(cfg.data.reward_fn, routes)
     check_ds_config(cfg.run.ds_config, ds_config)
     inputs = Inputs(cfg, ds_config, tokenizer, facts, served, train_set, eval_set, routes, reward)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from opd.clients.wire import LogprobQuestion, encode_logprobs
 from opd.engines.checkpoint_names import checkpoint_views, forget_prefixes
@@ -27,6 +27,7 @@ from opd.engines.hf_engine import batches
 from opd.inputs.shapes import load_part
 from opd.ops.attention import attention_of
 from opd.ops.heads import OutputHead, logit_form
+from opd.ops.model_class import model_class
 from opd.ops.scores import score_responses
 from opd.weights.store import check_names
 
@@ -51,7 +52,8 @@ def load_model(
         ),
         "trust_remote_code": trust_remote_code,
     }
-    load = AutoModelForCausalLM.from_pretrained
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    load = model_class(config).from_pretrained
     found, info = load_part(
         "--model",
         model,

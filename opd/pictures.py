@@ -1,0 +1,90 @@
+"""Images of prompts: what travels with a prompt to sampler, teachers and student."""
+
+import base64
+import functools
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An encoded image: its bytes, or the path of the file that holds them."""
+
+    source: bytes | str
+    digest: str  # SHA-256 of the encoded image
+
+    @classmethod
+    def of(cls, source: bytes | str) -> "Picture":
+        """Raises OSError for a file that cannot be read."""
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return cls(source, hashlib.sha256(content).hexdigest())
+
+    def open(self) -> Image.Image:
+        """The image as every model gets it: upright, in RGB.
+
+        An alpha channel is left out and EXIF turns it, as `load_image` of transformers 5.19 does.
+        vLLM would do neither, so it is given the result.
+        """
+        encoded = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        with Image.open(encoded) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+
+    @property
+    def content(self) -> bytes:
+        """The encoded image, as a file of it would be."""
+        return self.source if isinstance(self.source, bytes) else Path(self.source).read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptImages:
+    """The images of a prompt, and the prompt before its placeholders were expanded.
+
+    transformers is given expanded ids, one for each embedding of an image. vLLM expands by itself,
+    and would expand what is expanded again.
+    """
+
+    pictures: tuple[Picture, ...]  # in the order of their placeholders
+    text: str  # the rendered prompt
+    unexpanded_ids: tuple[int, ...]  # the tokens of `text`, a placeholder for each image
+    num_tokens: int  # of the prompt with its placeholders expanded
+
+    def unexpanded(self, ids: list[int]) -> list[int]:
+        """Prompt and response with the prompt as vLLM wants it.
+
+        Example: for a placeholder 9 of three tokens, [5, 9, 9, 9, 6, 7] becomes [5, 9, 6, 7].
+        """
+        return [*self.unexpanded_ids, *ids[self.num_tokens :]]
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process: encoded images as base64."""
+        pictures = [base64.b64encode(picture.content).decode() for picture in self.pictures]
+        return {
+            "pictures": pictures,
+            "text": self.text,
+            "unexpanded_ids": list(self.unexpanded_ids),
+            "num_tokens": self.num_tokens,
+        }
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> "PromptImages":
+        """The inverse of `to_json`."""
+        pictures = tuple(
+            Picture.of(base64.b64decode(encoded, validate=True)) for encoded in said["pictures"]
+        )
+        ids = tuple(said["unexpanded_ids"])
+        return cls(pictures, said["text"], ids, said["num_tokens"])
+
+    def open(self) -> list[Image.Image]:
+        """The images as every model gets them; see `Picture.open`."""
+        return [_opened(picture) for picture in self.pictures]
+
+
+@functools.lru_cache(maxsize=256)
+def _opened(picture: Picture) -> Image.Image:
+    """The responses of a step ask for the same few images again and again."""
+    return picture.open()
