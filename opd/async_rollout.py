@@ -143,6 +143,7 @@ class AsyncRolloutEngine:
             self.servers.submit(
                 f"{name}-{prompt.prompt_id}",
                 prompt.token_ids,
+                images=prompt.images,
                 seed=0,
                 oldest=self.policy_version,
                 **options,
@@ -256,6 +257,7 @@ class AsyncRolloutEngine:
         return self.servers.submit(
             at.sample_id.replace("/", "-"),
             at.prompt.token_ids,
+            images=at.prompt.images,
             seed=sample_seed(self.seed, at.step, at.prompt, at.place, at.generation),
             temperature=self.cfg.temperature,
             with_logprobs=True,

@@ -4,11 +4,14 @@ import base64
 import functools
 import hashlib
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+
+MOST_PIXELS = 64_000_000  # of one image; PIL warns of a decompression bomb from 89 million on
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,25 @@ class Picture:
         encoded = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         with Image.open(encoded) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
+
+    def check(self) -> None:
+        """ValueError for what cannot be decoded, and for what is no single picture."""
+        encoded = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(encoded) as image:
+                    width, height = image.size
+                    if width * height > MOST_PIXELS:
+                        raise ValueError(f"{width} x {height} pixels, over {MOST_PIXELS}")
+                    if getattr(image, "n_frames", 1) > 1:
+                        raise ValueError(f"{image.n_frames} frames; only still images are read")
+                    image.load()
+            self.open()
+        # a broken file breaks decoders in any way it likes
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"cannot be decoded: {reason}") from None
 
     @property
     def content(self) -> bytes:

@@ -50,7 +50,10 @@ class LogprobServers:
         The future raises `transport.Unanswered` or `Rejected`; an answer that no model gives is
         asked for again elsewhere.
         """
-        question = LogprobQuestion(rollout.prompt.token_ids, rollout.response_ids, self.temperature)
+        prompt = rollout.prompt
+        question = LogprobQuestion(
+            prompt.token_ids, rollout.response_ids, self.temperature, prompt.images
+        )
         read = functools.partial(_read_answer, question=question, oldest=oldest)
         return self.pool.submit(
             _call(question, read, f"logprobs-{rollout.sample_id.replace('/', '-')}")

@@ -23,6 +23,7 @@ from opd.clients.pool import ReplicaPool
 from opd.clients.transport import Call
 from opd.clients.wire import ABOVE_ZERO, BadAnswer, metric
 from opd.config import AsyncConfig, RolloutConfig
+from opd.pictures import PromptImages
 
 PROBE_IDS = [2, 3]  # two tokens that every vocabulary has
 
@@ -120,6 +121,7 @@ class RolloutServers:
         with_logprobs: bool,
         oldest: int,
         most_tokens: int | None = None,
+        images: PromptImages | None = None,
     ) -> "Future[Answer]":
         """Asks for one response of tokens no older than version `oldest`.
 
@@ -131,7 +133,7 @@ class RolloutServers:
         most = min(most_tokens or self.cfg.max_response_tokens, self.cfg.max_response_tokens)
         self.flow.began()
         future = self.pool.submit(
-            self._call(name, prompt_ids, seed, most, temperature, with_logprobs, read)
+            self._call(name, prompt_ids, seed, most, temperature, with_logprobs, read, images)
         )
         future.add_done_callback(lambda _: self.flow.ended())
         return future
@@ -145,6 +147,7 @@ class RolloutServers:
         temperature: float,
         with_logprobs: bool,
         read,
+        images: PromptImages | None = None,
     ) -> Call:
         body = {
             "request_id": name,
@@ -157,6 +160,8 @@ class RolloutServers:
             "stop_ids": list(self.eos_ids),
             "with_logprobs": with_logprobs,
         }
+        if images is not None:
+            body["images"] = images.to_json()
         return Call(
             "/generate",
             json.dumps(body).encode(),

@@ -27,8 +27,9 @@ from opd.clients.wire import (
     completion_request,
     decode_completion,
     decode_scores,
-    encode_ids,
+    encode_text,
     metric,
+    said_ids,
 )
 from opd.inputs.content import content_hash
 
@@ -66,6 +67,7 @@ class ServedModel:
     eos_ids: tuple[int, ...] | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    sees: bool = False  # it is given images
 
     @property
     def identity(self) -> str:
@@ -95,8 +97,8 @@ def score_call(
         "vocab": question.vocab,
     }
     return Call(
-        "/score?" + urllib.parse.urlencode(asked),
-        encode_ids([*question.prompt_ids, *question.response_ids]),
+        "/score?" + urllib.parse.urlencode(asked | said_ids(question)),
+        encode_text(question),
         content_type="application/octet-stream",
         request_id=request_id,
         most_bytes=question.most_bytes_binary,
@@ -380,6 +382,7 @@ def _binary_facts(flag: str, info_of: dict[str, dict]) -> dict[str, Any]:
         "eos_ids": lambda ids: tuple(map(int, ids)),
         "logit_scale": float,
         "logit_softcap": lambda x: None if x is None else float(x),
+        "sees": bool,
     }
     try:
         return {name: read(info[name]) for name, read in readers.items()}

@@ -80,6 +80,7 @@ class ServedTeacher:
             vocab=self.shared_vocab,
             temperature=self.cfg.loss_temperature,
             hidden_size=self.model.hidden_size,
+            images=rollout.prompt.images,
         )
         request_id = f"{self.name}-{rollout.sample_id.replace('/', '-')}"
         return self.pool.submit(score_call(self.model, self.model.protocol, question, request_id))

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from opd.pictures import PromptImages
 from opd.types import TeacherPayload
 
 # Rounding may lift a log-probability above 0, and the mass of a support above 1, by this much.
@@ -51,6 +52,7 @@ class Question:
     vocab: int  # the first V rows of the teacher's vocabulary are what all models share
     temperature: float = 1.0  # of the loss; a vLLM server knows 1 only
     hidden_size: int = 0  # H; 0 where no hidden states are asked for
+    images: PromptImages | None = None  # of the prompt
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +92,18 @@ class Question:
 def encode_ids(token_ids: Sequence[int]) -> bytes:
     """Raw little-endian int32."""
     return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def encode_text(question: "Question | LogprobQuestion") -> bytes:
+    """Prompt and response, and behind them the images of the prompt, as JSON, if it has any."""
+    images = question.images
+    ids = encode_ids([*question.prompt_ids, *question.response_ids])
+    return ids if images is None else ids + msgspec.json.encode(images.to_json())
+
+
+def said_ids(question: "Question | LogprobQuestion") -> dict[str, int]:
+    """What the path of a request says of a body in which images follow the ids."""
+    return {} if question.images is None else {"ids": question.num_tokens}
 
 
 def decode_ids(body: bytes, *, vocab: int, most: int) -> list[int]:
@@ -298,6 +312,7 @@ class LogprobQuestion:
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]  # [L], L >= 0
     temperature: float = 1.0
+    images: PromptImages | None = None  # of the prompt
 
     @property
     def num_tokens(self) -> int:
@@ -312,12 +327,12 @@ class LogprobQuestion:
     def path(self) -> str:
         """Of the request."""
         asked = {"prompt_length": len(self.prompt_ids), "temperature": self.temperature}
-        return "/logprobs?" + urllib.parse.urlencode(asked)
+        return "/logprobs?" + urllib.parse.urlencode(asked | said_ids(self))
 
     @property
     def body(self) -> bytes:
         """Of the request."""
-        return encode_ids([*self.prompt_ids, *self.response_ids])
+        return encode_text(self)
 
 
 class _Metadata(msgspec.Struct):

@@ -16,6 +16,7 @@ from torch import Tensor
 from opd import distributed
 from opd.config import GIB
 from opd.engines.engine_memory import KV_CACHE, WEIGHTS
+from opd.engines.vllm_images import check_vllm_tokens, images_limit, vllm_request
 from opd.engines.vllm_process import (
     Workspace,
     as_transformers,
@@ -69,8 +70,7 @@ class _Engine:
         **options,
     ):
         self.name = name
-        if images_per_prompt is not None:
-            options["limit_mm_per_prompt"] = {"image": images_per_prompt, "video": 0, "audio": 0}
+        options |= images_limit(images_per_prompt)
         self.sleep_level = sleep_level
         self.tensor_parallel_size = tensor_parallel_size
         vllm = import_vllm()
@@ -231,37 +231,6 @@ class _Engine:
         self._asleep -= set(tags)
 
 
-# ids of prompt and response, and the images of the prompt
-_Text = tuple[list[int], PromptImages | None]
-
-
-def _request(text: _Text) -> dict[str, Any]:
-    """A prompt as vLLM takes it."""
-    ids, images = text
-    if images is None:
-        return {"prompt_token_ids": ids}
-    return {
-        "prompt_token_ids": images.unexpanded(ids),
-        "multi_modal_data": {"image": images.open()},
-    }
-
-
-def _check_expanded(name: str, text: _Text, found: Sequence[int]) -> None:
-    """ValueError if vLLM has made other tokens of a prompt with images than its student did."""
-    ids, images = text
-    if images is None or list(found) == ids:
-        return
-    place = next(
-        (i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b),
-        min(len(ids), len(found)),
-    )
-    raise ValueError(
-        f"{name}: vLLM makes {len(found)} tokens of a prompt with images, the student's processor "
-        f"{len(ids)}; from token {place} on {list(found[place : place + 8])} and "
-        f"{ids[place : place + 8]}: {images.text!r:.120}"
-    )
-
-
 def _sample(completion, with_logprobs: bool) -> Sample:
     """vLLM's form of a response to ours."""
     ids, logprobs = list(completion.token_ids), None
@@ -351,8 +320,8 @@ class GeneratorEngine(_Engine):
                 for _, seed in requests
             ]
             samples: dict[int, Sample] = {}
-            for index, output in self._run([_request(text) for text, _ in requests], params):
-                _check_expanded(self.name, requests[index][0], output.prompt_token_ids)
+            for index, output in self._run([vllm_request(text) for text, _ in requests], params):
+                check_vllm_tokens(self.name, requests[index][0], output.prompt_token_ids)
                 samples[index] = _sample(output.outputs[0], with_logprobs)
                 if on_finished is not None and index in mine:
                     on_finished(index - mine.start, samples[index])
@@ -458,13 +427,13 @@ class HiddenStateEngine(_Engine):
 
         def answer(requests: list, mine: range) -> list:
             outputs = self.llm.encode(
-                [_request(text) for text in requests],
+                [vllm_request(text) for text in requests],
                 pooling_task="token_embed",
                 pooling_params=import_vllm().PoolingParams(use_activation=False),
                 use_tqdm=False,
             )
             for text, output in zip(requests, outputs, strict=True):
-                _check_expanded(self.name, text, output.prompt_token_ids)
+                check_vllm_tokens(self.name, text, output.prompt_token_ids)
             return outputs
 
         texts = list(zip(sequences, images or [None] * len(sequences), strict=True))

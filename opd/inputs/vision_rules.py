@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from opd.config import is_async
 from opd.inputs.models import ModelFacts
 from opd.inputs.prompts import PromptSet
 from opd.inputs.shapes import load_part
@@ -39,11 +38,15 @@ def sample_of(prompts: Sequence[Prompt]) -> list[Prompt]:
 def check_images(
     config,
     facts: ModelFacts,
+    served: Mapping[str, Any],
     pixels: Pixels | None,
     prompt_sets: Mapping[str, PromptSet],
     routes: Mapping[str, Collection[tuple[str, float]]],
 ) -> None:
-    """ValueError if a model of this run cannot be given the images of its prompts."""
+    """ValueError if a model of this run cannot be given the images of its prompts.
+
+    `served` is what the servers of teachers say they are, a `ServedModel` each.
+    """
     prompts = [p for prompt_set in prompt_sets.values() for p in prompt_set.prompts]
     seen = sample_of(prompts)
     if config.model.freeze_vision and not facts.student.sees:
@@ -58,10 +61,8 @@ def check_images(
             continue
         flag = f"--teacher {spec.name}"
         if spec.is_served:
-            raise ValueError(
-                f"{flag}: {len(own)} of its prompts have images, which served teachers are not "
-                "given yet; run it here (a model directory instead of URLs)"
-            )
+            _check_served(flag, served[spec.name], len(own))
+            continue
         if not facts.teachers[spec.name].sees:
             raise ValueError(
                 f"{flag} {spec.model}: sees no images, and {len(own)} prompts of its domains have "
@@ -73,11 +74,20 @@ def check_images(
             _check_joined(flag, spec.model, theirs, sample_of(own))
 
 
-def _check_flags(config, pixels: Pixels, prompt: Prompt) -> None:
-    if is_async(config):
+def _check_served(flag: str, model: Any, number: int) -> None:
+    if model.protocol == "json":
         raise ValueError(
-            "--mode async: rollout servers are not given images yet; leave it out, or the images"
+            f"{flag}: {number} of its prompts have images, and vLLM's own server takes none beside "
+            "token ids; serve it with `scripts/serve.sh teacher` and protocol binary"
         )
+    if not model.sees:
+        raise ValueError(
+            f"{flag}: its servers see no images, and {number} prompts of its domains have some; "
+            "give these a domain and a teacher of their own"
+        )
+
+
+def _check_flags(config, pixels: Pixels, prompt: Prompt) -> None:
     if config.batch.packing and pixels.types_tokens(prompt.images):
         raise ValueError(
             "--packing: the student's positions or attention depend on what a token shows, and "

@@ -76,7 +76,7 @@ def build_async_engine(run: Run) -> AsyncRolloutEngine:
             fleet.rollout,
             cfg.rollout,
             ahead,
-            eos_ids=run.facts.student.eos_ids,
+            eos_ids=run.stop_ids,
             vocab=run.facts.student.vocab_size,
             token=fleet.token,
         )

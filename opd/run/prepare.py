@@ -172,7 +172,7 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     routes = prompts.routes(cfg.teachers, list(prompt_sets.values()))
     read_template_flags(cfg.data).check_domains(routes)
     check_dialects(facts.dialects, tokenizer, prompt_sets, routes)
-    check_images(cfg, facts, pixels, prompt_sets, routes)
+    check_images(cfg, facts, served, pixels, prompt_sets, routes)
     reward = rewards.load_rewards(cfg.data.reward_fn, routes)
     check_ds_config(cfg.run.ds_config, ds_config)
     inputs = Inputs(cfg, ds_config, tokenizer, facts, served, train_set, eval_set, routes, reward)

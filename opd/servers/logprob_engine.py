@@ -10,8 +10,9 @@ B sequences, S padded length after the shift, N response tokens, L of one questi
 hidden size.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,8 @@ from opd.engines.hf_engine import batches
 from opd.inputs.shapes import load_part
 from opd.ops.attention import attention_of
 from opd.ops.heads import OutputHead, logit_form
-from opd.ops.model_class import model_class
+from opd.ops.model_class import model_class, sees_images
+from opd.ops.pixels import Pixels
 from opd.ops.scores import score_responses
 from opd.weights.store import check_names
 
@@ -72,8 +74,17 @@ def load_model(
 class LogprobScorer:
     """A model and the version of its weights: None until they are whole."""
 
-    def __init__(self, model: nn.Module, *, version: int | None, tokens_per_batch: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        version: int | None,
+        tokens_per_batch: int,
+        load_pixels: Callable[[], Pixels] | None = None,
+    ):
+        """`load_pixels` gives the processor of a model that sees."""
         self.model, self.version, self.tokens_per_batch = model, version, tokens_per_batch
+        self._load_pixels = functools.cache(load_pixels) if load_pixels else None
         self.form = logit_form(model.config)
 
     @property
@@ -83,6 +94,26 @@ class LogprobScorer:
             len(self.model.get_input_embeddings().weight),
             len(self.model.get_output_embeddings().weight),
         )
+
+    @property
+    def sees(self) -> bool:
+        """Whether questions may have images."""
+        return self._load_pixels is not None and sees_images(self.model.config)
+
+    def _seen(self, questions: Sequence[LogprobQuestion], padded_length: int) -> dict[str, Tensor]:
+        """What the model gets beside token ids. ValueError if that is for other tokens."""
+        if not any(question.images for question in questions):
+            return {}
+        pixels = self._load_pixels()
+        for question in questions:
+            images = question.images
+            if images and pixels.expanded(images.text, images.pictures) != question.prompt_ids:
+                raise ValueError("its processor makes other tokens of a prompt with images")
+        inputs = pixels.inputs([question.images for question in questions], padded_length)
+        return {
+            name: t.to(self.model.device, self.model.dtype if t.is_floating_point() else None)
+            for name, t in inputs.items()
+        }
 
     def score(self, questions: Sequence[LogprobQuestion]) -> list[dict[str, Tensor]]:
         """`logprobs` and `entropy`, float32 [L], of each. RuntimeError without whole weights."""
@@ -124,7 +155,10 @@ class LogprobScorer:
         real_BS = position_S < end_B1
         predicts_BS = real_BS & (position_S >= start_B1)
         states_BSH = self.model.base_model(
-            input_ids=ids[:, :-1], attention_mask=real_BS, use_cache=False
+            input_ids=ids[:, :-1],
+            attention_mask=real_BS,
+            use_cache=False,
+            **self._seen(questions, longest - 1),
         ).last_hidden_state
         head = self.model.get_output_embeddings()
         responses = [question.response_ids for question in questions]

@@ -32,13 +32,15 @@ from fastapi import HTTPException, Request
 from fastapi.responses import Response
 
 from opd.clients.protocols import LOGPROB
-from opd.clients.wire import VERSION_HEADER, LogprobQuestion, decode_ids
+from opd.clients.seen import MOST_BYTES, decode_text
+from opd.clients.wire import VERSION_HEADER, LogprobQuestion
 from opd.distributed import resolve_dtype
 from opd.hub_names import as_named
 from opd.inputs.hub import fetch
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import served_length
 from opd.log import one_line
+from opd.ops.pixels import Pixels
 from opd.servers.control import ACT_SECONDS, Control, PauseMode, WeightsGate, add_weight_flags
 from opd.servers.http_service import (
     LOAD_SECONDS,
@@ -95,7 +97,12 @@ def build_logprob_scorer(args: argparse.Namespace) -> LogprobScorer:
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     version = 0 if args.serve_initial else None
-    return LogprobScorer(model, version=version, tokens_per_batch=args.max_tokens_per_batch)
+    return LogprobScorer(
+        model,
+        version=version,
+        tokens_per_batch=args.max_tokens_per_batch,
+        load_pixels=functools.partial(Pixels, args.model, args.trust_remote_code),
+    )
 
 
 def serve_logprobs(argv: list[str], token: str | None) -> None:
@@ -155,7 +162,8 @@ class LogprobService:
         self.engine, self.control, self.max_model_len = engine, control, max_model_len
         self.admission = Admission(max_waiting)
         # whoever serves has waited for it
-        self.vocab_size = engine.ready.result(timeout=0).vocab_size
+        scorer = engine.ready.result(timeout=0)
+        self.vocab_size, self.sees = scorer.vocab_size, scorer.sees
 
     def app(self, token: str | None) -> Callable:
         """The ASGI application; with a token only /health is open."""
@@ -181,12 +189,13 @@ class LogprobService:
         return metrics_text(counts, gauges)
 
     async def logprobs(
-        self, request: Request, prompt_length: int, temperature: float = 1.0
+        self, request: Request, prompt_length: int, temperature: float = 1.0, ids: int | None = None
     ) -> Response:
         with self.admission.of_one():
-            body = await read_body(request, 4 * self.max_model_len)
+            room = MOST_BYTES if self.sees and ids is not None else 0
+            body = await read_body(request, 4 * self.max_model_len + room)
             try:
-                question = self._question(body, prompt_length, temperature)
+                question = self._question(body, prompt_length, temperature, ids)
             except ValueError as error:
                 raise HTTPException(400, one_line(error)) from None
             await self.control.ready()
@@ -194,16 +203,22 @@ class LogprobService:
             # both.
             return await answer_or_give_up(request, self.engine.submit(question), _respond)
 
-    def _question(self, body: bytes, prompt_length: int, temperature: float) -> LogprobQuestion:
+    def _question(
+        self, body: bytes, prompt_length: int, temperature: float, num_ids: int | None
+    ) -> LogprobQuestion:
         """Raises ValueError for what cannot be answered."""
-        ids = decode_ids(body, vocab=self.vocab_size, most=self.max_model_len)
+        if num_ids is not None and not self.sees:
+            raise ValueError("the model sees no images")
+        ids, images = decode_text(
+            body, num_ids, prompt_length, vocab=self.vocab_size, most=self.max_model_len
+        )
         if not 1 <= prompt_length <= len(ids):
             raise ValueError(
                 f"prompt_length={prompt_length}: must be 1 to the number of token ids, {len(ids)}"
             )
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature={temperature}: must be above 0 and finite")
-        return LogprobQuestion(ids[:prompt_length], ids[prompt_length:], temperature)
+        return LogprobQuestion(ids[:prompt_length], ids[prompt_length:], temperature, images)
 
 
 def _respond(answer: VersionedBody) -> Response:

@@ -6,14 +6,16 @@ prompt and seed.
 """
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from opd.config import GIB
+from opd.engines.vllm_images import check_vllm_tokens, images_limit, vllm_request
 from opd.engines.vllm_process import async_engine, sampling_params
+from opd.pictures import PromptImages
 from opd.servers.control import PauseMode
 
 RELOAD_SECONDS = 600.0  # to read new weights
@@ -32,6 +34,7 @@ class Sampling:
     top_k: int = 0  # 0: of all tokens
     stop_ids: tuple[int, ...] = ()
     with_logprobs: bool = True
+    images: PromptImages | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,7 @@ class PushedEngine:
         trust_remote_code: bool,
         enforce_eager: bool,
         tensor_parallel_size: int,
+        images_per_prompt: int | None = None,
     ):
         self.requests = self.tokens = self.aborted = 0  # answered; their tokens; of them unfinished
         self.steps = 0  # of the engine
@@ -77,8 +81,9 @@ class PushedEngine:
             trust_remote_code=trust_remote_code,
             enforce_eager=enforce_eager,
             tensor_parallel_size=tensor_parallel_size,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=images_per_prompt is None,  # a processor works on text
             logprobs_mode="processed_logprobs",
+            **images_limit(images_per_prompt),
             **options,
         )
 
@@ -105,8 +110,9 @@ class PushedEngine:
 
         ValueError for what vLLM refuses.
         """
-        asked = {key: value for key, value in asdict(sampling).items() if key != "prompt_ids"}
-        prompt, final = {"prompt_token_ids": sampling.prompt_ids}, None
+        asked = {f.name: getattr(sampling, f.name) for f in fields(sampling)}
+        text = (asked.pop("prompt_ids"), asked.pop("images"))
+        prompt, final = vllm_request(text), None
         self._inflight += 1
         try:
             async for output in self.llm.generate(
@@ -115,6 +121,7 @@ class PushedEngine:
                 final = output
         finally:
             self._inflight -= 1
+        check_vllm_tokens("rollout server", text, final.prompt_token_ids)
         response = _response(final.outputs[0], sampling.with_logprobs)
         self.requests, self.tokens = self.requests + 1, self.tokens + len(response.token_ids)
         self.aborted += response.finish_reason == "aborted"
@@ -156,6 +163,7 @@ class PushedEngine:
             raise RuntimeError(
                 "the prefix cache could not be reset: prefixes of the old weights would be read"
             )
+        await self.llm.reset_encoder_cache()  # what the old weights made of images
 
 
 def _response(completion: Any, with_logprobs: bool) -> Response:

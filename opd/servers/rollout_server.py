@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import psutil
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -32,11 +33,13 @@ from fastapi.responses import Response as HttpResponse
 from starlette.requests import ClientDisconnect
 
 from opd.clients.protocols import ROLLOUT
+from opd.clients.seen import MOST_BYTES, MOST_IMAGES, decode_images
 from opd.distributed import resolve_dtype
 from opd.inputs.hub import fetch
 from opd.inputs.models import read_checked
 from opd.inputs.shapes import shape_of
 from opd.log import one_line
+from opd.ops.model_class import sees_images
 from opd.servers import http_service
 from opd.servers.cache_size import CACHE_HELP, cache_and_length, cache_gib
 from opd.servers.control import Control, WeightsGate, add_weight_flags
@@ -77,7 +80,13 @@ class RolloutService:
     """The routes of one engine."""
 
     def __init__(
-        self, engine: PushedEngine, control: Control, *, vocab_size: int, max_model_len: int
+        self,
+        engine: PushedEngine,
+        control: Control,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        sees: bool = False,
     ):
         self.engine, self.control, self.vocab_size, self.max_model_len = (
             engine,
@@ -85,6 +94,7 @@ class RolloutService:
             vocab_size,
             max_model_len,
         )
+        self.sees = sees
 
     def app(self, token: str | None) -> Callable:
         """The ASGI application; with a token only /health is open."""
@@ -112,11 +122,12 @@ class RolloutService:
 
     async def generate(self, request: Request) -> HttpResponse:
         body = await http_service.read_json(
-            request, BYTES_PER_ID * self.max_model_len + BYTES_BESIDE_IDS
+            request,
+            BYTES_PER_ID * self.max_model_len + BYTES_BESIDE_IDS + (MOST_BYTES if self.sees else 0),
         )
         try:
             name, sampling = read_sampling(
-                body, vocab_size=self.vocab_size, max_model_len=self.max_model_len
+                body, vocab_size=self.vocab_size, max_model_len=self.max_model_len, sees=self.sees
             )
         except ValueError as error:
             raise HTTPException(400, one_line(error)) from None
@@ -146,7 +157,9 @@ class RolloutService:
             return await self.engine.generate(name, sampling)
 
 
-def read_sampling(body: dict, *, vocab_size: int, max_model_len: int) -> tuple[str, Sampling]:
+def read_sampling(
+    body: dict, *, vocab_size: int, max_model_len: int, sees: bool = False
+) -> tuple[str, Sampling]:
     """(request id, what to sample) of a question. ValueError for one that makes no sense."""
     known = {"request_id", *Sampling.__dataclass_fields__}
     if unknown := sorted(set(body) - known):
@@ -159,6 +172,11 @@ def read_sampling(body: dict, *, vocab_size: int, max_model_len: int) -> tuple[s
     prompt_ids, stop_ids = (_ids(body, key, vocab_size) for key in ("prompt_ids", "stop_ids"))
     if not prompt_ids:
         raise ValueError("prompt_ids: at least one token")
+    images = body.get("images")
+    if images is not None:
+        if not sees:
+            raise ValueError("images: the model sees none")
+        images = decode_images(msgspec.json.encode(images), len(prompt_ids), vocab=vocab_size)
     max_tokens = _number(body, "max_tokens", None, int, 1, max_model_len - len(prompt_ids))
     sampling = Sampling(
         prompt_ids=prompt_ids,
@@ -169,6 +187,7 @@ def read_sampling(body: dict, *, vocab_size: int, max_model_len: int) -> tuple[s
         top_k=_number(body, "top_k", 0, int, 0, vocab_size),
         stop_ids=tuple(stop_ids),
         with_logprobs=body.get("with_logprobs", True),
+        images=images,
     )
     if not isinstance(sampling.with_logprobs, bool):
         raise ValueError("with_logprobs: must be true or false")
@@ -205,8 +224,8 @@ def _end_children() -> None:
         child.kill()
 
 
-def _rollout_facts(args: argparse.Namespace) -> tuple[int, float, int]:
-    """(vocabulary, GiB of the KV cache, context).
+def _rollout_facts(args: argparse.Namespace) -> tuple[int, float, int, bool]:
+    """(vocabulary, GiB of the KV cache, context, whether it sees images).
 
     ValueError for a model that cannot be served; no weight is loaded.
     """
@@ -220,7 +239,8 @@ def _rollout_facts(args: argparse.Namespace) -> tuple[int, float, int]:
         gpus=args.tensor_parallel,
         tokens=RESPONSE_TOKENS_AT_ONCE,
     )
-    return model.config.get_text_config().vocab_size, cache, longest
+    sees = sees_images(model.config)
+    return model.config.get_text_config().vocab_size, cache, longest, sees
 
 
 def serve_rollouts(argv: list[str], token: str | None) -> None:
@@ -240,6 +260,7 @@ async def _serve(
     vocab_size: int,
     kv_cache_gib: float,
     max_model_len: int,
+    sees: bool,
 ) -> None:
     """vLLM's engine belongs to the event loop that asks it first."""
     version = 0 if args.serve_initial else None
@@ -253,6 +274,7 @@ async def _serve(
         enforce_eager=args.enforce_eager,
         trust_remote_code=args.trust_remote_code,
         tensor_parallel_size=args.tensor_parallel,
+        images_per_prompt=MOST_IMAGES if sees else None,
     )
     async with asyncio.timeout(WARM_UP_SECONDS):
         await engine.warm_up()
@@ -264,9 +286,10 @@ async def _serve(
         token=token,
         max_model_len=max_model_len,
     )
-    app = RolloutService(engine, control, vocab_size=vocab_size, max_model_len=max_model_len).app(
-        token
+    service = RolloutService(
+        engine, control, vocab_size=vocab_size, max_model_len=max_model_len, sees=sees
     )
+    app = service.app(token)
     await http_service.serve_app(app, bound, args.name, ROLLOUT_END_SECONDS)
 
 

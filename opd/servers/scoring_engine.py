@@ -107,7 +107,8 @@ class Scorer:
     def _hidden_states(self, questions: Sequence[Question]) -> list[Tensor]:
         """[L, H] of each; the engine is not asked about an empty response."""
         texts = [(q.prompt_ids, q.response_ids) for q in questions if q.response_ids]
-        found = iter(response_states(self.engine, texts))
+        images = [q.images for q in questions if q.response_ids]
+        found = iter(response_states(self.engine, texts, images))
         nothing_0H = torch.empty(0, self.head.weight_VH.shape[1], dtype=self.dtype)
         return [next(found) if q.response_ids else nothing_0H for q in questions]
 
@@ -211,6 +212,11 @@ class ScoringThread:
             answers = scorer.score([job.question for job in batch])
         except Exception as error:  # whatever it is, it is these questions' and not the next ones'
             traceback.print_exc()
+            # images of one question may be what its model does not take
+            if len(batch) > 1 and any(job.question.images for job in batch):
+                for job in batch:
+                    self._answer(scorer, [job])
+                return
             for job in batch:
                 job.answer.set_exception(error)
             return

@@ -43,7 +43,8 @@ from transformers import AutoTokenizer
 
 from opd import distributed
 from opd.clients.protocols import SCORING
-from opd.clients.wire import Question, decode_ids, encode_arrays
+from opd.clients.seen import MOST_BYTES, MOST_IMAGES, decode_text
+from opd.clients.wire import Question, encode_arrays
 from opd.distributed import resolve_dtype
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
@@ -54,6 +55,7 @@ from opd.inputs.models import ModelFact, read_fact
 from opd.inputs.shapes import check_path, load_part
 from opd.log import one_line
 from opd.ops.heads import load_head
+from opd.pictures import PromptImages
 from opd.servers.cache_size import CACHE_HELP, cache_and_length, cache_gib
 from opd.servers.http_service import (
     LOAD_SECONDS,
@@ -127,7 +129,9 @@ def _read_model(args: argparse.Namespace) -> tuple[ModelFact, object]:
     return fact, tokenizer
 
 
-def build_scorer(args: argparse.Namespace, kv_cache_gib: float, max_model_len: int) -> Scorer:
+def build_scorer(
+    args: argparse.Namespace, kv_cache_gib: float, max_model_len: int, sees: bool
+) -> Scorer:
     """Engine and head, for the thread that will use them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(args.dtype)
@@ -147,6 +151,7 @@ def build_scorer(args: argparse.Namespace, kv_cache_gib: float, max_model_len: i
             kv_cache_gib=kv_cache_gib,
             kv_cache_grows=args.kv_cache_gib == "auto",
             residency="gpu",
+            images_per_prompt=MOST_IMAGES if sees else None,
             **options,
         )
     return Scorer(engine, load_head(args.model).to(device), dtype)
@@ -172,7 +177,7 @@ def serve_scores(argv: list[str], token: str | None) -> None:
         args.max_tokens_per_batch, args.max_sequences_per_batch, args.batch_wait_ms / 1000
     )
     engine = ScoringThread(
-        functools.partial(build_scorer, args, kv_cache_gib, max_model_len), limits
+        functools.partial(build_scorer, args, kv_cache_gib, max_model_len, fact.sees), limits
     )
     engine.ready.result(timeout=LOAD_SECONDS)
     served = ModelInfo(
@@ -182,6 +187,7 @@ def serve_scores(argv: list[str], token: str | None) -> None:
         eos_ids=fact.eos_ids,
         max_model_len=max_model_len,
         max_support_k=min(args.max_support_k, fact.vocab_size),
+        sees=fact.sees,
     )
     app = ScoringService(served, engine, tokenizer, max_waiting=args.max_waiting).app(token)
     asyncio.run(serve_app(app, bound, args.name))
@@ -197,6 +203,7 @@ class ModelInfo:
     eos_ids: tuple[int, ...]
     max_model_len: int
     max_support_k: int
+    sees: bool
 
 
 class ScoringService:
@@ -250,6 +257,7 @@ class ScoringService:
             "logit_scale": head.form.scale,
             "logit_softcap": head.form.softcap,
             "has_bias": head.bias_V is not None,
+            "sees": served.sees,
         }
 
     async def metrics(self) -> Response:
@@ -285,20 +293,32 @@ class ScoringService:
         support_k: int = 0,
         temperature: float = 1.0,
         vocab: int | None = None,
+        ids: int | None = None,
     ) -> Response:
         with self.admission.of_one():
-            body = await read_body(request, 4 * self.served.max_model_len)
+            room = MOST_BYTES if self.served.sees and ids is not None else 0
+            body = await read_body(request, 4 * self.served.max_model_len + room)
             try:
+                text = self._text(body, ids, prompt_length)
                 question = self._question(
-                    body, prompt_length, payload, support_k, temperature, vocab
+                    *text, prompt_length, payload, support_k, temperature, vocab
                 )
             except ValueError as error:
                 raise HTTPException(400, one_line(error)) from None
             return await answer_or_give_up(request, self.engine.submit(question))
 
+    def _text(
+        self, body: bytes, num_ids: int | None, prompt_length: int
+    ) -> tuple[list[int], PromptImages | None]:
+        if num_ids is not None and not self.served.sees:
+            raise ValueError(f"{self.served.name} sees no images")
+        size, most = len(self.scorer.head.weight_VH), self.served.max_model_len
+        return decode_text(body, num_ids, prompt_length, vocab=size, most=most)
+
     def _question(
         self,
-        body: bytes,
+        ids: list[int],
+        images: PromptImages | None,
         prompt_length: int,
         payload: TeacherPayload,
         support_k: int,
@@ -307,7 +327,6 @@ class ScoringService:
     ) -> Question:
         """Raises ValueError for what cannot be answered."""
         size, hidden_size = self.scorer.head.weight_VH.shape
-        ids = decode_ids(body, vocab=size, most=self.served.max_model_len)
         vocab = size if vocab is None else vocab
         if not 1 <= vocab <= size:
             raise ValueError(f"vocab={vocab}: must be 1 to {size}")
@@ -333,7 +352,14 @@ class ScoringService:
                 f"response token {max(response_ids)} is outside the {vocab} tokens of vocab"
             )
         return Question(
-            ids[:prompt_length], response_ids, payload, support_k, vocab, temperature, hidden_size
+            ids[:prompt_length],
+            response_ids,
+            payload,
+            support_k,
+            vocab,
+            temperature,
+            hidden_size,
+            images,
         )
 
 
