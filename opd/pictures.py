@@ -54,7 +54,7 @@ class Picture:
         # a broken file breaks decoders in any way it likes
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"cannot be decoded: {reason}") from None
+            raise ValueError(f"cannot be read: {reason}") from None
 
     @property
     def content(self) -> bytes:

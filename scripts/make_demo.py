@@ -16,6 +16,8 @@ and ``demo.json`` (arguments, accuracies, seconds).
 
     python scripts/make_demo.py --output_dir demo
 
+``--vision`` makes another one, of models that see (``scripts/demos/vision_models.py``).
+
 Everything runs on the CPU in float32, two models at a time with one thread each, even where there
 is a GPU: models this small gain nothing from one, and the same seed gives the same files. The exit
 status is 1 if a promise is not kept.
@@ -293,9 +295,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 def print_table(accuracies: dict[str, dict[str, float]], seconds: float) -> None:
     """Accuracies, a line for each model."""
-    print(f"{'accuracy':<18}" + "".join(f"{skill:>10}" for skill in SKILLS))
+    skills = [*accuracies["student"]]
+    print(f"{'accuracy':<18}" + "".join(f"{skill:>10}" for skill in skills))
     for name, by_skill in accuracies.items():
-        print(f"{name:<18}" + "".join(f"{by_skill[skill]:>10.3f}" for skill in SKILLS))
+        cells = (f"{by_skill[s]:>10.3f}" if s in by_skill else f"{'-':>10}" for s in skills)
+        print(f"{name:<18}" + "".join(cells))
     print(f"{seconds:.0f} seconds")
 
 
@@ -354,7 +358,16 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the data, the weights and the batches"
     )
+    parser.add_argument(
+        "--vision", action="store_true", help="with images: reading numbers, and addition"
+    )
     args = parser.parse_args()
+    make, broken_of = make_demo, broken_promises
+    if args.vision:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from scripts.demos import vision_models
+
+        make, broken_of = vision_models.make_vision_demo, vision_models.broken_promises
     record = args.output_dir / "demo.json"
     if record.exists():
         demo = json.loads(record.read_text())
@@ -366,9 +379,9 @@ def main() -> int:
             print_table(demo["accuracy"], demo["seconds"])
             return 0
         record.unlink()  # until the new demo is complete, the directory must not look so
-    demo = make_demo(args.output_dir, args.seed)
+    demo = make(args.output_dir, args.seed)
     print_table(demo["accuracy"], demo["seconds"])
-    broken = broken_promises(demo["accuracy"])
+    broken = broken_of(demo["accuracy"])
     for line in broken:
         print(f"error: {line}", file=sys.stderr)
     if broken:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoProcessor
-from transformers.utils import logging
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available, logging
 
 from opd.pictures import Picture, PromptImages
 
@@ -44,9 +45,7 @@ class Pixels:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # without torchvision it warns of its own fallback
         try:
-            self.processor = AutoProcessor.from_pretrained(
-                model, trust_remote_code=trust_remote_code
-            )
+            self.processor = _load(model, trust_remote_code=trust_remote_code)
         finally:
             logging.set_verbosity(verbosity)
         self.cache_bytes = cache_bytes
@@ -133,6 +132,28 @@ class Pixels:
             add_special_tokens=False,  # the chat template writes its own
             return_tensors="pt",
         )
+
+
+def _load(model: str, **options) -> Any:
+    """The processor of a model.
+
+    Families that see videos too want torchvision for them (transformers 5.19), which has no CPU
+    build for this torch; without it they are built without that part.
+    """
+    try:
+        return AutoProcessor.from_pretrained(model, **options)
+    except ImportError:
+        if is_torchvision_available():
+            raise
+        family = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(model, **options))]
+
+        class Images(family):
+            def check_argument_for_proper_class(self, name, argument):
+                return argument and super().check_argument_for_proper_class(name, argument)
+
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        images = AutoImageProcessor.from_pretrained(model, **options)
+        return Images(images, tokenizer, None, chat_template=tokenizer.chat_template)
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

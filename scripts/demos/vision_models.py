@@ -52,10 +52,10 @@ MAX_NEW_TOKENS = 5
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """That of the demo, with the tokens that stand for an image."""
     tokenizer = make_demo.make_tokenizer()
+    added = [AddedToken(token, special=True, normalized=False) for token in IMAGE_TOKENS]
     tokenizer.add_special_tokens(
-        {"extra_special_tokens": [AddedToken(t, special=True, normalized=False) for t in IMAGE_TOKENS]},
-        replace_extra_special_tokens=False,
-    )  # fmt: skip
+        {"extra_special_tokens": added}, replace_extra_special_tokens=False
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -252,6 +252,18 @@ def make_and_measure(name: str, out: Path, rows: dict[str, list[dict]], seed: in
     (processor if sees else tokenizer).save_pretrained(out / name)
     print(f"{name}: {accuracies} after {time.monotonic() - start:.0f} seconds", flush=True)
     return accuracies
+
+
+def broken_promises(accuracies: dict[str, dict[str, float]]) -> list[str]:
+    """What the demo says about itself and does not hold; empty when all is well."""
+    return [
+        f"{name}: accuracy {by_skill[skill]:.3f} on {skill} is not in [{low}, {high}]"
+        for skill in SKILLS
+        for name, by_skill in accuracies.items()
+        if name in ("student", f"teacher_{skill}")
+        for low, high in [(0.1, 0.7) if name == "student" else (make_demo.TEACHER_MIN, 1.0)]
+        if not low <= by_skill[skill] <= high
+    ]
 
 
 def make_vision_demo(out: Path, seed: int) -> dict:
