@@ -274,6 +274,7 @@ class ShardedEngine:
         if self.stage == 3:
             for parameter in external_parameters:
                 self._deepspeed.zero.register_external_parameter(self.engine.module, parameter)
+        self._frozen = [p for p in module.parameters() if not p.requires_grad]
         self._host_copy = HostCopy(self._masters_and_moments, self.engine.device)
         return self.engine
 
@@ -312,8 +313,30 @@ class ShardedEngine:
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if self.stage == 0 else None
         self.engine.step()
+        self._check_partitioned()
         known = self.engine.get_global_grad_norm()
         return float(norm if known is None else known)
+
+    def _check_partitioned(self) -> None:
+        """Between two steps no frozen parameter is whole, but for those that ZeRO-3 always keeps.
+
+        Of DeepSpeed 0.19.3 and later it is reported that recomputation leaves frozen ones gathered:
+        memory that nobody plans for.
+        """
+        if self.stage == 3:
+            whole = [
+                p.ds_id for p in self._frozen if p.ds_status.name == "AVAILABLE" and not p.ds_persist
+            ]
+            assert not whole, f"{len(whole)} frozen parameters stayed gathered after a step"
+
+    def trained_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(name, parameter) of what is trained, whole; collective: all exhaust it alike.
+
+        All are gathered at once, so this is for modules that are frozen but for a small part.
+        """
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        with self.gathered([p for _, p in trained]):
+            yield from trained
 
     @contextmanager
     def gathered(self, parameters: list[Tensor]) -> Iterator[None]:
@@ -363,13 +386,19 @@ class ShardedEngine:
             yield from ((name, tensor) for name, tensor in layer if name in names)
 
     def save(self, directory: Path) -> None:
-        """DeepSpeed's shards under `directory`/shards.
+        """DeepSpeed's shards under `directory`/shards, without frozen parameters: who builds the
+        engine again has them.
 
         Its `latest` file is written without a barrier, so it is not used.
         """
         writer = self.engine.checkpoint_engine
         writer.error = None
-        self.engine.save_checkpoint(str(directory), tag="shards", save_latest=False)
+        self.engine.save_checkpoint(
+            str(directory),
+            tag="shards",
+            save_latest=False,
+            exclude_frozen_parameters=bool(self._frozen),
+        )
         if writer.error is not None:
             raise writer.error
 
@@ -386,11 +415,29 @@ class ShardedEngine:
         if self.stage == 3 and Shards.count(directory) not in (0, world_size()):
             self._load_divided_anew(Shards(directory))
         else:
-            path, _ = self.engine.load_checkpoint(str(directory), tag="shards")
+            # without `strict` it would not miss what is trained either: that is asked here
+            self._check_names(directory)
+            path, _ = self.engine.load_checkpoint(
+                str(directory), tag="shards", load_module_strict=not self._frozen
+            )
             if path is None:
                 raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
         for group, own in zip(self.engine.optimizer.param_groups, said, strict=True):
             group.update(own)
+
+    def _check_names(self, directory: Path) -> None:
+        """Shards of a module with frozen parameters hold what is trained, and nothing of the
+        rest.
+        """
+        if not self._frozen or not Shards.count(directory):
+            return
+        found = {name for name, _ in Shards(directory).parameters()}
+        trained = {n for n, p in self.engine.module.named_parameters() if p.requires_grad}
+        if found != trained:
+            raise RuntimeError(
+                f"{directory}: its shards are not of what is trained here, such as "
+                f"{min(found ^ trained)}"
+            )
 
     def _load_divided_anew(self, shards: Shards) -> None:
         """Gives DeepSpeed what it would have saved on this number of ranks: this rank's slices of
