@@ -429,9 +429,9 @@ class ShardedEngine:
         """Shards of a module with frozen parameters hold what is trained, and nothing of the
         rest.
         """
-        if not self._frozen or not Shards.count(directory):
+        if not self._frozen or not (directory / "shards").is_dir():
             return
-        found = {name for name, _ in Shards(directory).parameters()}
+        found = Shards(directory).names
         trained = {n for n, p in self.engine.module.named_parameters() if p.requires_grad}
         if found != trained:
             raise RuntimeError(

@@ -54,6 +54,7 @@ class LoraCase:
     targets: tuple[str, ...] = ("auto",)
     saved: tuple[str, ...] = ()
     deal: tuple[int, ...] | None = None
+    threshold: int | None = None  # values up to which ZeRO-3 keeps a parameter whole
     save_to: str = ""  # writes a checkpoint at the end
     load_from: str = ""  # a checkpoint that the steps go on from
     learning_rate: float = LEARNING_RATE
@@ -66,6 +67,9 @@ def build(case: LoraCase, models: dict[str, str], device: torch.device, seed: in
         lora_targets=list(case.targets),
         lora_modules_to_save=list(case.saved),
     )
+    ds_config = load_ds_config(str(ROOT / "ds_configs" / f"zero{case.stage}.json"))
+    if case.threshold is not None:
+        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = case.threshold
     return Student(
         ModelConfig(
             student_model=models[case.model],
@@ -73,7 +77,7 @@ def build(case: LoraCase, models: dict[str, str], device: torch.device, seed: in
             gradient_checkpointing=case.gradient_checkpointing,
         ),
         OptimConfig(learning_rate=case.learning_rate, adam_eps=ADAM_EPS, max_grad_norm=0.0),
-        load_ds_config(str(ROOT / "ds_configs" / f"zero{case.stage}.json")),
+        ds_config,
         device=device,
         settings=LossSettings(shared_vocab=VOCAB, packing=case.packing, domains=tuple(DOMAINS)),
         lora=lora,
@@ -138,6 +142,9 @@ def run_case(case: LoraCase, models: dict[str, str], out: Path, device: torch.de
             if torch.is_tensor(v) and v.ndim
         ),
     }
+    if case.threshold == 0:
+        sizes = {p.numel() for p in frozen}  # of what is here
+        assert sizes == {0}, sizes
     if case.save_to:
         student.save_shards(Path(case.save_to))
         distributed.barrier()
