@@ -255,7 +255,7 @@ class ShardedEngine:
                 {"params": decayed, "weight_decay": self.optim.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
             ],
-            lr=self.optim.learning_rate,
+            lr=0.0,  # every step has its own; what DeepSpeed steps to make states moves nothing
             betas=(self.optim.adam_beta1, self.optim.adam_beta2),
             eps=self.optim.adam_eps,
         )
@@ -263,6 +263,10 @@ class ShardedEngine:
         self.engine, *_ = self._deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config
         )
+        # In bfloat16 under stage 0, DeepSpeed 0.19.8 makes AdamW's states by a step on gradients of
+        # zero, and leaves it counted: the first real one would be half as long.
+        for state in self.engine.basic_optimizer.state.values():
+            state["step"].zero_()
         if self._accumulates_here:
             _accumulate_in_float32(self.engine, self.stage)
         self.hf_config = (
