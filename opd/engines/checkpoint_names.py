@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")  # as in model.layers.3.mlp.experts.down_proj
-_ADAPTED = re.compile(r"(.*?)\.(base_layer|lora_[AB])\.")  # a layer with an adapter, outside of them
+_ADAPTED = re.compile(r"(.*?)\.(base_layer|lora_[AB])\.")  # with an adapter, outside of layers
 
 
 def persistent_tensors(

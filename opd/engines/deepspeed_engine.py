@@ -329,7 +329,9 @@ class ShardedEngine:
         """
         if self.stage == 3:
             whole = [
-                p.ds_id for p in self._frozen if p.ds_status.name == "AVAILABLE" and not p.ds_persist
+                p.ds_id
+                for p in self._frozen
+                if p.ds_status.name == "AVAILABLE" and not p.ds_persist
             ]
             assert not whole, f"{len(whole)} frozen parameters stayed gathered after a step"
 

@@ -263,9 +263,7 @@ def file_name(name: str) -> str:
     return FILE_PREFIX + name.replace(f".{ADAPTER}.", ".")
 
 
-def merged_layer(
-    layer: list[tuple[str, Tensor]], layout: LoraLayout
-) -> list[tuple[str, Tensor]]:
+def merged_layer(layer: list[tuple[str, Tensor]], layout: LoraLayout) -> list[tuple[str, Tensor]]:
     """The parameters of a layer with its adapters merged, under the names of the model without
     them: W + scale * B A, added up in float32 and rounded once to the type of W.
 
@@ -294,8 +292,10 @@ def merged_weight(
 ) -> Tensor:
     """W + scale * B A in the dtype of W, a new tensor; `transposed` weights are [I, O]."""
     delta = torch.mm(b_OR.detach().float(), a_RI.detach().float()).mul_(scale)
-    return delta.t_().add_(weight_OI).to(weight_OI.dtype) if transposed else (
-        delta.add_(weight_OI).to(weight_OI.dtype)
+    return (
+        delta.t_().add_(weight_OI).to(weight_OI.dtype)
+        if transposed
+        else (delta.add_(weight_OI).to(weight_OI.dtype))
     )
 
 

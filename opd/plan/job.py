@@ -13,6 +13,7 @@ import torch
 from opd.config import GIB, TeacherSpec, is_async
 from opd.inputs.shapes import ModelShape, check_tensor_parallel, read_model, shape_of
 from opd.inputs.validation import load_ds_config
+from opd.lora_config import LoraConfig
 from opd.plan.sharding import Shard, ZeroSettings, zero_shard
 
 MIB = 1 << 20
@@ -90,7 +91,11 @@ class Job:
     @property
     def shard(self) -> Shard:
         return zero_shard(
-            self.student.parameters, self.zero, width=self.width, world_size=self.machine.gpus
+            self.student.trained,
+            self.zero,
+            width=self.width,
+            world_size=self.machine.gpus,
+            frozen=self.student.frozen,
         )
 
     def micro_tokens(self, choices: Choices) -> int:
@@ -138,11 +143,11 @@ def free_host_memory() -> int:
 def read_shapes(cfg) -> tuple[ModelShape, dict[str, ModelShape]]:
     """(student, teachers by name), from configurations alone. A served teacher has none here."""
 
-    def shape(flag: str, path: str) -> ModelShape:
-        return shape_of(read_model(flag, path, cfg.model.trust_remote_code), flag, path)
+    def shape(flag: str, path: str, lora: LoraConfig | None = None) -> ModelShape:
+        return shape_of(read_model(flag, path, cfg.model.trust_remote_code), flag, path, lora)
 
     local = [spec for spec in cfg.teachers if not spec.is_served]
-    student = shape("--student_model", cfg.model.student_model)
+    student = shape("--student_model", cfg.model.student_model, cfg.lora)
     return student, {spec.name: shape(f"--teacher {spec.name}", spec.model) for spec in local}
 
 

@@ -96,7 +96,15 @@ def build_student(run: Run) -> Student:
             domains=run.domains,
             logprob_temperature=run.logprob_temperature,
         )
-        student = Student(cfg.model, cfg.optim, run.ds_config, settings=settings, device=run.device)
+        student = Student(
+            cfg.model,
+            cfg.optim,
+            run.ds_config,
+            settings=settings,
+            device=run.device,
+            lora=cfg.lora,
+            seed=distributed.fold_seed(cfg.run.seed, "lora"),
+        )
     if cfg.batch.packing:
         with user_errors():
             student.check_packing()

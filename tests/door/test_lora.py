@@ -101,9 +101,7 @@ def reference(path: str, start: dict, steps: int) -> tuple[dict, list[float], li
     adam = torch.optim.AdamW(
         adapter.values(), lr=LEARNING_RATE, betas=(0.9, 0.95), eps=ADAM_EPS, weight_decay=0.0
     )
-    pairs = [
-        (name, name.replace("lora_A", "lora_B")) for name in adapter if ".lora_A." in name
-    ]
+    pairs = [(name, name.replace("lora_A", "lora_B")) for name in adapter if ".lora_A." in name]
     losses, norms = [], []
     for _ in range(steps):
         model.zero_grad()
