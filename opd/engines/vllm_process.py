@@ -149,6 +149,25 @@ def sampling_params(
     )
 
 
+# Ranks of adapters for which vllm 0.32 makes room.
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def adapter_options(rank: int) -> dict[str, Any]:
+    """Of an engine that samples with one adapter of that rank, on layers of the same model."""
+    room = next(most for most in ADAPTER_RANKS if most >= rank)
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": 1}
+
+
+def adapter_request(number: int, directory: str):
+    """What asks an engine of vLLM to answer with the adapter in `directory`; `number`, from 1 on,
+    is new for new content.
+    """
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"adapter_{number}", number, directory)
+
+
 def reload_weights(worker, **source) -> None:
     """Gives the model of vLLM's worker other weights, whole: what vllm 0.32 forgets when it reloads
     is done here.

@@ -15,10 +15,9 @@ def validate_lora(config) -> None:
     """ValueError for a value that no run can have, and for flags that do not go together."""
     lora = config.lora
     if not lora.lora_r:
+        default = LoraConfig()
         for flag in fields(lora):
-            if flag.name != "lora_r" and getattr(lora, flag.name) != getattr(
-                LoraConfig(), flag.name
-            ):
+            if getattr(lora, flag.name) != getattr(default, flag.name):
                 raise ValueError(
                     f"--{flag.name}: is about an adapter, and there is none; set --lora_r, such as "
                     "16, or leave it out"
