@@ -5,8 +5,10 @@ checked where the model is read (`ops/lora.py`).
 from dataclasses import fields
 
 from opd.config import is_async
+from opd.inputs.shapes import ModelShape
+from opd.inputs.vllm_models import takes_adapters
 from opd.lora_config import LoraConfig
-from opd.ops.lora import names_of
+from opd.ops.lora import automatic_targets, names_of
 
 LARGEST_RANK = 512  # that vllm 0.32 takes
 
@@ -52,3 +54,14 @@ def why_merged(config) -> str | None:
     if config.rollout.rollout_tensor_parallel_size > 1:
         return "it was not tried with --rollout_tensor_parallel_size above 1"
     return None
+
+
+def samples_with_adapter(config, student: ModelShape) -> bool:
+    """Whether the sampler keeps the student's own weights and takes adapters, by `--lora_sync`."""
+    layout, asked = student.lora, config.lora.lora_sync
+    if layout is None or asked == "merged":
+        return False
+    if asked == "adapter":
+        return True
+    usual = automatic_targets(layout.targets) == layout.targets
+    return why_merged(config) is None and usual and takes_adapters(student.path)

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): which layers of a model have an adapter, what it is called, and how it
 is merged.
 
-A layer computes W x + scale * B (A x), with scale = alpha / r; W is frozen. In a model with adapters
-its weight is called `NAME.base_layer.weight`, and the adapter's `NAME.lora_A.default.weight` and
+A layer computes W x + scale * B (A x), with scale = alpha / r; W is frozen. In a model with
+adapters W is called `NAME.base_layer.weight`, A `NAME.lora_A.default.weight` and B
 `NAME.lora_B.default.weight` (peft's names).
 
 Shape suffixes: I inputs of a layer, O its outputs, R the adapter's rank.
