@@ -61,6 +61,12 @@ class ModelFacts:
 def _config_dict(flag: str, path: str) -> dict[str, Any]:
     """What its config.json holds."""
     check_path(flag, path)
+    is_file = [(Path(path) / f"{name}.json").is_file() for name in ("adapter_config", "config")]
+    if is_file == [True, False]:
+        raise ValueError(
+            f"{flag} {path}: an adapter without its model; give a whole one (a LoRA run writes it "
+            "with --merge_on_export)"
+        )
     options = {"local_files_only": Path(path).is_dir()}
     return load_part(
         flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, **options)

@@ -258,6 +258,12 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
+def base_name(name: str, layout: LoraLayout) -> str:
+    """A parameter's name in the model with adapters: the inverse of `plain_name`."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.base_layer.{last}" if module in layout.targets else name
+
+
 def file_name(name: str) -> str:
     """What a trained parameter is called in an adapter's file."""
     return FILE_PREFIX + name.replace(f".{ADAPTER}.", ".")
