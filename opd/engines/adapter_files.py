@@ -19,7 +19,9 @@ def write_adapter(
     """
     from peft import LoraConfig as PeftConfig  # takes seconds
 
-    PeftConfig(**adapter_config(layout), inference_mode=True, **more).save_pretrained(directory)
+    config = PeftConfig(**adapter_config(layout), inference_mode=True, **more)
+    config.target_modules = list(layout.short_targets)  # peft makes a set of it, in any order
+    config.save_pretrained(directory)
     whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
     save_file(
         {name: tensor.contiguous() for name, tensor in whole.items()},

@@ -20,6 +20,7 @@ import torch
 
 from opd.config import GIB
 from opd.engines.engine_memory import CudaDriver, EngineMemory
+from opd.ops.lora import ADAPTER_RANKS
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -147,10 +148,6 @@ def sampling_params(
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-# Ranks of adapters for which vllm 0.32 makes room.
-ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def adapter_options(rank: int) -> dict[str, Any]:

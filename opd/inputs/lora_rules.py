@@ -8,9 +8,7 @@ from opd.config import is_async
 from opd.inputs.shapes import ModelShape
 from opd.inputs.vllm_models import takes_adapters
 from opd.lora_config import LoraConfig
-from opd.ops.lora import automatic_targets, names_of
-
-LARGEST_RANK = 512  # that vllm 0.32 takes
+from opd.ops.lora import ADAPTER_RANKS, automatic_targets, names_of
 
 
 def validate_lora(config) -> None:
@@ -47,8 +45,8 @@ def why_merged(config) -> str | None:
     lora = config.lora
     if is_async(config):
         return "rollout servers get whole weights"
-    if lora.lora_r > LARGEST_RANK:
-        return f"vLLM takes ranks up to {LARGEST_RANK}, and --lora_r is {lora.lora_r}"
+    if lora.lora_r > ADAPTER_RANKS[-1]:
+        return f"vLLM takes ranks up to {ADAPTER_RANKS[-1]}, and --lora_r is {lora.lora_r}"
     if lora.lora_modules_to_save:
         return "vLLM takes no --lora_modules_to_save beside an adapter"
     if config.rollout.rollout_tensor_parallel_size > 1:

@@ -69,6 +69,21 @@ class ModelShape:
         return sum(math.prod(shape) for shape in self.trained)
 
     @property
+    def largest_trained(self) -> int:
+        return max(math.prod(shape) for shape in self.trained)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head's own weight gets a gradient."""
+        return (self.vocab_size, self.hidden_size) in self.trained
+
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of a layer, taken as an equal part of all but embedding and head."""
+        beside = self.head_parameters * (1 if self.tied else 2)
+        return (self.num_parameters - beside) // max(1, self.num_layers)
+
+    @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters)
 

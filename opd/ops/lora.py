@@ -24,6 +24,8 @@ ADAPTER = "default"  # peft's name of an adapter that was given none
 FILE_PREFIX = "base_model.model."  # of every tensor in an adapter's file
 _PART = re.compile(r"\.(base_layer|lora_[AB]\.default)\.")
 _TOWER = re.compile(r"(^|\.)(vision|visual|vpm|audio|speech)\w*(\.|$)")
+# Ranks of adapters for which vllm 0.32 makes room.
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Choose experts: a small change there moves whole tokens.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 

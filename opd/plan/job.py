@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from opd.config import GIB, TeacherSpec, is_async
+from opd.inputs.lora_rules import samples_with_adapter
 from opd.inputs.shapes import ModelShape, check_tensor_parallel, read_model, shape_of
 from opd.inputs.validation import load_ds_config
 from opd.lora_config import LoraConfig
@@ -97,6 +98,11 @@ class Job:
             world_size=self.machine.gpus,
             frozen=self.student.frozen,
         )
+
+    @property
+    def samples_with_adapter(self) -> bool:
+        """Whether the rollout engine takes adapters instead of whole weights."""
+        return samples_with_adapter(self.cfg, self.student)
 
     def micro_tokens(self, choices: Choices) -> int:
         """Most tokens of a micro-batch, padding included."""
