@@ -60,7 +60,7 @@ def layout_of(model: nn.Module, lora: LoraConfig) -> LoraLayout | None:
         if isinstance(module, nn.Linear | Conv1D)
     }
     head = {name for name, module in linear.items() if module is model.get_output_embeddings()}
-    targets = _targets(model, lora, linear, head)
+    targets = _adapted(model, lora, linear, head)
     saved = _saved(model, lora, targets)
     _check_rank(lora, [_shape(linear[name].weight) for name in targets], len(targets))
     return LoraLayout(
@@ -91,7 +91,7 @@ def automatic_targets(linear: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def _targets(
+def _adapted(
     model: nn.Module, lora: LoraConfig, linear: dict[str, nn.Module], head: set[str]
 ) -> tuple[str, ...]:
     names = names_of(lora.lora_targets)
