@@ -28,6 +28,11 @@ def validate_lora(config) -> None:
             f"--lora_dropout {lora.lora_dropout}: must be 0; the student that trains is the one "
             "that samples, and a sampler drops nothing"
         )
+    if config.model.freeze_vision:
+        raise ValueError(
+            "--freeze_vision: with --lora_r all weights of the model are frozen already, and auto "
+            "puts no adapter into the tower; leave it out"
+        )
     names = names_of(lora.lora_targets)
     for alone in ("auto", "all-linear"):
         if alone in names and len(names) > 1:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from opd.hub_names import as_named
 from opd.inputs.content import content_hash
@@ -23,7 +23,8 @@ from opd.inputs.hub import find_snapshot
 from opd.inputs.models import load_tokenizer, read_fact, token_ids_of
 from opd.inputs.shapes import read_model
 from opd.lora_config import LoraConfig
-from opd.ops.lora import LoraLayout, base_name, file_name, layout_of, merged_layer
+from opd.ops.lora import base_name, file_name, layout_of, merged_layer
+from opd.ops.model_class import model_class
 from opd.records import checkpoint, export
 
 WRAPPER = "model."  # the student's module holds the model beside its loss
@@ -98,8 +99,10 @@ def export_checkpoint(path: Path, out: Path, *, merges: bool = False) -> None:
                 out, layout, adapter, tokenizer, generation_config, base=as_named(student)
             )
             return
+        tensors |= _frozen(model, student, trust, shards.dtype, set(tensors))
         if layout is not None:
-            tensors = _merged(student, trust, shards.dtype, layout, tensors)
+            named = [(base_name(name, layout), tensor) for name, tensor in tensors.items()]
+            tensors = dict(merged_layer(named, layout))
         export.export_tensors(out, model, tokenizer, tensors, generation_config)
     except OSError as error:
         raise ValueError(f"OUT {out}: cannot be written: {error}") from None
@@ -111,19 +114,21 @@ def _lora_of(run_config: dict[str, Any]) -> LoraConfig:
     return LoraConfig(**{name: run_config[name] for name in names if name in run_config})
 
 
-def _merged(
-    student: str,
-    trust_remote_code: bool,
-    dtype: torch.dtype,
-    layout: LoraLayout,
-    trained: dict[str, Tensor],
+def _frozen(
+    model: nn.Module, student: str, trust_remote_code: bool, dtype: torch.dtype, trained: set[str]
 ) -> dict[str, Tensor]:
-    """The weights of the student that the run began with, and the trained ones merged into them."""
-    base = AutoModelForCausalLM.from_pretrained(
+    """What was not trained, and so is not in a checkpoint: as the student that the run began with
+    has it.
+    """
+    tied = model.all_tied_weights_keys
+    there = trained | {tied[name] for name in trained if name in tied}
+    missing = {n for n in model.state_dict() if n not in there and tied.get(n) not in there}
+    if not missing:
+        return {}
+    base = model_class(model.config).from_pretrained(
         student, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    whole = {base_name(name, layout): tensor for name, tensor in base.state_dict().items()}
-    return dict(merged_layer(list((whole | trained).items()), layout))
+    return {name: tensor for name, tensor in base.state_dict().items() if name in missing}
 
 
 def _config_of(path: Path) -> dict[str, Any]:

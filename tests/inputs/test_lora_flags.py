@@ -43,6 +43,7 @@ ALONE = [
     ("--lora_r 8 --lora_targets auto,q_proj", "auto stands alone"),
     ("--lora_r 8 --lora_targets all-linear q_proj", "all-linear stands alone"),
     ("--lora_r 8 --lora_targets ,", "--lora_targets: names no layer"),
+    ("--lora_r 8 --freeze_vision", "--freeze_vision: with --lora_r all weights"),
     ("--lora_alpha 16", "--lora_alpha: is about an adapter, and there is none; set --lora_r"),
     ("--lora_targets q_proj", "--lora_targets: is about an adapter"),
     ("--lora_modules_to_save lm_head", "--lora_modules_to_save: is about an adapter"),
