@@ -540,6 +540,39 @@ def test_recomputing_activations_takes_less(published):
     assert again < kept / 4
 
 
+def test_an_adapter_takes_a_fraction_of_full_training(published):
+    """Of states; weights stay, and how they reach the sampler decides who keeps a copy."""
+    H, L, A, mlp, tied, _ = DENSE["8B"]
+    config = Qwen3Config(
+        **COMMON,
+        hidden_size=H,
+        num_hidden_layers=L,
+        num_attention_heads=A,
+        intermediate_size=mlp,
+        tie_word_embeddings=tied,
+    )
+    flags = LoraConfig(lora_r=16)
+    shapes = published | {"lora": shape_of(model_of(config, "--x", "8B"), "--x", "8B", flags)}
+    whole = job_of(published, "8B", ["8B"], gpus=1)
+    jobs = {
+        route: job_of(shapes, "lora", ["8B"], "--lora_r", "16", "--lora_sync", route, gpus=1)
+        for route in ("merged", "adapter")
+    }
+    shard = jobs["merged"].shard
+    assert shard.optimizer < whole.shard.optimizer / 100
+    assert shard.gradients < whole.shard.gradients / 100
+    assert whole.shard.parameters < shard.parameters < 1.01 * whole.shard.parameters
+    names = {route: {row.participant for row in memory_rows_of(job)} for route, job in jobs.items()}
+    assert "gradient of the student's lm_head" in {row.participant for row in memory_rows_of(whole)}
+    assert not any("gradient of the student's lm_head" in found for found in names.values())
+    assert names["merged"] - names["adapter"] == {"merged layer of the weight sync"}
+    assert names["adapter"] - names["merged"] == {"rollout engine, pinned copy"}
+
+
+def memory_rows_of(job):
+    return make_plan(job).rows
+
+
 # ---- Command line --------------------------------------------------------------------------------
 
 
