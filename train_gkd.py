@@ -34,6 +34,7 @@ from opd.distillation import compare
 from opd.inputs.arguments import parse
 from opd.inputs.validation import validate_common
 from opd.log import say
+from opd.lora_config import LoraConfig
 from opd.ops.logits import LogitsChunk
 from opd.padding import count_loss_tokens
 from opd.records.files import replace_text
@@ -75,6 +76,7 @@ class Config:
     gkd: GkdConfig = field(default_factory=GkdConfig)
     batch: config.BatchConfig = field(default_factory=config.BatchConfig)
     optim: config.OptimConfig = field(default_factory=config.OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     run: config.RunConfig = field(default_factory=config.RunConfig)
     teachers: tuple[config.TeacherSpec, ...] = ()
     explicit: frozenset[str] = field(default=frozenset(), compare=False)  # flags that were given

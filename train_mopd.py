@@ -36,6 +36,7 @@ from opd.inputs import rewards
 from opd.inputs.arguments import parse
 from opd.inputs.async_rules import validate_ahead
 from opd.inputs.validation import validate_common
+from opd.lora_config import LoraConfig
 from opd.losses import (
     accepted_sequences,
     distillation_advantage,
@@ -66,6 +67,7 @@ class Config:
     loss: config.LossConfig = field(default_factory=config.LossConfig)
     batch: config.BatchConfig = field(default_factory=config.BatchConfig)
     optim: config.OptimConfig = field(default_factory=config.OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     run: config.RunConfig = field(default_factory=config.RunConfig)
     teachers: tuple[config.TeacherSpec, ...] = ()
     explicit: frozenset[str] = field(default=frozenset(), compare=False)  # flags that were given

@@ -70,6 +70,7 @@ class AsyncRolloutEngine:
     """Writes the samples of coming steps on servers. `prompts_of(step)` are this rank's."""
 
     name, awake = "rollout", False  # nothing of it is on this machine's devices
+    takes_adapter = False  # servers get whole weights
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from opd.config import LocalBackend, RolloutConfig
 from opd.engines.hf_engine import HFGenerator
 from opd.engines.vllm_engine import GeneratorEngine
 from opd.faults import fault_point
+from opd.ops.lora import LoraLayout
 from opd.pictures import PromptImages
 from opd.types import CANARY_IDS, Prompt, Rollout, Sample, WeightSource, WeightTarget
 
@@ -48,8 +49,10 @@ class RolloutEngine:
         kv_cache_gib: float | None = None,
         placeholder_ids: tuple[int, ...] = (),
         images_per_prompt: int | None = None,
+        adapter: LoraLayout | None = None,
     ):
-        """Where the configuration leaves the KV cache to the plan, `kv_cache_gib` is its size.
+        """Where the configuration leaves the KV cache to the plan, `kv_cache_gib` is its size. With
+        `adapter` it takes the student's adapters instead of whole weights.
 
         A response ends at a placeholder of an image, as at an EOS: behind it no model could read
         on.
@@ -68,8 +71,14 @@ class RolloutEngine:
             trust_remote_code=trust_remote_code,
             enforce_eager=cfg.enforce_eager,
             tensor_parallel_size=cfg.rollout_tensor_parallel_size,
+            adapter=adapter,
             images_per_prompt=images_per_prompt,
         )
+
+    @property
+    def takes_adapter(self) -> bool:
+        """Whether `load_weights` takes an adapter's tensors instead of whole weights."""
+        return self.engine.adapter is not None
 
     @property
     def awake(self) -> bool:
@@ -211,7 +220,8 @@ class RolloutEngine:
         """Nothing: the engine ends with its process."""
 
     def load_weights(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self.engine.load_weights(named_parameters)
+        load = self.engine.load_adapter if self.takes_adapter else self.engine.load_weights
+        load(named_parameters)
         self.policy_version = version
 
 
@@ -378,7 +388,9 @@ def push_weights(student: WeightSource, rollout_engine: WeightTarget, version: i
     fails halfway the version is not stamped.
     """
     fault_point("sync.before")
-    rollout_engine.load_weights(student.checkpoint_tensors(), version)
+    adapter = rollout_engine.takes_adapter
+    tensors = student.adapter_tensors() if adapter else student.checkpoint_tensors()
+    rollout_engine.load_weights(tensors, version)
     return rollout_engine.policy_version
 
 

@@ -23,10 +23,12 @@ from opd.distributed import resolve_dtype
 from opd.engines.checkpoint_names import checkpoint_tensors, forget_prefixes
 from opd.engines.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
+from opd.lora_config import LoraConfig
 from opd.ops.attention import attention_of, needs_padding_mask
 from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
 from opd.ops.heads import OutputHead, logit_form
 from opd.ops.logits import LogitsChunk
+from opd.ops.lora import add_adapter, layout_of, merged_layer, trained_tensors
 from opd.ops.model_class import model_class
 from opd.ops.pixels import Pixels
 from opd.types import LossOutput, MicroBatch
@@ -146,7 +148,8 @@ class _ModelWithLoss(nn.Module):
 
 
 class Student:
-    """Owns the model and its optimizer.
+    """Owns the model and its optimizer. With `lora` only adapters are trained, and the model's own
+    weights stay as they were loaded.
 
     Every method but `learning_rate_at` is collective under ZeRO-3.
     """
@@ -159,7 +162,10 @@ class Student:
         *,
         settings: LossSettings,
         device: torch.device,
+        lora: LoraConfig | None = None,
+        seed: int = 0,
     ):
+        """`seed` is that of the adapters' first values."""
         dtype = resolve_dtype(model.dtype)
         self.sharded = ShardedEngine(ds_config, optim, dtype=dtype)
         path, trust = model.student_model, model.trust_remote_code
@@ -173,6 +179,9 @@ class Student:
             ),
         )
         forget_prefixes(self.model)
+        self.lora = layout_of(self.model, lora) if lora is not None else None
+        if self.lora is not None:
+            add_adapter(self.model, self.lora, seed=seed)
         if self.sharded.stage != 3:
             self.model.to(device)
         if model.gradient_checkpointing:
@@ -282,9 +291,21 @@ class Student:
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.sharded.named_full_parameters(self.model)
 
+    def full_layers(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """The weights that the student computes with, layer by layer, adapters merged on the way,
+        under the model's own names.
+        """
+        for layer in self.sharded.full_layers(self.model):
+            yield layer if self.lora is None else merged_layer(layer, self.lora)
+
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The same weights under the names, and in the shapes, of a checkpoint: what vLLM reads."""
-        return checkpoint_tensors(self.model, self.sharded.full_layers(self.model))
+        return checkpoint_tensors(self.model, self.full_layers())
+
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is trained of a student with adapters, as an adapter's file names it."""
+        assert self.lora is not None
+        return trained_tensors(self.sharded.trained_parameters(self.model))
 
     def place(self, *, states: bool, parameters: bool) -> int:
         return self.sharded.place(states=states, parameters=parameters)

@@ -285,15 +285,20 @@ class Offloadable(Protocol):
 
 
 class WeightSource(Protocol):
-    """Yields the student's whole parameters as a checkpoint names and shapes them; collective."""
+    """Yields the student's whole parameters as a checkpoint names and shapes them, or its adapter
+    as the file of one does; collective.
+    """
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]: ...
+
 
 class WeightTarget(Protocol):
-    """Takes the student's weights: the rollout engine."""
+    """Takes the student's weights, or its adapter: the rollout engine."""
 
     policy_version: int
+    takes_adapter: bool
 
     def load_weights(
         self, named_parameters: Iterable[tuple[str, Tensor]], version: int

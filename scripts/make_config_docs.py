@@ -52,7 +52,7 @@ EVERYDAY = (
     "loss", "support", "support_k", "reward_fn", "reward_weight", "lmbda", "seq_kd",
     "prompts_per_step", "num_generations", "max_prompt_tokens", "max_response_tokens",
     "temperature", "chat_template_kwargs", "system_prompt", "domain_weights", "micro_batch_size",
-    "gradient_checkpointing", "learning_rate",
+    "gradient_checkpointing", "learning_rate", "lora_r", "merge_on_export",
     "warmup_steps", "num_steps", "eval_every", "save_every", "resume", "seed",
     "teacher_backend", "teacher_residency", "rollout_kv_cache_gib", "ds_config", "plan",
     "mode", "max_staleness",
@@ -68,6 +68,7 @@ TITLES = {
     "gkd": "Generalized Knowledge Distillation (`train_gkd.py` only)",
     "batch": "Batch",
     "optim": "Optimizer",
+    "lora": "LoRA",
     "run": "Run",
 }
 

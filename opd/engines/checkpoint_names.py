@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")  # as in model.layers.3.mlp.experts.down_proj
+_ADAPTED = re.compile(r"(.*?)\.(base_layer|lora_[AB])\.")  # with an adapter, outside of layers
 
 
 def persistent_tensors(
@@ -33,12 +34,12 @@ def persistent_tensors(
 
 
 def by_layer(named: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Neighbours of one layer together, each parameter outside of layers alone: no conversion
-    reaches beyond a layer.
+    """Neighbours of one layer together, each parameter outside of layers alone (with its adapter,
+    if it has one): no conversion reaches beyond a layer.
     """
 
     def layer_of(item: tuple[str, Tensor]) -> str:
-        found = _LAYER.match(item[0])
+        found = _LAYER.match(item[0]) or _ADAPTED.match(item[0])
         return found.group(1) if found else item[0]
 
     for _, layer in groupby(named, key=layer_of):

@@ -5,7 +5,7 @@ seconds, and it must find its variables set.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from opd.config import OptimConfig
 from opd.distributed import rank, world_size
 from opd.engines.checkpoint_names import by_layer, persistent_tensors
-from opd.engines.host_memory import pinned_like
+from opd.engines.host_memory import HostCopy
 from opd.engines.shards import MASTERS, Shards
 
 
@@ -165,64 +165,6 @@ def what_leaves(
     return frozenset({"states", "parameters"}), ""
 
 
-class HostCopy:
-    """Tensors that leave the GPU for host memory and come back, in place; the host's copies are
-    pinned once and reused.
-
-    DeepSpeed's own `offload_states` does this under ZeRO-3 for FusedAdam alone (0.19.8), which has
-    to be compiled.
-    """
-
-    def __init__(self, tensors: Callable[[], list[Tensor]], device: torch.device):
-        self.tensors, self.device = tensors, device
-        self._copies: list[Tensor] = []
-        self._leaving: list[tuple[Tensor, Tensor]] = []
-        self._away: list[tuple[Tensor, Tensor]] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def out(self) -> int:
-        """Starts to copy; returns the bytes that will be free after `settle`.
-
-        Nothing, if they have left before.
-        """
-        if self._leaving or self._away:
-            return 0
-        tensors = self.tensors()
-        while len(self._copies) < len(tensors):
-            like = tensors[len(self._copies)]
-            self._copies.append(
-                pinned_like(like) if self._stream else torch.empty_like(like, device="cpu")
-            )
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):  # None on a CPU: no stream
-            for tensor, copy in zip(tensors, self._copies, strict=True):
-                copy.copy_(tensor.detach(), non_blocking=True)
-        self._leaving = list(zip(tensors, self._copies, strict=True))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def settle(self) -> None:
-        """Waits for the copies and lets go of the GPU memory."""
-        if not self._leaving:
-            return
-        if self._stream is not None:
-            self._stream.synchronize()
-        for tensor, copy in self._leaving:
-            tensor.data = copy
-        self._away, self._leaving = self._leaving, []
-        if self._stream is not None:
-            torch.cuda.empty_cache()
-
-    def back(self) -> None:
-        """Brings everything back to where it was."""
-        self.settle()
-        for tensor, copy in self._away:
-            tensor.data = torch.empty_like(copy, device=self.device).copy_(copy, non_blocking=True)
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).synchronize()
-        self._away = []
-
-
 class ShardedEngine:
     """A module under ZeRO 0-3 with AdamW: backward over any number of micro-batches, step, gather,
     save, load.
@@ -255,7 +197,7 @@ class ShardedEngine:
                 {"params": decayed, "weight_decay": self.optim.weight_decay},
                 {"params": plain, "weight_decay": 0.0},
             ],
-            lr=self.optim.learning_rate,
+            lr=0.0,  # every step has its own; what DeepSpeed steps to make states moves nothing
             betas=(self.optim.adam_beta1, self.optim.adam_beta2),
             eps=self.optim.adam_eps,
         )
@@ -263,6 +205,10 @@ class ShardedEngine:
         self.engine, *_ = self._deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config
         )
+        # In bfloat16 under stage 0, DeepSpeed 0.19.8 makes AdamW's states by a step on gradients of
+        # zero, and leaves it counted: the first real one would be half as long.
+        for state in self.engine.basic_optimizer.state.values():
+            state["step"].zero_()
         if self._accumulates_here:
             _accumulate_in_float32(self.engine, self.stage)
         self.hf_config = (
@@ -274,6 +220,7 @@ class ShardedEngine:
         if self.stage == 3:
             for parameter in external_parameters:
                 self._deepspeed.zero.register_external_parameter(self.engine.module, parameter)
+        self._frozen = [p for p in module.parameters() if not p.requires_grad]
         self._host_copy = HostCopy(self._masters_and_moments, self.engine.device)
         return self.engine
 
@@ -312,8 +259,32 @@ class ShardedEngine:
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if self.stage == 0 else None
         self.engine.step()
+        self._check_partitioned()
         known = self.engine.get_global_grad_norm()
         return float(norm if known is None else known)
+
+    def _check_partitioned(self) -> None:
+        """Between two steps no frozen parameter is whole, but for those that stage 3 keeps.
+
+        Of DeepSpeed 0.19.3 and later it is reported that recomputation leaves frozen ones gathered:
+        memory that nobody plans for.
+        """
+        if self.stage == 3:
+            whole = [
+                p.ds_id
+                for p in self._frozen
+                if p.ds_status.name == "AVAILABLE" and not p.ds_persist
+            ]
+            assert not whole, f"{len(whole)} frozen parameters stayed gathered after a step"
+
+    def trained_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(name, parameter) of what is trained, whole; collective: all exhaust it alike.
+
+        All are gathered at once, so this is for modules that are frozen but for a small part.
+        """
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        with self.gathered([p for _, p in trained]):
+            yield from trained
 
     @contextmanager
     def gathered(self, parameters: list[Tensor]) -> Iterator[None]:
@@ -363,13 +334,19 @@ class ShardedEngine:
             yield from ((name, tensor) for name, tensor in layer if name in names)
 
     def save(self, directory: Path) -> None:
-        """DeepSpeed's shards under `directory`/shards.
+        """DeepSpeed's shards under `directory`/shards, without frozen parameters: who builds the
+        engine again has them.
 
         Its `latest` file is written without a barrier, so it is not used.
         """
         writer = self.engine.checkpoint_engine
         writer.error = None
-        self.engine.save_checkpoint(str(directory), tag="shards", save_latest=False)
+        self.engine.save_checkpoint(
+            str(directory),
+            tag="shards",
+            save_latest=False,
+            exclude_frozen_parameters=bool(self._frozen),
+        )
         if writer.error is not None:
             raise writer.error
 
@@ -386,11 +363,29 @@ class ShardedEngine:
         if self.stage == 3 and Shards.count(directory) not in (0, world_size()):
             self._load_divided_anew(Shards(directory))
         else:
-            path, _ = self.engine.load_checkpoint(str(directory), tag="shards")
+            # without `strict` it would not miss what is trained either: that is asked here
+            self._check_names(directory)
+            path, _ = self.engine.load_checkpoint(
+                str(directory), tag="shards", load_module_strict=not self._frozen
+            )
             if path is None:
                 raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
         for group, own in zip(self.engine.optimizer.param_groups, said, strict=True):
             group.update(own)
+
+    def _check_names(self, directory: Path) -> None:
+        """Shards of a module with frozen parameters hold what is trained, and nothing of the
+        rest.
+        """
+        if not self._frozen or not (directory / "shards").is_dir():
+            return
+        found = Shards(directory).names
+        trained = {n for n, p in self.engine.module.named_parameters() if p.requires_grad}
+        if found != trained:
+            raise RuntimeError(
+                f"{directory}: its shards are not of what is trained here, such as "
+                f"{min(found ^ trained)}"
+            )
 
     def _load_divided_anew(self, shards: Shards) -> None:
         """Gives DeepSpeed what it would have saved on this number of ranks: this rank's slices of

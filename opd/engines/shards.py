@@ -68,6 +68,13 @@ class Shards:
         buffers = set(self._states["buffer_names"])
         yield from ((n, t) for n, t in self._states["module"].items() if n not in buffers)
 
+    @property
+    def names(self) -> set[str]:
+        """Of the parameters, without reading one."""
+        if self.stage == 3:
+            return {name for shapes in self._states["param_shapes"] for name in shapes}
+        return self._states["module"].keys() - set(self._states["buffer_names"])
+
     def whole(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """Under ZeRO-3: (name, float32 tensor) of the masters or of one of AdamW's moments."""
         assert self.stage == 3, self.stage

@@ -6,8 +6,11 @@ modules comes from `opd/engines/vllm_process.py`.
 """
 
 import functools
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,10 +18,13 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import GIB
+from opd.engines.adapter_files import write_adapter
 from opd.engines.engine_memory import KV_CACHE, WEIGHTS
 from opd.engines.vllm_images import check_vllm_tokens, images_limit, vllm_request
 from opd.engines.vllm_process import (
     Workspace,
+    adapter_options,
+    adapter_request,
     as_transformers,
     engine_memory,
     import_vllm,
@@ -32,6 +38,7 @@ from opd.engines.vllm_process import (
     weight_bytes,
 )
 from opd.log import warn
+from opd.ops.lora import LoraLayout
 from opd.pictures import PromptImages
 from opd.types import Sample
 
@@ -249,7 +256,10 @@ def _use_own_sleep(worker) -> None:
 
 
 class GeneratorEngine(_Engine):
-    """Samples responses, and takes new weights from the student."""
+    """Samples responses, and takes new weights from the student.
+
+    With `adapter` it keeps the weights of its files and takes new adapters of that layout instead.
+    """
 
     def __init__(
         self,
@@ -263,13 +273,19 @@ class GeneratorEngine(_Engine):
         kv_cache_grows: bool = False,
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
+        adapter: LoraLayout | None = None,
         images_per_prompt: int | None = None,
     ):
+        self.adapter, self._request, self._number = adapter, None, 0
+        self._folder = None if adapter is None else TemporaryDirectory(dir=_shared_memory())
         super().__init__(
             "rollout",
             model,
-            sleep_level=2,  # new weights are due when it wakes
+            # New weights are due when it wakes. New adapters are not: what they stand beside waits
+            # on the host, and vLLM's tables of adapters with it, which every batch may change.
+            sleep_level=2 if adapter is None else 1,
             frozen=False,
+            **({} if adapter is None else adapter_options(adapter.r)),
             tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
@@ -339,7 +355,7 @@ class GeneratorEngine(_Engine):
             self.llm.llm_engine,
             self.llm.request_counter.counter,
         )  # vllm 0.32 numbers requests one by one
-        ids = self.llm.enqueue(prompts, params, use_tqdm=False)
+        ids = self.llm.enqueue(prompts, params, lora_request=self._request, use_tqdm=False)
         try:
             while engine.has_unfinished_requests():
                 for output in engine.step():
@@ -359,6 +375,27 @@ class GeneratorEngine(_Engine):
             )
             self.llm.reset_prefix_cache()
             self.llm.llm_engine.reset_encoder_cache()  # what the old weights made of images
+
+    def load_adapter(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces the adapter, whose tensors have the names of an adapter's file, and drops every
+        cached prefix.
+        """
+        assert self.adapter is not None
+        self._number += 1
+        directory = Path(self._folder.name, str(self._number))
+        write_adapter(directory, self.adapter, named_tensors)
+        request = adapter_request(self._number, str(directory))
+        with self._active():
+            self.llm.llm_engine.add_lora(request)  # what is wrong with it shows here
+            self.llm.reset_prefix_cache()
+        if self._request is not None:
+            shutil.rmtree(self._request.path)
+        self._request = request
+
+
+def _shared_memory() -> str | None:
+    """Where a file costs no disk, if there is such a place."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class HiddenStateEngine(_Engine):

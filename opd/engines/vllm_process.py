@@ -20,6 +20,7 @@ import torch
 
 from opd.config import GIB
 from opd.engines.engine_memory import CudaDriver, EngineMemory
+from opd.ops.lora import ADAPTER_RANKS
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -147,6 +148,21 @@ def sampling_params(
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def adapter_options(rank: int) -> dict[str, Any]:
+    """Of an engine that samples with one adapter of that rank, on layers of the same model."""
+    room = next(most for most in ADAPTER_RANKS if most >= rank)
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": 1}
+
+
+def adapter_request(number: int, directory: str):
+    """What asks an engine of vLLM to answer with the adapter in `directory`; `number`, from 1 on,
+    is new for new content.
+    """
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"adapter_{number}", number, directory)
 
 
 def reload_weights(worker, **source) -> None:

@@ -30,10 +30,14 @@ _SECRET_KEYS = (
 
 TRACKERS = ("tensorboard", "wandb")
 
-# Flags that were taken away, and what to do instead.
+# Flags that were taken away or are asked for in vain, and what to do instead.
 _REMOVED = {
     "weight_transfer": "it was removed: leave it out, and let trainer and servers share the folder "
     "--weights_dir",
+    **dict.fromkeys(
+        ("load_in_8bit", "load_in_4bit"),
+        "quantised bases are out of scope: give the model's bfloat16 checkpoint",
+    ),
     "allow_template_mismatch": "it was removed: write what may differ, --allow "
     "eos,template,rendering for every teacher, or NAME=eos for one",
 }
@@ -202,7 +206,7 @@ def _refuse_secrets(content: dict[Any, Any], where: str) -> None:
 
 def nearest(name: str, known: list[str]) -> str:
     """A remedy to append to a message: the known name most like `name`, or nothing if none is
-    close; for a flag that was removed, what to do instead.
+    close; for a flag that is not to be had, what to do instead.
     """
     if remedy := _REMOVED.get(name.removeprefix("--")):
         return f"; {remedy}"

@@ -38,7 +38,8 @@ def fingerprint_of(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any
     is_stale = is_async(cfg) and cfg.ahead.max_staleness > 0
     for group, field, value in options_of(cfg):
         part = field.metadata.get("fingerprinted", PARTS.get(group, False))
-        if part and (group != "ahead" or is_stale):
+        applies = {"ahead": is_stale, "lora": cfg.lora.lora_r > 0}.get(group, True)
+        if part and applies:
             (found if part is True else found.setdefault(part, {}))[field.name] = value
     return found
 
@@ -56,6 +57,7 @@ def changeable(config) -> dict[str, bool]:
         for group, field, _ in options_of(config)
         if field.metadata.get("fingerprinted", PARTS.get(group, False))
     }
+    found |= {name: False for name in found if name.startswith("lora_")}  # shapes of what is saved
     # models are compared by content, and data with all that makes prompts of them
     of_data = [
         f.name for group, f, _ in options_of(config) if group == "data" and f.name not in found

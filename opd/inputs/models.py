@@ -24,6 +24,7 @@ from opd.inputs.teacher_rules import allowed
 from opd.inputs.vllm_models import check_agrees, check_vllm_runs
 from opd.inputs.weight_files import check_not_quantised, check_weights
 from opd.log import cut, one_line
+from opd.lora_config import LoraConfig
 from opd.ops.attention import AUTO
 from opd.ops.heads import find_head, logit_form, weights_beside_the_head
 from opd.ops.model_class import placeholder_ids, sees_images
@@ -60,6 +61,12 @@ class ModelFacts:
 def _config_dict(flag: str, path: str) -> dict[str, Any]:
     """What its config.json holds."""
     check_path(flag, path)
+    is_file = [(Path(path) / f"{name}.json").is_file() for name in ("adapter_config", "config")]
+    if is_file == [True, False]:
+        raise ValueError(
+            f"{flag} {path}: an adapter without its model; give a whole one (a LoRA run writes it "
+            "with --merge_on_export)"
+        )
     options = {"local_files_only": Path(path).is_dir()}
     return load_part(
         flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, **options)
@@ -227,8 +234,10 @@ def read_fact(
     return _fact_of(read_checked(flag, path, trust_remote_code, vllm=vllm), flag, path, tokenizer)
 
 
-def _fact_of(model: torch.nn.Module, flag: str, path: str, tokenizer) -> ModelFact:
-    shape = shape_of(model, flag, path)
+def _fact_of(
+    model: torch.nn.Module, flag: str, path: str, tokenizer, lora: LoraConfig | None = None
+) -> ModelFact:
+    shape = shape_of(model, flag, path, lora)
     eos_ids = _eos_ids(flag, path, model.config, tokenizer)
     if not eos_ids:
         raise ValueError(
@@ -326,7 +335,7 @@ def _read(
         vllm=vllm,
         attn_implementation=config.model.attn_implementation if teacher is None else AUTO,
     )
-    fact = _fact_of(model, flag, path, tokenizer)
+    fact = _fact_of(model, flag, path, tokenizer, config.lora if teacher is None else None)
     if vllm:
         dtype, on_gpu = config.model.dtype, torch.cuda.is_available()
         check_agrees(

@@ -21,7 +21,9 @@ from transformers.utils import logging
 from opd.config import is_async
 from opd.inputs.kv_cache import CachedLayers, cached_layers
 from opd.log import one_line
+from opd.lora_config import LoraConfig
 from opd.ops.attention import AUTO, attention_for
+from opd.ops.lora import LoraLayout, layout_of, lora_shapes
 from opd.ops.model_class import model_class
 
 
@@ -56,6 +58,30 @@ class ModelShape:
     # layers of the family keep a state (Mamba, linear attention); what their pages take beside the
     # cache, only vLLM knows
     keeps_states: bool
+    # Shapes of what is trained and of what is frozen, each in the model's order: all of
+    # `parameters` and nothing, or with adapters these and what they stand beside.
+    trained: tuple[tuple[int, ...], ...]
+    frozen: tuple[tuple[int, ...], ...]
+    lora: LoraLayout | None
+
+    @property
+    def num_trained(self) -> int:
+        return sum(math.prod(shape) for shape in self.trained)
+
+    @property
+    def largest_trained(self) -> int:
+        return max(math.prod(shape) for shape in self.trained)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head's own weight gets a gradient."""
+        return (self.vocab_size, self.hidden_size) in self.trained
+
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of a layer, taken as an equal part of all but embedding and head."""
+        beside = self.head_parameters * (1 if self.tied else 2)
+        return (self.num_parameters - beside) // max(1, self.num_layers)
 
     @property
     def num_parameters(self) -> int:
@@ -260,18 +286,29 @@ def head_of(model: torch.nn.Module, flag: str, path: str) -> torch.nn.Module:
     return head
 
 
-def shape_of(model: torch.nn.Module, flag: str, path: str) -> ModelShape:
-    """The shape of a model, real or on the meta device. ValueError if it has no output head."""
+def shape_of(
+    model: torch.nn.Module, flag: str, path: str, lora: LoraConfig | None = None
+) -> ModelShape:
+    """The shape of a model, real or on the meta device, and of the adapters that it is to have.
+
+    ValueError if it has no output head, or if the adapters do not fit it.
+    """
     config = model.config.get_text_config()
     head = head_of(model, flag, path)
     vocab_size, hidden_size = head.weight.shape
     embedding = model.get_input_embeddings()
     num_heads = _widest(config, "num_attention_heads") or 0
+    parameters = tuple(tuple(p.shape) for p in model.parameters())
+    layout = layout_of(model, lora) if lora is not None else None
+    trained, frozen = lora_shapes(model, layout) if layout is not None else (parameters, ())
     return ModelShape(
         flag=flag,
         path=path,
         context=getattr(config, "max_position_embeddings", None),
-        parameters=tuple(tuple(p.shape) for p in model.parameters()),
+        parameters=parameters,
+        trained=trained,
+        frozen=frozen,
+        lora=layout,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         tied=embedding is not None and embedding.weight is head.weight,

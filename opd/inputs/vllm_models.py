@@ -10,6 +10,7 @@ import ast
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -134,6 +135,29 @@ def check_agrees(
             f"{flag} {path}: vLLM and transformers compute {family} with other formulas "
             f"({ROUNDED[family]}), which float32 shows; use --dtype bfloat16, or {other}"
         )
+
+
+@functools.cache
+def takes_adapters(path: str) -> bool:
+    """Whether vLLM runs the model in this directory with LoRA adapters, by the class that it takes
+    for it: only one that says so itself counts.
+    """
+    tables, config = _registry(), Path(path) / "config.json"
+    if tables is None or not config.is_file():
+        return False
+    known = {a: place for table in GENERATING for a, place in tables.get(table, {}).items()}
+    for architecture in json.loads(config.read_text()).get("architectures") or ():
+        if architecture in known:
+            module, name = known[architecture]
+            file = _vllm() / "model_executor/models" / f"{module}.py"
+            classes = ast.walk(ast.parse(file.read_text())) if file.is_file() else ()
+            return any(
+                isinstance(node, ast.ClassDef)
+                and node.name == name
+                and any(ast.unparse(base) == "SupportsLoRA" for base in node.bases)
+                for node in classes
+            )
+    return False
 
 
 @functools.cache

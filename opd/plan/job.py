@@ -11,8 +11,10 @@ import psutil
 import torch
 
 from opd.config import GIB, TeacherSpec, is_async
+from opd.inputs.lora_rules import samples_with_adapter
 from opd.inputs.shapes import ModelShape, check_tensor_parallel, read_model, shape_of
 from opd.inputs.validation import load_ds_config
+from opd.lora_config import LoraConfig
 from opd.plan.sharding import Shard, ZeroSettings, zero_shard
 
 MIB = 1 << 20
@@ -90,8 +92,17 @@ class Job:
     @property
     def shard(self) -> Shard:
         return zero_shard(
-            self.student.parameters, self.zero, width=self.width, world_size=self.machine.gpus
+            self.student.trained,
+            self.zero,
+            width=self.width,
+            world_size=self.machine.gpus,
+            frozen=self.student.frozen,
         )
+
+    @property
+    def samples_with_adapter(self) -> bool:
+        """Whether the rollout engine takes adapters instead of whole weights."""
+        return samples_with_adapter(self.cfg, self.student)
 
     def micro_tokens(self, choices: Choices) -> int:
         """Most tokens of a micro-batch, padding included."""
@@ -138,11 +149,11 @@ def free_host_memory() -> int:
 def read_shapes(cfg) -> tuple[ModelShape, dict[str, ModelShape]]:
     """(student, teachers by name), from configurations alone. A served teacher has none here."""
 
-    def shape(flag: str, path: str) -> ModelShape:
-        return shape_of(read_model(flag, path, cfg.model.trust_remote_code), flag, path)
+    def shape(flag: str, path: str, lora: LoraConfig | None = None) -> ModelShape:
+        return shape_of(read_model(flag, path, cfg.model.trust_remote_code), flag, path, lora)
 
     local = [spec for spec in cfg.teachers if not spec.is_served]
-    student = shape("--student_model", cfg.model.student_model)
+    student = shape("--student_model", cfg.model.student_model, cfg.lora)
     return student, {spec.name: shape(f"--teacher {spec.name}", spec.model) for spec in local}
 
 

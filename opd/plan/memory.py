@@ -13,6 +13,7 @@ from opd.config import GIB
 from opd.distillation import support_of
 from opd.inputs.kv_cache import BLOCK, one_sequence_bytes, token_bytes
 from opd.inputs.shapes import ModelShape
+from opd.ops.lora import ADAPTER_RANKS
 from opd.plan.job import MIB, PHASES, Choices, Job, MemoryRow
 from opd.plan.sharding import FLOAT32
 
@@ -117,7 +118,7 @@ def _open_gradients(job: Job) -> int:
     """Stage 1 keeps the gradients of all parameters until the last micro-batch; the others keep
     what they end with.
     """
-    return FLOAT32 * job.student.num_parameters if job.zero.stage == 1 else job.shard.gradients
+    return FLOAT32 * job.student.num_trained if job.zero.stage == 1 else job.shard.gradients
 
 
 def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:
@@ -128,7 +129,8 @@ def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:
         tokens, -(-tokens * cfg.rollout.max_response_tokens // max(1, job.longest - 1))
     )
     chunk = min(cfg.loss.loss_chunk_bytes, 2 * FLOAT32 * student.vocab_size * loss_tokens)
-    head = student.head_parameters
+    # a frozen head gets no gradient
+    head = student.head_parameters if student.trains_head else 0
     during = {
         "ZeRO reduction buckets": _reduction_buckets(job),
         "gathered parameters (estimate)": _gathered(job),
@@ -165,7 +167,12 @@ def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     bucket = min(
         max(SYNC_BUCKET, width * student.largest_parameter), width * student.num_parameters
     )
+    merges = student.lora is not None and not job.samples_with_adapter
+    layer = width * student.largest_layer + 2 * FLOAT32 * student.largest_parameter
+    if job.samples_with_adapter:  # the adapter, and its file
+        bucket, layer = width * student.num_trained, 0
     yield _on_device("gathered bucket of the weight sync", bucket if gathers else 0, ("sync",))
+    yield _on_device("merged layer of the weight sync", layer if merges else 0, ("sync",))
 
 
 def activations(job: Job, choices: Choices, tokens: int) -> int:
@@ -176,6 +183,9 @@ def activations(job: Job, choices: Choices, tokens: int) -> int:
     """
     student, width = job.student, job.width
     layer = student.activations_per_token(width)
+    if student.lora is not None:  # what each A has made of its input
+        targets = -(-len(student.lora.targets) // max(1, student.num_layers))
+        layer += targets * student.lora.r * width
     hidden = student.hidden_size * width
     kept = student.num_layers * (hidden if choices.checkpointing else layer)
     again = layer if choices.checkpointing else 0
@@ -190,7 +200,7 @@ def _reduction_buckets(job: Job) -> int:
     zero, width = job.zero, job.width
     if zero.stage == 0:
         return (
-            width * min(zero.reduce_bucket_size, job.student.num_parameters)
+            width * min(zero.reduce_bucket_size, job.student.num_trained)
             if job.machine.gpus > 1
             else 0
         )
@@ -198,7 +208,7 @@ def _reduction_buckets(job: Job) -> int:
         return 0
     values = zero.reduce_bucket_size
     if not job.machine.is_gpu:
-        values = min(values, job.student.num_parameters)
+        values = min(values, job.student.num_trained)
     return width * values * (2 if zero.overlap_comm and zero.stage < 3 else 1)
 
 
@@ -220,16 +230,12 @@ def _step_temporaries(job: Job) -> int:
         return 0
     copies = GPU_STEP_TEMPORARIES if job.machine.is_gpu else CPU_STEP_TEMPORARIES
     if zero.stage == 0:
-        at_once = (
-            job.student.num_parameters if job.machine.is_gpu else job.student.largest_parameter
-        )
+        at_once = job.student.num_trained if job.machine.is_gpu else job.student.largest_trained
         # masters: float32 gradients of all, in bfloat16 only
         return FLOAT32 * at_once * copies + shard.masters
     values = shard.masters // FLOAT32
     if zero.stage == 3:
-        values = min(
-            values, zero.sub_group_size + job.student.largest_parameter // job.machine.gpus
-        )
+        values = min(values, zero.sub_group_size + job.student.largest_trained // job.machine.gpus)
     return FLOAT32 * values * (1 + copies)
 
 
@@ -304,9 +310,19 @@ def _rollout(job: Job, choices: Choices) -> Iterator[MemoryRow]:
         return
     weights = engine_weights(job, student, with_head=True, gpus=cfg.rollout_tensor_parallel_size)
     work, is_gpu = _writing(job, student), job.machine.is_gpu
+    if job.samples_with_adapter:
+        weights += job.width * _adapter_room(student)
+        if is_gpu:  # it keeps the weights of its files
+            yield _host(job, "rollout engine, pinned copy", weights, PHASES, moved=2 * weights)
     yield _on_device("rollout engine weights", weights, ("rollout", "sync") if is_gpu else PHASES)
     yield _on_device("rollout KV cache", choices.kv_cache, ("rollout",) if is_gpu else PHASES)
     yield _on_device("rollout engine, working memory (estimate)", work, ("rollout",))
+
+
+def _adapter_room(student: ModelShape) -> int:
+    """Values that vLLM sets aside for one adapter: at the next rank that it knows."""
+    rank = next(most for most in ADAPTER_RANKS if most >= student.lora.r)
+    return student.num_trained * rank // student.lora.r
 
 
 def _writing(job: Job, shape: ModelShape) -> int:

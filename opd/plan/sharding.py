@@ -14,11 +14,12 @@ computation type.
 AdamW keeps two moments of every value it steps on (arXiv 1412.6980) in float32, and a step count
 per tensor. DeepSpeed keeps a float32 master beside the parameters in every sharded stage, in
 float32 runs too; in stage 0 in bfloat16 only. Gradients are summed over micro-batches in float32
-(`deepspeed_engine`).
+(`deepspeed_engine`). What is frozen has
+parameters and nothing else: in stages 1 and 2 as they are, in stage 3 partitioned as the others.
 """  # noqa: E501
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -102,10 +103,21 @@ def _groups(shapes: Shapes) -> list[Shapes]:
     return [group for group in groups if group]
 
 
-def zero_shard(shapes: Shapes, zero: ZeroSettings, *, width: int, world_size: int) -> Shard:
+def zero_shard(
+    shapes: Shapes, zero: ZeroSettings, *, width: int, world_size: int, frozen: Shapes = ()
+) -> Shard:
     """What a rank holds of parameters of these shapes between two steps, and of gradients after the
-    last backward.
+    last backward. Of the `frozen` ones it holds parameters and nothing else.
     """
+    trained = _trained_shard(shapes, zero, width, world_size)
+    if zero.stage == 3:
+        beside = _partitioned_parameters(frozen, zero, width, world_size)
+    else:
+        beside = width * _numel(frozen)
+    return replace(trained, parameters=trained.parameters + beside)
+
+
+def _trained_shard(shapes: Shapes, zero: ZeroSettings, width: int, world_size: int) -> Shard:
     if zero.stage == 0:
         total = _numel(shapes)
         masters = 0 if width == FLOAT32 else FLOAT32 * total
@@ -135,20 +147,25 @@ def _partitioned_shard(shapes: Shapes, zero: ZeroSettings, width: int, world_siz
     """Stage 3 cuts each parameter by itself, rounded up, and keeps small ones whole beside their
     parts.
     """
+    part = sum(-(-math.prod(shape) // world_size) for shape in shapes)
+    return Shard(
+        parameters=_partitioned_parameters(shapes, zero, width, world_size),
+        gradients=FLOAT32 * part,
+        masters=FLOAT32 * part,
+        moments=ADAM_MOMENTS * FLOAT32 * part
+        + STEP_COUNT * _count_sub_groups(shapes, zero, world_size),
+    )
+
+
+def _partitioned_parameters(shapes: Shapes, zero: ZeroSettings, width: int, world_size: int) -> int:
     parts = [-(-math.prod(shape) // world_size) for shape in shapes]
     whole = [
         p
         for shape, p in zip(shapes, parts, strict=True)
         if math.prod(shape) <= zero.persistence_threshold
     ]
-    part, persistent = sum(parts), sum(whole) * world_size if world_size > 1 else 0
-    return Shard(
-        parameters=width * (part + persistent),
-        gradients=FLOAT32 * part,
-        masters=FLOAT32 * part,
-        moments=ADAM_MOMENTS * FLOAT32 * part
-        + STEP_COUNT * _count_sub_groups(shapes, zero, world_size),
-    )
+    persistent = sum(whole) * world_size if world_size > 1 else 0
+    return width * (sum(parts) + persistent)
 
 
 def _count_sub_groups(shapes: Shapes, zero: ZeroSettings, world_size: int) -> int:

@@ -4,13 +4,16 @@ import copy
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from opd.distributed import agree_on_error, rank
+from opd.engines.adapter_files import write_adapter
 from opd.log import warn_once
+from opd.ops.lora import LoraLayout
 from opd.records.checkpoint import fsync
 
 # What a model that sees has beside its tokenizer; training changes nothing of it.
@@ -36,8 +39,8 @@ def export_huggingface(
     Collective: every rank iterates `named_tensors` (under ZeRO-3 the iterator gathers), rank 0
     keeps host copies in the tensors' own dtype. Names are those of `model.named_parameters()`; of
     tied weights either name, or both. `model` is the transformers model; its own parameters may be
-    partitioned. `card` is the text of its README.md, if it is to have one. Raises RuntimeError on
-    every rank if rank 0 fails.
+    partitioned, or on the meta device if persistent buffers are among the tensors. `card` is the
+    text of its README.md, if it is to have one. Raises RuntimeError on every rank if rank 0 fails.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in named_tensors:
@@ -50,7 +53,7 @@ def export_huggingface(
             buffers = {
                 n: b.cpu()
                 for n, b in model.state_dict().items()
-                if n not in parameters and n not in aliases
+                if n not in parameters and n not in aliases and n not in tensors
             }
             export_tensors(Path(path), model, tokenizer, tensors | buffers, generation_config, card)
 
@@ -76,6 +79,53 @@ def export_tensors(
     meta device. On one rank.
     """
     tensors = _one_name(model, tensors)
+    own_generation_config = model.generation_config
+    try:
+        # save_pretrained writes the model's own
+        model.generation_config = _storable(generation_config, tokenizer)
+        with _whole_directory(path) as tmp:
+            model.save_pretrained(tmp, state_dict=tensors, max_shard_size="5GB")
+            _write_companions(tmp, tokenizer, card)
+    finally:
+        model.generation_config = own_generation_config
+
+
+def export_adapter(
+    path: Path,
+    layout: LoraLayout,
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer,
+    generation_config,
+    *,
+    base: str,
+    card: str = "",
+) -> None:
+    """Writes a directory that peft and vLLM load as an adapter of the model `base`, a directory or
+    a hub id; an older one at `path` gives way to a finished one only. On one rank.
+
+    `tensors` have the names of an adapter's file.
+    """
+    name, _, revision = base.partition("@")
+    if os.path.isdir(base):
+        name, revision = os.path.abspath(base), ""
+    with _whole_directory(path) as tmp:
+        write_adapter(tmp, layout, tensors, base_model_name_or_path=name, revision=revision or None)
+        _storable(generation_config, tokenizer).save_pretrained(tmp)
+        _write_companions(tmp, tokenizer, card)
+
+
+def _write_companions(directory: Path, tokenizer, card: str) -> None:
+    tokenizer.save_pretrained(directory)
+    for name in PROCESSOR_FILES:
+        if (own := Path(tokenizer.name_or_path) / name).is_file():
+            shutil.copyfile(own, directory / name)
+    if card:
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into, which takes the place of `path` when all is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (
         *path.parent.glob(f".tmp_{path.name}.*"),
@@ -85,17 +135,9 @@ def export_tensors(
     tmp, old = (
         path.with_name(f".{kind}_{path.name}.{secrets.token_hex(4)}") for kind in ("tmp", "old")
     )
-    own_generation_config = model.generation_config
     try:
-        # save_pretrained writes the model's own
-        model.generation_config = _storable(generation_config, tokenizer)
-        model.save_pretrained(tmp, state_dict=tensors, max_shard_size="5GB")
-        tokenizer.save_pretrained(tmp)
-        for name in PROCESSOR_FILES:
-            if (own := Path(tokenizer.name_or_path) / name).is_file():
-                shutil.copyfile(own, tmp / name)
-        if card:
-            (tmp / "README.md").write_text(card, encoding="utf-8")
+        tmp.mkdir()
+        yield tmp
         for file in (*tmp.iterdir(), tmp):
             fsync(file)
         if path.exists():
@@ -103,7 +145,6 @@ def export_tensors(
         os.rename(tmp, path)
         fsync(path.parent)
     finally:
-        model.generation_config = own_generation_config
         shutil.rmtree(tmp, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -41,8 +41,10 @@ def _header(said: dict[str, Any]) -> str:
     """
     base, data = _hub_ids([said["student_model"]]), _hub_ids(said["data"])
     header = {"base_model": base[0]} if base else {}
-    header |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    header |= {"tags": list(TAGS)}
+    is_adapter = said["lora_r"] > 0 and not said["merge_on_export"]
+    header |= {"library_name": "peft" if is_adapter else "transformers"}
+    header |= {"pipeline_tag": "text-generation"}
+    header |= {"tags": [*TAGS, *(["lora"] if said["lora_r"] else [])]}
     if data:
         header["datasets"] = data
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---"
@@ -79,11 +81,21 @@ def _training_rows(said: dict[str, Any]) -> str:
         ("loss", loss),
         ("steps", f"{said['num_steps']}, of {prompts} each"),
         ("learning rate", f"{said['learning_rate']:g}, {said['lr_schedule']}"),
+        *_adapter_row(said),
         ("longest prompt and response", f"{said['max_prompt_tokens']} and "
          f"{said['max_response_tokens']} tokens"),
         ("seed", str(said["seed"])),
     ]  # fmt: skip
     return "## Training\n\n" + _table(("what", "value"), rows)
+
+
+def _adapter_row(said: dict[str, Any]) -> list[tuple[str, str]]:
+    if not said["lora_r"]:
+        return []
+    where = "merged into this model" if said["merge_on_export"] else "in this directory"
+    targets = ", ".join(said["lora_targets"])
+    return [("adapter", f"LoRA of rank {said['lora_r']}, alpha {said['lora_alpha']}, on {targets}; "
+             f"{where}")]  # fmt: skip
 
 
 def _recovery_rows(report: dict[str, Any] | None) -> str:

@@ -96,7 +96,15 @@ def build_student(run: Run) -> Student:
             domains=run.domains,
             logprob_temperature=run.logprob_temperature,
         )
-        student = Student(cfg.model, cfg.optim, run.ds_config, settings=settings, device=run.device)
+        student = Student(
+            cfg.model,
+            cfg.optim,
+            run.ds_config,
+            settings=settings,
+            device=run.device,
+            lora=cfg.lora,
+            seed=distributed.fold_seed(cfg.run.seed, "lora"),
+        )
     if cfg.batch.packing:
         with user_errors():
             student.check_packing()
@@ -210,6 +218,7 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
             images_per_prompt=run.images_per_prompt(run.facts.student),
             seed=run.cfg.run.seed,
             kv_cache_gib=run.kv_cache_gib(),
+            adapter=run.sampler_adapter,
             **run.engine_options,
         )
         engine.try_out(run.shown)

@@ -17,10 +17,12 @@ from opd.clients.served_teacher import write_with_servers
 from opd.distributed import resolve_dtype
 from opd.inputs import prompts
 from opd.inputs.arguments import pairs
+from opd.inputs.lora_rules import samples_with_adapter
 from opd.inputs.models import ModelFact, ModelFacts
 from opd.inputs.prompts import PromptSet
 from opd.inputs.vision_rules import sample_of
 from opd.mismatch import corrects
+from opd.ops.lora import LoraLayout
 from opd.padding import make_micro_batches
 from opd.plan.job import PHASES
 from opd.plan.planner import Plan
@@ -75,6 +77,12 @@ class Inputs:
                     own = dict.fromkeys(dialect.foreign.ids, dialect.name)
                     found[domain] = own | found.get(domain, {})
         return found
+
+    @property
+    def sampler_adapter(self) -> LoraLayout | None:
+        """What the sampler takes instead of whole weights; None where it takes these."""
+        student = self.facts.student
+        return student.lora if samples_with_adapter(self.cfg, student) else None
 
     @property
     def engine_options(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from opd import distributed
 from opd.config import GIB, TeacherSpec
 from opd.log import say
-from opd.records import export, report
+from opd.records import report
 from opd.records.files import replace_text
 from opd.records.hub_upload import push_model
 from opd.records.memory_ledger import Ledger
@@ -22,6 +22,7 @@ from opd.records.report import Scores
 from opd.rollout import RolloutEngine
 from opd.run import stopping
 from opd.run.context import Inputs, Judge, Run
+from opd.run.student_export import export_student
 from opd.student import Student
 from opd.types import Prompt
 
@@ -179,17 +180,8 @@ def finish_run(
     _say_memory(run, ledger)
     result = _report(run, teacher_scores, was_done)
     model_dir = run.run_dir / "model"
-    generation_config = student.model.generation_config
-    generation_config.eos_token_id = list(run.facts.student.eos_ids)
-    export.export_huggingface(
-        model_dir,
-        student.model,
-        run.tokenizer,
-        student.named_full_parameters(),
-        generation_config,
-        card=model_card(run.cfg, Path(sys.argv[0]).name, result),
-    )
-    say(f"model: {model_dir}")
+    card = model_card(run.cfg, Path(sys.argv[0]).name, result)
+    export_student(run, student, model_dir, card=card)
     if result is not None:
         say(report.render_report(result))
     if run.cfg.run.push_to_hub:

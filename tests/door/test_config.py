@@ -21,6 +21,7 @@ from opd.config import (
 )
 from opd.inputs.arguments import pairs, parse
 from opd.inputs.validation import load_ds_config, validate_common
+from opd.lora_config import LoraConfig
 from opd.options import groups_of, to_dict
 
 
@@ -35,6 +36,7 @@ class Config:
     loss: LossConfig
     batch: BatchConfig
     optim: OptimConfig
+    lora: LoraConfig
     run: RunConfig
     teachers: tuple[TeacherSpec, ...] = ()
 

@@ -9,7 +9,8 @@ import json
 import pytest
 import torch
 
-from opd.engines.deepspeed_engine import HostCopy, what_leaves
+from opd.engines.deepspeed_engine import what_leaves
+from opd.engines.host_memory import HostCopy
 from opd.inputs.validation import load_ds_config
 from tests.support.processes import ROOT
 from tests.support.ranks import run_ranks

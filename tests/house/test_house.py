@@ -47,6 +47,7 @@ loss support support_k tail estimator jsd_beta skew_alpha loss_temperature advan
 old_logprobs is_mode is_level is_low is_high reject_level reject_low reject_high
 reward_weight reward_fn overlap_k loss_chunk_bytes
 micro_batch_size max_tokens_per_micro_batch packing inner_updates offload_student
+lora_r lora_alpha lora_dropout lora_targets lora_modules_to_save lora_sync merge_on_export
 learning_rate lr_schedule warmup_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_eps max_grad_norm
 output_dir num_steps seed ds_config eval_every eval_max_prompts save_every time_limit keep_checkpoints parity_every rollout_samples
 rollout_every report_to push_to_hub resume allow_change plan ignore_plan dry_run local_rank

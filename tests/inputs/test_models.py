@@ -55,6 +55,7 @@ from opd.inputs.models import ModelFacts, check_models, load_tokenizer, read_che
 from opd.inputs.prompts import load_prompts
 from opd.inputs.shapes import _divided, check_tensor_parallel, layer_values, read_model
 from opd.inputs.vllm_models import check_agrees
+from opd.lora_config import LoraConfig
 from opd.ops.attention import attention_for
 from opd.options import to_dict
 from opd.plan.job import Machine, make_job
@@ -79,6 +80,7 @@ class Config:
     loss: LossConfig
     batch: BatchConfig
     optim: OptimConfig
+    lora: LoraConfig
     run: RunConfig
     teachers: tuple[TeacherSpec, ...] = ()
 

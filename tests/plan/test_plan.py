@@ -26,6 +26,7 @@ from opd.config import GIB, AsyncConfig, TeacherSpec
 from opd.inputs.arguments import parse
 from opd.inputs.models import ModelFact, ModelFacts
 from opd.inputs.shapes import ModelShape, layer_values, model_of, read_model, shape_of
+from opd.lora_config import LoraConfig
 from opd.options import groups_of, to_dict
 from opd.plan import __main__ as plan_main
 from opd.plan import apply, memory, planner
@@ -57,10 +58,11 @@ ZEROS = {
     "zero3_all_cut": {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 1500},
 }
 CASES = [
-    (f"{zero}_{dtype}_{model}", zero, dtype, model)
+    (f"{zero}_{dtype}_{model}{'_lora' if lora_r else ''}", zero, dtype, model, lora_r)
     for zero in ZEROS
     for dtype in ("float32", "bfloat16")
     for model in ("untied", "tied")
+    for lora_r in ((0, 3) if model == "untied" else (0,))
 ]
 
 
@@ -80,8 +82,14 @@ def counted(request, odd_models, tmp_path_factory) -> tuple[int, Path]:
     """(ranks, directory with a JSON file per case and rank)."""
     out = tmp_path_factory.mktemp(f"ranks{request.param}")
     cases = [
-        {"name": name, "zero": ZEROS[zero], "dtype": dtype, "model": str(odd_models[model])}
-        for name, zero, dtype, model in CASES
+        {
+            "name": name,
+            "zero": ZEROS[zero],
+            "dtype": dtype,
+            "model": str(odd_models[model]),
+            "lora_r": lora_r,
+        }
+        for name, zero, dtype, model, lora_r in CASES
     ]
     (out / "job.json").write_text(json.dumps({"out": str(out), "cases": cases}))
     worker = ROOT / "tests/support/workers/zero_worker.py"
@@ -89,26 +97,31 @@ def counted(request, odd_models, tmp_path_factory) -> tuple[int, Path]:
     return request.param, out
 
 
-@pytest.mark.parametrize(("name", "zero", "dtype", "model"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("name", "zero", "dtype", "model", "lora_r"), CASES, ids=[case[0] for case in CASES]
+)
 def test_bytes_of_every_zero_stage_are_those_of_the_real_tensors(
-    counted, odd_models, name, zero, dtype, model
+    counted, odd_models, name, zero, dtype, model, lora_r
 ):
+    """Of models that are trained whole, and of adapters beside frozen weights."""
     ranks, out = counted
-    shape = planner_shape(odd_models[model])
+    shape = planner_shape(odd_models[model], LoraConfig(lora_r=lora_r))
+    assert bool(shape.frozen) == bool(lora_r)
     settings = ZeroSettings.of({"zero_optimization": ZEROS[zero]})
     width = getattr(torch, dtype).itemsize
-    shard = zero_shard(shape.parameters, settings, width=width, world_size=ranks)
+    shard = zero_shard(shape.trained, settings, width=width, world_size=ranks, frozen=shape.frozen)
     for rank in range(ranks):
         real = json.loads((out / f"{name}.{rank}.json").read_text())
         assert dataclasses.asdict(shard) == {
             key: real[key] for key in ("parameters", "gradients", "masters", "moments")
         }
         if zero == "zero1":  # between micro-batches stage 1 keeps the gradients of all parameters
-            assert real["open_gradients"] == 4 * shape.num_parameters
+            assert real["open_gradients"] == 4 * shape.num_trained
 
 
-def planner_shape(path: Path) -> ModelShape:
-    return shape_of(read_model("--student_model", str(path)), "--student_model", str(path))
+def planner_shape(path: Path, lora: LoraConfig | None = None) -> ModelShape:
+    flag = "--student_model"
+    return shape_of(read_model(flag, str(path)), flag, str(path), lora)
 
 
 def test_tied_embeddings_count_once(odd_models):
@@ -525,6 +538,39 @@ def test_recomputing_activations_takes_less(published):
     jobs = (job_of(published, "4B", ["8B"], *argv) for argv in ((), ("--gradient_checkpointing",)))
     kept, again = (activations(job, make_plan(job).choices, 8192) for job in jobs)
     assert again < kept / 4
+
+
+def test_an_adapter_takes_a_fraction_of_full_training(published):
+    """Of states; weights stay, and how they reach the sampler decides who keeps a copy."""
+    H, L, A, mlp, tied, _ = DENSE["8B"]
+    config = Qwen3Config(
+        **COMMON,
+        hidden_size=H,
+        num_hidden_layers=L,
+        num_attention_heads=A,
+        intermediate_size=mlp,
+        tie_word_embeddings=tied,
+    )
+    flags = LoraConfig(lora_r=16)
+    shapes = published | {"lora": shape_of(model_of(config, "--x", "8B"), "--x", "8B", flags)}
+    whole = job_of(published, "8B", ["8B"], gpus=1)
+    jobs = {
+        route: job_of(shapes, "lora", ["8B"], "--lora_r", "16", "--lora_sync", route, gpus=1)
+        for route in ("merged", "adapter")
+    }
+    shard = jobs["merged"].shard
+    assert shard.optimizer < whole.shard.optimizer / 100
+    assert shard.gradients < whole.shard.gradients / 100
+    assert whole.shard.parameters < shard.parameters < 1.01 * whole.shard.parameters
+    names = {route: {row.participant for row in memory_rows_of(job)} for route, job in jobs.items()}
+    assert "gradient of the student's lm_head" in {row.participant for row in memory_rows_of(whole)}
+    assert not any("gradient of the student's lm_head" in found for found in names.values())
+    assert names["merged"] - names["adapter"] == {"merged layer of the weight sync"}
+    assert names["adapter"] - names["merged"] == {"rollout engine, pinned copy"}
+
+
+def memory_rows_of(job):
+    return make_plan(job).rows
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -43,6 +43,16 @@ def test_the_header_is_what_the_hub_reads(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("flag", "library"), [("", "peft"), ("--merge_on_export", "transformers")])
+def test_an_adapter_says_that_it_is_one(flag, library, tmp_path):
+    flags = f"--lora_r 16 --lora_targets q_proj,v_proj {flag}".split()
+    card = model_card(config_of(tmp_path, *flags), "train_mopd.py", None)
+    assert header_of(card)["library_name"] == library and "lora" in header_of(card)["tags"]
+    (said,) = (row[1] for row in rows_of(card) if row[0] == "adapter")
+    assert said.startswith("LoRA of rank 16, alpha 32, on q_proj,v_proj")
+    assert ("merged" in said) == bool(flag)
+
+
 @pytest.mark.parametrize("data", ["demo/train.jsonl", "/srv/prompts", "./prompts"])
 def test_paths_stand_in_the_text_only(data, tmp_path):
     cfg = config_of(tmp_path, student=str(tmp_path), data=data)

@@ -1,9 +1,9 @@
 """What ZeRO really holds: the tensors of a real engine, counted, for many settings; one rank, or
 one of a launcher's.
 
-`zero_worker.py JOB`, a JSON file with `out` (a directory) and `cases`: {name, model, dtype, zero}
-with `zero` the `zero_optimization` section. Every rank writes `out/NAME.RANK.json`: bytes of
-parameters, gradients (open ones: between two micro-batches), masters and moments.
+`zero_worker.py JOB`, a JSON file with `out` (a directory) and `cases`: {name, model, dtype, zero,
+lora_r} with `zero` the `zero_optimization` section. Every rank writes `out/NAME.RANK.json`: bytes
+of parameters, gradients (open ones: between two micro-batches), masters and moments.
 """
 
 import gc
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from opd import distributed
 from opd.config import OptimConfig
 from opd.engines.deepspeed_engine import ShardedEngine
+from opd.lora_config import LoraConfig
+from opd.ops.lora import add_adapter, layout_of
 
 
 def held(tensors) -> int:
@@ -75,6 +77,8 @@ def run_case(case: dict, out: Path) -> None:
     dtype, stage = getattr(torch, case["dtype"]), case["zero"]["stage"]
     sharded = ShardedEngine({"zero_optimization": case["zero"]}, OptimConfig(), dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype)
+    if layout := layout_of(model, LoraConfig(lora_r=case["lora_r"])):
+        add_adapter(model, layout, seed=0)
     engine = sharded.attach(model, tuple(model.get_output_embeddings().parameters()))
     ids = torch.arange(8).view(1, 8)
     sharded.backward(engine(input_ids=ids, labels=ids).loss, last=False)
