@@ -1,7 +1,8 @@
-"""Turn GSM8K or HumanEval into prompt files: train.jsonl and eval.jsonl.
+"""Turn GSM8K, HumanEval or Geometry3K into prompt files: train.jsonl and eval.jsonl.
 
     python scripts/prepare_data.py gsm8k --source openai/gsm8k/main --output_dir data/gsm8k
     python scripts/prepare_data.py humaneval --source HumanEval.jsonl --output_dir data/humaneval
+    python scripts/prepare_data.py geometry3k --source geometry3k/data --output_dir data/geometry3k
 
 The source is a JSONL or parquet file, a directory of those, or a hub id
 OWNER/NAME[/CONFIG][:SPLIT]. Every row becomes {"data_source", "prompt" (messages), "answer",
@@ -17,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opd.inputs.rows import read_rows
+from opd.inputs.images import read_pictures
+from opd.inputs.rows import Place, read_rows
 
 
 def _text(where: str, row: dict[str, Any], key: str) -> str:
@@ -60,15 +62,45 @@ def humaneval_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CONVERTERS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
+def geometry3k_row(where: Place, row: dict[str, Any]) -> dict[str, Any]:
+    """`<image>` in the problem says where the drawing is shown; the images are written beside the
+    rows.
+    """
+    problem, answer = _text(where, row, "problem"), _text(where, row, "answer")
+    pictures = read_pictures(where, where.folder, row, "images", allow_urls=False)
+    if not pictures:
+        raise ValueError(f"{where}: column `images` has no image; is it Geometry3K?")
+    prompt = f"{problem.strip()}\nThink step by step and put the answer into \\boxed{{}}."
+    return {
+        "data_source": "geometry3k",
+        "prompt": [{"role": "user", "content": prompt}],
+        "images": [*pictures],
+        "answer": answer.strip(),
+    }
+
+
+def _write_images(rows: list[dict[str, Any]], output_dir: Path) -> None:
+    """Each image once, under its hash; the rows name them."""
+    for row in rows:
+        for place, picture in enumerate(row.get("images", [])):
+            file = Path("images", picture.digest[:32])
+            (output_dir / file.parent).mkdir(exist_ok=True)
+            (output_dir / file).write_bytes(picture.content)
+            row["images"][place] = str(file)
+
+
+CONVERTERS: dict[str, Callable[[Place, dict[str, Any]], dict[str, Any]]] = {
     "gsm8k": gsm8k_row,
     "humaneval": humaneval_row,
+    "geometry3k": geometry3k_row,
 }
 
 
 def is_eval(row: dict[str, Any], seed: int, eval_fraction: float) -> bool:
     """Whether a row is held out, by a hash of the seed and its question."""
-    digest = hashlib.sha256(f"{seed}/{row['prompt'][0]['content']}".encode()).digest()
+    shown = "".join(picture.digest for picture in row.get("images", []))
+    question = row["prompt"][0]["content"] + shown
+    digest = hashlib.sha256(f"{seed}/{question}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < eval_fraction * 2**64
 
 
@@ -90,6 +122,7 @@ def prepare(
             )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        _write_images(rows, output_dir)
         for part, chosen in parts.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
             (output_dir / f"{part}.jsonl").write_text(text, encoding="utf-8")

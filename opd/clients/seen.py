@@ -11,7 +11,7 @@ import msgspec
 from opd.clients.wire import decode_ids
 from opd.pictures import Picture, PromptImages
 
-MOST_BYTES = 64 << 20  # of the images of one request
+MOST_IMAGE_BYTES = 64 << 20  # of the images of one request
 MOST_IMAGES = 64
 
 

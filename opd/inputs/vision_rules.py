@@ -61,7 +61,7 @@ def check_images(
             continue
         flag = f"--teacher {spec.name}"
         if spec.is_served:
-            _check_served(flag, served[spec.name], len(own))
+            _check_servers_see(flag, served[spec.name], len(own))
             continue
         if not facts.teachers[spec.name].sees:
             raise ValueError(
@@ -74,7 +74,7 @@ def check_images(
             _check_joined(flag, spec.model, theirs, sample_of(own))
 
 
-def _check_served(flag: str, model: Any, number: int) -> None:
+def _check_servers_see(flag: str, model: Any, number: int) -> None:
     if model.protocol == "json":
         raise ValueError(
             f"{flag}: {number} of its prompts have images, and vLLM's own server takes none beside "

@@ -32,7 +32,7 @@ from fastapi import HTTPException, Request
 from fastapi.responses import Response
 
 from opd.clients.protocols import LOGPROB
-from opd.clients.seen import MOST_BYTES, decode_text
+from opd.clients.seen import MOST_IMAGE_BYTES, decode_text
 from opd.clients.wire import VERSION_HEADER, LogprobQuestion
 from opd.distributed import resolve_dtype
 from opd.hub_names import as_named
@@ -192,7 +192,7 @@ class LogprobService:
         self, request: Request, prompt_length: int, temperature: float = 1.0, ids: int | None = None
     ) -> Response:
         with self.admission.of_one():
-            room = MOST_BYTES if self.sees and ids is not None else 0
+            room = MOST_IMAGE_BYTES if self.sees and ids is not None else 0
             body = await read_body(request, 4 * self.max_model_len + room)
             try:
                 question = self._question(body, prompt_length, temperature, ids)

@@ -33,7 +33,7 @@ from fastapi.responses import Response as HttpResponse
 from starlette.requests import ClientDisconnect
 
 from opd.clients.protocols import ROLLOUT
-from opd.clients.seen import MOST_BYTES, MOST_IMAGES, decode_images
+from opd.clients.seen import MOST_IMAGE_BYTES, MOST_IMAGES, decode_images
 from opd.distributed import resolve_dtype
 from opd.inputs.hub import fetch
 from opd.inputs.models import read_checked
@@ -123,7 +123,9 @@ class RolloutService:
     async def generate(self, request: Request) -> HttpResponse:
         body = await http_service.read_json(
             request,
-            BYTES_PER_ID * self.max_model_len + BYTES_BESIDE_IDS + (MOST_BYTES if self.sees else 0),
+            BYTES_PER_ID * self.max_model_len
+            + BYTES_BESIDE_IDS
+            + (MOST_IMAGE_BYTES if self.sees else 0),
         )
         try:
             name, sampling = read_sampling(

@@ -43,7 +43,7 @@ from transformers import AutoTokenizer
 
 from opd import distributed
 from opd.clients.protocols import SCORING
-from opd.clients.seen import MOST_BYTES, MOST_IMAGES, decode_text
+from opd.clients.seen import MOST_IMAGE_BYTES, MOST_IMAGES, decode_text
 from opd.clients.wire import Question, encode_arrays
 from opd.distributed import resolve_dtype
 from opd.engines.hf_engine import HFEngine
@@ -296,7 +296,7 @@ class ScoringService:
         ids: int | None = None,
     ) -> Response:
         with self.admission.of_one():
-            room = MOST_BYTES if self.served.sees and ids is not None else 0
+            room = MOST_IMAGE_BYTES if self.served.sees and ids is not None else 0
             body = await read_body(request, 4 * self.served.max_model_len + room)
             try:
                 text = self._text(body, ids, prompt_length)

@@ -16,6 +16,7 @@ from opd.inputs.models import load_tokenizer
 from opd.inputs.prompts import load_prompts
 from opd.ops.pixels import Pixels
 from opd.pictures import Picture, PromptImages
+from scripts import prepare_data
 from tests.support import vision
 
 
@@ -219,3 +220,31 @@ def test_images_travel_as_json_and_back(pixels):
 def test_the_tokenizer_of_a_student_that_sees(tmp_path):
     vision.idefics3(tmp_path)
     assert load_tokenizer(str(tmp_path)).convert_tokens_to_ids("<image>") >= 0
+
+
+def test_geometry3k_is_converted(tmp_path, load):
+    """From structs with bytes, as the published parquet file has them."""
+    table = pyarrow.table(
+        {
+            "images": [[{"bytes": png(20 + i, 30), "path": None}] for i in range(30)],
+            "problem": ["<image>Find x."] * 30,
+            "answer": [str(i) for i in range(30)],
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "source.parquet")
+    command = ["geometry3k", "--source", str(tmp_path / "source.parquet")]
+    assert (
+        prepare_data.main([*command, "--output_dir", str(tmp_path), "--eval_fraction", "0.3"]) == 0
+    )
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    held_out = (tmp_path / "eval.jsonl").read_text().splitlines()
+    assert len(rows) + len(held_out) == 30 and min(len(rows), len(held_out)) > 3
+    assert Picture.of(str(tmp_path / rows[0]["images"][0])).open().height == 30
+    assert rows[0]["prompt"][0]["content"].startswith("<image>Find x.")
+
+
+def test_a_row_of_geometry3k_without_an_image_is_refused(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "p", "answer": "1"}) + "\n")
+    command = ["geometry3k", "--source", str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path)]
+    assert prepare_data.main(command) == 2
+    assert "line 1: column `images` has no image" in capsys.readouterr().err

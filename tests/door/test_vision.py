@@ -1,0 +1,84 @@
+"""A student that sees, on one rank and on two, where one rank's micro-batch has an image and the
+other's has none.
+"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opd.ops.pixels import Pixels
+from opd.padding import collate
+from opd.types import TeacherScores
+from tests.support import vision
+from tests.support.processes import ROOT
+from tests.support.ranks import run_ranks
+from tests.support.workers.vision_worker import UNSCORED, rollouts_of
+
+WORKER = ROOT / "tests" / "support" / "workers" / "vision_worker.py"
+DEADLINE = 300
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sees")
+    torch.manual_seed(0)
+    vision.idefics3(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rollouts(model):
+    return rollouts_of(Pixels(str(model)))
+
+
+def test_any_number_of_ranks_and_stage_train_the_same_student(model, tmp_path):
+    found = {}
+    for stage, ranks in ((0, 1), (0, 2), (2, 2), (3, 2)):
+        out = tmp_path / f"{stage}_{ranks}.safetensors"
+        job = tmp_path / "job.json"
+        job.write_text(json.dumps({"model": str(model), "out": str(out), "stage": stage}))
+        run_ranks(WORKER, str(job), num_ranks=ranks, timeout_s=DEADLINE)
+        found[stage, ranks] = load_file(out)
+    whole = found.pop((0, 1))
+    before = load_file(model / "model.safetensors")
+    changed = [name for name in whole if not torch.equal(whole[name], before[name])]
+    assert any("vision_model" in name for name in changed)
+    for case, parameters in found.items():
+        for name, value in parameters.items():
+            largest = (whole[name] - before[name]).abs().max()
+            assert (value - whole[name]).abs().max() <= 1e-5 * largest + 1e-7, (case, name)
+
+
+def test_placeholders_are_never_loss_tokens(rollouts):
+    """A response that ends at one has a loss token less, in the mask as for each teacher."""
+    seen = dataclasses.replace(rollouts[0], response_ids=[7, 8, 5], rollout_logprobs=[-1.0] * 3)
+    only = dataclasses.replace(rollouts[1], response_ids=[5], rollout_logprobs=[-2.0])
+    plain = dataclasses.replace(rollouts[1], response_ids=[9, 9], rollout_logprobs=[-3.0] * 2)
+
+    def scores(length):
+        sampled_L = torch.arange(float(length))
+        return (TeacherScores(teacher="t", weight=1.0, sampled_logprobs=sampled_L),)
+
+    scored = [(seen, scores(3)), (only, scores(1)), (plain, scores(2))]
+    mb = collate(scored, pad_id=0, domains=["d"], placeholder_ids=(5,))
+    assert mb.at_loss_tokens(mb.labels_BS).tolist() == [7, 8, 9, 9]
+    assert mb.at_loss_tokens(mb.rollout_logprobs_BS).tolist() == [-1.0, -1.0, -3.0, -3.0]
+    (part,) = mb.teacher_slices
+    assert part.token_index_M.tolist() == [0, 1, 2, 3]
+    assert part.sampled_logprobs_M.tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert float(mb.rollout_logprobs_BS.abs().sum()) == 8.0, "0 off the mask"
+
+
+def test_a_filler_is_masked_and_has_the_image(rollouts):
+    filler = rollouts[0].prompt
+    mb = collate([(rollouts[1], UNSCORED)], pad_id=0, domains=["d"], filler=filler)
+    assert mb.images == (None, filler.images) and not mb.loss_mask_BS[1].any()
+    length = len(filler.token_ids)
+    assert mb.input_ids_BS[1, :length].tolist() == filler.token_ids
+    assert mb.attention_mask_BS[1].sum() == length and mb.domain_ids_B.tolist() == [0, -1]
+    empty = collate([], pad_id=0, domains=["d"], filler=filler)
+    assert empty.images == (filler.images,) and empty.num_loss_tokens == 0
+    assert collate([(rollouts[1], UNSCORED)], pad_id=0, domains=["d"]).images == ()
