@@ -17,9 +17,10 @@ from typing import Any
 
 from opd.config import DataConfig, TeacherSpec
 from opd.inputs.chats import KWARGS, Chat, read_chat, read_plain, user_text
-from opd.inputs.columns import column, domain_column, text_column
+from opd.inputs.columns import domain_column, text_column
 from opd.inputs.images import BadImage, read_pictures
 from opd.inputs.rows import Place, read_rows
+from opd.inputs.targets import End, targets_of, turn_end
 from opd.inputs.teacher_prompts import OwnPrompt, OwnRows, claimants, expanded_own, read_own_rows
 from opd.inputs.template_flags import KWARGS_FLAG, SYSTEM_FLAG, read_template_flags
 from opd.inputs.templates import ChatTemplate, tokenize
@@ -87,54 +88,6 @@ class PromptSet:
         for prompt in self.prompts:
             ids[prompt.domain].append(prompt.prompt_id)
         return ids
-
-
-@dataclass(frozen=True)
-class _End:
-    """How an answer ends."""
-
-    token_id: int  # what is put behind a response that has no end
-    eos_ids: frozenset[int]  # what the sampler stops at
-
-
-def _turn_end(
-    tokenizer, eos_ids: Sequence[int], template: ChatTemplate | None, chats: list[Chat]
-) -> _End:
-    """The template's end of turn if the sampler stops there, else the tokenizer's EOS, else the
-    first of `eos_ids`.
-    """
-    own = tokenizer.eos_token_id
-    eos_ids = tuple(eos_ids) or (() if own is None else (own,))
-    if not eos_ids:
-        raise ValueError(
-            "--student_model: the tokenizer has no EOS token to end the dataset responses with"
-        )
-    found = template.end_of_turn(chats[0], eos_ids) if template else None
-    if found is None:
-        found = own if own in eos_ids else eos_ids[0]
-    return _End(found, frozenset(eos_ids))
-
-
-def _targets(where: str, row: dict[str, Any], key: str, tokenizer, end: _End) -> list[int]:
-    """The dataset response as the student would have sampled it: its tokens, then the end of the
-    turn, once.
-    """
-    response = column(where, row, key, "--response_key")
-    if not isinstance(response, str) or not response.strip():
-        raise ValueError(
-            f"{where}: column `{key}` must be the text of a response, got {cut(response)}"
-        )
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    ended = (
-        tokenizer(response.rstrip(), add_special_tokens=False)["input_ids"]
-        if response[-1].isspace()
-        else ids
-    )
-    if not ended or ended[-1] not in end.eos_ids:
-        return [*ids, end.token_id]
-    while len(ended) > 1 and ended[-2] in end.eos_ids:  # nothing is sampled after the first
-        ended.pop()
-    return ended
 
 
 def _domains(
@@ -299,63 +252,97 @@ def load_prompts(
     """
     sees = pixels is not None
     read = _read_prompts(paths, flag, tokenizer, cfg, default_domain, moment, sees)
-    end = _turn_end(tokenizer, eos_ids, read.template, read.chats) if need_response else None
-    prompts: dict[int, Prompt] = {}  # by row
-    overlong: Counter[str] = Counter()
-    all_ids = tokenize(read.texts, tokenizer)
+    end = turn_end(tokenizer, eos_ids, read.template, read.chats) if need_response else None
     of_teacher = functools.partial(_of_teacher, read, cfg, tokenizer, teachers, is_held_out)
     theirs = {own.name: of_teacher(own) for own in own_prompts}
-    for row_number, ((where, row), domain, token_ids) in enumerate(
-        zip(read.rows, read.domains, all_ids, strict=True)
-    ):
-        if not token_ids:
+    rest = _Rest(cfg, tokenizer, need_answer, end, max_response_tokens, pixels, placeholder_ids)
+    prompts, overlong = _prompts(read, theirs, rest)
+    found = _prompt_set(prompts, overlong, flag, cfg, read, _open_end(tokenizer, eos_ids, read))
+    return _with_own_prompts(found, prompts, read, theirs)
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What else decides what becomes of rows; as `load_prompts` says."""
+
+    cfg: DataConfig
+    tokenizer: Any
+    need_answer: bool
+    end: End | None
+    max_response_tokens: int | None
+    pixels: Pixels | None
+    placeholder_ids: Collection[int]
+
+
+def _prompts(
+    read: _Read, theirs: dict[str, OwnRows], rest: _Rest
+) -> tuple[dict[int, Prompt], Counter[str]]:
+    """(prompts by row, domain -> rows that are too long)."""
+    prompts, overlong, cfg = {}, Counter(), rest.cfg
+    for i, student_ids in enumerate(tokenize(read.texts, rest.tokenizer)):
+        (where, row), domain = read.rows[i], read.domains[i]
+        if not student_ids:
             raise ValueError(
                 f"{where}: column `{cfg.prompt_key}`: the prompt is empty after tokenisation"
             )
         # read of every row, dropped or not: a row that cannot be used is an error
-        answer = text_column(where, row, cfg.answer_key, "--answer_key", is_needed=need_answer)
-        target_ids = _targets(where, row, cfg.response_key, tokenizer, end) if end else None
-        if set(placeholder_ids) & {*(target_ids or ())}:
-            raise ValueError(
-                f"{where}: column `{cfg.response_key}`: a response shows no image; remove the "
-                "placeholder"
-            )
-        unexpanded, pictures = token_ids, read.pictures[row_number]
+        answer = text_column(where, row, cfg.answer_key, "--answer_key", is_needed=rest.need_answer)
+        target_ids = _target_ids(where, row, rest)
+        show = functools.partial(_images, pictures=read.pictures[i], pixels=rest.pixels)
         try:
-            images = _images(where, read.texts[row_number], unexpanded, pictures, pixels)
+            images = show(where, read.texts[i], student_ids)
         except BadImage:
             if cfg.bad_images == "error":
                 raise
             read.bad_images[domain] += 1
             continue
-        if images is not None:
-            token_ids = pixels.expanded(images.text, images.pictures)
-        elif set(placeholder_ids) & {*token_ids}:
-            raise ValueError(
-                f"{where}: column `{cfg.prompt_key}`: the placeholder of an image, and column "
-                f"`{cfg.images_key}` has none; remove it from the text"
-            )
+        token_ids = _expanded(where, student_ids, images, rest)
         if len(token_ids) > cfg.max_prompt_tokens:
             overlong[domain] += 1
             if cfg.overlong_prompts == "drop" or images is not None:
                 continue
-        show = functools.partial(_images, pictures=pictures, pixels=pixels)
         own_ids, own_images = expanded_own(
-            where, row_number, unexpanded, theirs, show=show, pixels=pixels, never=placeholder_ids
+            where, i, student_ids, theirs, show=show, pixels=rest.pixels, never=rest.placeholder_ids
         )
-        prompts[row_number] = Prompt(
+        prompts[i] = Prompt(
             prompt_id=len(prompts),
             domain=domain,
             token_ids=token_ids[-cfg.max_prompt_tokens :],
-            target_ids=target_ids and target_ids[:max_response_tokens],
+            target_ids=target_ids,
             answer=answer,
             images=images,
-            text=(read.chats and user_text(read.chats[row_number])) or read.texts[row_number],
+            text=(read.chats and user_text(read.chats[i])) or read.texts[i],
             teacher_ids=own_ids,
             teacher_images=own_images,
         )
-    found = _prompt_set(prompts, overlong, flag, cfg, read, _open_end(tokenizer, eos_ids, read))
-    return _with_own_prompts(found, prompts, read, theirs)
+    return prompts, overlong
+
+
+def _target_ids(where: str, row: dict[str, Any], rest: _Rest) -> list[int] | None:
+    """The dataset response of a row, where one is needed."""
+    key = rest.cfg.response_key
+    if rest.end is None:
+        return None
+    target_ids = targets_of(where, row, key, rest.tokenizer, rest.end)
+    if set(rest.placeholder_ids) & {*target_ids}:
+        raise ValueError(
+            f"{where}: column `{key}`: a response shows no image; remove the placeholder"
+        )
+    return target_ids[: rest.max_response_tokens]
+
+
+def _expanded(
+    where: str, student_ids: list[int], images: PromptImages | None, rest: _Rest
+) -> list[int]:
+    """The prompt of a row with a token for every embedding of its images."""
+    if images is not None:
+        return rest.pixels.expanded(images.text, images.pictures)
+    if set(rest.placeholder_ids) & {*student_ids}:
+        raise ValueError(
+            f"{where}: column `{rest.cfg.prompt_key}`: the placeholder of an image, and column "
+            f"`{rest.cfg.images_key}` has none; remove it from the text"
+        )
+    return student_ids
 
 
 def _of_teacher(
