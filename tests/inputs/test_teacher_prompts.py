@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from PIL import Image
 
 import train_mopd
 from opd.inputs.arguments import parse
@@ -12,7 +13,9 @@ from opd.inputs.identity import fingerprint_of
 from opd.inputs.own_prompts import warn_of_first_tokens
 from opd.inputs.prompts import load_prompts
 from opd.inputs.teacher_prompts import own_prompts, with_bounds
+from opd.ops.pixels import Pixels
 from opd.options import to_dict
+from scripts.demos.vision_models import make_processor
 from tests.inputs.test_template_flags import HYBRID, QUIET, line_of
 from tests.inputs.test_templates import make_tokenizer
 
@@ -394,3 +397,61 @@ def test_a_teacher_is_tried_on_what_it_reads(read):
     assert refused(read, other) == ""
     line = refused(read, other, "--teacher_prompt", "d={prompt}{answer} five")
     assert "its chat template writes" in line and "line 1" in line
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    path = tmp_path_factory.mktemp("processor")
+    make_processor().save_pretrained(path)
+    return Pixels(str(path))
+
+
+def seen(read, pixels, *argv: str, prompt: str = "ab", **more):
+    """The prompt of a row with an image."""
+    Image.new("RGB", (32, 32), "red").save(read.path / "red.png")
+    row = {"data_source": "d", "prompt": prompt, "images": "red.png", "answer": "12", **more}
+    (read.path / "rows.jsonl").write_text(json.dumps(row))
+    config, tokenizer = read.config(*argv), pixels.processor.tokenizer
+    tokenizer.chat_template = tokenizer.chat_template or pixels.processor.chat_template
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    (found,) = load_prompts(
+        [str(read.path / "rows.jsonl")],
+        tokenizer,
+        config.data,
+        flag="--data",
+        pixels=pixels,
+        placeholder_ids=(image,),
+        own_prompts=own_prompts(config).values(),
+        teachers=config.teachers,
+    ).prompts
+    return found
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ("{prompt}+{answer}", "<image>ab+12"),
+        ("{answer}<image>", "12<image>"),
+        ("{answer}", "<image>12"),
+        ("hint", "cd<image>"),
+    ],
+)
+def test_a_teacher_s_prompt_shows_the_row_s_images(read, pixels, argv, told):
+    prompt = seen(read, pixels, "--teacher_prompt", f"d={argv}", hint="cd<image>")
+    images, students = prompt.images_for("d"), prompt.images
+    assert prompt.text == "<image>ab" and told in images.text and images.text != students.text
+    assert images.pictures == students.pictures
+    assert images.num_tokens == len(prompt.ids_for("d"))
+    assert prompt.ids_for("d") == pixels.expanded(images.text, images.pictures)
+    assert images.unexpanded([*prompt.ids_for("d"), 7]) == [*images.unexpanded_ids, 7]
+    assert prompt.images_for("other") is students
+    assert prompt.as_read_by("d").images is images
+
+
+def test_a_text_that_shows_other_images_is_a_line(read, pixels):
+    for text in ("d={prompt}<image>", "d={answer}<image><image>"):
+        line = line_of(seen, read, pixels, "--teacher_prompt", text)
+        assert "line 1: --teacher_prompt of teacher d: the prompt shows 2 images" in line
