@@ -37,6 +37,7 @@ from opd.log import say
 from opd.lora_config import LoraConfig
 from opd.ops.logits import LogitsChunk
 from opd.padding import count_loss_tokens
+from opd.privilege import PrivilegeConfig
 from opd.records.files import replace_text
 from opd.run.context import Run
 from opd.run.loop import start
@@ -70,6 +71,7 @@ class GkdConfig:
 class Config:
     model: config.ModelConfig = field(default_factory=config.ModelConfig)
     teacher: config.TeacherConfig = field(default_factory=config.TeacherConfig)
+    privilege: PrivilegeConfig = field(default_factory=PrivilegeConfig)
     data: config.DataConfig = field(default_factory=config.DataConfig)
     rollout: config.RolloutConfig = field(default_factory=config.RolloutConfig)
     loss: config.LossConfig = field(default_factory=config.LossConfig)

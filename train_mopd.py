@@ -46,6 +46,7 @@ from opd.losses import (
 from opd.mismatch import corrects
 from opd.ops.logits import LogitsChunk
 from opd.padding import count_loss_tokens
+from opd.privilege import PrivilegeConfig
 from opd.rollout import with_rewards
 from opd.run.context import Judge, Run
 from opd.run.loop import start
@@ -61,6 +62,7 @@ from opd.types import MicroBatch, Rollout
 class Config:
     model: config.ModelConfig = field(default_factory=config.ModelConfig)
     teacher: config.TeacherConfig = field(default_factory=config.TeacherConfig)
+    privilege: PrivilegeConfig = field(default_factory=PrivilegeConfig)
     data: config.DataConfig = field(default_factory=config.DataConfig)
     rollout: config.RolloutConfig = field(default_factory=config.RolloutConfig)
     ahead: config.AsyncConfig = field(default_factory=config.AsyncConfig)

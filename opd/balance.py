@@ -59,8 +59,7 @@ def deal(
     if distributed.world_size() == 1:
         return list(rollouts)
     own = [
-        (work(len(r.prompt.token_ids) + len(r.response_ids), hidden_size), kind_of(r))
-        for r in rollouts
+        (work(r.prompt.longest + len(r.response_ids), hidden_size), kind_of(r)) for r in rollouts
     ]
     parts = distributed.gather_objects(own)
     costs, kinds = zip(*(item for part in parts for item in part), strict=True)

@@ -15,6 +15,11 @@ from opd.hub_names import as_named
 from opd.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, option
 
 Auto = Literal["auto"]
+LocalBackend = Literal["vllm", "hf"]
+GIB = 1 << 30  # bytes
+Backend = Literal["vllm", "hf", "server"]
+Difference = Literal["eos", "template", "rendering"]  # of a teacher from the student
+Residency = Literal["gpu", "host", "disk"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,6 @@ class ModelConfig:
     )
 
 
-LocalBackend = Literal["vllm", "hf"]
-GIB = 1 << 30  # bytes
-Backend = Literal["vllm", "hf", "server"]
-Difference = Literal["eos", "template", "rendering"]  # of a teacher from the student
-Residency = Literal["gpu", "host", "disk"]
-
-
 @dataclass(frozen=True)
 class TeacherConfig:
     """Teachers on the command line; `teachers` of the YAML file is the long form."""
@@ -87,8 +85,7 @@ class TeacherConfig:
         [],
         "Accept a teacher that differs from the student. eos: its responses end at other tokens; "
         "template: it has no chat template, or one that cannot write the run's prompts; rendering: "
-        "its chat template writes them in another way. `eos,template` is for every teacher, "
-        "NAME=eos,template for one.",
+        "its chat template writes them in another way. NAME=eos,template is for one teacher.",
     )
     teacher_mode: Literal["auto", "colocate", "standalone"] = option(
         "auto",
@@ -134,6 +131,9 @@ class TeacherSpec:
     # of a served teacher: the environment variable that holds its API key; never the key itself
     api_key_env: str = ""
     allow: tuple[Difference, ...] = ()  # what it may have otherwise than the student
+    teacher_prompt: str = ""  # this and the next two: as the flag; empty or 0 is what that says
+    teacher_chat_template_kwargs: str = ""  # JSON
+    max_teacher_prompt_tokens: int = 0
 
     @property
     def share(self) -> float:
@@ -146,9 +146,10 @@ class TeacherSpec:
         return bool(self.model) and Path(self.model).is_dir()
 
     @property
-    def identity(self) -> tuple[str, str, tuple[str, ...] | str, float]:
+    def identity(self) -> tuple[str | tuple[str, ...] | float, ...]:
         """What decides what it says in a run. What runs it, and where, does not."""
-        return self.name, as_named(self.model), self.domains, self.share
+        own = (self.teacher_prompt, self.teacher_chat_template_kwargs)
+        return self.name, as_named(self.model), self.domains, self.share, *own
 
     @property
     def is_served(self) -> bool:

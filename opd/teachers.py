@@ -104,8 +104,8 @@ class ColocatedTeacher:
         """[L, H] per rollout: the states that predict its response."""
         return response_states(
             self.engine,
-            [(r.prompt.token_ids, r.response_ids) for r in rollouts],
-            [r.prompt.images for r in rollouts],
+            [(r.prompt.ids_for(self.name), r.response_ids) for r in rollouts],
+            [r.prompt.images_for(self.name) for r in rollouts],
         )
 
 

@@ -42,6 +42,28 @@ class Prompt:
     target_ids: list[int] | None = None  # [L] a dataset response, for off-policy distillation
     answer: str | None = None  # for task rewards and evaluation
     images: PromptImages | None = None  # placeholders are expanded in `token_ids`
+    text: str = ""  # its last user message, for functions of the user
+    # teacher -> [prompt_len] what it reads in place of `token_ids`, where that is something else
+    teacher_ids: dict[str, list[int]] = field(default_factory=dict)
+    teacher_images: dict[str, PromptImages] = field(default_factory=dict)  # those of these
+
+    def ids_for(self, teacher: str) -> list[int]:
+        """The prompt as a teacher reads it."""
+        return self.teacher_ids.get(teacher, self.token_ids)
+
+    def images_for(self, teacher: str) -> PromptImages | None:
+        """The images of the prompt as a teacher reads it."""
+        return self.teacher_images.get(teacher, self.images)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that somebody reads."""
+        return max(map(len, (self.token_ids, *self.teacher_ids.values())))
+
+    def as_read_by(self, teacher: str) -> "Prompt":
+        """The prompt of a teacher that writes."""
+        ids, images = self.ids_for(teacher), self.images_for(teacher)
+        return replace(self, token_ids=ids, images=images)
 
 
 @dataclass(frozen=True, slots=True)

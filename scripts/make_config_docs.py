@@ -61,6 +61,7 @@ EVERYDAY = (
 TITLES = {
     "model": "Model",
     "teacher": "Teachers",
+    "privilege": "Prompts of teachers ([teacher_prompts.md](teacher_prompts.md))",
     "data": "Data",
     "rollout": "Prompts and responses",
     "ahead": "Asynchronous rollouts (`train_mopd.py` only)",
@@ -108,10 +109,22 @@ TEACHER_KEYS = {
     "itself is written to no file.",
     "allow": "List of what it may have otherwise than the student: `eos`, `template`, `rendering`; "
     "see [teachers.md](teachers.md#what-must-agree).",
+    "teacher_prompt": "What it reads in place of the student's prompt, as `--teacher_prompt`: a "
+    "column, a text, `system:TEXT` or `python:MODULE:FUNCTION`; see "
+    "[teacher_prompts.md](teacher_prompts.md).",
+    "teacher_chat_template_kwargs": "Variables of the chat template in what it reads: an object.",
+    "max_teacher_prompt_tokens": "Longest prompt of its own, in tokens. Default: "
+    "`--max_teacher_prompt_tokens`, or what the data needs.",
 }
 
 
-NO_DEFAULT = ("domains", "backend", "urls", "allow")  # none, or one that the text says
+NO_DEFAULT = (
+    "domains",
+    "backend",
+    "urls",
+    "allow",
+    "max_teacher_prompt_tokens",
+)  # none, or one that the text says
 
 
 def type_text(hint: Any) -> str:

@@ -73,14 +73,14 @@ class ServedTeacher:
     def submit(self, rollout: Rollout, payload: TeacherPayload) -> Future:
         """Asks for a response's scores, without waiting for them."""
         question = Question(
-            prompt_ids=rollout.prompt.token_ids,
+            prompt_ids=rollout.prompt.ids_for(self.name),
             response_ids=rollout.response_ids,
             payload=payload,
             support_k=min(self.cfg.support_k, self.shared_vocab) if "topk" in payload else 0,
             vocab=self.shared_vocab,
             temperature=self.cfg.loss_temperature,
             hidden_size=self.model.hidden_size,
-            images=rollout.prompt.images,
+            images=rollout.prompt.images_for(self.name),
         )
         request_id = f"{self.name}-{rollout.sample_id.replace('/', '-')}"
         return self.pool.submit(score_call(self.model, self.model.protocol, question, request_id))
@@ -157,9 +157,10 @@ def write_with_servers(
     """
     calls = []
     for prompt, seed in zip(prompts, seeds, strict=True):
+        ids = prompt.ids_for(spec.name)
         body = {
             "model": model.name,
-            "prompt": prompt.token_ids,
+            "prompt": ids,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
@@ -175,9 +176,9 @@ def write_with_servers(
             Call(
                 "/v1/completions",
                 json.dumps(body).encode(),
-                most_bytes=(1 << 16) + 64 * (len(prompt.token_ids) + max_tokens),
+                most_bytes=(1 << 16) + 64 * (len(ids) + max_tokens),
                 read=functools.partial(_read_written, most=max_tokens, vocab=vocab),
-                tokens=len(prompt.token_ids) + max_tokens,
+                tokens=len(ids) + max_tokens,
                 request_id=f"{spec.name}-writes-{prompt.prompt_id}",
             )
         )

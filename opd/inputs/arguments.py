@@ -140,6 +140,8 @@ _ENTRY = get_type_hints(TeacherSpec) | {
     "name": _Word,
     "model": _Word,
     "domains": Annotated[tuple[_Word, ...], msgspec.Meta(min_length=1)] | Literal["*"],
+    "teacher_chat_template_kwargs": str | dict[str, Any],
+    "max_teacher_prompt_tokens": Annotated[int, msgspec.Meta(ge=0)],
 }
 _FORMS = {
     "domains": "a list of names or '*'",
@@ -148,6 +150,8 @@ _FORMS = {
     "tensor_parallel_size": "a whole number",
     "urls": "a list like [http://127.0.0.1:8000]",
     "allow": "a list of eos, template, rendering",
+    "teacher_chat_template_kwargs": "an object",
+    "max_teacher_prompt_tokens": "a whole number",
 }
 
 
@@ -172,6 +176,8 @@ def _teacher_from_yaml(entry: Any, path: str, backend: LocalBackend) -> TeacherS
         raise ValueError(f"{where}: needs at least `name` and `model`; {remedy}")
     values |= {"name": str(values["name"]), "model": str(values["model"])}
     values["urls"] = tuple(map(base_url, values.get("urls", ())))
+    if isinstance(variables := values.get("teacher_chat_template_kwargs"), dict):
+        values["teacher_chat_template_kwargs"] = json.dumps(variables)
     if values["domains"] != "*":
         values["domains"] = tuple(map(str, values["domains"]))
     return TeacherSpec(**values)

@@ -1,18 +1,22 @@
 """What a row tells the chat template: messages, tools and template variables, each checked."""
 
+import dataclasses
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from opd.inputs.columns import column, json_column, without_nulls
-from opd.inputs.images import with_images
+from opd.inputs.images import MARKER, with_images
 from opd.log import cut
 
 TOOLS, KWARGS = (
     "tools",
     "chat_template_kwargs",
 )  # the columns' names in TRL, whose data sets have them
+
+
+SYSTEM_ROLES = {"system", "developer"}
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,41 @@ def _says(message: dict[str, Any]) -> bool:
     return shows or bool(text_of(message).strip())
 
 
-def _messages(where: str, row: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def user_text(chat: Chat) -> str | None:
+    """The text of its last user message, with `<image>` where an image stands; None without one."""
+    message = next((m for m in reversed(chat.messages) if m["role"] == "user"), None)
+    if message is None:
+        return None
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return parts or ""
+    return "".join(part["text"] if part["type"] == "text" else MARKER for part in parts)
+
+
+def with_user_text(where: str, chat: Chat, text: str, images_key: str = "images") -> Chat:
+    """The chat with another text in its last user message, which shows the same images.
+
+    ValueError if the text shows more or fewer: `<image>` says where, and without any they come
+    first.
+    """
+    place = max(i for i, message in enumerate(chat.messages) if message["role"] == "user")
+    old, message = chat.messages[place].get("content"), {**chat.messages[place], "content": text}
+    if isinstance(old, list):
+        count = sum(part["type"] == "image" for part in old)
+        (message,) = with_images(where, [message], count, images_key)
+    messages = [*chat.messages[:place], message, *chat.messages[place + 1 :]]
+    return dataclasses.replace(chat, messages=messages)
+
+
+def with_system_text(chat: Chat, text: str) -> Chat:
+    """The chat with this system message, in place of its own if it has one."""
+    rest = [m for m in chat.messages if m["role"] not in SYSTEM_ROLES]
+    return dataclasses.replace(chat, messages=[{"role": "system", "content": text}, *rest])
+
+
+def _messages(where: str, row: dict[str, Any], key: str, key_flag: str) -> list[dict[str, Any]]:
     """Checked chat messages; text becomes one user message."""
-    prompt = column(where, row, key, "--prompt_key")
+    prompt = column(where, row, key, key_flag)
     where = f"{where}: column `{key}`"
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -138,6 +174,7 @@ def read_chat(
     prompt_key: str,
     tokenizer,
     *,
+    key_flag: str = "--prompt_key",
     num_images: int = 0,
     images_key: str = "images",
 ) -> Chat:
@@ -150,7 +187,7 @@ def read_chat(
         raise ValueError(
             f"{where}: column `{KWARGS}`: {taken[0]} is not the row's to choose; remove it"
         )
-    messages = _messages(where, row, prompt_key)
+    messages = _messages(where, row, prompt_key, key_flag)
     if num_images or any(isinstance(m.get("content"), list) for m in messages):
         messages = with_images(where, messages, num_images, images_key)
     if not num_images:
@@ -158,9 +195,11 @@ def read_chat(
     return Chat(messages, _tools(where, row), kwargs)
 
 
-def read_plain(where: str, row: dict[str, Any], prompt_key: str) -> str:
+def read_plain(
+    where: str, row: dict[str, Any], prompt_key: str, key_flag: str = "--prompt_key"
+) -> str:
     """The prompt of a row as it is, for a tokenizer without a chat template."""
-    _messages(where, row, prompt_key)  # for what it refuses
+    _messages(where, row, prompt_key, key_flag)  # for what it refuses
     prompt = row[prompt_key]
     if not isinstance(prompt, str):
         raise ValueError(

@@ -97,7 +97,7 @@ def _check_unused(
     """No prompt and no dataset response has a token that the teacher would take for another."""
     pattern = re.compile("|".join(map(re.escape, foreign.texts))) if foreign.texts else None
     for prompt in prompts:
-        ids = [*prompt.token_ids, *(prompt.target_ids or ())]
+        ids = [*prompt.ids_for(dialect.name), *(prompt.target_ids or ())]
         found = next((token for token in ids if token in foreign.ids), None)
         token = None if found is None else repr(tokenizer.convert_ids_to_tokens(found))
         if token is None and pattern and (match := pattern.search(_spelled(ids, tokenizer))):
@@ -173,8 +173,9 @@ def _check_template(
         return
     template = ChatTemplate(theirs, prompt_set.moment)
     mine = ChatTemplate(tokenizer, prompt_set.moment)
-    for domain in sorted(domains & prompt_set.samples.keys()):
-        samples = prompt_set.samples[domain]
+    chats = prompt_set.samples_of(dialect.name)
+    for domain in sorted(domains & chats.keys()):
+        samples = chats[domain]
         for sample in samples:
             _check_rendering(dialect, template, sample)
         if "eos" not in dialect.allowed:

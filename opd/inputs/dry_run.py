@@ -5,7 +5,9 @@ import yaml
 from opd.inputs.hub import not_checked
 from opd.inputs.models import ModelFacts
 from opd.inputs.prompts import PromptSet
+from opd.inputs.teacher_prompts import own_prompts
 from opd.options import to_dict
+from opd.types import Prompt
 
 
 def _marked(token_ids: list[int], tokenizer) -> str:
@@ -19,6 +21,14 @@ def _marked(token_ids: list[int], tokenizer) -> str:
         parts.append("" if token_id is None else f"[{tokenizer.convert_ids_to_tokens(token_id)}]")
         text = []
     return "".join(parts)
+
+
+def _own(prompt: Prompt, tokenizer) -> str:
+    """What teachers read in place of the prompt."""
+    return "".join(
+        f"\n--- teacher {name} reads, {len(ids)} tokens\n{_marked(ids, tokenizer)}"
+        for name, ids in prompt.teacher_ids.items()
+    )
 
 
 def dry_run_report(
@@ -35,8 +45,13 @@ def dry_run_report(
     prompts = [
         f"--- prompt {p.prompt_id}, domain {p.domain}, {len(p.token_ids)} "
         f"tokens\n{_marked(p.token_ids, tokenizer)}<< the response starts here and ends with EOS: "
-        f"{eos} >>"
+        f"{eos} >>" + _own(p, tokenizer)
         for p in chosen
+    ]
+    made = [
+        f"teacher {own.name} reads what {own.text} makes of a prompt and its response"
+        for own in own_prompts(config).values()
+        if own.kind == "function"
     ]
     notes = not_checked()
     rows = ", ".join(
@@ -49,7 +64,7 @@ def dry_run_report(
             memory,
             *(["\n".join(["Weights that are not here yet", *notes])] if notes else []),
             "\n".join(
-                [f"Prompts: {rows}; special tokens in brackets", *prompt_set.notes, *prompts]
+                [f"Prompts: {rows}; special tokens in brackets", *prompt_set.notes, *made, *prompts]
             ),
         ]
     )

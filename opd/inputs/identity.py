@@ -13,6 +13,7 @@ import yaml
 from opd.config import is_async
 from opd.inputs.arguments import nearest, teachers_from_yaml
 from opd.inputs.content import content_hash
+from opd.inputs.teacher_prompts import own_prompts
 from opd.options import options_of, to_dict
 
 # Group -> the part of the fingerprint that its fields stand in, unless they say otherwise. Fields
@@ -26,10 +27,12 @@ def fingerprint_of(cfg, hashes: dict[str, str], data_hash: str) -> dict[str, Any
     `hashes` are those of the teachers, by name. Where no token may be stale an asynchronous run is
     the synchronous one.
     """
+    own = own_prompts(cfg)
     found = {
         "student": content_hash(cfg.model.student_model),  # its tokenizer included
         "teachers": {
             t.name: {"content": hashes[t.name], "domains": t.domains, "weight": t.share}
+            | (own[t.name].identity if t.name in own else {})
             for t in cfg.teachers
         },
         "data": data_hash,
@@ -62,7 +65,8 @@ def changeable(config) -> dict[str, bool]:
     of_data = [
         f.name for group, f, _ in options_of(config) if group == "data" and f.name not in found
     ]
-    never = ("student_model", "teacher", "teachers", "stop_token_ids", *of_data)
+    own = ("teacher_prompt", "teacher_chat_template_kwargs")
+    never = ("student_model", "teacher", "teachers", *own, "stop_token_ids", *of_data)
     never = {name: False for name in never if name != "eval_data"}
     return found | never | dict.fromkeys(BESIDE_FLAGS, True)
 

@@ -337,17 +337,29 @@ def _read(
     )
     fact = _fact_of(model, flag, path, tokenizer, config.lora if teacher is None else None)
     if vllm:
-        dtype, on_gpu = config.model.dtype, torch.cuda.is_available()
-        check_agrees(
-            flag,
-            path,
-            model.config,
-            is_student=teacher is None,
-            exact=dtype == "float32" or (dtype == "auto" and not on_gpu),
-            on_gpu=on_gpu,
-            tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-        )
+        tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        _check_agrees(config, flag, path, model.config, tokens, is_student=teacher is None)
     return fact
+
+
+def _check_agrees(
+    config, flag: str, path: str, model_config: PreTrainedConfig, tokens: int, *, is_student: bool
+) -> None:
+    dtype, on_gpu = config.model.dtype, torch.cuda.is_available()
+    exact = dtype == "float32" or (dtype == "auto" and not on_gpu)
+    check_agrees(
+        flag, path, model_config, is_student=is_student, exact=exact, on_gpu=on_gpu, tokens=tokens
+    )
+
+
+def check_long_teacher(config, spec: TeacherSpec, tokens: int) -> None:
+    """ValueError where vLLM computes otherwise than transformers with so many tokens, more than the
+    student's.
+    """
+    if spec.backend == "vllm":
+        flag = f"--teacher {spec.name}"
+        model = read_model(flag, spec.model, config.model.trust_remote_code)
+        _check_agrees(config, flag, spec.model, model.config, tokens, is_student=False)
 
 
 def check_context(model: ModelShape, config) -> None:

@@ -1,33 +1,29 @@
-"""Prompt sets: render with the chat template, route by domain, and pick the prompts of a step.
+"""Prompt sets: rows, rendered with the chat template and tokenised.
 
-`prompt_batch` is a pure function of (seed, step), and the prompts of a step do not depend on the
-number of ranks: a resumed run, or one on other hardware, sees the same data. Rows are never skipped
-in silence: a row that cannot be used is an error that names its file and line, and over-long
-prompts are counted.
+Rows are never skipped in silence: a row that cannot be used is an error that names its file and
+line, and over-long prompts are counted.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import random
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from fractions import Fraction
-from math import gcd, lcm
 from typing import Any
 
 from opd.config import DataConfig, TeacherSpec
-from opd.distributed import fold_seed
-from opd.inputs.chats import KWARGS, Chat, read_chat, read_plain
-from opd.inputs.columns import column, domain_column, text_column
+from opd.inputs.chats import KWARGS, Chat, read_chat, read_plain, user_text
+from opd.inputs.columns import domain_column, text_column
 from opd.inputs.images import BadImage, read_pictures
 from opd.inputs.rows import Place, read_rows
+from opd.inputs.targets import End, targets_of, turn_end
+from opd.inputs.teacher_prompts import OwnPrompt, OwnRows, claimants, expanded_own, read_own_rows
 from opd.inputs.template_flags import KWARGS_FLAG, SYSTEM_FLAG, read_template_flags
-from opd.inputs.templates import ChatTemplate
+from opd.inputs.templates import ChatTemplate, tokenize
 from opd.log import cut, one_line
 from opd.ops.pixels import Pixels
 from opd.pictures import Picture, PromptImages
@@ -59,6 +55,19 @@ class PromptSet:
     moment: datetime | None
     # domain -> some of its chats; nothing for a tokenizer without a chat template
     samples: dict[str, tuple[RenderedChat, ...]]
+    # teacher with prompts of its own -> the same of those
+    own_samples: dict[str, dict[str, tuple[RenderedChat, ...]]]
+    # of every prompt, where a function of the user makes another one of it
+    chats: tuple[Chat, ...]
+
+    def samples_of(self, teacher: str) -> dict[str, tuple[RenderedChat, ...]]:
+        """Some of the chats that a teacher reads, by domain."""
+        return self.samples | self.own_samples.get(teacher, {})
+
+    def longest_of(self, teacher: str) -> int:
+        """Tokens of the longest prompt that the teacher alone reads; 0 without any."""
+        own = (prompt.teacher_ids.get(teacher, ()) for prompt in self.prompts)
+        return max(map(len, own), default=0)
 
     @property
     def summary(self) -> str:
@@ -79,71 +88,6 @@ class PromptSet:
         for prompt in self.prompts:
             ids[prompt.domain].append(prompt.prompt_id)
         return ids
-
-
-def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
-    """Token ids with special tokens exactly once: a template writes its own, plain text
-    gets a BOS.
-    """
-    if tokenizer.chat_template is not None:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    token_ids = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
-        ends_itself = eos is not None and text.endswith(eos)
-        token_ids.append(
-            ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not ends_itself else ids
-        )
-    return token_ids
-
-
-@dataclass(frozen=True)
-class _End:
-    """How an answer ends."""
-
-    token_id: int  # what is put behind a response that has no end
-    eos_ids: frozenset[int]  # what the sampler stops at
-
-
-def _turn_end(
-    tokenizer, eos_ids: Sequence[int], template: ChatTemplate | None, chats: list[Chat]
-) -> _End:
-    """The template's end of turn if the sampler stops there, else the tokenizer's EOS, else the
-    first of `eos_ids`.
-    """
-    own = tokenizer.eos_token_id
-    eos_ids = tuple(eos_ids) or (() if own is None else (own,))
-    if not eos_ids:
-        raise ValueError(
-            "--student_model: the tokenizer has no EOS token to end the dataset responses with"
-        )
-    found = template.end_of_turn(chats[0], eos_ids) if template else None
-    if found is None:
-        found = own if own in eos_ids else eos_ids[0]
-    return _End(found, frozenset(eos_ids))
-
-
-def _targets(where: str, row: dict[str, Any], key: str, tokenizer, end: _End) -> list[int]:
-    """The dataset response as the student would have sampled it: its tokens, then the end of the
-    turn, once.
-    """
-    response = column(where, row, key, "--response_key")
-    if not isinstance(response, str) or not response.strip():
-        raise ValueError(
-            f"{where}: column `{key}` must be the text of a response, got {cut(response)}"
-        )
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    ended = (
-        tokenizer(response.rstrip(), add_special_tokens=False)["input_ids"]
-        if response[-1].isspace()
-        else ids
-    )
-    if not ended or ended[-1] not in end.eos_ids:
-        return [*ids, end.token_id]
-    while len(ended) > 1 and ended[-2] in end.eos_ids:  # nothing is sampled after the first
-        ended.pop()
-    return ended
 
 
 def _domains(
@@ -292,6 +236,9 @@ def load_prompts(
     moment: datetime | None = None,
     pixels: Pixels | None = None,
     placeholder_ids: Collection[int] = (),
+    own_prompts: Collection[OwnPrompt] = (),
+    teachers: Sequence[TeacherSpec] = (),
+    is_held_out: bool = False,
 ) -> PromptSet:
     """Reads and renders the prompts of `paths`.
 
@@ -299,65 +246,163 @@ def load_prompts(
     row has the column `cfg.domain_key`: for a run whose only teacher takes every domain. `eos_ids`
     end the student's responses, by default the tokenizer's EOS does. `moment` is the time that a
     chat template writes, by default now. `pixels` is the processor of a student that sees, and
-    `placeholder_ids` the tokens that stand for images and the like. Any row that cannot be used is
-    a ValueError.
+    `placeholder_ids` the tokens that stand for images and the like. `own_prompts` are those that
+    some of the `teachers` read in place of the student's. Any row that cannot be used is a
+    ValueError.
     """
     sees = pixels is not None
     read = _read_prompts(paths, flag, tokenizer, cfg, default_domain, moment, sees)
-    end = _turn_end(tokenizer, eos_ids, read.template, read.chats) if need_response else None
-    prompts: dict[int, Prompt] = {}  # by row
-    overlong: Counter[str] = Counter()
-    all_ids = _tokenize(read.texts, tokenizer)
-    for row_number, ((where, row), domain, token_ids) in enumerate(
-        zip(read.rows, read.domains, all_ids, strict=True)
-    ):
-        if not token_ids:
+    end = turn_end(tokenizer, eos_ids, read.template, read.chats) if need_response else None
+    of_teacher = functools.partial(_of_teacher, read, cfg, tokenizer, teachers, is_held_out)
+    theirs = {own.name: of_teacher(own) for own in own_prompts}
+    rest = _Rest(cfg, tokenizer, need_answer, end, max_response_tokens, pixels, placeholder_ids)
+    prompts, overlong = _prompts(read, theirs, rest)
+    found = _prompt_set(prompts, overlong, flag, cfg, read, _open_end(tokenizer, eos_ids, read))
+    return _with_own_prompts(found, prompts, read, theirs)
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What else decides what becomes of rows; as `load_prompts` says."""
+
+    cfg: DataConfig
+    tokenizer: Any
+    need_answer: bool
+    end: End | None
+    max_response_tokens: int | None
+    pixels: Pixels | None
+    placeholder_ids: Collection[int]
+
+
+def _prompts(
+    read: _Read, theirs: dict[str, OwnRows], rest: _Rest
+) -> tuple[dict[int, Prompt], Counter[str]]:
+    """(prompts by row, domain -> rows that are too long)."""
+    prompts, overlong, cfg = {}, Counter(), rest.cfg
+    for i, student_ids in enumerate(tokenize(read.texts, rest.tokenizer)):
+        (where, row), domain = read.rows[i], read.domains[i]
+        if not student_ids:
             raise ValueError(
                 f"{where}: column `{cfg.prompt_key}`: the prompt is empty after tokenisation"
             )
         # read of every row, dropped or not: a row that cannot be used is an error
-        answer = text_column(where, row, cfg.answer_key, "--answer_key", is_needed=need_answer)
-        target_ids = _targets(where, row, cfg.response_key, tokenizer, end) if end else None
-        if set(placeholder_ids) & {*(target_ids or ())}:
-            raise ValueError(
-                f"{where}: column `{cfg.response_key}`: a response shows no image; remove the "
-                "placeholder"
-            )
+        answer = text_column(where, row, cfg.answer_key, "--answer_key", is_needed=rest.need_answer)
+        target_ids = _target_ids(where, row, rest)
+        show = functools.partial(_images, pictures=read.pictures[i], pixels=rest.pixels)
         try:
-            images = _images(where, read, row_number, token_ids, pixels)
+            images = show(where, read.texts[i], student_ids)
         except BadImage:
             if cfg.bad_images == "error":
                 raise
             read.bad_images[domain] += 1
             continue
-        if images is not None:
-            token_ids = pixels.expanded(images.text, images.pictures)
-        elif set(placeholder_ids) & {*token_ids}:
-            raise ValueError(
-                f"{where}: column `{cfg.prompt_key}`: the placeholder of an image, and column "
-                f"`{cfg.images_key}` has none; remove it from the text"
-            )
+        token_ids = _expanded(where, student_ids, images, rest)
         if len(token_ids) > cfg.max_prompt_tokens:
             overlong[domain] += 1
             if cfg.overlong_prompts == "drop" or images is not None:
                 continue
-        prompts[row_number] = Prompt(
+        own_ids, own_images = expanded_own(
+            where, i, student_ids, theirs, show=show, pixels=rest.pixels, never=rest.placeholder_ids
+        )
+        prompts[i] = Prompt(
             prompt_id=len(prompts),
             domain=domain,
             token_ids=token_ids[-cfg.max_prompt_tokens :],
-            target_ids=target_ids and target_ids[:max_response_tokens],
+            target_ids=target_ids,
             answer=answer,
             images=images,
+            text=(read.chats and user_text(read.chats[i])) or read.texts[i],
+            teacher_ids=own_ids,
+            teacher_images=own_images,
         )
-    open_end = _open_end(tokenizer, eos_ids, read)
-    return _prompt_set(prompts, overlong, flag, cfg, read, open_end)
+    return prompts, overlong
+
+
+def _target_ids(where: str, row: dict[str, Any], rest: _Rest) -> list[int] | None:
+    """The dataset response of a row, where one is needed."""
+    key = rest.cfg.response_key
+    if rest.end is None:
+        return None
+    target_ids = targets_of(where, row, key, rest.tokenizer, rest.end)
+    if set(rest.placeholder_ids) & {*target_ids}:
+        raise ValueError(
+            f"{where}: column `{key}`: a response shows no image; remove the placeholder"
+        )
+    return target_ids[: rest.max_response_tokens]
+
+
+def _expanded(
+    where: str, student_ids: list[int], images: PromptImages | None, rest: _Rest
+) -> list[int]:
+    """The prompt of a row with a token for every embedding of its images."""
+    if images is not None:
+        return rest.pixels.expanded(images.text, images.pictures)
+    if set(rest.placeholder_ids) & {*student_ids}:
+        raise ValueError(
+            f"{where}: column `{rest.cfg.prompt_key}`: the placeholder of an image, and column "
+            f"`{rest.cfg.images_key}` has none; remove it from the text"
+        )
+    return student_ids
+
+
+def _of_teacher(
+    read: _Read,
+    cfg: DataConfig,
+    tokenizer,
+    teachers: Sequence[TeacherSpec],
+    is_held_out: bool,
+    own: OwnPrompt,
+) -> OwnRows:
+    """What a teacher reads of the rows of its domains."""
+    flags = read_template_flags(cfg)
+    takes = {d: own.name in {t.name for t in claimants(teachers, d)} for d in set(read.domains)}
+    rows = {
+        i: (where, row, read.chats[i] if read.template else read.texts[i])
+        for i, (where, row) in enumerate(read.rows)
+        if takes[read.domains[i]]
+    }
+
+    def read_column(i: int) -> Chat:
+        shows = {"num_images": len(read.pictures[i]), "images_key": cfg.images_key}
+        found = read_chat(*read.rows[i], own.text, tokenizer, key_flag=own.flag, **shows)
+        return flags.completed(found, read.domains[i])
+
+    return read_own_rows(
+        own, rows, cfg, tokenizer, read.template, read_column, is_held_out=is_held_out
+    )
+
+
+def _with_own_prompts(
+    found: PromptSet, kept: Iterable[int], read: _Read, theirs: dict[str, OwnRows]
+) -> PromptSet:
+    """With what is known of the prompts that teachers alone read."""
+    samples, notes = {}, []
+    for name, own in theirs.items():
+        chats, texts = list(read.chats), list(read.texts)
+        for i, text in own.texts.items():
+            texts[i] = text
+            if read.template:
+                chats[i] = own.chats[i]
+        changed = dataclasses.replace(read, chats=chats, texts=texts, variables=own.own.variables)
+        samples[name] = changed.samples(i for i in kept if i in own.texts)
+        notes += own.notes
+    is_made = any(own.own.kind == "function" for own in theirs.values())
+    return dataclasses.replace(
+        found,
+        notes=(*found.notes, *notes),
+        own_samples=samples,
+        chats=tuple(read.chats[i] for i in kept) if is_made and read.template else (),
+    )
 
 
 def _images(
-    where: str, read: _Read, row: int, unexpanded_ids: list[int], pixels: Pixels | None
+    where: str,
+    text: str,
+    unexpanded_ids: list[int],
+    pictures: tuple[Picture, ...],
+    pixels: Pixels | None,
 ) -> PromptImages | None:
     """The images of a row; BadImage if the processor refuses them."""
-    text, pictures = read.texts[row], read.pictures[row]
     if not pictures:
         return None
     try:
@@ -409,6 +454,8 @@ def _prompt_set(
         notes=(*read.notes, *notes),
         moment=read.template.moment if read.template else None,
         samples=read.samples(prompts),
+        own_samples={},
+        chats=(),
     )
 
 
@@ -418,140 +465,7 @@ def _content_hash(prompts: list[Prompt]) -> str:
         content = [prompt.token_ids, prompt.domain, prompt.answer, prompt.target_ids]
         if prompt.images is not None:
             content.append([picture.digest for picture in prompt.images.pictures])
+        if prompt.teacher_ids:
+            content.append(prompt.teacher_ids)
         digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=64)
-def _permutation(seed: int, name: str, epoch: int, size: int) -> list[int]:
-    order = list(range(size))
-    random.Random(fold_seed(seed, "epoch", name, epoch)).shuffle(order)
-    return order
-
-
-def _walk(ids: Sequence[int], start: int, stop: int, seed: int, name: str) -> list[int]:
-    """Items [start, stop) of the endless walk over `ids` that shuffles them anew in every epoch."""
-    size = len(ids)
-    return [ids[_permutation(seed, name, i // size, size)[i % size]] for i in range(start, stop)]
-
-
-def _integer_weights(prompt_set: PromptSet, domain_weights: dict[str, float]) -> tuple[int, ...]:
-    """Weights of `prompt_set.domains` as the smallest integers, so that shares are exact over any
-    number of steps.
-    """
-    if set(domain_weights) != set(prompt_set.domains):
-        given, known = ", ".join(domain_weights), ", ".join(prompt_set.domains)
-        raise ValueError(
-            f"--domain_weights: given for {given}; the data needs exactly one for each of {known}"
-        )
-    fractions = [Fraction(str(domain_weights[domain])) for domain in prompt_set.domains]
-    if not any(fractions):
-        raise ValueError("--domain_weights: at least one weight must be above 0")
-    scaled = [int(f * lcm(*(f.denominator for f in fractions))) for f in fractions]
-    return tuple(weight // gcd(*scaled) for weight in scaled)
-
-
-@functools.lru_cache(maxsize=4)
-def _cumulative_counts(weights: tuple[int, ...], prompts_per_step: int) -> list[tuple[int, ...]]:
-    """Memo of `_counts_before`: entry s holds the prompts of each domain in the first s steps."""
-    return [(0,) * len(weights)]
-
-
-def _counts_before(step: int, weights: tuple[int, ...], prompts_per_step: int) -> tuple[int, ...]:
-    """Prompts of each domain in the first `step` steps: always within 1 of the exact share, and
-    never decreasing.
-
-    Rounding each total on its own would let a count fall from one step to the next. Instead the
-    n-th prompt of a domain with share w is a unit job that may not start before (n - 1) / w prompts
-    and must be done by n / w prompts; taking the earliest deadlines first meets all of them (unit
-    jobs on identical machines).
-    """
-    memo, total_weight = _cumulative_counts(weights, prompts_per_step), sum(weights)
-    while len(memo) <= step:
-        total = len(memo) * prompts_per_step
-        counts = [max(c, total * w // total_weight) for c, w in zip(memo[-1], weights, strict=True)]
-        waiting = [d for d, w in enumerate(weights) if counts[d] * total_weight < total * w]
-        waiting.sort(key=lambda d: Fraction(counts[d] + 1, weights[d]))
-        for d in waiting[: total - sum(counts)]:
-            counts[d] += 1
-        assert sum(counts) == total, (counts, total)
-        memo.append(tuple(counts))
-    return memo[step]
-
-
-def prompt_batch(
-    prompt_set: PromptSet,
-    step: int,
-    *,
-    seed: int,
-    prompts_per_step: int,
-    domain_weights: dict[str, float],
-    rank: int,
-    world_size: int,
-) -> list[Prompt]:
-    """This rank's prompts of a step: items rank, rank + world_size, ... of a global batch that
-    knows no ranks.
-
-    Without weights the rows are walked in epochs, each shuffled, none dropped or repeated inside an
-    epoch. With weights every domain is walked that way on its own, and after any number of steps
-    its count is within 1 of its share.
-    """
-    if prompts_per_step % world_size:
-        raise ValueError(
-            f"--prompts_per_step {prompts_per_step}: must be a multiple of the {world_size} ranks"
-        )
-    if domain_weights:
-        weights = _integer_weights(prompt_set, domain_weights)
-        before, after = (_counts_before(s, weights, prompts_per_step) for s in (step, step + 1))
-        ids = [
-            prompt_id
-            for domain, start, stop in zip(prompt_set.domains, before, after, strict=True)
-            for prompt_id in _walk(prompt_set.ids_by_domain[domain], start, stop, seed, domain)
-        ]
-        random.Random(fold_seed(seed, "mix", step)).shuffle(ids)
-    else:
-        start = step * prompts_per_step
-        ids = _walk(range(len(prompt_set.prompts)), start, start + prompts_per_step, seed, "")
-    return [prompt_set.prompts[i] for i in ids[rank::world_size]]
-
-
-def routes(
-    teachers: tuple[TeacherSpec, ...], prompt_sets: Sequence[PromptSet]
-) -> dict[str, tuple[tuple[str, float], ...]]:
-    """Domain -> ((teacher, weight), ...), weights summing to 1: the teachers that name it, else the
-    "*" teacher.
-
-    A domain without a teacher and a teacher without a domain are ValueErrors: neither is dropped,
-    nor averaged over. A teacher of weight 0 has no part in its domains.
-    """
-    counts = sum((Counter(prompt_set.counts) for prompt_set in prompt_sets), Counter())
-    in_data = "the data has " + ", ".join(
-        f"{domain} ({n} rows)" for domain, n in sorted(counts.items())
-    )
-    table: dict[str, tuple[tuple[str, float], ...]] = {}
-    for domain in sorted(counts):
-        named = [t for t in teachers if t.domains != "*" and domain in t.domains]
-        chosen = [t for t in named or [t for t in teachers if t.domains == "*"] if t.share > 0]
-        table[domain] = tuple((t.name, t.share / sum(c.share for c in chosen)) for t in chosen)
-    orphans = [
-        f"{domain} ({counts[domain]} rows)" for domain, chosen in table.items() if not chosen
-    ]
-    if orphans:
-        claims = ", ".join(f"{t.name}: {', '.join(t.domains)}" for t in teachers)
-        raise ValueError(
-            f"--teacher: no teacher for the domains {', '.join(orphans)}; the teachers take "
-            f"{claims}"
-        )
-    used = {name for chosen in table.values() for name, _ in chosen}
-    for teacher in teachers:
-        absent = [d for d in teacher.domains if d not in counts] if teacher.domains != "*" else []
-        if absent:
-            raise ValueError(
-                f"--teacher {teacher.name}: no row has the domain {', '.join(absent)}; {in_data}"
-            )
-        if teacher.name not in used:
-            raise ValueError(
-                f"--teacher {teacher.name}: never used, the others take every domain, or its "
-                f"weight is 0; {in_data}"
-            )
-    return table

@@ -6,14 +6,12 @@ equal rewards teaches nothing.
 """
 
 import functools
-import importlib
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 
+from opd.inputs.functions import import_function
 from opd.types import Prompt
 
 Reward = Callable[[Prompt, str], float]
@@ -69,19 +67,7 @@ def _import(name: str) -> Reward:
         raise ValueError(
             f"--reward_fn {name}: neither one of {', '.join(BUILT_IN)} nor module:function"
         )
-    # a script's own directory is on the path, the directory it is started from is not
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may fail in any way
-        raise ValueError(
-            f"--reward_fn {name}: cannot import {module_name}: {' '.join(str(error).split())}"
-        ) from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"--reward_fn {name}: {module_name} has no function {function_name}")
-    return function
+    return import_function(f"--reward_fn {name}", name)
 
 
 def load_reward(name: str) -> Reward:

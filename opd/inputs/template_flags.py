@@ -5,16 +5,15 @@ or for those of a domain.
 import dataclasses
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opd.config import DataConfig
-from opd.inputs.chats import KWARGS, Chat, taken_names
+from opd.inputs.chats import KWARGS, SYSTEM_ROLES, Chat, taken_names
 from opd.log import cut, one_line
 
 KWARGS_FLAG, SYSTEM_FLAG = f"--{KWARGS}", "--system_prompt"
-_SYSTEM_ROLES = {"system", "developer"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class TemplateFlags:
         """A row's chat with what the flags add. What the row says itself stays."""
         kwargs = {**self.kwargs.get(None, {}), **self.kwargs.get(domain, {}), **chat.kwargs}
         system, messages = self.system_of(domain), chat.messages
-        if system and not any(message["role"] in _SYSTEM_ROLES for message in messages):
+        if system and not any(message["role"] in SYSTEM_ROLES for message in messages):
             messages = [{"role": "system", "content": system}, *messages]
         return dataclasses.replace(chat, messages=messages, kwargs=kwargs)
 
@@ -75,34 +74,47 @@ class TemplateFlags:
 
 def read_template_flags(cfg: DataConfig) -> TemplateFlags:
     """ValueError for what is no object or no text, and for what is given twice."""
-    kwargs: dict[str | None, dict[str, Any]] = {}
-    for value in cfg.chat_template_kwargs:
-        is_all = "=" not in value or value.lstrip()[:1] in ("{", "[")
-        domain, text = (None, value) if is_all else _of_domain(value)
-        _add(kwargs, domain, _object(value, text), KWARGS_FLAG)
+    kwargs = objects_by_name(cfg.chat_template_kwargs, KWARGS_FLAG, "domain")
     system: dict[str | None, str] = {}
     for value in cfg.system_prompt:
         is_named = re.match(r"[^\s=]*=", value)
-        domain, text = _of_domain(value) if is_named else (None, value)
+        domain, text = split_name(value) if is_named else (None, value)
         if domain is None and not text.strip():
             raise ValueError(f"{SYSTEM_FLAG}: the text is empty; write one, or remove the flag")
-        _add(system, domain, text, SYSTEM_FLAG)
+        add_once(system, domain, text, SYSTEM_FLAG, "domain")
     return TemplateFlags(kwargs, system)
 
 
-def _of_domain(value: str) -> tuple[str | None, str]:
-    domain, _, text = value.partition("=")
-    return domain or None, text
+def objects_by_name(
+    values: Sequence[str], flag: str, whose: str
+) -> dict[str | None, dict[str, Any]]:
+    """JSON objects, `NAME={...}` or `{...}` for all, None; `whose` says whose names they are."""
+    found: dict[str | None, dict[str, Any]] = {}
+    for value in values:
+        is_all = "=" not in value or value.lstrip()[:1] in ("{", "[")
+        name, text = (None, value) if is_all else split_name(value)
+        add_once(found, name, json_object(flag, value, text, whose.upper()), flag, whose)
+    return found
 
 
-def _add(by_domain: dict[str | None, Any], domain: str | None, value: Any, flag: str) -> None:
-    if domain in by_domain:
-        whose = "every domain" if domain is None else f"the domain {domain}"
-        raise ValueError(f"{flag}: given twice for {whose}; quote a text of several words")
-    by_domain[domain] = value
+def split_name(value: str) -> tuple[str | None, str]:
+    """NAME=TEXT in two; None for an empty name, which is everybody's."""
+    name, _, text = value.partition("=")
+    return name or None, text
 
 
-def _object(value: str, text: str) -> dict[str, Any]:
+def add_once(
+    by_name: dict[str | None, Any], name: str | None, value: Any, flag: str, whose: str
+) -> None:
+    """ValueError for a name that is there already."""
+    if name in by_name:
+        of = f"every {whose}" if name is None else f"the {whose} {name}"
+        raise ValueError(f"{flag}: given twice for {of}; quote a text of several words")
+    by_name[name] = value
+
+
+def json_object(flag: str, value: str, text: str, name: str) -> dict[str, Any]:
+    """The object that `text` says, of the flag's `value`; ValueError for anything else."""
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -112,6 +124,6 @@ def _object(value: str, text: str) -> dict[str, Any]:
             return parsed
         reason = "not a JSON object"
     raise ValueError(
-        f"{KWARGS_FLAG} {cut(value)}: {reason}; write "
-        """'{"enable_thinking": false}', or 'DOMAIN={...}'"""
+        f"{flag} {cut(value)}: {reason}; write "
+        f"""'{{"enable_thinking": false}}', or '{name}={{...}}'"""
     )

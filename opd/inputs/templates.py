@@ -113,6 +113,23 @@ def _time_limit():
         signal.signal(signal.SIGVTALRM, before)
 
 
+def tokenize(texts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids with special tokens exactly once: a template writes its own, plain text
+    gets a BOS.
+    """
+    if tokenizer.chat_template is not None:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    token_ids = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        ends_itself = eos is not None and text.endswith(eos)
+        token_ids.append(
+            ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not ends_itself else ids
+        )
+    return token_ids
+
+
 def added_tokens(tokenizer) -> dict[str, int]:
     """The tokens beside its vocabulary proper, and their ids; mistral-common does not tell them."""
     return getattr(tokenizer, "get_added_vocab", dict)()
@@ -176,6 +193,23 @@ class ChatTemplate:
         added = set(added_tokens(self.tokenizer).values())
         firsts = (ids[0] for ids in self._behind_answer(chat, [*chat.messages, _ANSWER]) if ids)
         return next((token_id for token_id in firsts if token_id in added), None)
+
+    def opening(self, chat: Chat) -> str | None:
+        """What the template writes behind `chat` to begin an answer; None where that is not told.
+
+        A model that has read it writes the first token of its answer.
+        """
+        for form in _forms(chat.messages):
+            try:
+                whole, rest = (
+                    self._apply(Chat(form, chat.tools, chat.kwargs), add_generation_prompt=answers)
+                    for answers in (True, False)
+                )
+            except _Refused:
+                continue
+            if whole.startswith(rest):
+                return whole.removeprefix(rest)
+        return None
 
     def _behind_answer(self, chat: Chat, messages: list[dict[str, Any]]) -> Iterator[list[int]]:
         """The tokens behind the answer in `messages`, in every form that the template takes."""

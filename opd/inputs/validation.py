@@ -20,6 +20,7 @@ from opd.config import LossConfig, RolloutConfig, is_async
 from opd.inputs.arguments import pairs, trackers_of
 from opd.inputs.identity import allowed_changes
 from opd.inputs.lora_rules import validate_lora
+from opd.inputs.teacher_prompts import own_prompts
 from opd.inputs.teacher_rules import validate_teachers
 from opd.inputs.template_flags import read_template_flags
 from opd.options import options_of
@@ -37,6 +38,7 @@ def validate_common(config) -> None:
     validate_teachers(config.teachers, config.teacher)
     check_bounds(config)
     validate_lora(config)
+    own_prompts(config)
     pairs("domain_weights", config.data.domain_weights)
     read_template_flags(config.data)
     allowed_changes(config)

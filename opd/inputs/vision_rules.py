@@ -57,6 +57,7 @@ def check_images(
     _check_joined("--student_model", config.model.student_model, pixels, seen)
     for spec in config.teachers:
         own = [p for p in prompts if p.images and spec.name in dict(routes[p.domain])]
+        own = [prompt.as_read_by(spec.name) for prompt in own]
         if not own:
             continue
         flag = f"--teacher {spec.name}"

@@ -23,6 +23,7 @@ from opd.hub_names import as_named
 from opd.inputs.arguments import OneLineParser, given, parse
 from opd.inputs.hub import find_models, with_models
 from opd.inputs.models import check_context
+from opd.inputs.teacher_prompts import with_bounds
 from opd.options import groups_of
 from opd.plan.apply import apply
 from opd.plan.job import PCIE_GB_S, Machine, free_host_memory, machine_here, make_job, read_shapes
@@ -107,7 +108,7 @@ def plan_command(argv: list[str] | None = None) -> int:
     """Exit status 0 if the run fits, 1 if it does not, 2 for a mistake."""
     try:
         args, cfg = plan_arguments(sys.argv[1:] if argv is None else argv)
-        cfg = with_models(cfg, find_models(cfg))
+        cfg = with_bounds(with_models(cfg, find_models(cfg)), {})
         student, teachers = read_shapes(cfg)
         for model in (student, *teachers.values()):
             check_context(model, cfg)

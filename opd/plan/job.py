@@ -13,6 +13,7 @@ import torch
 from opd.config import GIB, TeacherSpec, is_async
 from opd.inputs.lora_rules import samples_with_adapter
 from opd.inputs.shapes import ModelShape, check_tensor_parallel, read_model, shape_of
+from opd.inputs.teacher_prompts import longest_prompt
 from opd.inputs.validation import load_ds_config
 from opd.lora_config import LoraConfig
 from opd.plan.sharding import Shard, ZeroSettings, zero_shard
@@ -80,6 +81,10 @@ class Job:
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens
+
+    def longest_of(self, name: str) -> int:
+        """Tokens of the longest sequence of a teacher, which may have longer prompts of its own."""
+        return longest_prompt(self.cfg, self.spec(name)) + self.cfg.rollout.max_response_tokens
 
     @property
     def sequences(self) -> int:

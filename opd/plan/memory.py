@@ -242,25 +242,28 @@ def _step_temporaries(job: Job) -> int:
 # ---- The rollout engine --------------------------------------------------------------------------
 
 
-def one_sequence(job: Job, shape: ModelShape, gpus: int, in_flight: int, block: int = BLOCK) -> int:
-    """Bytes of the KV cache on each of `gpus` GPUs for one sequence of full length: with less vLLM
-    refuses to start. `in_flight` tokens are computed at once.
+def one_sequence(
+    job: Job, shape: ModelShape, gpus: int, in_flight: int, block: int = BLOCK, *, length: int
+) -> int:
+    """Bytes of the KV cache on each of `gpus` GPUs for one sequence of `length` tokens: with less
+    vLLM refuses to start. `in_flight` tokens are computed at once.
     """
     return one_sequence_bytes(
-        shape.cached, job.longest, width=job.width, gpus=gpus, in_flight=in_flight, block=block
+        shape.cached, length, width=job.width, gpus=gpus, in_flight=in_flight, block=block
     )
 
 
 def sampler_cache(job: Job) -> tuple[int, int]:
     """(least, wanted) bytes of the rollout engine's KV cache on one GPU."""
-    return _writer_cache(job, job.student, job.cfg.rollout.rollout_tensor_parallel_size)
+    gpus = job.cfg.rollout.rollout_tensor_parallel_size
+    return _writer_cache(job, job.student, gpus, job.longest)
 
 
-def _writer_cache(job: Job, shape: ModelShape, gpus: int) -> tuple[int, int]:
+def _writer_cache(job: Job, shape: ModelShape, gpus: int, length: int) -> tuple[int, int]:
     """Wanted is room for all that an engine writes at once."""
     tokens, sequences = job.engine_limits
     # it schedules a batch while another is computed
-    least = one_sequence(job, shape, gpus, 2 * tokens)
+    least = one_sequence(job, shape, gpus, 2 * tokens, length=length)
     return least, min(job.sequences, sequences) * least
 
 
@@ -269,7 +272,7 @@ def teacher_writes(job: Job, name: str, usable: int) -> tuple[int, bool]:
     child that has the device alone: for the report, and for `--seq_kd`.
     """
     shape = job.teachers[name]
-    least, wanted = _writer_cache(job, shape, 1)
+    least, wanted = _writer_cache(job, shape, 1, job.longest_of(name))
     room = usable - engine_weights(job, shape, with_head=True) - _writing(job, shape)
     return max(least, min(wanted, room)), room >= least
 
@@ -278,9 +281,9 @@ def teacher_cache(job: Job, name: str, gpus: int) -> tuple[int, int]:
     """(least, wanted) bytes of a vllm teacher's KV cache on each of `gpus` GPUs; wanted are the
     tokens of one forward.
     """
-    shape, tokens = job.teachers[name], job.engine_limits[0]
-    least = one_sequence(job, shape, gpus, 2 * tokens)
-    forward = min(tokens, job.sequences * job.longest)
+    shape, tokens, length = job.teachers[name], job.engine_limits[0], job.longest_of(name)
+    least = one_sequence(job, shape, gpus, 2 * tokens, length=length)
+    forward = min(tokens, job.sequences * length)
     return least, max(least, forward * token_bytes(shape.cached, width=job.width, gpus=gpus))
 
 
@@ -414,8 +417,12 @@ def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
             yield _on_device(label, size, phases, 0 if keeps_copy else moved)
         if keeps_copy and name in sleepers:
             yield _host(job, f"teacher {name}, pinned copy", weights, PHASES, moved)
-    read = min(job.engine_limits[0], job.sequences * job.longest)
-    work = max((_forward(shape, job.width, read) for shape in job.teachers.values()), default=0)
+    tokens = {
+        name: min(job.engine_limits[0], job.sequences * job.longest_of(name))
+        for name in job.teachers
+    }
+    forwards = (_forward(job.teachers[name], job.width, n) for name, n in tokens.items())
+    work = max(forwards, default=0)
     yield _on_device("teachers, working memory (estimate)", work, ("score",))
     heads = [shape.head_parameters * job.width for shape in job.teachers.values()]
     support = support_of(job.cfg.loss) if choices.support == "auto" else choices.support

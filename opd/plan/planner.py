@@ -131,16 +131,17 @@ def as_configured(job: Job) -> Choices:
     return _with_least_caches(job, choices)
 
 
-def engines_with_cache(job: Job) -> Iterator[tuple[str, ModelShape, int]]:
-    """(flag of the cache, model, GPUs that share it) of the sampler and the teachers that vLLM
-    runs for this run, rollout servers that it starts included.
+def engines_with_cache(job: Job) -> Iterator[tuple[str, ModelShape, int, int]]:
+    """(flag of the cache, model, GPUs that share it, tokens of its longest sequence) of the sampler
+    and the teachers that vLLM runs for this run, rollout servers that it starts included.
     """
     if not job.is_async or job.cfg.ahead.rollout_servers == ["auto"]:
         sharing = job.cfg.rollout.rollout_tensor_parallel_size
-        yield "--rollout_kv_cache_gib", job.student, sharing
+        yield "--rollout_kv_cache_gib", job.student, sharing, job.longest
     for name, shape in job.teachers.items():
         if job.spec(name).backend == "vllm":
-            yield "--teacher_kv_cache_gib", shape, job.spec(name).tensor_parallel_size
+            sharing = job.spec(name).tensor_parallel_size
+            yield "--teacher_kv_cache_gib", shape, sharing, job.longest_of(name)
 
 
 def check_caches(job: Job) -> None:
@@ -150,12 +151,12 @@ def check_caches(job: Job) -> None:
     says so.
     """
     of_teachers = job.cfg.teacher.teacher_kv_cache_gib
-    for flag, shape, gpus in engines_with_cache(job):
+    for flag, shape, gpus, length in engines_with_cache(job):
         size = job.cfg.rollout.rollout_kv_cache_gib if "rollout" in flag else of_teachers
-        least = one_sequence(job, shape, gpus, FEWEST_AT_ONCE, SMALL_BLOCK)
+        least = one_sequence(job, shape, gpus, FEWEST_AT_ONCE, SMALL_BLOCK, length=length)
         if size != "auto" and not shape.keeps_states and int(size * GIB) < least:
             raise ValueError(
-                f"{flag} {size:g}: one sequence of {job.longest} tokens takes "
+                f"{flag} {size:g}: one sequence of {length} tokens takes "
                 f"{math.ceil(1000 * least / GIB) / 1000:g} GiB of {shape.flag} {shape.path}; give "
                 "as much, or auto"
             )

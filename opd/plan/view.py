@@ -74,7 +74,7 @@ def verdict(plan: Plan) -> str:
     if machine.is_gpu:
         peak += f", host {host / GIB:.1f} of {machine.host_bytes / GIB:.1f} GiB"
         peak += f"; {plan.transfer_seconds:.1f} s a step on the PCIe bus"
-    for _, shape, _ in engines_with_cache(plan.job):
+    for _, shape, *_ in engines_with_cache(plan.job):
         if shape.keeps_states:
             peak += f"; not counted: states of {shape.flag} {shape.path}, which only vLLM knows"
     if plan.fits:

@@ -198,7 +198,7 @@ def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFE
         tensor_parallel_size=spec.tensor_parallel_size,
         residency=run.cfg.teacher.teacher_residency,
         images_per_prompt=run.images_per_prompt(run.facts.teachers[spec.name]),
-        **run.engine_options,
+        **run.engine_options | {"max_model_len": run.length_for(spec)},
     )
 
 

@@ -15,11 +15,12 @@ from opd.clients.served_checks import api_key_of, limits_of
 from opd.clients.served_model import ServedModel
 from opd.clients.served_teacher import write_with_servers
 from opd.distributed import resolve_dtype
-from opd.inputs import prompts
+from opd.inputs import order
 from opd.inputs.arguments import pairs
 from opd.inputs.lora_rules import samples_with_adapter
 from opd.inputs.models import ModelFact, ModelFacts
 from opd.inputs.prompts import PromptSet
+from opd.inputs.teacher_prompts import Feedback, load_feedback, longest_prompt, own_prompts
 from opd.inputs.vision_rules import sample_of
 from opd.mismatch import corrects
 from opd.ops.lora import LoraLayout
@@ -78,6 +79,16 @@ class Inputs:
                     found[domain] = own | found.get(domain, {})
         return found
 
+    @functools.cached_property
+    def feedback(self) -> dict[str, Feedback]:
+        """Teacher -> the function that makes its prompts after the rollout."""
+        own = own_prompts(self.cfg)
+        return {name: load_feedback(it) for name, it in own.items() if it.kind == "function"}
+
+    def length_for(self, spec: config.TeacherSpec) -> int:
+        """Tokens of the longest sequence that a teacher reads or writes."""
+        return longest_prompt(self.cfg, spec) + self.cfg.rollout.max_response_tokens
+
     @property
     def sampler_adapter(self) -> LoraLayout | None:
         """What the sampler takes instead of whole weights; None where it takes these."""
@@ -130,7 +141,7 @@ class Inputs:
         """A rank's prompts of a step, this one's by default, mixed domains: a pure function of
         (seed, step).
         """
-        return prompts.prompt_batch(
+        return order.prompt_batch(
             self.train_set,
             step,
             seed=self.cfg.run.seed,
@@ -216,12 +227,13 @@ class Run(Inputs):
         that is gone afterwards.
         """
         options = self.writing_options | {"temperature": temperature}
+        options["max_model_len"] = self.length_for(spec)
         served = self.served.get(spec.name)
         if served is None or served.protocol != "json":
             backend = "vllm" if spec.is_served else spec.backend
             return write_with_model(
                 spec.model,
-                prompts,
+                [p.as_read_by(spec.name) for p in prompts],
                 log=log,
                 backend=backend,
                 kv_cache_gib=self._writer_cache_gib(spec),

@@ -11,6 +11,7 @@ from typing import Any
 
 from opd import distributed
 from opd.config import GIB, TeacherSpec
+from opd.inputs.teacher_prompts import own_prompts
 from opd.log import say
 from opd.records import report
 from opd.records.files import replace_text
@@ -108,11 +109,19 @@ def evaluate_teachers(run: Run) -> Scores:
         if own and (reason := run.why_silent(spec)):
             say(f"teacher {spec.name}: its own score, and the recovery, stay unknown: {reason}")
         elif own:
+            _say_privilege(run, spec, own)
             scores.update(_teacher_scores(run, spec, own))
     if distributed.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps({"hashes": hashes, "scores": scores}))
     return scores
+
+
+def _say_privilege(run: Run, spec: TeacherSpec, prompts: Sequence[Prompt]) -> None:
+    """Which prompts a teacher that has its own is evaluated on: its score is what it teaches."""
+    if spec.name in own_prompts(run.cfg):
+        own = sum(spec.name in prompt.teacher_ids for prompt in prompts)
+        say(f"teacher {spec.name}: has its own prompt in {own} of {len(prompts)} held-out prompts")
 
 
 def _teacher_scores(run: Run, spec: TeacherSpec, prompts: Sequence[Prompt]) -> Scores:

@@ -32,8 +32,9 @@ from opd.run import stopping
 from opd.run.build import build_rollout_engine, build_student, build_teacher_pool, build_teachers
 from opd.run.context import Run
 from opd.run.evaluation import evaluate, evaluate_teachers, finish_run, recall
+from opd.run.feedback import FeedbackPrompts
 from opd.run.pace import Pace, process_age_s
-from opd.run.step_log import UnsharedTokens, log_servers, log_step
+from opd.run.step_log import UnsharedTokens, log_own_prompts, log_servers, log_step
 from opd.student import Student
 from opd.teachers import TeacherPool
 from opd.types import LoopState, LossOutput, MicroBatch, Prompt, Rollout, TeacherScores
@@ -110,6 +111,7 @@ class Loop:
         dtype, every = self.student.model.dtype, cfg.rollout.parity_every
         self.parity = Parity(self.run.micro_batches, cfg.rollout, every=every, dtype=dtype)
         self._unshared = UnsharedTokens(self.run)
+        self.feedback = FeedbackPrompts(self.run)
         self.pace = Pace(cfg.run, process_age_s())
         self._saved = self.state.step  # the newest step with a checkpoint; 0 needs none
         self._was_done = self.state.step == cfg.run.num_steps
@@ -202,20 +204,22 @@ class Loop:
             prompts,
             step,
             with_logprobs=self.run.reads_logprobs or is_due,
-            on_finished=self.teachers.hear,
+            on_finished=self.feedback.before(self.teachers.hear),
         )
+        rollouts = self.feedback.of(rollouts)
         if is_due:
             self._fresh = self.rollout_engine.fresh(rollouts, step)
         return rollouts
 
     def from_dataset(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The responses that stand beside the prompts, written by a data set or a teacher."""
-        return dataset_rollouts(
+        rollouts = dataset_rollouts(
             prompts,
             self.state.step,
             eos_ids=self.run.facts.student.eos_ids,
             policy_version=self.state.policy_version,
         )
+        return self.feedback.of(rollouts)
 
     def balance(self, rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
         """This rank's share of the step, so that all ranks have about equal work. Collective.
@@ -302,6 +306,7 @@ class Loop:
             seconds=seconds,
         )
         self._unshared.log(self.metrics, self._rollouts)
+        log_own_prompts(self.run, self.metrics, self._rollouts, self.feedback.overlong)
         servers = (self.teachers, self.rollout_engine)
         log_servers(self.metrics, *servers, self._rollouts, step=self.state.step, seconds=seconds)
         self.pace.stepped()

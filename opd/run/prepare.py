@@ -17,11 +17,13 @@ from opd import distributed, faults, processes
 from opd.clients.served_checks import check_served
 from opd.engines.deepspeed_engine import check_ds_config
 from opd.hub_names import as_named
-from opd.inputs import content, hub, models, prompts, rewards
+from opd.inputs import content, hub, models, prompts, rewards, routing
 from opd.inputs.dialects import check_dialects
 from opd.inputs.dry_run import dry_run_report
 from opd.inputs.identity import allowed_changes, check_output_dir, fingerprint_of, flag_of
+from opd.inputs.own_prompts import warn_of_first_tokens, with_own_bounds
 from opd.inputs.shapes import check_tensor_parallel
+from opd.inputs.teacher_prompts import own_prompts
 from opd.inputs.template_flags import read_template_flags
 from opd.inputs.validation import check_wandb, load_ds_config
 from opd.inputs.vision_rules import check_images, load_pixels
@@ -71,7 +73,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         check_wandb(cfg.run.report_to)
         inputs = read_inputs(cfg, need_response, moment)
 
-    cfg, plan, memory = plan_run(cfg, inputs.facts)
+    cfg, plan, memory = plan_run(inputs.cfg, inputs.facts)
     inputs = dataclasses.replace(inputs, cfg=cfg)
     if cfg.run.dry_run:
         say(dry_run_report(cfg, inputs.train_set, inputs.tokenizer, inputs.facts, memory=memory))
@@ -146,6 +148,7 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
         # of older families the template lies beside the processor
         tokenizer.chat_template = tokenizer.chat_template or pixels.processor.chat_template
     takes_all = next((t.name for t in cfg.teachers if t.domains == "*"), None)
+    own = own_prompts(cfg)
     load = functools.partial(
         prompts.load_prompts,
         tokenizer=tokenizer,
@@ -154,6 +157,8 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
         moment=moment,
         pixels=pixels,
         placeholder_ids=facts.student.placeholder_ids,
+        own_prompts=own.values(),
+        teachers=cfg.teachers,
     )
     train_set = load(
         cfg.data.data,
@@ -164,18 +169,21 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
         eos_ids=facts.student.eos_ids,
     )
     eval_set = (
-        load(cfg.data.eval_data, flag="--eval_data", need_answer=True)
+        load(cfg.data.eval_data, flag="--eval_data", need_answer=True, is_held_out=True)
         if cfg.data.eval_data
         else None
     )
     prompt_sets = {"--data": train_set} | ({"--eval_data": eval_set} if eval_set else {})
-    routes = prompts.routes(cfg.teachers, list(prompt_sets.values()))
+    routes = routing.routes(cfg.teachers, list(prompt_sets.values()))
     read_template_flags(cfg.data).check_domains(routes)
+    cfg = with_own_bounds(cfg, prompt_sets.values(), facts, served)
     check_dialects(facts.dialects, tokenizer, prompt_sets, routes)
     check_images(cfg, facts, served, pixels, prompt_sets, routes)
+    warn_of_first_tokens(own.values(), tokenizer, prompt_sets.values())
     reward = rewards.load_rewards(cfg.data.reward_fn, routes)
     check_ds_config(cfg.run.ds_config, ds_config)
     inputs = Inputs(cfg, ds_config, tokenizer, facts, served, train_set, eval_set, routes, reward)
+    inputs.feedback  # noqa: B018  refuses functions that are not there
     inputs.prompt_batch(0)  # refuses batch sizes and domain weights that do not fit
     judged = [*inputs.eval_prompts, *(train_set.prompts if cfg.loss.reward_weight > 0 else ())]
     rewards.check_answers(judged, cfg.data.reward_fn, routes)

@@ -2,7 +2,7 @@
 did for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from opd import distributed
 from opd.async_rollout import AsyncRolloutEngine
 from opd.clients.health import Stats
 from opd.config import GIB
+from opd.inputs.teacher_prompts import own_prompts
 from opd.log import warn
 from opd.records.files import write_rollouts
 from opd.records.memory_ledger import Ledger
@@ -90,6 +91,22 @@ class UnsharedTokens:
                 )
 
 
+def log_own_prompts(
+    run: Run, metrics: Metrics, rollouts: Sequence[Rollout], overlong: Mapping[str, int]
+) -> None:
+    """How many responses teachers with prompts of their own have read behind one, and its length.
+
+    `overlong` counts those that a function made too long.
+    """
+    for name in own_prompts(run.cfg):
+        mine = [r.prompt for r in rollouts if name in dict(run.routes[r.prompt.domain])]
+        for prompt in mine:
+            metrics.add(f"teacher/own_prompt/{name}", float(name in prompt.teacher_ids))
+            metrics.add(f"teacher/prompt_tokens/{name}", len(prompt.ids_for(name)))
+        if name in run.feedback:
+            metrics.add(f"teacher/overlong_prompt/{name}", overlong[name], len(mine))
+
+
 def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollout]) -> None:
     metrics.histogram("rollout/response_tokens", [len(r.response_ids) for r in rollouts], step)
     rows = [
@@ -98,6 +115,7 @@ def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollo
             "domain": r.prompt.domain,
             "source": r.source,
             "prompt": run.tokenizer.decode(r.prompt.token_ids),
+            **_own_texts(run, r),
             "response": run.tokenizer.decode(r.response_ids),
             "answer": r.prompt.answer,
             "finish_reason": r.finish_reason,
@@ -111,6 +129,13 @@ def _log_samples(run: Run, metrics: Metrics, step: int, rollouts: Sequence[Rollo
         metrics.text(
             f"rollout/sample_{index}", f"[{row['domain']}] {row['prompt']}\n{row['response']}", step
         )
+
+
+def _own_texts(run: Run, rollout: Rollout) -> dict[str, dict[str, str]]:
+    """What its teachers have read in place of the prompt, if one did."""
+    own = rollout.prompt.teacher_ids
+    texts = {name: run.tokenizer.decode(ids) for name, ids in own.items()}
+    return {"teacher_prompts": texts} if texts else {}
 
 
 def log_servers(

@@ -23,6 +23,7 @@ from opd.inputs.arguments import pairs, parse
 from opd.inputs.validation import load_ds_config, validate_common
 from opd.lora_config import LoraConfig
 from opd.options import groups_of, to_dict
+from opd.privilege import PrivilegeConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Config:
 
     model: ModelConfig
     teacher: TeacherConfig
+    privilege: PrivilegeConfig
     data: DataConfig
     rollout: RolloutConfig
     loss: LossConfig

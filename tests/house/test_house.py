@@ -38,6 +38,7 @@ MOPD_FLAGS = re.findall(
     """
 student_model dtype gradient_checkpointing freeze_vision attn_implementation trust_remote_code
 teacher teacher_backend teacher_residency allow
+teacher_prompt teacher_chat_template_kwargs max_teacher_prompt_tokens
 teacher_mode teacher_wait_s teacher_timeout_s teacher_max_inflight
 data eval_data domain_key prompt_key chat_template_kwargs system_prompt answer_key response_key domain_weights max_prompt_tokens images_key bad_images allow_urls overlong_prompts
 prompts_per_step num_generations max_response_tokens temperature top_p top_k stop_token_ids rollout_kv_cache_gib enforce_eager

@@ -61,6 +61,7 @@ from opd.options import to_dict
 from opd.plan.job import Machine, make_job
 from opd.plan.planner import make_plan
 from opd.plan.view import table
+from opd.privilege import PrivilegeConfig
 from tests.support.processes import ROOT
 
 TEMPLATE = (
@@ -75,6 +76,7 @@ VOCABULARY = (*SPECIAL, *string.ascii_lowercase, "?")
 class Config:
     model: ModelConfig
     teacher: TeacherConfig
+    privilege: PrivilegeConfig
     data: DataConfig
     rollout: RolloutConfig
     loss: LossConfig

@@ -9,7 +9,8 @@ import datasets
 import pytest
 
 from opd.config import TeacherSpec
-from opd.inputs.prompts import prompt_batch, routes
+from opd.inputs.order import prompt_batch
+from opd.inputs.routing import routes
 from tests.support.processes import ROOT
 from tests.support.prompts import ids, load, make_tokenizer, row, write
 
