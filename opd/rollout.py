@@ -263,10 +263,16 @@ def with_rewards(
 
 
 def write_with_model(
-    model: str, prompts: Sequence[Prompt], *, log: Path, backend: LocalBackend = "vllm", **sampling
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    log: Path,
+    backend: LocalBackend = "vllm",
+    adapter: str = "",
+    **sampling,
 ) -> list[Sample]:
-    """Responses of `model` to `prompts`, from a child process of this rank that is gone afterwards,
-    and its memory with it.
+    """Responses of `model`, with a LoRA adapter or without, to `prompts`, from a child process of
+    this rank that is gone afterwards, and its memory with it.
 
     Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine
     that generates would cost the trainer a KV cache and an `lm_head` for the whole run. `sampling`
@@ -285,9 +291,8 @@ def write_with_model(
             }
             for p in prompts
         ]
-        request.write_text(
-            json.dumps({"model": model, "backend": backend, "prompts": items, **sampling})
-        )
+        asked = {"model": model, "backend": backend, "adapter": adapter, "prompts": items}
+        request.write_text(json.dumps(asked | sampling))
         launch_variables = (
             "RANK",
             "LOCAL_RANK",
@@ -335,7 +340,7 @@ def _child_main() -> None:
         sys.exit("the trainer is gone")
     device = distributed.init()
     job = json.loads(Path(args.request).read_text())
-    options = {name: job[name] for name in ("dtype", "trust_remote_code")}
+    options = {name: job[name] for name in ("dtype", "trust_remote_code", "adapter")}
     if job["backend"] == "hf":
         generate = HFGenerator(job["model"], device=device, **options).generate
     else:

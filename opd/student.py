@@ -282,6 +282,11 @@ class Student:
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.sharded.named_full_parameters(self.model)
 
+    def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers that a checkpoint holds too; each is valid until the next layer is asked for."""
+        for layer in self.sharded.full_layers(self.model):
+            yield from layer
+
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The same weights under the names, and in the shapes, of a checkpoint: what vLLM reads."""
         return checkpoint_tensors(self.model, self.sharded.full_layers(self.model))

@@ -6,7 +6,7 @@ modules comes from `opd/engines/vllm_process.py`.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from opd import distributed
 from opd.config import GIB
 from opd.engines.engine_memory import KV_CACHE, WEIGHTS
+from opd.engines.vllm_adapters import lora_options, use_exact_kernels
 from opd.engines.vllm_images import check_vllm_tokens, images_limit, vllm_request
 from opd.engines.vllm_process import (
     Workspace,
@@ -23,6 +24,7 @@ from opd.engines.vllm_process import (
     engine_memory,
     import_vllm,
     kept_classes,
+    lora_requests,
     parallel_groups,
     pooling_options,
     register_sleep_backend,
@@ -249,7 +251,10 @@ def _use_own_sleep(worker) -> None:
 
 
 class GeneratorEngine(_Engine):
-    """Samples responses, and takes new weights from the student."""
+    """Samples responses, and takes new weights from the student.
+
+    With `adapter`, a directory, a teacher that is this LoRA adapter on `model` writes instead.
+    """
 
     def __init__(
         self,
@@ -264,7 +269,9 @@ class GeneratorEngine(_Engine):
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
         images_per_prompt: int | None = None,
+        adapter: str = "",
     ):
+        adapters = {"teacher": adapter} if adapter else {}
         super().__init__(
             "rollout",
             model,
@@ -281,7 +288,9 @@ class GeneratorEngine(_Engine):
             images_per_prompt=images_per_prompt,
             skip_tokenizer_init=images_per_prompt is None,  # a processor works on text
             logprobs_mode="processed_logprobs",
+            **lora_options(adapters),
         )
+        self._adapter = lora_requests(adapters).get("teacher")
 
     def generate(
         self,
@@ -339,7 +348,7 @@ class GeneratorEngine(_Engine):
             self.llm.llm_engine,
             self.llm.request_counter.counter,
         )  # vllm 0.32 numbers requests one by one
-        ids = self.llm.enqueue(prompts, params, use_tqdm=False)
+        ids = self.llm.enqueue(prompts, params, lora_request=self._adapter, use_tqdm=False)
         try:
             while engine.has_unfinished_requests():
                 for output in engine.step():
@@ -366,7 +375,8 @@ class HiddenStateEngine(_Engine):
 
     No vocabulary-sized tensor and no per-token Python object exists in the engine; the `lm_head` is
     not even loaded. `residency` is where its weights are while others work: "gpu" (it never
-    sleeps), "host" (a pinned copy), or "disk" (its files, which every wake reads).
+    sleeps), "host" (a pinned copy), or "disk" (its files, which every wake reads). `adapters` (name
+    -> directory) are LoRA adapters on its weights, each another teacher.
     """
 
     def __init__(
@@ -383,7 +393,9 @@ class HiddenStateEngine(_Engine):
         tensor_parallel_size: int = 1,
         residency: str = "host",
         images_per_prompt: int | None = None,
+        adapters: Mapping[str, str] | None = None,
     ):
+        self.adapters = dict(adapters or {})
         super().__init__(
             name,
             model,
@@ -400,7 +412,11 @@ class HiddenStateEngine(_Engine):
             enable_prefix_caching=False,
             images_per_prompt=images_per_prompt,
             **pooling_options(),
+            **lora_options(self.adapters),
         )
+        self._requests = lora_requests(self.adapters)
+        if self.adapters:
+            self.llm.collective_rpc(use_exact_kernels)
 
     def _wake(self, tags: list[str]) -> None:
         if not (self.can_sleep and self.sleep_level == 2 and WEIGHTS in tags):
@@ -416,20 +432,30 @@ class HiddenStateEngine(_Engine):
             super()._wake([KV_CACHE])
 
     def reload(self) -> None:
-        """Reads the weights from the model's files again, into the memory that they have."""
+        """Reads the weights from the model's files again, into the memory that they have; an
+        adapter's when it is asked for.
+        """
         with self._active():
             self.llm.collective_rpc(reload_weights)
+            for request in self._requests.values():
+                self.llm.llm_engine.remove_lora(request.lora_int_id)
 
     def hidden_states(
-        self, sequences: list[list[int]], images: Sequence[PromptImages | None] | None = None
+        self,
+        sequences: list[list[int]],
+        images: Sequence[PromptImages | None] | None = None,
+        adapter: str = "",
     ) -> list[Tensor]:
-        """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
+        """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype: of the
+        base, or of it with an adapter.
+        """
 
         def answer(requests: list, mine: range) -> list:
             outputs = self.llm.encode(
                 [vllm_request(text) for text in requests],
                 pooling_task="token_embed",
                 pooling_params=import_vllm().PoolingParams(use_activation=False),
+                lora_request=self._requests[adapter] if adapter else None,
                 use_tqdm=False,
             )
             for text, output in zip(requests, outputs, strict=True):

@@ -29,7 +29,7 @@ class Unplannable(ValueError):
     """A configuration does not say enough for a prediction of memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """What the configuration of a model says of it. Sizes are numbers of values, not bytes."""
 
@@ -56,6 +56,8 @@ class ModelShape:
     # layers of the family keep a state (Mamba, linear attention); what their pages take beside the
     # cache, only vLLM knows
     keeps_states: bool
+    adapter_values: int = 0  # of the LoRA adapter of a teacher that has one
+    adapter_rank: int = 0  # its largest
 
     @property
     def num_parameters(self) -> int:
@@ -73,6 +75,12 @@ class ModelShape:
             if len(shape) > 1 and shape[0] != self.vocab_size
         )
         return sum(size for size in sizes if size < limit)
+
+    @property
+    def values_per_rank(self) -> int:
+        """Values that an adapter of rank 1 on every matrix but embedding and head would have."""
+        matrices = (s for s in self.parameters if len(s) > 1 and s[0] != self.vocab_size)
+        return sum(s[-1] + s[-2] for s in matrices)
 
     @property
     def kv_per_token(self) -> int:
