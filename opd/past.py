@@ -156,12 +156,12 @@ class PastTeachers:
         if distributed.rank() == 0:
             for teacher in self._teachers:
                 tensors = {k: t.detach().cpu().contiguous() for k, t in teacher.state().items()}
-                save_file(_apart(tensors), directory / _file_of(teacher.name))
+                save_file(_apart(tensors), directory / _past_file(teacher.name))
 
     def load(self, directory: Path, version: int) -> None:
         """From the checkpoint of `version`."""
         for teacher in self._teachers:
-            with safe_open(directory / _file_of(teacher.name), framework="pt") as file:
+            with safe_open(directory / _past_file(teacher.name), framework="pt") as file:
                 teacher.load_state({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - it is no dict
         self._version = version
 
@@ -180,7 +180,7 @@ def _head_names(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(next(name for name, p in named.items() if p is own) for own in wanted)
 
 
-def _file_of(name: str) -> str:
+def _past_file(name: str) -> str:
     return f"past_{name.encode().hex()}.safetensors"
 
 

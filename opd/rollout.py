@@ -293,32 +293,10 @@ def write_with_model(
         ]
         asked = {"model": model, "backend": backend, "adapter": adapter, "prompts": items}
         request.write_text(json.dumps(asked | sampling))
-        launch_variables = (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "OPD_FAULT",
-        )
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in launch_variables and not k.startswith("TORCHELASTIC_")
-        }
-        env["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")]
-        )
-        if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" in env:
-            env["CUDA_VISIBLE_DEVICES"] = env["CUDA_VISIBLE_DEVICES"].split(",")[
-                int(os.environ["LOCAL_RANK"])
-            ]
-        elif "LOCAL_RANK" in os.environ:
-            env["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
         command = [sys.executable, "-m", "opd.rollout", str(request), str(answer), str(os.getpid())]
         with log.open("ab") as output:
             status = subprocess.run(
-                command, stdout=output, stderr=output, env=env, check=False
+                command, stdout=output, stderr=output, env=_child_environment(), check=False
             ).returncode
         if status != 0:
             tail = log.read_text(errors="replace").strip().splitlines()[-1:]
@@ -327,6 +305,25 @@ def write_with_model(
                 f"{log}"
             )
         return [Sample(**sample) for sample in json.loads(answer.read_text())]
+
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OPD_FAULT")
+
+
+def _child_environment() -> dict[str, str]:
+    """This process's, for a child that is no rank and has this rank's GPU."""
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in LAUNCHED and not k.startswith("TORCHELASTIC_")
+    }
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
+    if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" in env:
+        visible = env["CUDA_VISIBLE_DEVICES"].split(",")
+        env["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ["LOCAL_RANK"])]
+    elif "LOCAL_RANK" in os.environ:
+        env["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
+    return env
 
 
 def _child_main() -> None:

@@ -63,7 +63,7 @@ def check_adapter(spec: TeacherSpec, base: torch.nn.Module) -> dict[str, int]:
         return {}
     where = f"--teacher {spec.name}: adapter {spec.adapter}"
     try:
-        config = _config_of(Path(spec.adapter))
+        config = _adapter_config(Path(spec.adapter))
         rank = _check_kind(config, spec)
         stored = _read_weights(Path(spec.adapter))
         _check_places(config, stored, base, spec)
@@ -79,7 +79,7 @@ def has_tokenizer(directory: str) -> bool:
     return bool(directory) and (Path(directory) / "tokenizer_config.json").is_file()
 
 
-def _config_of(directory: Path) -> dict[str, Any]:
+def _adapter_config(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
     if not directory.is_dir():
         raise ValueError("no such directory")
