@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval, Le
 
+from opd.async_config import AsyncConfig
 from opd.hub_names import as_named
 from opd.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, option
 
@@ -59,6 +60,9 @@ class ModelConfig:
     )
 
 
+SELF = "self@"  # begins the model of a teacher that is the student as it was
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """Teachers on the command line; `teachers` of the YAML file is the long form."""
@@ -66,10 +70,12 @@ class TeacherConfig:
     teacher: list[str] = option(
         [],
         "NAME=PATH: a teacher for the domain NAME; repeat for more. A bare PATH takes every "
-        "domain. Instead of a path, the URLs of servers of one model: "
+        "domain. NAME=BASE+ADAPTER: a LoRA adapter on a model; teachers of one base share its "
+        "engine. NAME=self@0: the student as it started; self@-K: K steps ago; self@ema:DECAY: a "
+        "moving average of its weights. Instead of a path, the URLs of servers of one model: "
         "NAME=http://HOST:PORT,http://HOST:PORT. The YAML key `teachers` is the long form: a list "
-        "of {name, model, domains: [..] or '*', weight, backend, tensor_parallel_size, urls, "
-        "api_key_env, allow: [..]}.",
+        "of {name, model, adapter, domains: [..] or '*', weight, backend, tensor_parallel_size, "
+        "urls, api_key_env, allow: [..]}.",
     )
     teacher_backend: LocalBackend = option(
         "vllm",
@@ -134,6 +140,9 @@ class TeacherSpec:
     teacher_prompt: str = ""  # this and the next two: as the flag; empty or 0 is what that says
     teacher_chat_template_kwargs: str = ""  # JSON
     max_teacher_prompt_tokens: int = 0
+    adapter: str = ""  # a LoRA adapter on `model`; teachers of one model share its engine
+    # of `self@0`, `self@-2` or `self@ema:.99`, what follows the @; `model` is then the student's
+    past: str = ""
 
     @property
     def share(self) -> float:
@@ -146,72 +155,25 @@ class TeacherSpec:
         return bool(self.model) and Path(self.model).is_dir()
 
     @property
+    def named_model(self) -> str:
+        """The model as a configuration names it."""
+        return f"{SELF}{self.past}" if self.past else as_named(self.model)
+
+    @property
+    def follows(self) -> bool:
+        """Whether its weights are the student's of before, and change with every step."""
+        return self.past not in ("", "0")
+
+    @property
     def identity(self) -> tuple[str | tuple[str, ...] | float, ...]:
         """What decides what it says in a run. What runs it, and where, does not."""
-        own = (self.teacher_prompt, self.teacher_chat_template_kwargs)
-        return self.name, as_named(self.model), self.domains, self.share, *own
+        own = (self.teacher_prompt, self.teacher_chat_template_kwargs, as_named(self.adapter))
+        return self.name, self.named_model, self.domains, self.share, *own
 
     @property
     def is_served(self) -> bool:
         """Whether it runs elsewhere: no weights, head or configuration of it are read here."""
         return self.backend == "server"
-
-
-@dataclass(frozen=True)
-class AsyncConfig:
-    """Rollouts from servers that write while the trainer trains."""
-
-    mode: Literal["sync", "async"] = option(
-        "sync",
-        "sync: rollouts and training take turns on the same devices. async: rollout servers write "
-        "ahead.",
-    )
-    max_staleness: NonNegativeInt = option(
-        1,
-        "How many versions older than the weights in training a token may be. 0 is the synchronous "
-        "run, on servers.",
-        fingerprinted="algorithm",
-    )
-    sync_every: PositiveInt = option(
-        1, "Steps between pushes of the weights to the rollout servers.", fingerprinted="algorithm"
-    )
-    partial_rollout: bool = option(
-        True,
-        "At a push, responses that are being written go on under the new weights; otherwise they "
-        "start again.",
-        fingerprinted="algorithm",
-    )
-    rollout_servers: list[str] = option(
-        ["auto"],
-        "URLs of rollout servers; auto starts them on this machine and stops them at the end.",
-    )
-    rollout_replicas: PositiveInt = option(
-        1, "Rollout servers to start with --rollout_servers auto."
-    )
-    rollout_gpus: str = option(
-        "",
-        "GPUs of the rollout servers that are started, such as 4,5,6,7: not the trainer's. "
-        "Default: the visible ones.",
-    )
-    logprob_servers: list[str] = option(
-        [], "URLs of log-prob servers for --old_logprobs server; auto starts them on this machine."
-    )
-    logprob_replicas: PositiveInt = option(
-        1, "Log-prob servers to start with --logprob_servers auto."
-    )
-    logprob_gpus: str = option(
-        "", "GPUs of the log-prob servers that are started. Default: the visible ones."
-    )
-    max_inflight: PositiveInt = option(256, "Responses in flight at one rollout server, per rank.")
-    rollout_timeout_s: PositiveFloat = option(1800.0, "How long one response may take, s.")
-    rollout_wait_s: PositiveFloat = option(
-        60.0, "How long a step waits while no server answers, before the run saves and stops, s."
-    )
-    weights_dir: str = option(
-        "",
-        "Where weights pass to servers: a folder that all of them see. Default: one of its own in "
-        "shared memory.",
-    )
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,16 @@ def to_dict(config) -> dict[str, Any]:
     flat = {flag.name: copy.copy(value) for _, flag, value in options_of(config)}
     flat.pop("teacher", None)
     flat["student_model"] = as_named(flat["student_model"])
-    specs = (replace(spec, model=as_named(spec.model)) for spec in config.teachers)
+    specs = (
+        replace(spec, model=spec.named_model, adapter=as_named(spec.adapter))
+        for spec in config.teachers
+    )
     flat["teachers"] = [
-        {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(spec).items()}
+        {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in dataclasses.asdict(spec).items()
+            if k != "past"  # the model says it
+        }
         for spec in specs
     ]
     return flat

@@ -49,7 +49,7 @@ class RolloutEngine:
         kv_cache_gib: float | None = None,
         placeholder_ids: tuple[int, ...] = (),
         images_per_prompt: int | None = None,
-        adapter: LoraLayout | None = None,
+        lora: LoraLayout | None = None,
     ):
         """Where the configuration leaves the KV cache to the plan, `kv_cache_gib` is its size. With
         `adapter` it takes the student's adapters instead of whole weights.
@@ -71,14 +71,14 @@ class RolloutEngine:
             trust_remote_code=trust_remote_code,
             enforce_eager=cfg.enforce_eager,
             tensor_parallel_size=cfg.rollout_tensor_parallel_size,
-            adapter=adapter,
+            lora=lora,
             images_per_prompt=images_per_prompt,
         )
 
     @property
     def takes_adapter(self) -> bool:
         """Whether `load_weights` takes an adapter's tensors instead of whole weights."""
-        return self.engine.adapter is not None
+        return self.engine.lora is not None
 
     @property
     def awake(self) -> bool:
@@ -273,10 +273,16 @@ def with_rewards(
 
 
 def write_with_model(
-    model: str, prompts: Sequence[Prompt], *, log: Path, backend: LocalBackend = "vllm", **sampling
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    log: Path,
+    backend: LocalBackend = "vllm",
+    adapter: str = "",
+    **sampling,
 ) -> list[Sample]:
-    """Responses of `model` to `prompts`, from a child process of this rank that is gone afterwards,
-    and its memory with it.
+    """Responses of `model`, with a LoRA adapter or without, to `prompts`, from a child process of
+    this rank that is gone afterwards, and its memory with it.
 
     Teachers write for two reasons only: once for the report, and once for `--seq_kd`. An engine
     that generates would cost the trainer a KV cache and an `lm_head` for the whole run. `sampling`
@@ -295,35 +301,12 @@ def write_with_model(
             }
             for p in prompts
         ]
-        request.write_text(
-            json.dumps({"model": model, "backend": backend, "prompts": items, **sampling})
-        )
-        launch_variables = (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "OPD_FAULT",
-        )
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in launch_variables and not k.startswith("TORCHELASTIC_")
-        }
-        env["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")]
-        )
-        if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" in env:
-            env["CUDA_VISIBLE_DEVICES"] = env["CUDA_VISIBLE_DEVICES"].split(",")[
-                int(os.environ["LOCAL_RANK"])
-            ]
-        elif "LOCAL_RANK" in os.environ:
-            env["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
+        asked = {"model": model, "backend": backend, "adapter": adapter, "prompts": items}
+        request.write_text(json.dumps(asked | sampling))
         command = [sys.executable, "-m", "opd.rollout", str(request), str(answer), str(os.getpid())]
         with log.open("ab") as output:
             status = subprocess.run(
-                command, stdout=output, stderr=output, env=env, check=False
+                command, stdout=output, stderr=output, env=_child_environment(), check=False
             ).returncode
         if status != 0:
             tail = log.read_text(errors="replace").strip().splitlines()[-1:]
@@ -332,6 +315,25 @@ def write_with_model(
                 f"{log}"
             )
         return [Sample(**sample) for sample in json.loads(answer.read_text())]
+
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OPD_FAULT")
+
+
+def _child_environment() -> dict[str, str]:
+    """This process's, for a child that is no rank and has this rank's GPU."""
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in LAUNCHED and not k.startswith("TORCHELASTIC_")
+    }
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), env.get("PYTHONPATH", "")])
+    if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" in env:
+        visible = env["CUDA_VISIBLE_DEVICES"].split(",")
+        env["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ["LOCAL_RANK"])]
+    elif "LOCAL_RANK" in os.environ:
+        env["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
+    return env
 
 
 def _child_main() -> None:
@@ -345,7 +347,7 @@ def _child_main() -> None:
         sys.exit("the trainer is gone")
     device = distributed.init()
     job = json.loads(Path(args.request).read_text())
-    options = {name: job[name] for name in ("dtype", "trust_remote_code")}
+    options = {name: job[name] for name in ("dtype", "trust_remote_code", "adapter")}
     if job["backend"] == "hf":
         generate = HFGenerator(job["model"], device=device, **options).generate
     else:

@@ -298,6 +298,13 @@ class Student:
         for layer in self.sharded.full_layers(self.model):
             yield layer if self.lora is None else merged_layer(layer, self.lora)
 
+    def named_full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The same one by one, buffers that a checkpoint holds too; each is valid until the next
+        layer is asked for.
+        """
+        for layer in self.full_layers():
+            yield from layer
+
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The same weights under the names, and in the shapes, of a checkpoint: what vLLM reads."""
         return checkpoint_tensors(self.model, self.full_layers())

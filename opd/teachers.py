@@ -1,5 +1,5 @@
 """Teachers: colocated engines that return hidden states, their `lm_head`, and the pool that routes
-by domain.
+by domain. Teachers that are one model, with several adapters or without, share an engine.
 
 Served teachers are beside them in the pool, and differ in one thing: they may start on a response
 before the others are written.
@@ -31,20 +31,29 @@ CANARY_ROWS = 256  # of the head: a slice is enough to tell one hidden state fro
 
 
 class ColocatedTeacher:
-    """One teacher on this rank's GPU: asleep but while it scores.
+    """One model on this rank's GPU, asleep but while it scores, and the teachers that it is: itself
+    or with an adapter. It has the name of the first of them, and one head for all.
 
-    Its head stays on the host, or in its file, and visits.
+    The head stays on the host, or in its file, and visits.
 
     A teacher whose weights did not come back would go on scoring, wrongly and without an error. So
-    one log-probability, known from before its first sleep, is scored again after each wake;
+    one log-probability of each, known from before its first sleep, is scored again after each wake;
     RuntimeError with its name if it is another.
     """
 
-    def __init__(self, spec: TeacherSpec, engine: TeacherEngine, head: OutputHead | MappedHead):
+    def __init__(
+        self,
+        spec: TeacherSpec,
+        engine: TeacherEngine,
+        head: OutputHead | MappedHead,
+        others: Sequence[TeacherSpec] = (),
+    ):
         self.name, self.spec, self.engine, self.head = spec.name, spec, engine, head.pinned()
+        self.specs = {each.name: each for each in (spec, *others)}
         weight_VH = head.weight_VH
         self.bytes_per_token = weight_VH.shape[1] * weight_VH.element_size()  # of a hidden state
-        self._canary = self._canary_logprob() if engine is not None and engine.can_sleep else None
+        self._canaries: dict[str, float] = {}
+        self.remember_canaries()
 
     @property
     def awake(self) -> bool:
@@ -74,21 +83,39 @@ class ColocatedTeacher:
     def wake(self, tags: list[str] | None = None) -> None:
         was_awake = self.engine.awake
         self.engine.wake(tags)
-        if self._canary is None or was_awake:
+        if not self._canaries or was_awake:
             return
-        logprob = self._canary_logprob()
         tolerance = 1e-3 if self.head.weight_VH.dtype == torch.float32 else 0.05
-        if not abs(logprob - self._canary) <= tolerance:  # NaN included
-            raise RuntimeError(
-                f"teacher {self.name} woke up with other weights: the log-probability of its "
-                f"canary is {logprob:.4f}, and was {self._canary:.4f} before it slept"
-            )
+        for name, logprob in self._canary_logprobs().items():
+            if not abs(logprob - self._canaries[name]) <= tolerance:  # NaN included
+                raise RuntimeError(
+                    f"teacher {name} woke up with other weights: the log-probability of its "
+                    f"canary is {logprob:.4f}, and was {self._canaries[name]:.4f} before it slept"
+                )
 
-    def _canary_logprob(self) -> float:
-        """Of one fixed token after fixed others, over the first rows of the vocabulary."""
-        hidden_H = self.engine.hidden_states([CANARY_IDS])[0][-1].float()
-        logits_V = self.head.weight_VH[:CANARY_ROWS].float() @ hidden_H
-        return float(logits_V.log_softmax(-1)[CANARY_IDS[0]])
+    def remember_canaries(self) -> None:
+        """Those of the weights of now; where it sleeps, of those that it wakes up with."""
+        self._canaries = {}
+        if self.engine is not None and self.engine.can_sleep and self.engine.awake:
+            self._canaries = self._canary_logprobs()
+
+    def _canary_logprobs(self) -> dict[str, float]:
+        """By teacher: of one fixed token after fixed others, over the first rows of the
+        vocabulary.
+        """
+        found = {}
+        for name in self.specs:
+            hidden_H = self.states([CANARY_IDS], name)[0][-1].float()
+            logits_V = self.head.weight_VH[:CANARY_ROWS].float() @ hidden_H
+            found[name] = float(logits_V.log_softmax(-1)[CANARY_IDS[0]])
+        return found
+
+    def states(self, sequences: list[list[int]], name: str) -> list[Tensor]:
+        """Final hidden states [len, H] of each sequence, as this one of its teachers has them."""
+        return self.engine.hidden_states(sequences, adapter=self._adapter_of(name))
+
+    def _adapter_of(self, name: str) -> str:
+        return name if self.specs[name].adapter else ""
 
     def most_calls(self, mine: int) -> int:
         """Calls of `hidden_states` due, `mine` on this rank: ranks that share the teacher make
@@ -100,12 +127,15 @@ class ColocatedTeacher:
             )
         )
 
-    def hidden_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """[L, H] per rollout: the states that predict its response."""
+    def hidden_states(self, rollouts: Sequence[Rollout], name: str | None = None) -> list[Tensor]:
+        """[L, H] per rollout: the states that predict its response, of the teacher `name`, or of
+        the first.
+        """
         return response_states(
             self.engine,
-            [(r.prompt.ids_for(self.name), r.response_ids) for r in rollouts],
-            [r.prompt.images_for(self.name) for r in rollouts],
+            [(r.prompt.ids_for(name or self.name), r.response_ids) for r in rollouts],
+            [r.prompt.images_for(name or self.name) for r in rollouts],
+            self._adapter_of(name or self.name),
         )
 
 
@@ -162,7 +192,8 @@ class TeacherPool:
         streams: bool = False,
     ):
         self._turns = turns
-        self.teachers = {teacher.name: teacher for teacher in teachers}
+        self.models = {teacher.name: teacher for teacher in teachers}  # each has its turn
+        self.teachers = {name: model for model in teachers for name in model.specs}
         self.served, self.streams = {teacher.name: teacher for teacher in served}, streams
         # (sample, served teacher) -> what was asked
         self._under_way: dict[tuple[str, str], _Asked] = {}
@@ -186,10 +217,11 @@ class TeacherPool:
 
         One is resident at a time.
         """
-        if self._resident is None or self._resident[0] != name:
+        owner = (self.served if name in self.served else self.teachers)[name]
+        if self._resident is None or self._resident[0] != owner.name:
             self._resident = None  # free the last one before the next arrives
-            head = (self.served if name in self.served else self.teachers)[name].head
-            self._resident = (name, head.cut(self.shared_vocab).to(self.device))
+            head = owner.head
+            self._resident = (owner.name, head.cut(self.shared_vocab).to(self.device))
         return self._resident[1]
 
     def release_head(self) -> None:
@@ -203,8 +235,8 @@ class TeacherPool:
         return self._submit if self.streams and self.served else None
 
     def score(self, rollouts: Sequence[Rollout]) -> list[tuple[TeacherScores, ...]]:
-        """One tuple of scores per rollout, in the order of the rollouts; every teacher wakes at
-        most once.
+        """One tuple of scores per rollout, in the order of the rollouts; every model wakes at most
+        once, whatever adapters it has.
 
         No rollout is left without scores: whatever keeps a teacher from answering is raised, with
         its name.
@@ -297,26 +329,30 @@ class TeacherPool:
         share = self._share_that_fits(rollouts, work)
         scores: list[list[TeacherScores]] = [[] for _ in rollouts]
         self.spilled_tokens = 0
-        # Ranks that share a teacher answer each other's requests, so each of them takes its turns.
+        # Ranks that share a model answer each other's requests, so each of them takes its turns.
         names = [
             name
-            for name, teacher in self.teachers.items()
-            if work[name] or teacher.spec.tensor_parallel_size > 1
+            for name, model in self.models.items()
+            if any(work[each] for each in model.specs) or model.spec.tensor_parallel_size > 1
         ]
         with closing(self._turns(names)) as turns:
-            for name in turns:  # one awake at a time
-                jobs = list(self._jobs(name, rollouts, work[name], share))
-                idle = [_ScoringJob([], [], "sampled")] * (
-                    self.teachers[name].most_calls(len(jobs)) - len(jobs)
-                )
-                for job in jobs + idle:
-                    mine = [rollouts[index] for index in job.indices]
-                    found = self._score(
-                        name, mine, self.teachers[name].hidden_states(mine), job.payload
-                    )
-                    for index, weight, score in zip(job.indices, job.weights, found, strict=True):
-                        scores[index].append(replace(score, weight=weight))
+            for model in turns:  # one awake at a time
+                for name in self.models[model].specs:
+                    for job, found in self._answers(name, rollouts, work[name], share):
+                        rows = zip(job.indices, job.weights, found, strict=True)
+                        for index, weight, score in rows:
+                            scores[index].append(replace(score, weight=weight))
         return scores
+
+    def _answers(
+        self, name: str, rollouts: Sequence[Rollout], mine: list[tuple[int, float]], share: float
+    ) -> Iterator[tuple[_ScoringJob, list[TeacherScores]]]:
+        """One teacher's scores, job by job, while its model is awake."""
+        model, jobs = self.teachers[name], list(self._jobs(name, rollouts, mine, share))
+        idle = [_ScoringJob([], [], "sampled")] * (model.most_calls(len(jobs)) - len(jobs))
+        for job in jobs + idle:
+            read = [rollouts[index] for index in job.indices]
+            yield job, self._score(name, read, model.hidden_states(read, name), job.payload)
 
     def _bytes_of(self, name: str, rollout: Rollout) -> int:
         return len(rollout.response_ids) * self.teachers[name].bytes_per_token

@@ -286,10 +286,13 @@ class TeacherEngine(TeacherSleeper, Protocol):
     """What runs a teacher's model, whatever the library."""
 
     def hidden_states(
-        self, sequences: list[list[int]], images: Sequence[PromptImages | None] | None = None
+        self,
+        sequences: list[list[int]],
+        images: Sequence[PromptImages | None] | None = None,
+        adapter: str = "",
     ) -> list[Tensor]:
         """Final hidden states [len, H] of each sequence, on the host; with the images of its
-        prompt.
+        prompt, and with one of the engine's adapters or none.
         """
 
 

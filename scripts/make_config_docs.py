@@ -95,7 +95,11 @@ teachers:
 TEACHER_KEYS = {
     "name": "Name of the teacher: unique, used in messages, logs and errors.",
     "model": "A Hugging Face model directory or hub id. With backend `server`: the model's name "
-    "there, or a local directory of the same model; may be left out.",
+    "there, or a local directory of the same model; may be left out. `self@0`, `self@-K` and "
+    "`self@ema:DECAY` are the student as it was, see "
+    "[teachers.md](teachers.md#the-student-as-a-teacher).",
+    "adapter": "A LoRA adapter on `model`, a directory or hub id; see "
+    "[teachers.md](teachers.md#adapters-on-one-base).",
     "domains": 'List of the domains it takes, or `"*"`: every domain that no other teacher names. '
     "Default: its own name.",
     "weight": "Share in the domains that it shares with other teachers, relative to theirs; every "
@@ -123,6 +127,7 @@ NO_DEFAULT = (
     "backend",
     "urls",
     "allow",
+    "adapter",
     "max_teacher_prompt_tokens",
 )  # none, or one that the text says
 
@@ -188,7 +193,7 @@ def page() -> str:
     )
     rows = {name: rows_of(group) for name, group in groups.items()}
     text = INTRODUCTION + table(EVERYDAY_TITLE, everyday_rows(rows, mopd, gkd)) + TEACHERS_NOTE
-    for f in dataclasses.fields(TeacherSpec):
+    for f in (f for f in dataclasses.fields(TeacherSpec) if f.name in TEACHER_KEYS):
         default = "" if f.name in NO_DEFAULT else default_of(f)
         text += f"| `{f.name}` | {default} | {TEACHER_KEYS[f.name]} |\n"
     text += EXPERT_TITLE

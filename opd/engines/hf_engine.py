@@ -20,7 +20,7 @@ import ctypes
 import functools
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from opd.config import Residency
+from opd.engines.hf_adapters import add_adapter, use_adapter
 from opd.engines.host_memory import pinned_like
 from opd.ops.attention import attention_for
 from opd.ops.model_class import model_class
@@ -46,7 +47,8 @@ ASYNC_LOAD = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers at each load
 class HFEngine:
     """A teacher: returns the final hidden states of every token, never logits.
 
-    It is built awake.
+    `adapters` (name -> directory) are LoRA adapters on its weights, each another teacher. They
+    sleep, wake and travel with the base. It is built awake.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class HFEngine:
         trust_remote_code: bool,
         device: torch.device | str = "cpu",
         residency: Residency = "host",
+        adapters: Mapping[str, str] | None = None,
     ):
+        self.adapters = dict(adapters or {})
         self.name, self.residency, self.device = name, residency, torch.device(device)
         self.model, self.dtype, self.trust_remote_code = (
             model,
@@ -116,7 +120,8 @@ class HFEngine:
         if self.awake or self._arriving is not None:
             return
         if self.residency == "disk":
-            _read_ahead(self.model)
+            for directory in (self.model, *self.adapters.values()):
+                _read_ahead(directory)
         elif self._pinned is not None:
             # The memory belongs to the current stream, which may still be using what was freed
             # there.
@@ -150,13 +155,19 @@ class HFEngine:
 
     @torch.no_grad()
     def hidden_states(
-        self, sequences: list[list[int]], images: Sequence[PromptImages | None] | None = None
+        self,
+        sequences: list[list[int]],
+        images: Sequence[PromptImages | None] | None = None,
+        adapter: str = "",
     ) -> list[Tensor]:
-        """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype.
+        """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype: of the
+        base, or of it with an adapter.
 
         ValueError if this model's processor makes other tokens of a prompt's images.
         """
         assert self.awake, f"{self.name}: weights asleep; wake it first"
+        if self.adapters:
+            use_adapter(self._base, adapter)
         images = images or [None] * len(sequences)
         for ids, own in zip(sequences, images, strict=True):
             if own is not None:
@@ -197,6 +208,35 @@ class HFEngine:
                 f"student's {images.num_tokens}: {images.text!r:.120}"
             )
 
+    @torch.no_grad()
+    def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes other weights, also while it sleeps: for a teacher whose weights change.
+
+        Names and shapes are those of transformers' causal language model; those that are not of its
+        base are left out. Not with residency "disk": its files are the weights.
+        """
+        assert self.residency != "disk", f"{self.name}: its weights are its files"
+        places = self._places()
+        for name, tensor in named:
+            for place in places.get(name, ()):
+                place.copy_(tensor)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What `load_weights` takes, as it is now: the engine's own tensors."""
+        return {name: places[0] for name, places in self._places().items()}
+
+    def _places(self) -> dict[str, list[Tensor]]:
+        """Name -> the tensors that hold it: the host's copy, if there is one, and the live one."""
+        live, kept = _tensors(self._base), self._pinned or []
+        own = [name for name, _ in (*self._base.named_parameters(), *self._base.named_buffers())]
+        places = {}
+        for place, name in enumerate(own):
+            tensors = [*kept[place : place + 1], live[place].data]
+            if kept and not self.awake:
+                tensors = tensors[:1]  # the live one is the copy
+            places[f"{self._prefix}.{name}"] = tensors
+        return places
+
     def _load(self) -> nn.Module:
         """The base model on the host: rotary tables and other buffers that no file holds are
         computed anew each time.
@@ -219,6 +259,12 @@ class HFEngine:
                 f"teacher {self.name}: {self.model} lacks {len(missing)} weights of its base "
                 f"model, first {missing[0]}"
             )
+        # names in an adapter are those of the causal language model: here without weights around
+        # its base
+        setattr(whole, whole.base_model_prefix, base)
+        self._prefix = whole.base_model_prefix
+        for name, directory in self.adapters.items():
+            add_adapter(whole, name, directory, self.dtype)
         return base.eval().requires_grad_(False)
 
     def _bind(self, values: list[Tensor]) -> None:
@@ -230,7 +276,13 @@ class HFGenerator:
     """A teacher that writes, its head included: for a child process that is gone afterwards."""
 
     def __init__(
-        self, model: str, *, dtype: str, trust_remote_code: bool, device: torch.device | str = "cpu"
+        self,
+        model: str,
+        *,
+        dtype: str,
+        trust_remote_code: bool,
+        device: torch.device | str = "cpu",
+        adapter: str = "",
     ):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         whole = model_class(config).from_pretrained(
@@ -241,6 +293,9 @@ class HFGenerator:
         )
         # its own would fill in a top_k or a penalty that nobody asked for
         whole.generation_config = GenerationConfig()
+        if adapter:
+            add_adapter(whole, "teacher", adapter, whole.dtype)
+            use_adapter(whole, "teacher")
         self._model, self.device = whole.to(device).eval(), torch.device(device)
         self._load_pixels = functools.cache(lambda: Pixels(model, trust_remote_code))
 

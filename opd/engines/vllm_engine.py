@@ -7,7 +7,7 @@ modules comes from `opd/engines/vllm_process.py`.
 
 import functools
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from opd import distributed
 from opd.config import GIB
 from opd.engines.adapter_files import write_adapter
 from opd.engines.engine_memory import KV_CACHE, WEIGHTS
+from opd.engines.vllm_adapters import lora_options, use_exact_kernels
 from opd.engines.vllm_images import check_vllm_tokens, images_limit, vllm_request
 from opd.engines.vllm_process import (
     Workspace,
@@ -29,6 +30,7 @@ from opd.engines.vllm_process import (
     engine_memory,
     import_vllm,
     kept_classes,
+    lora_requests,
     parallel_groups,
     pooling_options,
     register_sleep_backend,
@@ -258,7 +260,8 @@ def _use_own_sleep(worker) -> None:
 class GeneratorEngine(_Engine):
     """Samples responses, and takes new weights from the student.
 
-    With `adapter` it keeps the weights of its files and takes new adapters of that layout instead.
+    With `lora` it keeps the weights of its files and takes new adapters of that layout instead.
+    With `adapter`, a directory, a teacher that is this LoRA adapter on `model` writes.
     """
 
     def __init__(
@@ -273,19 +276,21 @@ class GeneratorEngine(_Engine):
         kv_cache_grows: bool = False,
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
-        adapter: LoraLayout | None = None,
+        lora: LoraLayout | None = None,
         images_per_prompt: int | None = None,
+        adapter: str = "",
     ):
-        self.adapter, self._request, self._number = adapter, None, 0
-        self._folder = None if adapter is None else TemporaryDirectory(dir=_shared_memory())
+        self.lora, self._number = lora, 0
+        self._folder = None if lora is None else TemporaryDirectory(dir=_shared_memory())
+        adapters = {"teacher": adapter} if adapter else {}
         super().__init__(
             "rollout",
             model,
             # New weights are due when it wakes. New adapters are not: what they stand beside waits
             # on the host, and vLLM's tables of adapters with it, which every batch may change.
-            sleep_level=2 if adapter is None else 1,
+            sleep_level=2 if lora is None else 1,
             frozen=False,
-            **({} if adapter is None else adapter_options(adapter.r)),
+            **({} if lora is None else adapter_options(lora.r)),
             tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
@@ -297,7 +302,9 @@ class GeneratorEngine(_Engine):
             images_per_prompt=images_per_prompt,
             skip_tokenizer_init=images_per_prompt is None,  # a processor works on text
             logprobs_mode="processed_logprobs",
+            **lora_options(adapters),
         )
+        self._request = lora_requests(adapters).get("teacher")  # what answers, if not the base
 
     def generate(
         self,
@@ -380,10 +387,10 @@ class GeneratorEngine(_Engine):
         """Replaces the adapter, whose tensors have the names of an adapter's file, and drops every
         cached prefix.
         """
-        assert self.adapter is not None
+        assert self.lora is not None
         self._number += 1
         directory = Path(self._folder.name, str(self._number))
-        write_adapter(directory, self.adapter, named_tensors)
+        write_adapter(directory, self.lora, named_tensors)
         request = adapter_request(self._number, str(directory))
         with self._active():
             self.llm.llm_engine.add_lora(request)  # what is wrong with it shows here
@@ -403,7 +410,8 @@ class HiddenStateEngine(_Engine):
 
     No vocabulary-sized tensor and no per-token Python object exists in the engine; the `lm_head` is
     not even loaded. `residency` is where its weights are while others work: "gpu" (it never
-    sleeps), "host" (a pinned copy), or "disk" (its files, which every wake reads).
+    sleeps), "host" (a pinned copy), or "disk" (its files, which every wake reads). `adapters` (name
+    -> directory) are LoRA adapters on its weights, each another teacher.
     """
 
     def __init__(
@@ -420,7 +428,9 @@ class HiddenStateEngine(_Engine):
         tensor_parallel_size: int = 1,
         residency: str = "host",
         images_per_prompt: int | None = None,
+        adapters: Mapping[str, str] | None = None,
     ):
+        self.adapters = dict(adapters or {})
         super().__init__(
             name,
             model,
@@ -437,7 +447,11 @@ class HiddenStateEngine(_Engine):
             enable_prefix_caching=False,
             images_per_prompt=images_per_prompt,
             **pooling_options(),
+            **lora_options(self.adapters),
         )
+        self._requests = lora_requests(self.adapters)
+        if self.adapters:
+            self.llm.collective_rpc(use_exact_kernels)
 
     def _wake(self, tags: list[str]) -> None:
         if not (self.can_sleep and self.sleep_level == 2 and WEIGHTS in tags):
@@ -453,20 +467,30 @@ class HiddenStateEngine(_Engine):
             super()._wake([KV_CACHE])
 
     def reload(self) -> None:
-        """Reads the weights from the model's files again, into the memory that they have."""
+        """Reads the weights from the model's files again, into the memory that they have; an
+        adapter's when it is asked for.
+        """
         with self._active():
             self.llm.collective_rpc(reload_weights)
+            for request in self._requests.values():
+                self.llm.llm_engine.remove_lora(request.lora_int_id)
 
     def hidden_states(
-        self, sequences: list[list[int]], images: Sequence[PromptImages | None] | None = None
+        self,
+        sequences: list[list[int]],
+        images: Sequence[PromptImages | None] | None = None,
+        adapter: str = "",
     ) -> list[Tensor]:
-        """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype."""
+        """Final hidden states [len, H] of each sequence, on the host, in the engine's dtype: of the
+        base, or of it with an adapter.
+        """
 
         def answer(requests: list, mine: range) -> list:
             outputs = self.llm.encode(
                 [vllm_request(text) for text in requests],
                 pooling_task="token_embed",
                 pooling_params=import_vllm().PoolingParams(use_activation=False),
+                lora_request=self._requests[adapter] if adapter else None,
                 use_tqdm=False,
             )
             for text, output in zip(requests, outputs, strict=True):

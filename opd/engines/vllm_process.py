@@ -11,10 +11,10 @@ and a user's mistake must not wait for it.
 import functools
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -163,6 +163,26 @@ def adapter_request(number: int, directory: str):
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(f"adapter_{number}", number, directory)
+
+
+def lora_ranks() -> tuple[int, ...]:
+    """The ranks that vLLM has kernels for."""
+    import_vllm()
+    from vllm.config.lora import MaxLoRARanks
+
+    return get_args(MaxLoRARanks)
+
+
+def lora_requests(adapters: Mapping[str, str]) -> dict[str, Any]:
+    """LoRA adapters, name -> directory, as vLLM is asked for them."""
+    if not adapters:
+        return {}
+    from vllm.lora.request import LoRARequest
+
+    return {
+        name: LoRARequest(lora_name=name, lora_int_id=place, lora_path=directory)
+        for place, (name, directory) in enumerate(adapters.items(), start=1)
+    }
 
 
 def reload_weights(worker, **source) -> None:

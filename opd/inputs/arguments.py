@@ -20,7 +20,7 @@ import msgspec
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from opd.config import Backend, LocalBackend, TeacherSpec
+from opd.config import SELF, Backend, LocalBackend, TeacherSpec
 from opd.options import groups_of
 
 # Keys under which people write the secret itself.
@@ -87,7 +87,7 @@ def trackers_of(report_to: str) -> frozenset[str]:
 
 def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[TeacherSpec, ...]:
     """`--teacher` values to entries: NAME=PATH takes the domain NAME, a bare PATH every domain;
-    URLs may stand for a path.
+    URLs, BASE+ADAPTER or `self@..` may stand for a path.
     """
     specs = []
     for value in flags:
@@ -107,8 +107,23 @@ def resolve_teachers(flags: list[str], backend: LocalBackend = "vllm") -> tuple[
                 )
             )
         else:
-            specs.append(TeacherSpec(name, model, domains, backend=backend))
+            base, adapter = _base_and_adapter(model)
+            runs = _backend_of(base, backend)
+            specs.append(TeacherSpec(name, base, domains, backend=runs, adapter=adapter))
     return tuple(specs)
+
+
+def _base_and_adapter(value: str) -> tuple[str, str]:
+    """BASE+ADAPTER; a directory whose own name holds a plus is a base."""
+    parts = value.split("+")
+    cuts = ["+".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    base = next((cut for cut in cuts if Path(cut).is_dir()), cuts[-1])
+    return base, value[len(base) + 1 :]
+
+
+def _backend_of(model: str, backend: LocalBackend) -> LocalBackend:
+    """What runs a teacher that names no backend: one that takes new weights is no vLLM's."""
+    return "hf" if model.startswith(SELF) and model != f"{SELF}0" else backend
 
 
 def base_url(url: str) -> str:
@@ -136,7 +151,7 @@ def teachers_from_yaml(
 
 
 _Word = str | int | float  # YAML reads the name 7 as a number
-_ENTRY = get_type_hints(TeacherSpec) | {
+_ENTRY = {key: kind for key, kind in get_type_hints(TeacherSpec).items() if key != "past"} | {
     "name": _Word,
     "model": _Word,
     "domains": Annotated[tuple[_Word, ...], msgspec.Meta(min_length=1)] | Literal["*"],
@@ -161,7 +176,8 @@ def _teacher_from_yaml(entry: Any, path: str, backend: LocalBackend) -> TeacherS
     if not isinstance(entry, dict) or not entry.get("name"):
         raise ValueError(f"{path}: teachers: {entry!r} needs at least `name` and `model`")
     where = f"{path}: teachers: {entry['name']}"
-    values = {"model": "", "domains": (entry["name"],), "backend": backend}
+    runs = _backend_of(str(entry.get("model")), backend)
+    values = {"model": "", "domains": (entry["name"],), "backend": runs}
     for key, value in entry.items():
         if key not in _ENTRY:
             raise ValueError(f"{where}: unknown key `{key}`{nearest(str(key), [*_ENTRY])}")

@@ -3,6 +3,7 @@ ValueError names flag, value and remedy. Nothing is asked of a server.
 """
 
 from opd.config import AsyncConfig, is_async
+from opd.inputs.past import check_past_of_async
 from opd.inputs.teacher_rules import is_http
 from opd.inputs.validation import check_off_policy
 
@@ -11,6 +12,7 @@ def validate_ahead(config) -> None:
     """What `train_mopd.py --mode async` needs beside what both scripts check."""
     if not is_async(config):
         return
+    check_past_of_async(config.teachers)
     _check_schedule(config.ahead, config.run.eval_every)
     _check_servers_are_distinct(config.ahead)
     _check_gpus("rollout", config.ahead, each=config.rollout.rollout_tensor_parallel_size)

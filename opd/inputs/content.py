@@ -20,12 +20,12 @@ def content_hash(path_or_id: str) -> str:
 
     A file: its SHA-256. A directory: SHA-256 over the sorted names, sizes and contents of its
     configuration, tokenizer, weight and data files (top level only for a model directory, one with
-    a config.json). Of files above 64 MiB, 64 evenly spaced blocks of 1 MiB stand for the content,
-    first and last included, so that 60 GB hash in seconds: the weights of another training run are
-    seen, an edit of a few bytes between the blocks is not. A hub id that is no local path: the id
-    and, if the local cache has it, `@commit`; so call it after loading, when the cache has it.
-    Raises ValueError for a directory without such files, and for what is neither a path nor a hub
-    id.
+    a config.json, and for an adapter's). Of files above 64 MiB, 64 evenly spaced blocks of 1 MiB
+    stand for the content, first and last included, so that 60 GB hash in seconds: the weights of
+    another training run are seen, an edit of a few bytes between the blocks is not. A hub id that
+    is no local path: the id and, if the local cache has it, `@commit`; so call it after loading,
+    when the cache has it. Raises ValueError for a directory without such files, and for what is
+    neither a path nor a hub id.
     """
     path = Path(path_or_id)
     if path.is_file():
@@ -42,7 +42,8 @@ def content_hash(path_or_id: str) -> str:
 
 
 def _directory_hash(directory: Path) -> str:
-    found = directory.iterdir() if (directory / "config.json").exists() else directory.rglob("*")
+    is_model = any((directory / name).exists() for name in ("config.json", "adapter_config.json"))
+    found = directory.iterdir() if is_model else directory.rglob("*")
     names = {
         str(p.relative_to(directory)): p
         for p in found

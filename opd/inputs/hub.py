@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,11 +22,11 @@ from pathlib import Path
 from huggingface_hub import DryRunFileInfo, HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
-from opd.config import GIB
+from opd.config import GIB, SELF, TeacherSpec
 from opd.hub_names import as_named
 from opd.inputs.shapes import check_path
 from opd.log import one_line
-from opd.ops.headers import INDEX, WHOLE, weight_files
+from opd.ops.headers import ADAPTER_WEIGHTS, INDEX, WHOLE, weight_files
 
 # All of a model but its weights.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.bpe", "*.vocab")
@@ -40,7 +40,7 @@ def models_here(cfg) -> dict[str, str]:
     """Model -> its flag, of the student and all teachers that do not run elsewhere."""
     models = [("--student_model", cfg.model.student_model)]
     models += [(f"--teacher {t.name}", t.model) for t in cfg.teachers if not t.is_served]
-    return {model: flag for flag, model in reversed(models)}
+    return {model: flag for flag, model in reversed(models) if not model.startswith(SELF)}
 
 
 def find_models(cfg) -> dict[str, str]:
@@ -49,22 +49,35 @@ def find_models(cfg) -> dict[str, str]:
     ValueError with one line for what the hub refuses, or cannot be asked.
     """
     flags = models_here(cfg).items()
-    return {m: find_snapshot(flag, m) for m, flag in reversed(flags) if not Path(m).is_dir()}
+    found = {m: find_snapshot(flag, m) for m, flag in reversed(flags) if not Path(m).is_dir()}
+    for spec in cfg.teachers:
+        if spec.adapter and not Path(spec.adapter).is_dir():
+            flag = f"--teacher {spec.name}: adapter"
+            found[spec.adapter] = find_snapshot(flag, spec.adapter, (*SMALL_FILES, ADAPTER_WEIGHTS))
+    return found
 
 
 def with_models(cfg, places: Mapping[str, str]):
-    """The configuration with other models: `places` maps the old to the new."""
+    """The configuration with other models: `places` maps the old to the new. A teacher that is the
+    student as it was gets the student's.
+    """
     student = places.get(cfg.model.student_model, cfg.model.student_model)
-    teachers = tuple(
-        spec if spec.is_served else replace(spec, model=places.get(spec.model, spec.model))
-        for spec in cfg.teachers
-    )
+
+    def placed(spec: TeacherSpec) -> TeacherSpec:
+        if spec.is_served:
+            return spec
+        if spec.model.startswith(SELF):
+            spec = replace(spec, past=spec.model.removeprefix(SELF))
+        model = student if spec.past else places.get(spec.model, spec.model)
+        return replace(spec, model=model, adapter=places.get(spec.adapter, spec.adapter))
+
+    teachers = tuple(map(placed, cfg.teachers))
     return replace(cfg, model=replace(cfg.model, student_model=student), teachers=teachers)
 
 
-def find_snapshot(flag: str, model: str) -> str:
+def find_snapshot(flag: str, model: str, files: Sequence[str] = SMALL_FILES) -> str:
     """The directory of a model: itself, or for a hub id the snapshot of its commit in the local
-    cache, where everything but the weights is then. ValueError if it cannot be had.
+    cache, where these files are then: everything but the weights. ValueError if it cannot be had.
     """
     if Path(model).is_dir():
         return model
@@ -78,9 +91,7 @@ def find_snapshot(flag: str, model: str) -> str:
     with _one_line_of_the_hub(flag, model):
         validate_repo_id(repo)
         with _one_at_a_time():
-            return snapshot_download(
-                repo, revision=revision or None, allow_patterns=list(SMALL_FILES)
-            )
+            return snapshot_download(repo, revision=revision or None, allow_patterns=list(files))
 
 
 def fetch(flag: str, model: str) -> str:

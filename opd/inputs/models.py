@@ -17,8 +17,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from opd.config import TeacherSpec
+from opd.distributed import resolve_dtype
+from opd.inputs.adapters import check_adapter, has_tokenizer
 from opd.inputs.dialects import Dialect, check_eos, compare_tokenizers
 from opd.inputs.hub import fetch_weights, files_of, models_here
+from opd.inputs.past import check_steps_back
 from opd.inputs.shapes import ModelShape, check_path, head_of, load_part, read_model, shape_of
 from opd.inputs.teacher_rules import allowed
 from opd.inputs.vllm_models import check_agrees, check_vllm_runs
@@ -26,11 +29,12 @@ from opd.inputs.weight_files import check_not_quantised, check_weights
 from opd.log import cut, one_line
 from opd.lora_config import LoraConfig
 from opd.ops.attention import AUTO
+from opd.ops.headers import ADAPTER_CONFIG
 from opd.ops.heads import find_head, logit_form, weights_beside_the_head
 from opd.ops.model_class import placeholder_ids, sees_images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFact(ModelShape):
     """One model: what its configuration says, and what ends its responses."""
 
@@ -75,6 +79,11 @@ def _config_dict(flag: str, path: str) -> dict[str, Any]:
 
 def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
     """Refuses a missing model and a model that brings code along."""
+    if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
+        remedy = "name its base too, --teacher NAME=BASE+ADAPTER"
+        if not flag.startswith("--teacher"):
+            remedy = "give a whole model"
+        raise ValueError(f"{flag} {path}: this is a LoRA adapter without its base; {remedy}")
     config_dict = _config_dict(flag, path)
     options = {"local_files_only": Path(path).is_dir()}
     tokenizer_dict = load_part(
@@ -98,9 +107,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, *, flag: str = "-
 
     def load():
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        special = set(tokenizer.all_special_tokens)
-        # what is wrong may show only here
-        tokenizer(next((t for t in tokenizer.get_vocab() if t not in special), "a"))
+        _try_out(tokenizer)
         return tokenizer
 
     tokenizer = load_part(flag, path, "tokenizer", load)
@@ -114,6 +121,23 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, *, flag: str = "-
             f"{flag} {path}: the directory holds no tokenizer; save it there with save_pretrained"
         )
     return tokenizer
+
+
+def _try_out(tokenizer) -> None:
+    """What is wrong with it may show only here."""
+    special = set(tokenizer.all_special_tokens)
+    tokenizer(next((t for t in tokenizer.get_vocab() if t not in special), "a"))
+
+
+def _tokenizer_of(flag: str, adapter: str, base):
+    """The tokenizer that lies beside an adapter, of the base's class: no config.json is there."""
+
+    def load():
+        tokenizer = type(base).from_pretrained(adapter, local_files_only=True)
+        _try_out(tokenizer)
+        return tokenizer
+
+    return load_part(flag, adapter, "tokenizer", load)
 
 
 def _eos_ids(flag: str, path: str, model_config: PreTrainedConfig, tokenizer) -> tuple[int, ...]:
@@ -296,6 +320,10 @@ def check_models(config, tokenizer) -> ModelFacts:
             continue
         flag = f"--teacher {spec.name}"
         own = load_tokenizer(spec.model, config.model.trust_remote_code, flag=flag)
+        width = 2 if resolve_dtype(config.model.dtype) == torch.bfloat16 else 4
+        check_steps_back(spec, student.num_parameters * width)
+        if has_tokenizer(spec.adapter):
+            own = _tokenizer_of(f"{flag}: adapter", spec.adapter, own)
         teachers[spec.name] = fact = _read(flag, spec.model, own, config, teacher=spec)
         used = (*student.eos_ids, pad_id)
         dialect = dialect_of(config, spec, own, tokenizer, used)
@@ -336,6 +364,8 @@ def _read(
         attn_implementation=config.model.attn_implementation if teacher is None else AUTO,
     )
     fact = _fact_of(model, flag, path, tokenizer, config.lora if teacher is None else None)
+    if teacher is not None:
+        fact = dataclasses.replace(fact, **check_adapter(teacher, model))
     if vllm:
         tokens = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         _check_agrees(config, flag, path, model.config, tokens, is_student=teacher is None)

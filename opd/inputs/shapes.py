@@ -31,7 +31,7 @@ class Unplannable(ValueError):
     """A configuration does not say enough for a prediction of memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """What the configuration of a model says of it. Sizes are numbers of values, not bytes."""
 
@@ -63,6 +63,8 @@ class ModelShape:
     trained: tuple[tuple[int, ...], ...]
     frozen: tuple[tuple[int, ...], ...]
     lora: LoraLayout | None
+    adapter_values: int = 0  # of the LoRA adapter of a teacher that has one
+    adapter_rank: int = 0  # its largest
 
     @property
     def num_trained(self) -> int:
@@ -99,6 +101,12 @@ class ModelShape:
             if len(shape) > 1 and shape[0] != self.vocab_size
         )
         return sum(size for size in sizes if size < limit)
+
+    @property
+    def values_per_rank(self) -> int:
+        """Values that an adapter of rank 1 on every matrix but embedding and head would have."""
+        matrices = (s for s in self.parameters if len(s) > 1 and s[0] != self.vocab_size)
+        return sum(s[-1] + s[-2] for s in matrices)
 
     @property
     def kv_per_token(self) -> int:

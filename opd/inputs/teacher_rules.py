@@ -10,6 +10,7 @@ from typing import get_args
 from urllib.parse import urlsplit
 
 from opd.config import Difference, TeacherConfig, TeacherSpec
+from opd.inputs.past import check_past
 
 
 def validate_teachers(teachers: Sequence[TeacherSpec], flags: TeacherConfig) -> None:
@@ -77,6 +78,12 @@ def _check_teacher(spec: TeacherSpec, where: str) -> None:
             f"here; {remedy}"
         )
 
+    check_past(spec, where)
+    if spec.is_served and spec.adapter:
+        raise ValueError(
+            f"{where}: adapter {spec.adapter}: a server has its own weights; merge it into the "
+            "model that the server loads"
+        )
     if spec.is_served:
         _check_served(spec, where)
     elif spec.urls or spec.api_key_env:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from opd.log import one_line
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 LFS_POINTER = b"version https://git-lfs"
@@ -88,7 +89,7 @@ def read_headers(root: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for path in weight_files(root):
-        for name, stored in _read_header(path).items():
+        for name, stored in read_header(path).items():
             if name in found:
                 raise ValueError(
                     f"{name} is in {found[name].file.name} and in {path.name}; remove the older "
@@ -111,7 +112,8 @@ def read_headers(root: Path) -> dict[str, Stored]:
     return found
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, Stored]:
+    """Of one file; ValueError as above."""
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))

@@ -137,6 +137,10 @@ class OutputHead:
         """On another device; from pinned memory without waiting for the copy."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def in_type(self, dtype: torch.dtype) -> "OutputHead":
+        """A copy of its own in another type."""
+        return self._each(lambda tensor: tensor.to(dtype, copy=True))
+
     def cut(self, vocab: int) -> "OutputHead":
         """The first `vocab` rows, as views: what models with differently padded
         vocabularies share.

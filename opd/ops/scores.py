@@ -21,14 +21,15 @@ def response_states(
     engine: TeacherEngine,
     texts: Sequence[tuple[Ids, Ids]],
     images: Sequence[PromptImages | None] | None = None,
+    adapter: str = "",
 ) -> list[Tensor]:
     """[L, H] of each (prompt ids, response ids), on the host: the state that predicts response
     token t is the one at its predecessor.
 
-    `images` are those of each prompt.
+    `images` are those of each prompt, `adapter` is one of the engine's, or "" for its base.
     """
     sequences = [[*prompt, *response][:-1] for prompt, response in texts]
-    states = engine.hidden_states(sequences, images or [None] * len(sequences))
+    states = engine.hidden_states(sequences, images or [None] * len(sequences), adapter)
     return [state[len(prompt) - 1 :] for (prompt, _), state in zip(texts, states, strict=True)]
 
 

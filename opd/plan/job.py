@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from opd.config import GIB, TeacherSpec, is_async
+from opd.inputs.adapters import check_adapter, engines_of
 from opd.inputs.lora_rules import samples_with_adapter
 from opd.inputs.shapes import ModelShape, check_tensor_parallel, read_model, shape_of
 from opd.inputs.teacher_prompts import longest_prompt
@@ -129,6 +130,12 @@ class Job:
     def spec(self, name: str) -> TeacherSpec:
         return next(spec for spec in self.cfg.teachers if spec.name == name)
 
+    @property
+    def engines(self) -> dict[str, tuple[str, ...]]:
+        """The engines of the teachers, by their first, and whom each is."""
+        known = [spec for spec in self.cfg.teachers if spec.name in self.teachers]
+        return {name: tuple(s.name for s in specs) for name, specs in engines_of(known).items()}
+
 
 PCIE_GB_S = 25.0  # what PCIe 4.0 x16 gives to a pinned copy in one direction
 
@@ -154,12 +161,16 @@ def free_host_memory() -> int:
 def read_shapes(cfg) -> tuple[ModelShape, dict[str, ModelShape]]:
     """(student, teachers by name), from configurations alone. A served teacher has none here."""
 
-    def shape(flag: str, path: str, lora: LoraConfig | None = None) -> ModelShape:
-        return shape_of(read_model(flag, path, cfg.model.trust_remote_code), flag, path, lora)
+    def shape(
+        flag: str, path: str, spec: TeacherSpec | None = None, lora: LoraConfig | None = None
+    ) -> ModelShape:
+        model = read_model(flag, path, cfg.model.trust_remote_code)
+        adapter = check_adapter(spec, model) if spec is not None else {}
+        return replace(shape_of(model, flag, path, lora), **adapter)
 
     local = [spec for spec in cfg.teachers if not spec.is_served]
-    student = shape("--student_model", cfg.model.student_model, cfg.lora)
-    return student, {spec.name: shape(f"--teacher {spec.name}", spec.model) for spec in local}
+    student = shape("--student_model", cfg.model.student_model, lora=cfg.lora)
+    return student, {spec.name: shape(f"--teacher {spec.name}", spec.model, spec) for spec in local}
 
 
 def make_job(cfg, student: ModelShape, teachers: Mapping[str, ModelShape], machine: Machine) -> Job:

@@ -352,19 +352,44 @@ def _forward(shape: ModelShape, width: int, tokens: int) -> int:
 
 
 def teacher_weights(job: Job, name: str, choices: Choices) -> int:
-    """On one GPU.
+    """On one GPU, of the engine under the name of its first teacher: the base once, and adapters.
 
     A teacher returns hidden states: a head that is not the embedding stays on the host.
     """
-    shape = job.teachers[name]
+    shape, gpus = job.teachers[name], choices.tensor_parallel.get(name, 1)
     if job.spec(name).backend != "vllm":
-        return (shape.num_parameters - (0 if shape.tied else shape.head_parameters)) * job.width
-    return engine_weights(job, shape, with_head=False, gpus=choices.tensor_parallel.get(name, 1))
+        base = (shape.num_parameters - (0 if shape.tied else shape.head_parameters)) * job.width
+    else:
+        base = engine_weights(job, shape, with_head=False, gpus=gpus)
+    return base + _adapters(job, name) // gpus
+
+
+def _adapters(job: Job, name: str) -> int:
+    """Of an engine's teachers. vllm 0.32 keeps places of one rank on every matrix, and a copy of
+    what lies in them on the host.
+    """
+    shapes = [job.teachers[each] for each in job.engines[name]]
+    values = sum(shape.adapter_values for shape in shapes)
+    if job.spec(name).backend == "vllm" and values:
+        places = sum(shape.adapter_values > 0 for shape in shapes)
+        rank = max(8, *(shape.adapter_rank for shape in shapes))
+        slots = places * rank * shapes[0].values_per_rank
+        values = slots if job.machine.is_gpu else slots + values
+    return values * job.width
 
 
 def teacher_awake(job: Job, name: str, choices: Choices) -> int:
     """Weights and KV cache; an `hf` teacher keeps no cache."""
     return teacher_weights(job, name, choices) + choices.teacher_kv.get(name, 0)
+
+
+def _past(job: Job, name: str) -> int:
+    """What a teacher that follows the student keeps beside its own weights."""
+    past = job.spec(name).past
+    if not job.spec(name).follows:
+        return 0
+    copies = -int(past) * job.width if past.startswith("-") else FLOAT32
+    return job.student.num_parameters * copies
 
 
 def hidden_bytes(job: Job) -> int:
@@ -403,8 +428,8 @@ def _sleeps(job: Job, name: str) -> bool:
 
 
 def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
-    """One teacher is awake at a time: of those that sleep, the largest stands for all."""
-    awake = {name: teacher_awake(job, name, choices) for name in job.teachers}
+    """One model is awake at a time: of those that sleep, the largest stands for all."""
+    awake = {name: teacher_awake(job, name, choices) for name in job.engines}
     sleepers = [name for name in awake if _sleeps(job, name)]
     largest = max(sleepers, key=awake.__getitem__, default=None)
     keeps_copy = job.machine.is_gpu and job.cfg.teacher.teacher_residency == "host"
@@ -412,7 +437,9 @@ def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
         weights = teacher_weights(job, name, choices)
         phases = PHASES if name not in sleepers else ("score",) if name == largest else ()
         moved = weights if name in sleepers and job.machine.is_gpu else 0
-        label = f"teacher {name}" + ("" if phases else f" (largest is {largest})")
+        shared = len(job.engines[name]) - 1
+        label = f"teacher {name}" + (f" and {shared} more" if shared else "")
+        label += "" if phases else f" (largest is {largest})"
         if phases:
             yield _on_device(label, size, phases, 0 if keeps_copy else moved)
         if keeps_copy and name in sleepers:
@@ -424,7 +451,7 @@ def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     forwards = (_forward(job.teachers[name], job.width, n) for name, n in tokens.items())
     work = max(forwards, default=0)
     yield _on_device("teachers, working memory (estimate)", work, ("score",))
-    heads = [shape.head_parameters * job.width for shape in job.teachers.values()]
+    heads = [job.teachers[name].head_parameters * job.width for name in job.engines]
     support = support_of(job.cfg.loss) if choices.support == "auto" else choices.support
     visits = (support != "full") + (support in ("full", "union_topk"))
     head_phases = (
@@ -437,6 +464,8 @@ def _teachers(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     if job.machine.is_gpu:
         yield _on_device("teacher lm_head, the largest", max(heads, default=0), head_phases)
     yield _host(job, "teacher lm_heads", sum(heads), PHASES, moved=visits * sum(heads))
+    for name in job.teachers:
+        yield _host(job, f"teacher {name}, the student's past", _past(job, name), PHASES)
     payload = payload_bytes(job, support)
     yield _host(job, "what teachers said", payload, ("score", "train"), moved=2 * payload)
     # micro-batches hold a copy, and what was copied goes when the last one is made

@@ -87,7 +87,7 @@ class Plan:
     @property
     def prefetches(self) -> bool:
         """Whether the weights of a second teacher fit beside the one that scores."""
-        awake = sorted(teacher_awake(self.job, name, self.choices) for name in self.job.teachers)
+        awake = sorted(teacher_awake(self.job, name, self.choices) for name in self.job.engines)
         return (
             len(awake) > 1
             and self.bytes_of("score") + awake[-2] <= USABLE * self.job.machine.device_bytes
@@ -138,10 +138,10 @@ def engines_with_cache(job: Job) -> Iterator[tuple[str, ModelShape, int, int]]:
     if not job.is_async or job.cfg.ahead.rollout_servers == ["auto"]:
         sharing = job.cfg.rollout.rollout_tensor_parallel_size
         yield "--rollout_kv_cache_gib", job.student, sharing, job.longest
-    for name, shape in job.teachers.items():
+    for name in job.engines:
         if job.spec(name).backend == "vllm":
             sharing = job.spec(name).tensor_parallel_size
-            yield "--teacher_kv_cache_gib", shape, sharing, job.longest_of(name)
+            yield "--teacher_kv_cache_gib", job.teachers[name], sharing, job.longest_of(name)
 
 
 def check_caches(job: Job) -> None:
@@ -170,7 +170,7 @@ def _with_least_caches(job: Job, choices: Choices) -> Choices:
         name: teacher_cache(job, name, choices.tensor_parallel[name])[0]
         if of_teachers == "auto"
         else int(of_teachers * GIB)
-        for name in job.teachers
+        for name in job.engines
         if job.spec(name).backend == "vllm"
     }
     return replace(choices, kv_cache=0 if job.is_async else sampler, teacher_kv=caches)
@@ -250,9 +250,9 @@ def _teacher_parallel(job: Job, choices: Choices) -> dict[str, int]:
     if not job.machine.is_gpu:
         return sizes
     options = {
-        name: [n for n in (1, 2, 4, 8) if job.machine.gpus % n == 0 and not shape.why_not_shared(n)]
-        for name, shape in job.teachers.items()
-        if sizes[name] == 1 and job.spec(name).backend == "vllm"
+        name: [n for n in (1, 2, 4, 8) if not job.machine.gpus % n and not shape.why_not_shared(n)]
+        for name in job.engines
+        if sizes[name] == 1 and job.spec(name).backend == "vllm" and (shape := job.teachers[name])
     }
     empty = _all_offloaded(job, choices)
 
@@ -260,11 +260,11 @@ def _teacher_parallel(job: Job, choices: Choices) -> dict[str, int]:
         return _with_least_caches(some, replace(empty, tensor_parallel=own))
 
     for name, sizes_of in options.items():
-        alone = replace(job, teachers={name: job.teachers[name]})
+        alone = replace(job, teachers={each: job.teachers[each] for each in job.engines[name]})
         fitting = (n for n in sizes_of if _room(alone, with_sizes(alone, {name: n}), "score") >= 0)
         sizes[name] = next(fitting, sizes_of[-1])
     if job.cfg.teacher.teacher_residency != "host":
-        return sizes
+        return _for_all(job, sizes)
     while not _plan(job, with_sizes(job, sizes)).fits_host:
         larger = [name for name, sizes_of in options.items() if sizes[name] < sizes_of[-1]]
         if not larger:
@@ -272,7 +272,13 @@ def _teacher_parallel(job: Job, choices: Choices) -> dict[str, int]:
         now = with_sizes(job, sizes)
         most = max(larger, key=lambda name: teacher_weights(job, name, now))
         sizes[most] = next(n for n in options[most] if n > sizes[most])
-    return sizes
+    return _for_all(job, sizes)
+
+
+def _for_all(job: Job, sizes: dict[str, int]) -> dict[str, int]:
+    """The size of an engine, for each of its teachers."""
+    first = {each: name for name, members in job.engines.items() for each in members}
+    return {name: sizes[first.get(name, name)] for name in sizes}
 
 
 def _micro_batch_tokens(job: Job, choices: Choices) -> int:

@@ -64,7 +64,8 @@ def _models(said: dict[str, Any]) -> str:
     for teacher in said["teachers"]:
         domains = "every other" if teacher["domains"] == "*" else ", ".join(teacher["domains"])
         weight = "" if teacher["weight"] is None else f", weight {teacher['weight']:g}"
-        rows.append((f"teacher {teacher['name']}", teacher["model"] or "served", domains + weight))
+        model = " + ".join(filter(None, (teacher["model"] or "served", teacher["adapter"])))
+        rows.append((f"teacher {teacher['name']}", model, domains + weight))
     return "The student wrote, and its teachers scored each token that it wrote.\n\n" + _table(
         ("role", "model", "domains"), rows
     )

@@ -7,7 +7,7 @@ What libraries print while they load goes to the rank's log.
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from opd.distributed import resolve_dtype
 from opd.engines.deepspeed_engine import what_leaves
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
+from opd.inputs.adapters import engines_of
 from opd.log import one_line, say, warn
 from opd.ops.heads import load_head, map_head
 from opd.rollout import RolloutEngine
@@ -113,23 +114,33 @@ def build_student(run: Run) -> Student:
 
 
 def build_teachers(run: Run) -> list[ColocatedTeacher]:
-    """Every colocated teacher's engine and head on this rank, each put to sleep as soon as it
-    stands.
+    """Every colocated teacher on this rank: an engine and a head for each model, put to sleep as
+    soon as it stands.
     """
-    teachers = []
-    for spec in (spec for spec in run.cfg.teachers if not spec.is_served):
-        with _building(run, f"--teacher {spec.name} {spec.model}"):
-            on_disk = run.cfg.teacher.teacher_residency == "disk"
-            head = (map_head if on_disk else load_head)(spec.model)
-            teachers.append(ColocatedTeacher(spec, _build_engine(run, spec), head))
-            (state_LH,) = teachers[-1].engine.hidden_states([CANARY_IDS])
-            if not (
-                state_LH.isfinite().all() and head.weight_VH.sum(dtype=torch.float32).isfinite()
-            ):
-                raise ValueError("it computes no numbers: look for NaN and infinity in its weights")
+    built = []
+    on_disk = run.cfg.teacher.teacher_residency == "disk"
+    for specs in engines_of(run.cfg.teachers).values():
+        spec, *others = specs
+        names = " ".join(f"--teacher {each.name} {each.model}" for each in specs)
+        with _building(run, names):
+            maps = on_disk and not spec.follows
+            head = (map_head if maps else load_head)(spec.model)
+            if spec.follows:
+                head = head.in_type(resolve_dtype(run.cfg.model.dtype))
+            teacher = ColocatedTeacher(spec, _build_engine(run, specs), head, others)
+            for each in specs:
+                _check_computes(teacher, each.name)
         with distributed.agree_on_error(f"putting teacher {spec.name} to sleep"):
-            teachers[-1].sleep()
-    return teachers
+            teacher.sleep()
+        built.append(teacher)
+    return built
+
+
+def _check_computes(teacher: ColocatedTeacher, name: str) -> None:
+    (state_LH,) = teacher.states([CANARY_IDS], name)
+    weight_VH = teacher.head.weight_VH
+    if not (state_LH.isfinite().all() and weight_VH.sum(dtype=torch.float32).isfinite()):
+        raise ValueError("it computes no numbers: look for NaN and infinity in its weights")
 
 
 def build_served_teachers(run: Run) -> list[ServedTeacher]:
@@ -178,15 +189,21 @@ def build_teacher_pool(
     )
 
 
-def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFEngine:
+def _build_engine(run: Run, specs: Sequence[config.TeacherSpec]) -> HiddenStateEngine | HFEngine:
+    """The engine of teachers of one model."""
+    spec, residency = specs[0], run.cfg.teacher.teacher_residency
+    adapters = {each.name: each.adapter for each in specs if each.adapter}
     if spec.backend == "hf":
         # it has no cache to size
         options = {k: v for k, v in run.engine_options.items() if k != "max_model_len"}
+        if spec.follows and residency == "disk":
+            residency = "host"  # no file has its weights
         return HFEngine(
             spec.name,
             spec.model,
             device=run.device,
-            residency=run.cfg.teacher.teacher_residency,
+            residency=residency,
+            adapters=adapters,
             **options,
         )
     return HiddenStateEngine(
@@ -196,9 +213,10 @@ def _build_engine(run: Run, spec: config.TeacherSpec) -> HiddenStateEngine | HFE
         kv_cache_gib=run.kv_cache_gib(spec),
         kv_cache_grows=run.cfg.teacher.teacher_kv_cache_gib == "auto",
         tensor_parallel_size=spec.tensor_parallel_size,
-        residency=run.cfg.teacher.teacher_residency,
+        residency=residency,
+        adapters=adapters,
         images_per_prompt=run.images_per_prompt(run.facts.teachers[spec.name]),
-        **run.engine_options | {"max_model_len": run.length_for(spec)},
+        **run.engine_options | {"max_model_len": max(map(run.length_for, specs))},
     )
 
 

@@ -16,6 +16,7 @@ from opd.clients.served_model import ServedModel
 from opd.clients.served_teacher import write_with_servers
 from opd.distributed import resolve_dtype
 from opd.inputs import order
+from opd.inputs.adapters import engines_of
 from opd.inputs.arguments import pairs
 from opd.inputs.lora_rules import samples_with_adapter
 from opd.inputs.models import ModelFact, ModelFacts
@@ -204,6 +205,8 @@ class Run(Inputs):
 
     def why_silent(self, spec: config.TeacherSpec) -> str | None:
         """Why a teacher's own answers cannot be had; None if they can."""
+        if spec.follows:
+            return "it follows the student, and is the student itself at the start"
         served = self.served.get(spec.name)
         if served is not None and served.protocol != "json" and not spec.has_local_model:
             return (
@@ -236,6 +239,7 @@ class Run(Inputs):
                 [p.as_read_by(spec.name) for p in prompts],
                 log=log,
                 backend=backend,
+                adapter=spec.adapter,
                 kv_cache_gib=self._writer_cache_gib(spec),
                 images_per_prompt=self._images_per_prompt_of(spec),
                 **options,
@@ -308,18 +312,19 @@ class Run(Inputs):
 
     @functools.cached_property
     def teachers_of(self) -> Callable[[int], tuple[str, ...]]:
-        """step -> the teachers of this machine that its prompts need, those of all ranks, in the
-        configuration's order.
+        """step -> the engines of this machine's teachers that its prompts need, those of all ranks,
+        in the configuration's order, each under the name of its first teacher.
         """
+        engines = engines_of(self.cfg.teachers)
 
         @functools.lru_cache(maxsize=8)
         def teachers_of(step: int) -> tuple[str, ...]:
             domains = {prompt.domain for prompt in self.prompt_batch(step, rank=0, world_size=1)}
             needed = {name for domain in domains for name, _ in self.routes[domain]}
             return tuple(
-                spec.name
-                for spec in self.cfg.teachers
-                if spec.name in needed and not spec.is_served
+                name
+                for name, specs in engines.items()
+                if any(spec.name in needed for spec in specs)
             )
 
         return teachers_of

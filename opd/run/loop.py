@@ -22,6 +22,7 @@ from opd.log import say
 from opd.mismatch import corrects, log_mismatch
 from opd.options import to_dict
 from opd.parity import Parity
+from opd.past import PastTeachers
 from opd.records import checkpoint
 from opd.records.memory_ledger import Ledger
 from opd.records.metrics import Metrics
@@ -80,8 +81,20 @@ def start(run: Run) -> "Loop":
         rollout_engine, student, engines, ledger, spare=run.spare, needs=run.teachers_of
     )
     teachers = build_teacher_pool(run, engines, colocation.turns)
+    past = PastTeachers(engines, student)
+    if run.resume_from is not None:
+        past.load(run.resume_from, state.step)
     loop = Loop(
-        run, student, rollout_engine, teachers, colocation, metrics, samples, state, teacher_scores
+        run,
+        student,
+        rollout_engine,
+        teachers,
+        past,
+        colocation,
+        metrics,
+        samples,
+        state,
+        teacher_scores,
     )
     loop.first_push()
     # DeepSpeed 0.19.8 and sleeping engines collect at every move. Most of what they visit is what
@@ -100,6 +113,7 @@ class Loop:
     student: Student
     rollout_engine: RolloutEngine | AsyncRolloutEngine
     teachers: TeacherPool
+    past: PastTeachers
     colocation: Colocation
     metrics: Metrics
     samples: SampleLedger
@@ -285,8 +299,9 @@ class Loop:
         self.metrics.add("optim/grad_norm", grad_norm)
 
     def push(self) -> None:
-        """The sampler gets the student's weights. Collective."""
+        """The sampler gets the student's weights, teachers that follow it theirs. Collective."""
         version = self.state.step
+        self.past.follow(version)
         self.state.policy_version = push_weights(self.student, self.rollout_engine, version=version)
 
     # ---- After a step, and after the last --------------------------------------------------------
@@ -378,11 +393,12 @@ class Loop:
         self.pace.saved(time.perf_counter() - started)
 
     def save_parts(self, directory: Path) -> None:
-        """This rank's part of a checkpoint, which `start` loads: its shards, and responses of
-        coming steps if some are written already.
+        """This rank's part of a checkpoint, which `start` loads: its shards, responses of coming
+        steps if some are written already, and what teachers that follow the student remember.
         """
         self.student.save_shards(directory)
         self.rollout_engine.save(directory)
+        self.past.save(directory)
 
     def finish(self) -> None:
         """Ends engines and connections; the export, and the report. Collective."""

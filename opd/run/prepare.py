@@ -15,6 +15,7 @@ from typing import Any
 
 from opd import distributed, faults, processes
 from opd.clients.served_checks import check_served
+from opd.config import TeacherSpec
 from opd.engines.deepspeed_engine import check_ds_config
 from opd.hub_names import as_named
 from opd.inputs import content, hub, models, prompts, rewards, routing
@@ -84,12 +85,7 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         with distributed.agree_on_error("downloading the models", timeout=DOWNLOAD_TIMEOUT):
             models.fetch_models(cfg)
 
-    hashes = {
-        t.name: content.content_hash(t.model)
-        if not t.is_served or t.has_local_model
-        else inputs.served[t.name].identity
-        for t in cfg.teachers
-    }
+    hashes = {t.name: _hash_of(t, inputs) for t in cfg.teachers}
     fingerprint = fingerprint_of(cfg, hashes, inputs.train_set.content_hash)
     if inputs.facts.stop_ids:
         fingerprint["stop_token_ids"] = sorted(inputs.facts.stop_ids)
@@ -116,6 +112,18 @@ def prepare(cfg, *, need_response: bool = False) -> Run:
         started=started,
         plan=plan,
     )
+
+
+def _hash_of(spec: TeacherSpec, inputs: Inputs) -> str:
+    """What a teacher is, by content: its model, its adapter, and how it follows the student."""
+    if spec.is_served and not spec.has_local_model:
+        return inputs.served[spec.name].identity
+    parts = [content.content_hash(spec.model)]
+    if spec.adapter:
+        parts.append(content.content_hash(spec.adapter))
+    if spec.follows:
+        parts.append(spec.named_model)
+    return " ".join(parts)
 
 
 def _with_snapshots(cfg) -> tuple[Any, bool]:

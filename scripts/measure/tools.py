@@ -78,6 +78,11 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     return _status_bytes("VmHWM") - before
 
 
+def resident_bytes() -> int:
+    """Memory of this process now, mapped files that it has read included."""
+    return _status_bytes("VmRSS")
+
+
 def _status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):

@@ -15,7 +15,7 @@ class Engine:
 
     table_VH = torch.randn(V, H, generator=torch.Generator().manual_seed(0))
 
-    def hidden_states(self, sequences):
+    def hidden_states(self, sequences, images, adapter):
         return [self.table_VH[ids] for ids in sequences]
 
 

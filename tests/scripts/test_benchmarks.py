@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from scripts import bench_colocation, bench_loss, bench_scaling, bench_scoring
+from scripts import bench_adapters, bench_colocation, bench_loss, bench_scaling, bench_scoring
 from scripts.measure import tools
 from scripts.measure.forked import run_forked
 from tests.support.processes import ROOT, worker_environment
@@ -89,6 +89,22 @@ def test_bench_scoring(tmp_path, served):
         assert 76 * 23 / 24 < result["served_binary_bytes_per_token"] < 76 + 40
         assert 256 * 23 / 24 < result["served_hidden_bytes_per_token"] < 256 + 20
         assert result["served_json_over_binary_bytes"] > 5
+
+
+def test_bench_adapters_compares_three_sides(tmp_path):
+    sizes = "--backends hf --hidden 64 --layers 1 --teachers 2 --sequences 2 --length 24"
+    out, err = tmp_path / "out", tmp_path / "err"
+    script = str(ROOT / "scripts" / "bench_adapters.py")
+    arguments = [script, *f"--json {sizes} --repeats 1".split()]
+    status = run_forked(arguments, out, err, 300, worker_environment())
+    assert status == 0, err.read_text()[-3000:]
+    result = json.loads(out.read_text().splitlines()[-1])
+    assert result["hf_largest_difference"] <= 1e-3
+    assert min(result[f"hf_{side}_ms"] for side in bench_adapters.SIDES) > 0
+    assert result["hf_adapters_over_base_time"] == pytest.approx(
+        result["hf_adapters_ms"] / result["hf_one_base_ms"], rel=0.1
+    )
+    assert result["hf_engines_mb"] > result["hf_one_base_mb"]
 
 
 def test_bench_scaling_plots(run_main, tmp_path):
