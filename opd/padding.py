@@ -107,8 +107,7 @@ def collate(
     filler: Prompt | None = None,
 ) -> MicroBatch:
     """One micro-batch; an empty `scored` gives a single fully masked row, so that its loss is a
-    connected zero. A `filler` is a fully masked row more: a zero that is connected to the image
-    encoder too.
+    connected zero. A `filler` is one more, connected to the image encoder too.
 
     Example: prompt [5, 6], response [7, 8] -> input [5, 6, 7], labels [6, 7, 8], loss mask [0, 1,
     1].

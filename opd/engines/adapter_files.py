@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,3 +29,10 @@ def write_adapter(
         Path(directory) / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
+
+
+def adapter_folder() -> TemporaryDirectory:
+    """A place for adapters that live as long as an engine: where a file costs no disk, if there is
+    such a place.
+    """
+    return TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)

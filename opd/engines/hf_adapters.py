@@ -18,7 +18,7 @@ from opd.ops.headers import ADAPTER_WEIGHTS
 _PREFIX = "base_model.model."  # of every name in an adapter's file
 
 
-def add_adapter(model: nn.Module, name: str, directory: str, dtype: torch.dtype) -> None:
+def add_teacher_adapter(model: nn.Module, name: str, directory: str, dtype: torch.dtype) -> None:
     """Gives `model`, a causal language model, the adapter in `directory` under `name`: asleep until
     `use_adapter` names it, and in the type that the model computes in.
 

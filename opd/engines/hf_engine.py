@@ -30,7 +30,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from opd.config import Residency
-from opd.engines.hf_adapters import add_adapter, use_adapter
+from opd.engines.hf_adapters import add_teacher_adapter, use_adapter
 from opd.engines.host_memory import pinned_like
 from opd.ops.attention import attention_for
 from opd.ops.model_class import model_class
@@ -264,7 +264,7 @@ class HFEngine:
         setattr(whole, whole.base_model_prefix, base)
         self._prefix = whole.base_model_prefix
         for name, directory in self.adapters.items():
-            add_adapter(whole, name, directory, self.dtype)
+            add_teacher_adapter(whole, name, directory, self.dtype)
         return base.eval().requires_grad_(False)
 
     def _bind(self, values: list[Tensor]) -> None:
@@ -294,7 +294,7 @@ class HFGenerator:
         # its own would fill in a top_k or a penalty that nobody asked for
         whole.generation_config = GenerationConfig()
         if adapter:
-            add_adapter(whole, "teacher", adapter, whole.dtype)
+            add_teacher_adapter(whole, "teacher", adapter, whole.dtype)
             use_adapter(whole, "teacher")
         self._model, self.device = whole.to(device).eval(), torch.device(device)
         self._load_pixels = functools.cache(lambda: Pixels(model, trust_remote_code))

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from opd import distributed
 from opd.config import GIB
-from opd.engines.adapter_files import write_adapter
+from opd.engines.adapter_files import adapter_folder, write_adapter
 from opd.engines.engine_memory import KV_CACHE, WEIGHTS
 from opd.engines.vllm_adapters import lora_options, use_exact_kernels
 from opd.engines.vllm_images import check_vllm_tokens, images_limit, vllm_request
@@ -33,10 +32,10 @@ from opd.engines.vllm_process import (
     lora_requests,
     parallel_groups,
     pooling_options,
-    register_sleep_backend,
     reload_weights,
     room_for_one_sequence,
     sampling_params,
+    use_own_sleep,
     weight_bytes,
 )
 from opd.log import warn
@@ -110,7 +109,7 @@ class _Engine:
             )
 
             if self.memory is not None:
-                self.llm.collective_rpc(_use_own_sleep)
+                self.llm.collective_rpc(use_own_sleep)
         self._kv_cache_bytes = sizes[-1] if sizes else 0
         self.dtype = self.llm.model_config.dtype
 
@@ -250,13 +249,6 @@ def _sample(completion, with_logprobs: bool) -> Sample:
     return Sample(ids, logprobs, stopped=completion.finish_reason == "stop")
 
 
-def _use_own_sleep(worker) -> None:
-    """Called by vLLM with its worker, which looks the name up when it first sleeps. vllm 0.32 knows
-    no argument for it.
-    """
-    worker.vllm_config.model_config.sleep_mode_backend = register_sleep_backend()
-
-
 class GeneratorEngine(_Engine):
     """Samples responses, and takes new weights from the student.
 
@@ -281,7 +273,7 @@ class GeneratorEngine(_Engine):
         adapter: str = "",
     ):
         self.lora, self._number = lora, 0
-        self._folder = None if lora is None else TemporaryDirectory(dir=_shared_memory())
+        self._folder = None if lora is None else adapter_folder()
         adapters = {"teacher": adapter} if adapter else {}
         super().__init__(
             "rollout",
@@ -398,11 +390,6 @@ class GeneratorEngine(_Engine):
         if self._request is not None:
             shutil.rmtree(self._request.path)
         self._request = request
-
-
-def _shared_memory() -> str | None:
-    """Where a file costs no disk, if there is such a place."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class HiddenStateEngine(_Engine):

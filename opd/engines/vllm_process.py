@@ -452,3 +452,10 @@ def engine_memory(name: str, *, frozen: bool) -> EngineMemory | None:
 
     driver = CudaDriver(cumem.create_and_map, cumem.unmap_and_release)
     return EngineMemory(name, cumem.CuMemAllocator.get_instance(), driver, frozen=frozen)
+
+
+def use_own_sleep(worker) -> None:
+    """Called by vLLM with its worker, which looks the name up when it first sleeps. vllm 0.32 knows
+    no argument for it.
+    """
+    worker.vllm_config.model_config.sleep_mode_backend = register_sleep_backend()

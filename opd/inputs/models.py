@@ -65,12 +65,11 @@ class ModelFacts:
 def _config_dict(flag: str, path: str) -> dict[str, Any]:
     """What its config.json holds."""
     check_path(flag, path)
-    is_file = [(Path(path) / f"{name}.json").is_file() for name in ("adapter_config", "config")]
-    if is_file == [True, False]:
-        raise ValueError(
-            f"{flag} {path}: an adapter without its model; give a whole one (a LoRA run writes it "
-            "with --merge_on_export)"
-        )
+    if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
+        remedy = "name its base too, --teacher NAME=BASE+ADAPTER"
+        if not flag.startswith("--teacher"):
+            remedy = "give a whole model (a LoRA run writes it with --merge_on_export)"
+        raise ValueError(f"{flag} {path}: this is a LoRA adapter without its base; {remedy}")
     options = {"local_files_only": Path(path).is_dir()}
     return load_part(
         flag, path, "config.json", lambda: PreTrainedConfig.get_config_dict(path, **options)
@@ -79,11 +78,6 @@ def _config_dict(flag: str, path: str) -> dict[str, Any]:
 
 def _check_source(flag: str, path: str, trust_remote_code: bool) -> None:
     """Refuses a missing model and a model that brings code along."""
-    if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
-        remedy = "name its base too, --teacher NAME=BASE+ADAPTER"
-        if not flag.startswith("--teacher"):
-            remedy = "give a whole model"
-        raise ValueError(f"{flag} {path}: this is a LoRA adapter without its base; {remedy}")
     config_dict = _config_dict(flag, path)
     options = {"local_files_only": Path(path).is_dir()}
     tokenizer_dict = load_part(

@@ -45,7 +45,7 @@ class Pixels:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # without torchvision it warns of its own fallback
         try:
-            self.processor = _load(model, trust_remote_code=trust_remote_code)
+            self.processor = _load_processor(model, trust_remote_code=trust_remote_code)
         finally:
             logging.set_verbosity(verbosity)
         self.cache_bytes = cache_bytes
@@ -134,7 +134,7 @@ class Pixels:
         )
 
 
-def _load(model: str, **options) -> Any:
+def _load_processor(model: str, **options) -> Any:
     """The processor of a model.
 
     Families that see videos too want torchvision for them (transformers 5.19), which has no CPU

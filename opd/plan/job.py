@@ -84,8 +84,12 @@ class Job:
         return self.cfg.data.max_prompt_tokens + self.cfg.rollout.max_response_tokens
 
     def longest_of(self, name: str) -> int:
-        """Tokens of the longest sequence of a teacher, which may have longer prompts of its own."""
-        return longest_prompt(self.cfg, self.spec(name)) + self.cfg.rollout.max_response_tokens
+        """Tokens of the longest sequence of a teacher, which may have longer prompts of its own, or
+        of those that share its engine.
+        """
+        sharing = self.engines.get(name, (name,))
+        longest = max(longest_prompt(self.cfg, self.spec(each)) for each in sharing)
+        return longest + self.cfg.rollout.max_response_tokens
 
     @property
     def sequences(self) -> int:

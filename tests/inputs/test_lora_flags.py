@@ -257,4 +257,4 @@ def test_adapters_are_in_the_fingerprint_where_there_are_any(monkeypatch):
 def test_an_adapter_is_no_student(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     message = line(load_tokenizer, str(tmp_path))
-    assert "an adapter without its model" in message and "--merge_on_export" in message
+    assert "a LoRA adapter without its base" in message and "--merge_on_export" in message
