@@ -78,6 +78,7 @@ class _Engine:
         **options,
     ):
         self.name = name
+        self._sees = images_per_prompt is not None
         options |= images_limit(images_per_prompt)
         self.sleep_level = sleep_level
         self.tensor_parallel_size = tensor_parallel_size
@@ -201,7 +202,8 @@ class _Engine:
         if WEIGHTS in self._asleep:
             self._wake([WEIGHTS])
         with self._active():
-            self.llm.llm_engine.reset_encoder_cache()
+            if self._sees:
+                self.llm.llm_engine.reset_encoder_cache()
             self.llm.sleep(level=self.sleep_level)
         self._asleep, self._rests = {WEIGHTS, KV_CACHE}, False
 
@@ -373,7 +375,8 @@ class GeneratorEngine(_Engine):
                 reload_weights, kwargs={"weights_iterator": iter(named_parameters)}
             )
             self.llm.reset_prefix_cache()
-            self.llm.llm_engine.reset_encoder_cache()  # what the old weights made of images
+            if self._sees:  # what the old weights made of images
+                self.llm.llm_engine.reset_encoder_cache()
 
     def load_adapter(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces the adapter, whose tensors have the names of an adapter's file, and drops every

@@ -236,7 +236,7 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
             images_per_prompt=run.images_per_prompt(run.facts.student),
             seed=run.cfg.run.seed,
             kv_cache_gib=run.kv_cache_gib(),
-            adapter=run.sampler_adapter,
+            lora=run.sampler_adapter,
             **run.engine_options,
         )
         engine.try_out(run.shown)

@@ -484,7 +484,7 @@ def test_vllm_knows_every_option_of_an_engine(teachers, monkeypatch):
     assert {"enable_sleep_mode", "gpu_memory_utilization"} <= set(seen) <= known
 
     engine = teachers["addition"].engine
-    engine.llm.collective_rpc(vllm_engine._use_own_sleep)
+    engine.llm.collective_rpc(vllm_process.use_own_sleep)
     (name,) = engine.llm.collective_rpc(_sleep_backend_of)
     assert name == "opd"
 
@@ -681,9 +681,7 @@ def test_every_teacher_wakes_at_most_once_and_alone(teachers, prompts, monkeypat
 
 def test_a_teacher_that_fails_is_put_to_sleep(teachers, prompts, monkeypatch):
     monkeypatch.setattr(
-        teachers["addition"],
-        "hidden_states",
-        lambda rollouts: [torch.full((1, 96), float("nan"))] * 8,
+        teachers["addition"], "hidden_states", lambda *_: [torch.full((1, 96), float("nan"))] * 8
     )
     with pytest.raises(
         FloatingPointError, match="teacher addition: prompt 0: hidden states are not finite"
@@ -692,7 +690,7 @@ def test_a_teacher_that_fails_is_put_to_sleep(teachers, prompts, monkeypatch):
             written(prompts)
         )
 
-    def fails(rollouts):
+    def fails(*_):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(teachers["addition"], "hidden_states", fails)
@@ -842,8 +840,8 @@ def test_a_full_cache_spills_to_the_top_k_and_says_so(teachers, reference, promp
     calls = []
     for member in members:
         real = member.hidden_states
-        member.hidden_states = lambda rollouts, real=real: (
-            calls.append(len(rollouts)) or real(rollouts)
+        member.hidden_states = lambda rollouts, *name, real=real: (
+            calls.append(len(rollouts)) or real(rollouts, *name)
         )
     assert all(s.hidden is None and s.topk_ids is not None for (s,) in none.score(rollouts))
     for member in members:

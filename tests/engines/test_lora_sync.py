@@ -81,7 +81,7 @@ def engines(student, tiny):
             str(tiny.student),
             cfg,
             eos_ids=(1,),
-            adapter=student.lora if route == "adapter" else None,
+            lora=student.lora if route == "adapter" else None,
             **options,
         )
         for route in ROUTES

@@ -123,7 +123,7 @@ def test_a_teacher_in_vllm_says_what_the_student_says(device, student, model, pr
             output = fresh.model.base_model(input_ids=torch.tensor([ids]), use_cache=False, **seen)
         torch.testing.assert_close(state_LH, output.last_hidden_state[0], atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="teacher: vLLM makes 12 tokens of a prompt with images"):
-        engine.hidden_states([*prompts[0].token_ids[:3], 9, 9], [prompts[0].images])
+        engine.hidden_states([[*prompts[0].token_ids[:3], 9, 9]], [prompts[0].images])
     del engine
 
 

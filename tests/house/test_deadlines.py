@@ -24,7 +24,7 @@ ALLOWED = {
     "bench_recovery.py: future.result": "the pool is closed, and each run had its own deadline",
     "tools.py: process.submit(function, *args).result": "a measurement takes what it takes",
     "make_demo.py: job.result": "training takes what it takes; a dead child raises",
-    "make_lora_demo.py: job.result": "likewise",
+    "lora_models.py: job.result": "likewise",
     "vision_models.py: job.result": "likewise",
 }
 

@@ -7,7 +7,7 @@ Written to `--output_dir`: `base` (a Hugging Face checkpoint), `lora_addition`, 
 `lora_shift` (adapters as peft saves them), `train.jsonl`, `eval.jsonl` (disjoint prompts) and
 `demo.json`.
 
-    python scripts/make_lora_demo.py --output_dir demo_lora
+    python -m scripts.demos.lora_models --output_dir demo_lora
 
 Two minutes on two cores, in float32. The exit status is 1 if a promise is not kept: an adapter
 knows its skill, the base little of it.
