@@ -7,11 +7,17 @@ import gc
 import pytest
 import torch
 
+from opd.clients.wire import LogprobQuestion, Question
 from opd.config import ModelConfig, OptimConfig, RolloutConfig
+from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
 from opd.inputs.validation import load_ds_config
+from opd.ops.heads import load_head
+from opd.ops.pixels import Pixels
 from opd.padding import collate
 from opd.rollout import RolloutEngine, push_weights
+from opd.servers.logprob_engine import LogprobScorer
+from opd.servers.scoring_engine import Scorer
 from opd.student import LossSettings, Student, vision_parameters
 from opd.types import Prompt, Rollout, TeacherScores
 from tests.support import vision
@@ -165,3 +171,45 @@ def test_what_is_frozen_is_what_reads_images(student):
     frozen = {id(p) for p in vision_parameters(student.model)}
     names = {n.split(".")[1] for n, p in student.model.named_parameters() if id(p) in frozen}
     assert names == {"vision_model", "connector"}
+
+
+def test_servers_say_of_images_what_the_student_says(student, model, prompts):
+    """Behind the wire: the engines of a log-prob server and of a scoring server."""
+    responses = [vision.some_text(20 + i, 3 + i) for i in range(len(prompts))]
+    whole = student.model
+    scorer = LogprobScorer(
+        whole, version=0, tokens_per_batch=256, load_pixels=lambda: Pixels(model)
+    )
+    questions = [
+        LogprobQuestion(p.token_ids, response, 1.0, p.images)
+        for p, response in zip(prompts, responses, strict=True)
+    ]
+    found = scorer.score(questions)
+    for prompt, response, answer in zip(prompts, responses, found, strict=True):
+        rollout = Rollout(
+            sample_id="0/0/0",
+            prompt=prompt,
+            source="student",
+            response_ids=response,
+            rollout_logprobs=answer["logprobs"].tolist(),
+            finish_reason="length",
+            policy_version=0,
+        )
+        ours_N, theirs_N = logprobs(student, [rollout])
+        torch.testing.assert_close(ours_N, theirs_N, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="makes other tokens of a prompt with images"):
+        scorer.score([LogprobQuestion([5, 6], [7], 1.0, prompts[0].images)])
+
+    engine = HFEngine("teacher", model, dtype="float32", trust_remote_code=False, residency="gpu")
+    head = load_head(model)
+    asked = [
+        Question(p.token_ids, response, "hidden", 0, len(head.weight_VH), 1.0, 64, p.images)
+        for p, response in zip(prompts, responses, strict=True)
+    ]
+    answers = Scorer(engine, head, torch.float32).score(asked)
+    for prompt, response, answer in zip(prompts, responses, answers, strict=True):
+        ids = [*prompt.token_ids, *response][:-1]
+        (state_LH,) = engine.hidden_states([ids], [prompt.images])
+        torch.testing.assert_close(
+            answer["hidden"], state_LH[len(prompt.token_ids) - 1 :], atol=2e-5, rtol=1e-4
+        )
