@@ -203,7 +203,7 @@ class ModelInfo:
     eos_ids: tuple[int, ...]
     max_model_len: int
     max_support_k: int
-    sees: bool
+    sees: bool = False
 
 
 class ScoringService:

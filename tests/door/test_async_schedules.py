@@ -57,7 +57,9 @@ class Servers:
         )
         self.pool, self.excused, self.asked = self, False, []
 
-    def submit(self, name, prompt_ids, *, seed, temperature, with_logprobs, oldest) -> Future:
+    def submit(
+        self, name, prompt_ids, *, seed, temperature, with_logprobs, oldest, images=None
+    ) -> Future:
         future, versions = Future(), []
         self.asked.append((name, self.clock.version))
         step = self.delays(name) / L

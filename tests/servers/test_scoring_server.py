@@ -246,6 +246,7 @@ def test_it_introduces_itself(urls, tiny, tokenizer, backend):
         "logit_scale": 1.0,
         "logit_softcap": None,
         "has_bias": False,
+        "sees": False,
     }
     tokens = httpx.post(
         f"{url}/tokenize", json={"prompt": "12+30=", "add_special_tokens": False}
