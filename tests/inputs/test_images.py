@@ -107,7 +107,7 @@ def test_a_bad_image_is_one_line_or_a_row_left_out(load, tmp_path, kind):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (["nowhere.png"], "cannot read .*nowhere.png': No such file"),
+        (["nowhere.png"], "cannot read .*: No such file"),
         (["."], "cannot read"),
         (["https://example.org/a.png"], "is a URL; download it beside the data, or --allow_urls"),
         (["ftp://example.org/a.png"], "give a path, or a URL of http"),

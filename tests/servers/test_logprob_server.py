@@ -264,7 +264,7 @@ def test_the_numbers_are_the_trainers_to_the_bit(tiny, dtype):
     nothing = (TeacherScores(teacher="nobody", weight=1.0),)
     micro_batch = collate([(rollout_of(one), nothing) for one in asked], pad_id=1, domains=["any"])
     with torch.no_grad():
-        expected_N = _ModelWithLoss(theirs, LossSettings())(micro_batch, None, 0.7)
+        expected_N = _ModelWithLoss(theirs, LossSettings())(micro_batch, None, 0.7, {})
     assert torch.equal(
         torch.cat([answer["logprobs"] for answer in scorer.score(asked)]), expected_N
     )
