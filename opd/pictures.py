@@ -106,7 +106,7 @@ class PromptImages:
         return [_opened(picture) for picture in self.pictures]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _opened(picture: Picture) -> Image.Image:
     """The responses of a step ask for the same few images again and again."""
     return picture.open()

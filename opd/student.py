@@ -6,7 +6,6 @@ B sequences, S padded length, N loss tokens of a micro-batch, C tokens of one ch
 hidden size.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -189,7 +188,7 @@ class Student:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         self.device = device
-        self._path, self._trusts = path, trust
+        self.pixels = Pixels(path, trust)  # of a student that sees
         if model.freeze_vision:
             for parameter in vision_parameters(self.model):
                 parameter.requires_grad_(False)
@@ -200,20 +199,9 @@ class Student:
         )
         self._wrapped = wrapped
 
-    @functools.cached_property
-    def pixels(self) -> Pixels:
-        """The processor of a student that sees."""
-        return Pixels(self._path, self._trusts)
-
     def _seen(self, mb: MicroBatch) -> dict[str, Tensor]:
         """What the model is given beside token ids: nothing for a micro-batch without images."""
-        if not any(mb.images):
-            return {}
-        inputs = self.pixels.inputs(mb.images, mb.input_ids_BS.shape[1])
-        return {
-            name: t.to(self.device, self.model.dtype if t.is_floating_point() else None)
-            for name, t in inputs.items()
-        }
+        return self.pixels.inputs_of(self.model, mb.images, mb.input_ids_BS.shape[1])
 
     def check_packing(self) -> None:
         """Packed rows must not see each other: state-space layers carry their state over, some
@@ -332,8 +320,8 @@ def vision_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     ValueError if it has no such part.
     """
-    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) if part
-            for p in part.parameters()}  # fmt: skip
+    parts = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part]
+    text = {id(p) for part in parts for p in part.parameters()}
     found = [p for p in model.parameters() if id(p) not in text]
     if not found or not text:
         raise ValueError(f"{model.config.model_type} has no part that reads images")

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from opd.ops.headers import ADAPTER_WEIGHTS
-
-_PREFIX = "base_model.model."  # of every name in an adapter's file
+from opd.ops.lora import FILE_PREFIX
 
 
 def add_teacher_adapter(model: nn.Module, name: str, directory: str, dtype: torch.dtype) -> None:
@@ -25,16 +24,16 @@ def add_teacher_adapter(model: nn.Module, name: str, directory: str, dtype: torc
     RuntimeError if a tensor of its file has no place, or a place no tensor.
     """
     tensors = {
-        key.removeprefix(_PREFIX): tensor.to(dtype)
+        key.removeprefix(FILE_PREFIX): tensor.to(dtype)
         for key, tensor in load_file(Path(directory) / ADAPTER_WEIGHTS).items()
     }
     config = PeftConfig.from_pretrained(directory)
-    config.inference_mode = True
+    config.inference_mode, own = True, _in_peft(name)
     with warnings.catch_warnings():  # of peft 0.21, about a second adapter: it is meant
         warnings.simplefilter("ignore")
-        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True)
-    found = set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=True)
-    empty = [key for key, value in model.named_parameters() if f".{name}." in key and value.is_meta]
+        inject_adapter_in_model(config, model, own, low_cpu_mem_usage=True)
+    found = set_peft_model_state_dict(model, tensors, own, low_cpu_mem_usage=True)
+    empty = [key for key, value in model.named_parameters() if f".{own}." in key and value.is_meta]
     if found.unexpected_keys or empty:
         raise RuntimeError(
             f"adapter {name}: {directory}: {len(found.unexpected_keys)} tensors without a place, "
@@ -51,4 +50,11 @@ def use_adapter(model: nn.Module, name: str) -> None:
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(bool(name))
             if name:
-                module.set_adapter(name, inference_mode=True)
+                module.set_adapter(_in_peft(name), inference_mode=True)
+
+
+def _in_peft(name: str) -> str:
+    """What peft calls the adapter of a teacher: a name that may be a part of a module's, which
+    `math.v2` and `update` may not.
+    """
+    return f"teacher_{name.encode().hex()}"

@@ -17,7 +17,6 @@ B sequences in a batch, S padded length, H hidden size.
 """  # noqa: E501
 
 import ctypes
-import functools
 import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,6 +68,7 @@ class HFEngine:
             getattr(torch, dtype),
             trust_remote_code,
         )
+        self._pixels = Pixels(model, trust_remote_code)
         self.awake = True
         self._base: nn.Module | None = self._load()
         self.bytes_awake = sum(t.numel() * t.element_size() for t in _tensors(self._base))
@@ -149,10 +149,6 @@ class HFEngine:
             self._arriving = None
         self.awake = True
 
-    @functools.cached_property
-    def _pixels(self) -> Pixels:
-        return Pixels(self.model, self.trust_remote_code)
-
     @torch.no_grad()
     def hidden_states(
         self,
@@ -170,8 +166,7 @@ class HFEngine:
             use_adapter(self._base, adapter)
         images = images or [None] * len(sequences)
         for ids, own in zip(sequences, images, strict=True):
-            if own is not None:
-                self._check_expanded(ids, own)
+            self._pixels.check_tokens(self.name, ids, own)
         states: list[Tensor | None] = [None] * len(sequences)
         for indices in batches([len(ids) for ids in sequences], TOKENS_PER_BATCH):
             rows = [sequences[index] for index in indices]
@@ -181,7 +176,8 @@ class HFEngine:
             )
             length_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
             mask_BS = torch.arange(longest, device=self.device) < length_B1
-            seen = self._seen([images[index] for index in indices], longest)
+            shown = [images[index] for index in indices]
+            seen = self._pixels.inputs_of(self._base, shown, longest)
             output = self._base(
                 input_ids=ids_BS, attention_mask=mask_BS.long(), use_cache=False, **seen
             )
@@ -189,24 +185,6 @@ class HFEngine:
             for index, ids, hidden_SH in zip(indices, rows, hidden_BSH, strict=True):
                 states[index] = hidden_SH[: len(ids)]
         return states
-
-    def _seen(self, images: Sequence[PromptImages | None], padded_length: int) -> dict:
-        """What the model gets beside token ids; nothing for a batch without images."""
-        if not any(images):
-            return {}
-        inputs = self._pixels.inputs(images, padded_length)
-        return {
-            name: t.to(self.device, self.dtype if t.is_floating_point() else None)
-            for name, t in inputs.items()
-        }
-
-    def _check_expanded(self, ids: list[int], images: PromptImages) -> None:
-        own = self._pixels.expanded(images.text, images.pictures)
-        if ids[: images.num_tokens] != own:
-            raise ValueError(
-                f"{self.name}: its processor makes {len(own)} tokens of a prompt with images, the "
-                f"student's {images.num_tokens}: {images.text!r:.120}"
-            )
 
     @torch.no_grad()
     def load_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -297,7 +275,7 @@ class HFGenerator:
             add_teacher_adapter(whole, "teacher", adapter, whole.dtype)
             use_adapter(whole, "teacher")
         self._model, self.device = whole.to(device).eval(), torch.device(device)
-        self._load_pixels = functools.cache(lambda: Pixels(model, trust_remote_code))
+        self._pixels = Pixels(model, trust_remote_code)
 
     def generate(
         self,
@@ -357,7 +335,7 @@ class HFGenerator:
             max_new_tokens=max_tokens,
             eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
-            **(self._load_pixels().inputs([images], longest) if images else {}),
+            **self._pixels.inputs_of(self._model, [images], longest),
             **options,
         )[:, longest:]
         samples = []

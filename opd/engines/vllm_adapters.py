@@ -4,33 +4,31 @@ N tokens of a batch, R rank, I and O sizes of a layer's input and output.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.engines.vllm_process import lora_ranks
 from opd.ops.headers import ADAPTER_CONFIG
+from opd.ops.lora import room_for_rank
 
 
-def lora_options(adapters: Mapping[str, str]) -> dict[str, Any]:
-    """Options of an engine that holds all `adapters` (name -> directory) at once; none without
-    any.
-    """
-    if not adapters:
+def lora_options(ranks: Collection[int]) -> dict[str, Any]:
+    """Options of an engine that holds an adapter of each of `ranks` at once; none without any."""
+    if not ranks:
         return {}
-    count, rank = len(adapters), max(map(_largest_rank, adapters.values()))
     return {
         "enable_lora": True,
-        "max_loras": count,
-        "max_cpu_loras": count,
-        "max_lora_rank": min(size for size in lora_ranks() if size >= rank),
+        "max_loras": len(ranks),
+        "max_cpu_loras": len(ranks),
+        "max_lora_rank": room_for_rank(max(ranks)),
     }
 
 
-def _largest_rank(directory: str) -> int:
+def rank_of(directory: str) -> int:
+    """The largest rank of an adapter."""
     config = json.loads((Path(directory) / ADAPTER_CONFIG).read_text())
     return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 

@@ -19,17 +19,15 @@ from opd import distributed
 from opd.config import GIB
 from opd.engines.adapter_files import adapter_folder, write_adapter
 from opd.engines.engine_memory import KV_CACHE, WEIGHTS
-from opd.engines.vllm_adapters import lora_options, use_exact_kernels
+from opd.engines.vllm_adapters import lora_options, rank_of, use_exact_kernels
 from opd.engines.vllm_images import check_vllm_tokens, images_limit, vllm_request
 from opd.engines.vllm_process import (
     Workspace,
-    adapter_options,
     adapter_request,
     as_transformers,
     engine_memory,
     import_vllm,
     kept_classes,
-    lora_requests,
     parallel_groups,
     pooling_options,
     reload_weights,
@@ -276,7 +274,7 @@ class GeneratorEngine(_Engine):
     ):
         self.lora, self._number = lora, 0
         self._folder = None if lora is None else adapter_folder()
-        adapters = {"teacher": adapter} if adapter else {}
+        ranks = [lora.r] if lora else [rank_of(adapter)] if adapter else []
         super().__init__(
             "rollout",
             model,
@@ -284,7 +282,6 @@ class GeneratorEngine(_Engine):
             # on the host, and vLLM's tables of adapters with it, which every batch may change.
             sleep_level=2 if lora is None else 1,
             frozen=False,
-            **({} if lora is None else adapter_options(lora.r)),
             tensor_parallel_size=tensor_parallel_size,
             enforce_eager=enforce_eager,
             kv_cache_gib=kv_cache_gib,
@@ -296,9 +293,9 @@ class GeneratorEngine(_Engine):
             images_per_prompt=images_per_prompt,
             skip_tokenizer_init=images_per_prompt is None,  # a processor works on text
             logprobs_mode="processed_logprobs",
-            **lora_options(adapters),
+            **lora_options(ranks),
         )
-        self._request = lora_requests(adapters).get("teacher")  # what answers, if not the base
+        self._request = adapter_request(1, adapter) if adapter else None  # instead of the base
 
     def generate(
         self,
@@ -437,9 +434,12 @@ class HiddenStateEngine(_Engine):
             enable_prefix_caching=False,
             images_per_prompt=images_per_prompt,
             **pooling_options(),
-            **lora_options(self.adapters),
+            **lora_options([rank_of(directory) for directory in self.adapters.values()]),
         )
-        self._requests = lora_requests(self.adapters)
+        self._requests = {
+            name: adapter_request(number, directory)
+            for number, (name, directory) in enumerate(self.adapters.items(), start=1)
+        }
         if self.adapters:
             self.llm.collective_rpc(use_exact_kernels)
 

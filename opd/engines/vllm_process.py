@@ -11,16 +11,15 @@ and a user's mistake must not wait for it.
 import functools
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from opd.config import GIB
 from opd.engines.engine_memory import CudaDriver, EngineMemory
-from opd.ops.lora import ADAPTER_RANKS
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -150,12 +149,6 @@ def sampling_params(
     )
 
 
-def adapter_options(rank: int) -> dict[str, Any]:
-    """Of an engine that samples with one adapter of that rank, on layers of the same model."""
-    room = next(most for most in ADAPTER_RANKS if most >= rank)
-    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "max_cpu_loras": 1}
-
-
 def adapter_request(number: int, directory: str):
     """What asks an engine of vLLM to answer with the adapter in `directory`; `number`, from 1 on,
     is new for new content.
@@ -163,26 +156,6 @@ def adapter_request(number: int, directory: str):
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(f"adapter_{number}", number, directory)
-
-
-def lora_ranks() -> tuple[int, ...]:
-    """The ranks that vLLM has kernels for."""
-    import_vllm()
-    from vllm.config.lora import MaxLoRARanks
-
-    return get_args(MaxLoRARanks)
-
-
-def lora_requests(adapters: Mapping[str, str]) -> dict[str, Any]:
-    """LoRA adapters, name -> directory, as vLLM is asked for them."""
-    if not adapters:
-        return {}
-    from vllm.lora.request import LoRARequest
-
-    return {
-        name: LoRARequest(lora_name=name, lora_int_id=place, lora_path=directory)
-        for place, (name, directory) in enumerate(adapters.items(), start=1)
-    }
 
 
 def reload_weights(worker, **source) -> None:

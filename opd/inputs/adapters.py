@@ -22,9 +22,8 @@ from opd.hub_names import as_named
 from opd.inputs.weight_files import FLOATS
 from opd.log import one_line, warn_once
 from opd.ops.headers import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Stored, read_header
+from opd.ops.lora import ADAPTER_RANKS, FILE_PREFIX
 
-MOST_RANK = 512  # of vllm 0.32
-PREFIX = "base_model.model."  # of every name in an adapter's file
 # Initial values that leave the base as it is; with others peft changes the base too.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 # What may have any value: both engines compute it as peft does, or it is of the training only.
@@ -104,10 +103,10 @@ def _check_kind(config: Mapping[str, Any], spec: TeacherSpec) -> int:
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     if not all(type(rank) is int and rank > 0 for rank in ranks):
         raise ValueError(f"its ranks are {ranks}; they must be whole numbers above 0")
-    if spec.backend == "vllm" and max(ranks) > MOST_RANK:
+    if spec.backend == "vllm" and max(ranks) > ADAPTER_RANKS[-1]:
         raise ValueError(
-            f"its rank is {max(ranks)}, vLLM takes up to {MOST_RANK}; set `backend: hf` in its "
-            f"entry, or {MERGE}"
+            f"its rank is {max(ranks)}, vLLM takes up to {ADAPTER_RANKS[-1]}; set `backend: hf` in "
+            f"its entry, or {MERGE}"
         )
     start = config.get("init_lora_weights")
     if start not in PLAIN_STARTS and str(start).lower() not in PLAIN_STARTS:
@@ -186,13 +185,13 @@ def _places(config: Mapping[str, Any], base: torch.nn.Module) -> dict[str, tuple
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"peft cannot put it on its base: {one_line(error)}") from None
     places = {
-        PREFIX + name.replace(".teacher.", "."): tuple(tensor.shape)
+        FILE_PREFIX + name.replace(".teacher.", "."): tuple(tensor.shape)
         for name, tensor in model.named_parameters()
         if ".teacher." in name or name.endswith(".teacher")
     }
     for module in ends:
         name = names.get(id(module), "")
-        if any(place.startswith(f"{PREFIX}{name}.lora_") for place in places):
+        if any(place.startswith(f"{FILE_PREFIX}{name}.lora_") for place in places):
             raise ValueError(
                 f"it changes {name}; teachers of one base share its head and embedding; {MERGE}"
             )

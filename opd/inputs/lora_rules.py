@@ -59,6 +59,20 @@ def why_merged(config) -> str | None:
     return None
 
 
+def check_sampled(config, student: ModelShape, *, sees: bool) -> None:
+    """ValueError for an adapter that the sampler is to take and vLLM 0.32 would leave a part of
+    out, without a word: of a model that sees it takes what is on the text model.
+    """
+    if student.lora is None or config.lora.lora_sync != "adapter" or not sees:
+        return
+    usual = automatic_targets(student.lora.targets)
+    if other := [name for name in student.lora.targets if name not in usual]:
+        raise ValueError(
+            f"--lora_sync adapter: vLLM takes adapters on the text model alone, and --lora_targets "
+            f"puts some on {other[0]} and {len(other) - 1} others; use --lora_sync merged"
+        )
+
+
 def samples_with_adapter(config, student: ModelShape) -> bool:
     """Whether the sampler keeps the student's own weights and takes adapters, by `--lora_sync`."""
     layout, asked = student.lora, config.lora.lora_sync

@@ -21,6 +21,7 @@ from opd.distributed import resolve_dtype
 from opd.inputs.adapters import check_adapter, has_tokenizer
 from opd.inputs.dialects import Dialect, check_eos, compare_tokenizers
 from opd.inputs.hub import fetch_weights, files_of, models_here
+from opd.inputs.lora_rules import check_sampled
 from opd.inputs.past import check_steps_back
 from opd.inputs.shapes import ModelShape, check_path, head_of, load_part, read_model, shape_of
 from opd.inputs.teacher_rules import allowed
@@ -299,6 +300,7 @@ def check_models(config, tokenizer) -> ModelFacts:
     """
     _check_residency(config)
     student = _read("--student_model", config.model.student_model, tokenizer, config)
+    check_sampled(config, student, sees=student.sees)
     own_eos = student.eos_ids
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else own_eos[0]
     stop_ids = tuple(

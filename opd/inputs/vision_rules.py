@@ -16,8 +16,9 @@ TRIED = 8  # prompts with images of each domain that processors are compared on
 
 def load_pixels(flag: str, path: str, trust_remote_code: bool) -> Pixels:
     """The processor of a model that sees; ValueError if its directory holds none."""
-    pixels = load_part(flag, path, "processor", lambda: Pixels(path, trust_remote_code))
-    if getattr(pixels.processor, "image_processor", None) is None:
+    pixels = Pixels(path, trust_remote_code)
+    processor = load_part(flag, path, "processor", lambda: pixels.processor)
+    if getattr(processor, "image_processor", None) is None:
         raise ValueError(
             f"{flag} {path}: holds no image processor (preprocessor_config.json); copy it from its "
             "base model"

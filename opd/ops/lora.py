@@ -30,6 +30,11 @@ ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
+def room_for_rank(rank: int) -> int:
+    """The rank for which vLLM makes room where an adapter has `rank`."""
+    return next(most for most in ADAPTER_RANKS if most >= rank)
+
+
 @dataclass(frozen=True)
 class LoraLayout:
     """The adapter of one model: its rank and the names of the layers that it is on."""

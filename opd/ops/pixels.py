@@ -7,13 +7,14 @@ are joined; `Pixels` joins along the first axis and fills the others up with zer
 B rows of a batch, S padded length, P tokens of a prompt.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -39,18 +40,26 @@ class _Processed:
 
 
 class Pixels:
-    """A model's processor at work, with a bounded memory of what it has made."""
+    """A model's processor at work, with a bounded memory of what it has made. It is read when it is
+    first asked for, which text alone never does.
+    """
 
-    def __init__(self, model: str, trust_remote_code: bool = False, cache_bytes=CACHE_BYTES):
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # without torchvision it warns of its own fallback
-        try:
-            self.processor = _load_processor(model, trust_remote_code=trust_remote_code)
-        finally:
-            logging.set_verbosity(verbosity)
+    def __init__(
+        self, model: str, trust_remote_code: bool = False, *, cache_bytes: int = CACHE_BYTES
+    ):
+        self.model, self.trust_remote_code = model, trust_remote_code
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[tuple[Any, ...], _Processed] = OrderedDict()
         self._cached_bytes = 0
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # without torchvision it warns of its own fallback
+        try:
+            return _load_processor(self.model, trust_remote_code=self.trust_remote_code)
+        finally:
+            logging.set_verbosity(verbosity)
 
     def expanded(self, text: str, pictures: Sequence[Picture]) -> list[int]:
         """The token ids of a rendered prompt with its placeholders expanded.
@@ -58,6 +67,29 @@ class Pixels:
         Raises what the processor raises, which may be anything.
         """
         return self._processed(text, tuple(pictures)).token_ids
+
+    def check_tokens(self, name: str, ids: Sequence[int], images: PromptImages | None) -> None:
+        """ValueError, with whose processor this is, if `ids`, which begin with a prompt, have other
+        tokens for its images than it makes.
+        """
+        if images is None:
+            return
+        own = self.expanded(images.text, images.pictures)
+        if list(ids[: images.num_tokens]) != own:
+            raise ValueError(
+                f"{name}: its processor makes {len(own)} other tokens of a prompt with images than "
+                f"the {images.num_tokens} of the student's: {images.text!r:.120}"
+            )
+
+    def inputs_of(
+        self, model: nn.Module, rows: Sequence[PromptImages | None], padded_length: int
+    ) -> dict[str, Tensor]:
+        """`inputs` on the device of `model`, in its type."""
+        weight = next(model.parameters())
+        return {
+            name: t.to(weight.device, weight.dtype if t.is_floating_point() else None)
+            for name, t in self.inputs(rows, padded_length).items()
+        }
 
     def inputs(self, rows: Sequence[PromptImages | None], padded_length: int) -> dict[str, Tensor]:
         """What a model gets beside the right-padded ids of `rows`, [B, S] or of images; nothing

@@ -13,7 +13,7 @@ from opd.config import GIB
 from opd.distillation import support_of
 from opd.inputs.kv_cache import BLOCK, one_sequence_bytes, token_bytes
 from opd.inputs.shapes import ModelShape
-from opd.ops.lora import ADAPTER_RANKS
+from opd.ops.lora import room_for_rank
 from opd.plan.job import MIB, PHASES, Choices, Job, MemoryRow
 from opd.plan.sharding import FLOAT32
 
@@ -324,8 +324,7 @@ def _rollout(job: Job, choices: Choices) -> Iterator[MemoryRow]:
 
 def _adapter_room(student: ModelShape) -> int:
     """Values that vLLM sets aside for one adapter: at the next rank that it knows."""
-    rank = next(most for most in ADAPTER_RANKS if most >= student.lora.r)
-    return student.num_trained * rank // student.lora.r
+    return student.num_trained * room_for_rank(student.lora.r) // student.lora.r
 
 
 def _writing(job: Job, shape: ModelShape) -> int:

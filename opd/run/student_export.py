@@ -22,7 +22,7 @@ def export_student(run: Run, student: Student, path: Path, *, card: str) -> None
         model, tensors = student.model, student.named_full_parameters()
         if student.lora is not None:
             model = _without_adapter(run, student)
-            tensors = (item for layer in student.full_layers() for item in layer)
+            tensors = student.named_full_tensors()
         export.export_huggingface(path, model, run.tokenizer, tensors, generation_config, card=card)
         say(f"model: {path}")
         return

@@ -10,9 +10,8 @@ B sequences, S padded length after the shift, N response tokens, L of one questi
 hidden size.
 """
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -80,11 +79,11 @@ class LogprobScorer:
         *,
         version: int | None,
         tokens_per_batch: int,
-        load_pixels: Callable[[], Pixels] | None = None,
+        pixels: Pixels | None = None,
     ):
-        """`load_pixels` gives the processor of a model that sees."""
+        """`pixels` is the processor of a model that sees."""
         self.model, self.version, self.tokens_per_batch = model, version, tokens_per_batch
-        self._load_pixels = functools.cache(load_pixels) if load_pixels else None
+        self.pixels = pixels if sees_images(model.config) else None
         self.form = logit_form(model.config)
 
     @property
@@ -98,22 +97,16 @@ class LogprobScorer:
     @property
     def sees(self) -> bool:
         """Whether questions may have images."""
-        return self._load_pixels is not None and sees_images(self.model.config)
+        return self.pixels is not None
 
     def _seen(self, questions: Sequence[LogprobQuestion], padded_length: int) -> dict[str, Tensor]:
         """What the model gets beside token ids. ValueError if that is for other tokens."""
-        if not any(question.images for question in questions):
+        if self.pixels is None:
             return {}
-        pixels = self._load_pixels()
         for question in questions:
-            images = question.images
-            if images and pixels.expanded(images.text, images.pictures) != question.prompt_ids:
-                raise ValueError("its processor makes other tokens of a prompt with images")
-        inputs = pixels.inputs([question.images for question in questions], padded_length)
-        return {
-            name: t.to(self.model.device, self.model.dtype if t.is_floating_point() else None)
-            for name, t in inputs.items()
-        }
+            self.pixels.check_tokens("log-prob server", question.prompt_ids, question.images)
+        shown = [question.images for question in questions]
+        return self.pixels.inputs_of(self.model, shown, padded_length)
 
     def score(self, questions: Sequence[LogprobQuestion]) -> list[dict[str, Tensor]]:
         """`logprobs` and `entropy`, float32 [L], of each. RuntimeError without whole weights."""

@@ -101,7 +101,7 @@ def build_logprob_scorer(args: argparse.Namespace) -> LogprobScorer:
         model,
         version=version,
         tokens_per_batch=args.max_tokens_per_batch,
-        load_pixels=functools.partial(Pixels, args.model, args.trust_remote_code),
+        pixels=Pixels(args.model, args.trust_remote_code),
     )
 
 
@@ -195,7 +195,9 @@ class LogprobService:
             room = MOST_IMAGE_BYTES if self.sees and ids is not None else 0
             body = await read_body(request, 4 * self.max_model_len + room)
             try:
-                question = self._question(body, prompt_length, temperature, ids)
+                question = await asyncio.to_thread(
+                    self._question, body, prompt_length, temperature, ids
+                )
             except ValueError as error:
                 raise HTTPException(400, one_line(error)) from None
             await self.control.ready()

@@ -299,7 +299,7 @@ class ScoringService:
             room = MOST_IMAGE_BYTES if self.served.sees and ids is not None else 0
             body = await read_body(request, 4 * self.served.max_model_len + room)
             try:
-                text = self._text(body, ids, prompt_length)
+                text = await asyncio.to_thread(self._text, body, ids, prompt_length)
                 question = self._question(
                     *text, prompt_length, payload, support_k, temperature, vocab
                 )

@@ -12,11 +12,12 @@ from tests.support.adapters import ATTENTION, LINEAR, make_adapter, merged
 
 FLOAT32 = {"dtype": "float32", "trust_remote_code": False}
 SEQUENCES = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [3, 4, 5, 6]]
-# ranks, targets, scaling by rank and by its root, ranks of single modules
+# Ranks, targets, scaling by rank and by its root, ranks of single modules; under names that no
+# module of torch may have.
 KINDS = {
-    "attention": {"targets": ATTENTION, "r": 4},
+    "update": {"targets": ATTENTION, "r": 4},
     "linear": {"targets": LINEAR, "r": 3, "use_rslora": True},
-    "patterns": {
+    "math.v2": {
         "targets": LINEAR,
         "r": 4,
         "rank_pattern": {"down_proj": 8},

@@ -9,6 +9,7 @@ from opd.inputs.models import load_tokenizer, read_fact
 from opd.ops.heads import load_head
 from opd.ops.model_class import model_class
 from opd.ops.pixels import Pixels
+from opd.student import vision_parameters
 from tests.support import vision
 
 
@@ -72,8 +73,20 @@ def test_a_processor_that_makes_other_tokens_stops_the_teacher(model):
     path, pixels = model
     engine = HFEngine("teacher", path, dtype="float32", trust_remote_code=False, residency="gpu")
     ids, images = rows_of(pixels)[0]
-    with pytest.raises(ValueError, match=r"teacher: its processor makes \d+ tokens of a prompt"):
+    with pytest.raises(
+        ValueError, match=r"teacher: its processor makes \d+ other tokens of a prompt"
+    ):
         engine.hidden_states([ids[1:]], [images])
+
+
+def test_what_is_frozen_is_all_but_the_text_model(model):
+    path, _ = model
+    whole = model_class(AutoConfig.from_pretrained(path)).from_pretrained(path)
+    frozen = {id(parameter) for parameter in vision_parameters(whole)}
+    names = [name for name, parameter in whole.named_parameters() if id(parameter) in frozen]
+    others = [name for name, parameter in whole.named_parameters() if id(parameter) not in frozen]
+    assert names and not any("language_model" in n or "text_model" in n for n in names)
+    assert all("language_model" in n or "text_model" in n or "lm_head" in n for n in others)
 
 
 def test_facts_are_read_without_weights(model):

@@ -2,6 +2,7 @@
 prompts with and without images, before and after weights were pushed.
 """
 
+import dataclasses
 import gc
 
 import pytest
@@ -133,7 +134,7 @@ def test_a_teacher_in_vllm_says_what_the_student_says(device, student, model, pr
     del engine
 
 
-def test_padded_rows_are_each_row_alone_and_their_images_are_learned_from(student, prompts):
+def test_padded_and_packed_rows_are_each_row_alone_and_images_are_learned_from(student, prompts):
     """Gradients of the encoder included."""
     rollouts = [
         Rollout(
@@ -160,10 +161,15 @@ def test_padded_rows_are_each_row_alone_and_their_images_are_learned_from(studen
         }
 
     together, alone = gradients([rollouts]), gradients([[r] for r in rollouts])
-    assert together.keys() == alone.keys()
-    for name, gradient in together.items():
-        scale = alone[name].abs().max()
-        assert (gradient - alone[name]).abs().max() <= 1e-4 * scale + 1e-6, name
+    settings = student._wrapped.settings
+    student._wrapped.settings = dataclasses.replace(settings, packing=True)
+    packed = gradients([rollouts])
+    student._wrapped.settings = settings
+    assert together.keys() == alone.keys() == packed.keys()
+    for found in (together, packed):
+        for name, gradient in found.items():
+            scale = alone[name].abs().max()
+            assert (gradient - alone[name]).abs().max() <= 1e-4 * scale + 1e-6, name
     assert together["model.vision_model.embeddings.patch_embedding.weight"].abs().max() > 0
 
 
@@ -177,9 +183,7 @@ def test_servers_say_of_images_what_the_student_says(student, model, prompts):
     """Behind the wire: the engines of a log-prob server and of a scoring server."""
     responses = [vision.some_text(20 + i, 3 + i) for i in range(len(prompts))]
     whole = student.model
-    scorer = LogprobScorer(
-        whole, version=0, tokens_per_batch=256, load_pixels=lambda: Pixels(model)
-    )
+    scorer = LogprobScorer(whole, version=0, tokens_per_batch=256, pixels=Pixels(model))
     questions = [
         LogprobQuestion(p.token_ids, response, 1.0, p.images)
         for p, response in zip(prompts, responses, strict=True)
@@ -197,7 +201,7 @@ def test_servers_say_of_images_what_the_student_says(student, model, prompts):
         )
         ours_N, theirs_N = logprobs(student, [rollout])
         torch.testing.assert_close(ours_N, theirs_N, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="makes other tokens of a prompt with images"):
+    with pytest.raises(ValueError, match="log-prob server: its processor makes 12 other tokens"):
         scorer.score([LogprobQuestion([5, 6], [7], 1.0, prompts[0].images)])
 
     engine = HFEngine("teacher", model, dtype="float32", trust_remote_code=False, residency="gpu")

@@ -1,6 +1,7 @@
 """Flags of a LoRA student: what is refused, in one line each, and what the names of layers mean."""
 
 import json
+import typing
 from dataclasses import replace
 
 import pytest
@@ -9,14 +10,24 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import train_gkd
 import train_mopd
+from opd.engines import vllm_process
 from opd.inputs.arguments import parse
 from opd.inputs.identity import allowed_changes, fingerprint_of
 from opd.inputs.lora_rules import samples_with_adapter
-from opd.inputs.models import load_tokenizer
+from opd.inputs.models import check_models, load_tokenizer
 from opd.inputs.shapes import read_model, shape_of
 from opd.inputs.vllm_models import takes_adapters
 from opd.lora_config import LoraConfig
-from opd.ops.lora import add_adapter, base_name, layout_of, lora_shapes, merged_layer, plain_name
+from opd.ops.lora import (
+    ADAPTER_RANKS,
+    add_adapter,
+    base_name,
+    layout_of,
+    lora_shapes,
+    merged_layer,
+    plain_name,
+)
+from tests.support import vision
 
 REQUIRED = ["--student_model", "s", "--teacher", "t", "--data", "d", "--output_dir", "o"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -258,3 +269,30 @@ def test_an_adapter_is_no_student(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     message = line(load_tokenizer, str(tmp_path))
     assert "a LoRA adapter without its base" in message and "--merge_on_export" in message
+
+
+@pytest.mark.parametrize("sync", ["adapter", "auto"])
+def test_what_vllm_would_leave_out_is_no_adapter_of_its_own(tmp_path, tiny, sync):
+    """Of a model that sees, vLLM takes adapters on the text model; on others sampler and student
+    would differ.
+    """
+    vision.idefics3(tmp_path)
+    flags = [
+        *("--student_model", str(tmp_path), "--teacher", str(tmp_path), "--data", str(tiny.train)),
+        *("--output_dir", str(tmp_path / "run"), "--lora_r", "2", "--lora_sync", sync),
+        *("--lora_targets", "all-linear"),
+        *("--max_prompt_tokens", "20", "--max_response_tokens", "8"),
+    ]
+    config, tokenizer = parse(train_mopd.Config, flags), load_tokenizer(str(tmp_path))
+    if sync == "adapter":
+        message = line(check_models, config, tokenizer)
+        assert message.startswith("--lora_sync adapter: vLLM takes adapters on the text model")
+    else:
+        assert not samples_with_adapter(config, check_models(config, tokenizer).student)
+
+
+def test_the_ranks_are_those_of_vllm():
+    vllm_process.import_vllm()
+    from vllm.config.lora import MaxLoRARanks
+
+    assert typing.get_args(MaxLoRARanks) == ADAPTER_RANKS
