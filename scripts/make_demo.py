@@ -16,7 +16,8 @@ and ``demo.json`` (arguments, accuracies, seconds).
 
     python scripts/make_demo.py --output_dir demo
 
-``--vision`` makes another one, of models that see (``scripts/demos/vision_models.py``).
+``--vision`` makes another one, of models that see (``scripts/demos/vision_models.py``), ``--lora``
+one of adapters on one base (``scripts/demos/lora_models.py``).
 
 Everything runs on the CPU in float32, two models at a time with one thread each, even where there
 is a GPU: models this small gain nothing from one, and the same seed gives the same files. The exit
@@ -295,7 +296,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 def print_table(accuracies: dict[str, dict[str, float]], seconds: float) -> None:
     """Accuracies, a line for each model."""
-    skills = [*accuracies["student"]]
+    skills = list(dict.fromkeys(skill for own in accuracies.values() for skill in own))
     print(f"{'accuracy':<18}" + "".join(f"{skill:>10}" for skill in skills))
     for name, by_skill in accuracies.items():
         cells = (f"{by_skill[s]:>10.3f}" if s in by_skill else f"{'-':>10}" for s in skills)
@@ -358,16 +359,22 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the data, the weights and the batches"
     )
-    parser.add_argument(
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument(
         "--vision", action="store_true", help="with images: reading numbers, and addition"
+    )
+    others.add_argument(
+        "--lora", action="store_true", help="three teachers that are adapters on one base"
     )
     args = parser.parse_args()
     make, broken_of = make_demo, broken_promises
-    if args.vision:
+    if args.vision or args.lora:
         sys.path.insert(0, str(Path(__file__).parents[1]))
-        from scripts.demos import vision_models
+        from scripts.demos import lora_models, vision_models
 
         make, broken_of = vision_models.make_vision_demo, vision_models.broken_promises
+        if args.lora:
+            make, broken_of = lora_models.make_lora_demo, lora_models.broken_promises
     record = args.output_dir / "demo.json"
     if record.exists():
         demo = json.loads(record.read_text())

@@ -9,6 +9,6 @@ bash scripts/setup.sh
 export PATH="$(cd "${OPD_VENV:-.venv}" && pwd)/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # models this small lose more to thread barriers than they gain
 
-python -m scripts.demos.lora_models --output_dir demo_lora
+python scripts/make_demo.py --lora --output_dir demo_lora
 python train_mopd.py --config scripts/demos/lora.yaml "$@"
 python -m opd.report runs/lora

@@ -7,18 +7,15 @@ Written to `--output_dir`: `base` (a Hugging Face checkpoint), `lora_addition`, 
 `lora_shift` (adapters as peft saves them), `train.jsonl`, `eval.jsonl` (disjoint prompts) and
 `demo.json`.
 
-    python -m scripts.demos.lora_models --output_dir demo_lora
+    python scripts/make_demo.py --lora --output_dir demo_lora
 
-Two minutes on two cores, in float32. The exit status is 1 if a promise is not kept: an adapter
+Some minutes on two cores, in float32. The exit status is 1 if a promise is not kept: an adapter
 knows its skill, the base little of it.
 """
 
-import argparse
-import json
 import math
 import multiprocessing
 import random
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -113,6 +110,7 @@ def make_adapter(skill: str, out: Path, pool: list[dict], evals: dict, seed: int
 
 def make_lora_demo(out: Path, seed: int) -> dict:
     """Trains, saves and measures all; the content of `demo.json`."""
+    make_demo.quiet_process()
     start, rng = time.monotonic(), random.Random(seed)
     rows = {skill: make_skill(skill, rng) for skill in LORA_SKILLS}
     evals = {skill: rows[skill][:EVAL_PROMPTS] for skill in LORA_SKILLS}
@@ -151,30 +149,3 @@ def broken_promises(accuracies: dict[str, dict[str, float]]) -> list[str]:
                 f"{ADAPTER_MIN})"
             )
     return broken
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("demo_lora"))
-    parser.add_argument("--seed", type=int, default=0, help="of data, weights and batches")
-    args = parser.parse_args()
-    record = args.output_dir / "demo.json"
-    if record.exists() and json.loads(record.read_text())["seed"] == args.seed:
-        print(f"{args.output_dir} is complete already (seed {args.seed})")
-        return 0
-    record.unlink(missing_ok=True)
-    make_demo.quiet_process()
-    demo = make_lora_demo(args.output_dir, args.seed)
-    for name, by_skill in demo["accuracy"].items():
-        print(f"{name:<16}" + "".join(f"{by_skill[skill]:>10.3f}" for skill in LORA_SKILLS))
-    broken = broken_promises(demo["accuracy"])
-    for line in broken:
-        print(f"error: {line}", file=sys.stderr)
-    if broken:
-        return 1
-    record.write_text(json.dumps(demo, indent=2) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
