@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,32 @@ class PromptImages:
         """The images as every model gets them; see `Picture.open`."""
         return [_opened(picture) for picture in self.pictures]
 
+    def shown(self) -> list[bytes]:
+        """The same as files, for a server that opens them in its own way."""
+        return [_shown(picture) for picture in self.pictures]
+
 
 @functools.lru_cache(maxsize=32)
 def _opened(picture: Picture) -> Image.Image:
     """The responses of a step ask for the same few images again and again."""
     return picture.open()
+
+
+@functools.lru_cache(maxsize=32)
+def _shown(picture: Picture) -> bytes:
+    """Without loss."""
+    encoded = io.BytesIO()
+    _opened(picture).save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+def token_difference(found: Sequence[int], ids: Sequence[int]) -> str:
+    """How what somebody made of a prompt with images differs from what the student made of it."""
+    place = next(
+        (i for i, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b),
+        min(len(found), len(ids)),
+    )
+    return (
+        f"{len(found)} tokens of a prompt with images, the student's processor {len(ids)}; from "
+        f"token {place} on {list(found[place : place + 8])} and {list(ids[place : place + 8])}"
+    )

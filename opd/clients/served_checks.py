@@ -5,6 +5,7 @@ ValueError with one line each.
 
 import os
 import urllib.parse
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from opd.clients.health import Limits
@@ -12,8 +13,8 @@ from opd.clients.protocols import is_loopback
 from opd.clients.served_model import (
     PROBE_TEXT,
     ServedModel,
-    check_support_k,
     inspect_replicas,
+    refusals,
     unshared_tokens,
 )
 from opd.clients.wire import Question
@@ -22,9 +23,11 @@ from opd.distillation import support_of
 from opd.inputs.content import content_hash
 from opd.inputs.dialects import Dialect, Foreign, check_eos, refuse_used
 from opd.inputs.models import ModelFacts, dialect_of, load_tokenizer
+from opd.inputs.prompts import PromptSet
 from opd.inputs.teacher_rules import allowed
 from opd.inputs.templates import added_tokens
-from opd.log import warn
+from opd.inputs.vision_rules import read_with_images, sample_of
+from opd.log import one_line, warn
 
 
 def limits_of(config) -> Limits:
@@ -172,6 +175,40 @@ def _check_loss(config, flag: str, spec: TeacherSpec, model: ServedModel) -> Non
         )
 
 
+def check_servers_see(
+    config,
+    served: Mapping[str, ServedModel],
+    prompt_sets: Mapping[str, PromptSet],
+    routes: Mapping[str, Collection[tuple[str, float]]],
+) -> None:
+    """Every server whose prompts have images is given some: it must see, and make the student's
+    tokens of them. ValueError with one line if it does not.
+    """
+    read = read_with_images(config, prompt_sets, routes)
+    for spec in (spec for spec in config.teachers if spec.is_served and spec.name in read):
+        flag, model, own = f"--teacher {spec.name}", served[spec.name], read[spec.name]
+        if model.protocol == "binary" and not model.sees:
+            raise ValueError(
+                f"{flag}: its servers see no images, and {len(own)} prompts of its domains have "
+                "some; give these a domain and a teacher of their own"
+            )
+        for prompt in sample_of(own):
+            question = Question(
+                prompt_ids=prompt.token_ids,
+                response_ids=[2],
+                payload="sampled",
+                support_k=0,
+                vocab=model.vocab_size or 3,
+                images=prompt.images,
+            )
+            for url, error in refusals(flag, spec.urls, model, question, api_key_of(spec)).items():
+                raise ValueError(
+                    f"{flag}: {url} does not take a prompt with images of this run: "
+                    f"{one_line(error)}; serve a model that sees as the student does, or give "
+                    "these prompts a domain and a teacher of their own"
+                )
+
+
 def _check_support(config, spec: TeacherSpec, model: ServedModel, shared_vocab: int) -> None:
     """A teacher whose hidden states do not fit the cache is asked for its top-k too, so only
     `sampled` needs no support_k.
@@ -193,4 +230,9 @@ def _check_support(config, spec: TeacherSpec, model: ServedModel, shared_vocab: 
             support_k=k,
             vocab=shared_vocab,
         )
-        check_support_k(flag, spec.urls, model, question, api_key_of(spec))
+        for url, error in refusals(flag, spec.urls, model, question, api_key_of(spec)).items():
+            raise ValueError(
+                f"--support_k: {flag}: {url} does not give {k} candidates of a token; start it with "
+                f"--max-logprobs {k} (scripts/serve.sh teacher: --max_logprobs), or lower "
+                f"--support_k ({error})"
+            )

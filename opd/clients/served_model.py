@@ -2,11 +2,12 @@
 
 Asked once, at start.
 
-Two protocols look alike here: `json` is a vLLM server's `/v1/completions` with `prompt_logprobs`,
-`binary` is our own scoring server. Which one it is, the server says at `/version`. Every replica is
-asked, and all must give the same answers: model, context length, tokenizer, and the
-log-probabilities of a few fixed tokens, the canary. The canary is also the probe of the pool: a
-replica that comes back with another model does not come back into the rotation.
+Two protocols look alike here: `json` is a vLLM server's `/v1/completions` with `prompt_logprobs`
+(prompts with images: its route for tokens), `binary` is our own scoring server. Which one it is,
+the server says at `/version`. Every replica is asked, and all must give the same answers: model,
+context length, tokenizer, and the log-probabilities of a few fixed tokens, the canary. The canary
+is also the probe of the pool: a replica that comes back with another model does not come back into
+the rotation.
 """
 
 import functools
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from opd.clients.health import Limits
 from opd.clients.pool import ReplicaPool
 from opd.clients.protocols import SCORING, is_loopback
+from opd.clients.token_route import READ_ID_BYTES, TOKEN_ROUTE, read_tokens, token_request
 from opd.clients.transport import Call, Rejected
 from opd.clients.wire import (
     BadAnswer,
@@ -30,6 +32,7 @@ from opd.clients.wire import (
     encode_text,
     metric,
     said_ids,
+    scores_of,
 )
 from opd.inputs.content import content_hash
 
@@ -80,6 +83,8 @@ def score_call(
 ) -> Call:
     """The request that scores one response; its `read` gives the fields of `TeacherScores`."""
     name = model if isinstance(model, str) else model.name
+    if protocol == "json" and question.images is not None:
+        return _token_call(name, question, request_id)
     if protocol == "json":
         return Call(
             "/v1/completions",
@@ -103,6 +108,21 @@ def score_call(
         request_id=request_id,
         most_bytes=question.most_bytes_binary,
         read=functools.partial(decode_scores, question=question),
+        tokens=question.num_tokens,
+    )
+
+
+def _token_call(name: str, question: Question, request_id: str) -> Call:
+    ids = [*question.prompt_ids, *question.response_ids]
+    body = token_request(
+        name, ids, question.images, max_tokens=1, temperature=0, prompt_logprobs=question.support_k
+    )
+    return Call(
+        TOKEN_ROUTE,
+        json.dumps(body).encode(),
+        request_id=request_id,
+        most_bytes=question.most_bytes_json + READ_ID_BYTES * len(ids),
+        read=lambda answer: scores_of(read_tokens(answer, ids).prompt_logprobs, question),
         tokens=question.num_tokens,
     )
 
@@ -220,18 +240,13 @@ def _ask_every(
     return answers
 
 
-def check_support_k(
+def refusals(
     flag: str, urls: Sequence[str], model: ServedModel, question: Question, api_key: str | None
-) -> None:
-    """Asks every replica for as many candidates as the run will; ValueError if one gives fewer."""
+) -> dict[str, Exception]:
+    """URL -> the error of each replica that does not answer a question."""
     with _asked_directly(flag, urls, api_key) as pool:
-        for url, answer in pool.ask_each(score_call(model, model.protocol, question)).items():
-            if isinstance(answer, Exception):
-                raise ValueError(
-                    f"--support_k: {flag}: {url} does not give {question.support_k} candidates of "
-                    f"a token; start it with --max-logprobs {question.support_k} (scripts/serve.sh "
-                    f"teacher: --max_logprobs), or lower --support_k ({answer})"
-                )
+        answers = pool.ask_each(score_call(model, model.protocol, question))
+    return {url: answer for url, answer in answers.items() if isinstance(answer, Exception)}
 
 
 def unshared_tokens(

@@ -10,7 +10,7 @@ L response length, K support size, V vocabulary, H hidden size.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import msgspec
@@ -18,6 +18,7 @@ import safetensors.torch
 
 from opd.clients.health import Limits
 from opd.clients.served_model import ServedModel, open_pool, score_call
+from opd.clients.token_route import TOKEN_ROUTE, read_tokens, token_request
 from opd.clients.transport import Call
 from opd.clients.wire import BadAnswer, Question
 from opd.config import LossConfig, TeacherSpec
@@ -157,27 +158,32 @@ def write_with_servers(
     """
     calls = []
     for prompt, seed in zip(prompts, seeds, strict=True):
-        ids = prompt.ids_for(spec.name)
-        body = {
-            "model": model.name,
-            "prompt": ids,
+        ids, images = prompt.ids_for(spec.name), prompt.images_for(spec.name)
+        sampling = {
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
             "stop_token_ids": list(eos_ids),
             "ignore_eos": True,
-            "add_special_tokens": False,
-            "return_token_ids": True,
             "top_p": 1.0,
             "top_k": 0,
             "repetition_penalty": 1.0,
         }
+        sample_of = functools.partial(_sample_of, most=max_tokens, vocab=vocab)
+        if images is None:
+            route = "/v1/completions"
+            asked = {"prompt": ids, "add_special_tokens": False, "return_token_ids": True}
+            body = {"model": model.name, **asked, **sampling}
+            read = functools.partial(_read_written, sample_of=sample_of)
+        else:
+            route, body = TOKEN_ROUTE, token_request(model.name, ids, images, **sampling)
+            read = functools.partial(_read_seen, ids=ids, sample_of=sample_of)
         calls.append(
             Call(
-                "/v1/completions",
+                route,
                 json.dumps(body).encode(),
                 most_bytes=(1 << 16) + 64 * (len(ids) + max_tokens),
-                read=functools.partial(_read_written, most=max_tokens, vocab=vocab),
+                read=read,
                 tokens=len(ids) + max_tokens,
                 request_id=f"{spec.name}-writes-{prompt.prompt_id}",
             )
@@ -186,13 +192,25 @@ def write_with_servers(
         return pool.collect([pool.submit(call) for call in calls])
 
 
-def _read_written(body: bytes, most: int, vocab: int) -> Sample:
+def _read_written(body: bytes, sample_of: Callable[[list[int], str | None], Sample]) -> Sample:
     try:
         (choice,) = msgspec.json.decode(body, type=_WrittenBody).choices
     except (msgspec.MsgspecError, ValueError) as error:
         raise BadAnswer(f"not a completion with token ids: {error}") from None
-    if not 1 <= len(choice.token_ids) <= most:
-        raise BadAnswer(f"{len(choice.token_ids)} tokens instead of 1 to {most}")
-    if not all(0 <= token < vocab for token in choice.token_ids):
+    return sample_of(choice.token_ids, choice.finish_reason)
+
+
+def _read_seen(
+    body: bytes, ids: list[int], sample_of: Callable[[list[int], str | None], Sample]
+) -> Sample:
+    (choice,) = read_tokens(body, ids).choices
+    return sample_of(choice.token_ids, choice.finish_reason)
+
+
+def _sample_of(token_ids: list[int], finish_reason: str | None, most: int, vocab: int) -> Sample:
+    """What a server wrote, if it can be what was asked for. Raises BadAnswer."""
+    if not 1 <= len(token_ids) <= most:
+        raise BadAnswer(f"{len(token_ids)} tokens instead of 1 to {most}")
+    if not all(0 <= token < vocab for token in token_ids):
         raise BadAnswer(f"a token outside the {vocab} that all models share")
-    return Sample(choice.token_ids, None, stopped=choice.finish_reason == "stop")
+    return Sample(token_ids, None, stopped=finish_reason == "stop")

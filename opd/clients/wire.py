@@ -161,8 +161,13 @@ class _Candidate(msgspec.Struct):
     rank: int | None = None
 
 
+# An entry for each token of a text: candidates by id, given the tokens before it; null for the
+# first.
+PromptLogprobs = list[dict[int, _Candidate] | None]
+
+
 class _Choice(msgspec.Struct):
-    prompt_logprobs: list[dict[int, _Candidate] | None] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class _Completion(msgspec.Struct):
@@ -187,12 +192,7 @@ def completion_request(question: Question, model: str) -> dict:
 
 
 def decode_completion(body: bytes, question: Question) -> dict[str, Tensor]:
-    """The fields of `TeacherScores` from a vLLM server's answer: top-k and sampled
-    log-probabilities.
-
-    `prompt_logprobs[i]` speaks about token i given those before it, and the first is null: so the
-    last L entries are the response's, index t about response token t. Raises BadAnswer.
-    """
+    """The fields of `TeacherScores` from a vLLM server's answer. Raises BadAnswer."""
     try:
         (choice,) = _decode_completion(body).choices
     except (
@@ -200,7 +200,13 @@ def decode_completion(body: bytes, question: Question) -> dict[str, Tensor]:
         ValueError,
     ) as error:  # a dictionary of logprobs with a key that is no number, too
         raise BadAnswer(f"not a completion: {error}") from None
-    entries = choice.prompt_logprobs
+    return scores_of(choice.prompt_logprobs, question)
+
+
+def scores_of(entries: PromptLogprobs | None, question: Question) -> dict[str, Tensor]:
+    """Top-k and sampled log-probabilities: the last L entries are the response's, index t about
+    response token t. Raises BadAnswer.
+    """
     if entries is None or len(entries) != question.num_tokens:
         found = "no" if entries is None else len(entries)
         raise BadAnswer(f"{found} prompt_logprobs for {question.num_tokens} tokens")

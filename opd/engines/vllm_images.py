@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from opd.pictures import PromptImages
+from opd.pictures import PromptImages, token_difference
 
 # ids of prompt and response, and the images of the prompt
 Text = tuple[list[int], PromptImages | None]
@@ -35,12 +35,4 @@ def check_vllm_tokens(name: str, text: Text, found: Sequence[int]) -> None:
     ids, images = text
     if images is None or list(found) == ids:
         return
-    place = next(
-        (i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b),
-        min(len(ids), len(found)),
-    )
-    raise ValueError(
-        f"{name}: vLLM makes {len(found)} tokens of a prompt with images, the student's processor "
-        f"{len(ids)}; from token {place} on {list(found[place : place + 8])} and "
-        f"{ids[place : place + 8]}: {images.text!r:.120}"
-    )
+    raise ValueError(f"{name}: vLLM makes {token_difference(found, ids)}: {images.text!r:.120}")

@@ -36,35 +36,45 @@ def sample_of(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [prompt for own in by_number.values() for prompt in islice(own, each)]
 
 
+def read_with_images(
+    config,
+    prompt_sets: Mapping[str, PromptSet],
+    routes: Mapping[str, Collection[tuple[str, float]]],
+) -> dict[str, list[Prompt]]:
+    """Teacher name -> the prompts with images that it reads, as it reads them."""
+    prompts = [p for prompt_set in prompt_sets.values() for p in prompt_set.prompts]
+    found = {}
+    for spec in config.teachers:
+        own = [p for p in prompts if spec.name in dict(routes[p.domain])]
+        own = [prompt.as_read_by(spec.name) for prompt in own if prompt.images]
+        if own:
+            found[spec.name] = own
+    return found
+
+
 def check_images(
     config,
     facts: ModelFacts,
-    served: Mapping[str, Any],
     pixels: Pixels | None,
     prompt_sets: Mapping[str, PromptSet],
     routes: Mapping[str, Collection[tuple[str, float]]],
 ) -> None:
     """ValueError if a model of this run cannot be given the images of its prompts.
 
-    `served` is what the servers of teachers say they are, a `ServedModel` each.
+    Servers are asked by `opd.clients.served_checks`.
     """
-    prompts = [p for prompt_set in prompt_sets.values() for p in prompt_set.prompts]
-    seen = sample_of(prompts)
+    seen = sample_of([p for prompt_set in prompt_sets.values() for p in prompt_set.prompts])
     if config.model.freeze_vision and not facts.student.sees:
         raise ValueError("--freeze_vision: the student sees no images; leave it out")
     if not seen:
         return
     _check_flags(config, pixels, seen[0])
     _check_joined("--student_model", config.model.student_model, pixels, seen)
+    read = read_with_images(config, prompt_sets, routes)
     for spec in config.teachers:
-        own = [p for p in prompts if p.images and spec.name in dict(routes[p.domain])]
-        own = [prompt.as_read_by(spec.name) for prompt in own]
-        if not own:
+        if spec.is_served or spec.name not in read:
             continue
-        flag = f"--teacher {spec.name}"
-        if spec.is_served:
-            _check_servers_see(flag, served[spec.name], len(own))
-            continue
+        flag, own = f"--teacher {spec.name}", read[spec.name]
         if not facts.teachers[spec.name].sees:
             raise ValueError(
                 f"{flag} {spec.model}: sees no images, and {len(own)} prompts of its domains have "
@@ -74,19 +84,6 @@ def check_images(
         _check_tokens(flag, spec.model, theirs, sample_of(own))
         if spec.backend == "hf":
             _check_joined(flag, spec.model, theirs, sample_of(own))
-
-
-def _check_servers_see(flag: str, model: Any, number: int) -> None:
-    if model.protocol == "json":
-        raise ValueError(
-            f"{flag}: {number} of its prompts have images, and vLLM's own server takes none beside "
-            "token ids; serve it with `scripts/serve.sh teacher` and protocol binary"
-        )
-    if not model.sees:
-        raise ValueError(
-            f"{flag}: its servers see no images, and {number} prompts of its domains have some; "
-            "give these a domain and a teacher of their own"
-        )
 
 
 def _check_flags(config, pixels: Pixels, prompt: Prompt) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd import distributed, faults, processes
-from opd.clients.served_checks import check_served
+from opd.clients.served_checks import check_served, check_servers_see
 from opd.config import TeacherSpec
 from opd.engines.deepspeed_engine import check_ds_config
 from opd.hub_names import as_named
@@ -186,7 +186,8 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     read_template_flags(cfg.data).check_domains(routes)
     cfg = with_own_bounds(cfg, prompt_sets.values(), facts, served)
     check_dialects(facts.dialects, tokenizer, prompt_sets, routes)
-    check_images(cfg, facts, served, pixels, prompt_sets, routes)
+    check_images(cfg, facts, pixels, prompt_sets, routes)
+    check_servers_see(cfg, served, prompt_sets, routes)
     warn_of_first_tokens(own.values(), tokenizer, prompt_sets.values())
     reward = rewards.load_rewards(cfg.data.reward_fn, routes)
     check_ds_config(cfg.run.ds_config, ds_config)

@@ -30,6 +30,7 @@ from opd.inputs.arguments import OneLineParser
 from opd.inputs.hub import fetch, find_snapshot
 from opd.inputs.shapes import check_path, read_model, shape_of
 from opd.log import one_line
+from opd.ops.model_class import sees_images
 from opd.servers.cache_size import CACHE_HELP, cache_and_length, cache_gib
 from opd.servers.http_service import read_token
 from opd.servers.server_processes import (
@@ -175,7 +176,8 @@ def _size_vllms_own(args: argparse.Namespace) -> None:
     asked.add_argument(*spelled, type=int, default=args.max_model_len, dest="length")
     known, rest = asked.parse_known_args(args.extra)
     path = find_snapshot("MODEL", args.model)
-    shape = shape_of(read_model("MODEL", path), "MODEL", path)
+    model = read_model("MODEL", path)
+    shape = shape_of(model, "MODEL", path)
     args.kv_cache_gib, longest = cache_and_length(
         shape,
         known.length,
@@ -185,7 +187,9 @@ def _size_vllms_own(args: argparse.Namespace) -> None:
         tokens=JSON_TOKENS,
         device=_number_of(args.gpus[0]) if args.gpus else 0,
     )
-    args.extra = ["--max-model-len", str(longest), *rest]
+    # the route that takes images beside token ids is one of them
+    more = ["--enable-scale-out"] if sees_images(model.config) else []
+    args.extra = ["--max-model-len", str(longest), *more, *rest]
 
 
 def _number_of(gpu: str) -> int:
