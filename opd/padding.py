@@ -4,6 +4,7 @@ B sequences, S padded length after the shift, L response length, N loss tokens, 
 teacher, K support, H teacher hidden size.
 """
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -41,6 +42,7 @@ def make_micro_batches(
     pad_id: int,
     domains: Sequence[str],
     placeholder_ids: Collection[int] = (),
+    shared_vocab: int | None = None,
     filler: Prompt | None = None,
 ) -> list[MicroBatch]:
     """Right-padded micro-batches on the host, the same number on every rank; ranks with fewer get
@@ -54,10 +56,11 @@ def make_micro_batches(
     largest micro-batch comes first: under ZeRO-3 all ranks compute their first together, then their
     second, and each time wait for the slowest.
 
-    `placeholder_ids` are never loss tokens. `filler` is a prompt with images, for a run that has
-    some: where one rank's micro-batch has images, all ranks run their image encoders, whose weights
-    and gradients are shared too. Collective. Raises ValueError if a rollout has no
-    scores, or is longer than `max_tokens`.
+    A last token that is one of `placeholder_ids`, or beyond `shared_vocab`, may be no loss token:
+    see `_num_loss_tokens`. `filler` is a prompt with images, for a run that has some: where one
+    rank's micro-batch has images, all ranks run their image encoders, whose weights and gradients
+    are shared too. Collective. Raises ValueError if a rollout has no scores, or is longer than
+    `max_tokens`.
     """
     scored = sorted(
         zip(rollouts, scores, strict=True),
@@ -83,6 +86,7 @@ def make_micro_batches(
             pad_id=pad_id,
             domains=domains,
             placeholder_ids=placeholder_ids,
+            shared_vocab=shared_vocab,
             filler=filler if others and not mine else None,
         )
         for group, mine, others in zip(groups, see, somebody_sees, strict=True)
@@ -104,6 +108,7 @@ def collate(
     pad_id: int,
     domains: Sequence[str],
     placeholder_ids: Collection[int] = (),
+    shared_vocab: int | None = None,
     filler: Prompt | None = None,
 ) -> MicroBatch:
     """One micro-batch; an empty `scored` gives a single fully masked row, so that its loss is a
@@ -112,6 +117,7 @@ def collate(
     Example: prompt [5, 6], response [7, 8] -> input [5, 6, 7], labels [6, 7, 8], loss mask [0, 1,
     1].
     """
+    num_loss_tokens = [_num_loss_tokens(r, placeholder_ids, shared_vocab) for r, _ in scored]
     B = max(1, len(scored) + (filler is not None))
     S = max([_length(rollout) - 1 for rollout, _ in scored], default=1)
     S = max(S, len(filler.token_ids) if filler else 1)
@@ -121,7 +127,7 @@ def collate(
     for row, (rollout, _) in enumerate(scored):
         raw = torch.tensor(rollout.prompt.token_ids + rollout.response_ids)
         length, first = len(raw) - 1, len(rollout.prompt.token_ids) - 1
-        end = first + _num_loss_tokens(rollout, placeholder_ids)
+        end = first + num_loss_tokens[row]
         assert first >= 0, f"prompt {rollout.prompt.prompt_id}: an empty prompt"
         input_ids_BS[row, :length] = raw[:-1]
         labels_BS[row, :length] = raw[1:]
@@ -138,6 +144,7 @@ def collate(
         attention_mask_BS[-1, : len(filler.token_ids)] = True
     elif not scored:
         attention_mask_BS[:, 0] = True  # attention over nothing is not defined
+    has_old = all(r.old_policy is not None for r, _ in scored)  # a filler row: of its no tokens
     images = [rollout.prompt.images for rollout, _ in scored]
     images += [filler.images] if filler else []
     return MicroBatch(
@@ -146,23 +153,30 @@ def collate(
         attention_mask_BS=attention_mask_BS,
         loss_mask_BS=loss_mask_BS,
         rollout_logprobs_BS=rollout_logprobs_BS,
-        # a filler row has those of its no tokens
-        old_logprobs_BS=old_logprobs_BS
-        if all(r.old_policy is not None for r, _ in scored)
-        else None,
+        old_logprobs_BS=old_logprobs_BS if has_old else None,
         task_advantages_B=_per_row([r.task_advantage for r, _ in scored], B, 0.0, torch.float32),
         domain_ids_B=_per_row(
             [domains.index(r.prompt.domain) for r, _ in scored], B, -1, torch.long
         ),
         on_policy_B=_per_row([r.source == "student" for r, _ in scored], B, False, torch.bool),
-        teacher_slices=_teacher_slices(scored, placeholder_ids),
+        teacher_slices=_teacher_slices(scored, num_loss_tokens),
         images=tuple(images) if any(images) else (),
     )
 
 
-def _num_loss_tokens(rollout: Rollout, placeholder_ids: Collection[int]) -> int:
-    """A response ends at a placeholder, in whose place an image would be read: no text to learn."""
-    return len(rollout.response_ids) - (rollout.response_ids[-1] in placeholder_ids)
+def _num_loss_tokens(
+    rollout: Rollout, placeholder_ids: Collection[int], shared_vocab: int | None
+) -> int:
+    """All of the response but for a last token that nobody should learn.
+
+    A response ends at the placeholder of an image. One that the student wrote is a loss token: it
+    would else find out that behind it nothing is judged, and a policy gradient has led it there
+    within 80 steps. One that others wrote is none. A token that teachers do not have has no place
+    in the loss.
+    """
+    last = rollout.response_ids[-1]
+    copied = last in placeholder_ids and rollout.source != "student"
+    return len(rollout.response_ids) - (copied or last >= (shared_vocab or math.inf))
 
 
 def _length(rollout: Rollout) -> int:
@@ -212,7 +226,7 @@ def _cut_by_tokens(scored: list[Scored], max_tokens: int, packed: bool) -> list[
 
 
 def _teacher_slices(
-    scored: Sequence[Scored], placeholder_ids: Collection[int]
+    scored: Sequence[Scored], num_loss_tokens: Sequence[int]
 ) -> tuple[TeacherSlice, ...]:
     """Groups the rows' scores by teacher and by what the teacher gave: a cache that is full gives
     less for some rows.
@@ -221,8 +235,8 @@ def _teacher_slices(
     """
     parts: dict[tuple[str, ...], list[tuple[Tensor, TeacherScores]]] = {}
     offset = 0
-    for rollout, row_scores in scored:
-        L, N = len(rollout.response_ids), _num_loss_tokens(rollout, placeholder_ids)
+    for (rollout, row_scores), N in zip(scored, num_loss_tokens, strict=True):
+        L = len(rollout.response_ids)
         if not row_scores:
             raise ValueError(
                 f"prompt {rollout.prompt.prompt_id} ({rollout.prompt.domain}): no teacher scored it"

@@ -263,11 +263,11 @@ class TeacherPool:
 
     def _submit(self, rollout: Rollout) -> None:
         """Sends a response to its served teachers, each once."""
-        if max(rollout.response_ids) >= self.shared_vocab:
+        if max(rollout.ids_within(self.shared_vocab)) >= self.shared_vocab:
             raise RuntimeError(
-                f"prompt {rollout.prompt.prompt_id}: the student wrote token "
-                f"{max(rollout.response_ids)}, which lies in the padding beyond the "
-                f"{self.shared_vocab} tokens that all models share"
+                f"prompt {rollout.prompt.prompt_id}: the response has token "
+                f"{max(rollout.response_ids)}, beyond the {self.shared_vocab} tokens that all "
+                "models share, and does not end there"
             )
         with self._sending:
             for name, _ in self.routes[rollout.prompt.domain]:
@@ -439,7 +439,7 @@ class TeacherPool:
         if payload != "hidden":
             scores = score_responses(
                 states,
-                [r.response_ids for r in rollouts],
+                [r.ids_within(self.shared_vocab) for r in rollouts],
                 self.head(name),
                 support_k=0 if payload == "sampled" else self._k,
                 temperature=self.cfg.loss_temperature,

@@ -106,6 +106,15 @@ class Rollout:
                 f"for {len(self.response_ids)} tokens"
             )
 
+    def ids_within(self, vocab: int) -> list[int]:
+        """`response_ids` as a teacher of so many tokens can be asked about them: a response ends at
+        a token beyond them, which is no loss token, and what is said of it is not used.
+
+        Example: [5, 6, 40] is [5, 6, 0] for 40 tokens.
+        """
+        *before, last = self.response_ids
+        return [*before, last if last < vocab else 0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherScores:
@@ -183,7 +192,8 @@ class MicroBatch:
     def teachers_per_token(self) -> int:
         """The most teachers that speak about one token; at least 1."""
         indices = [part.token_index_M for part in self.teacher_slices]
-        return int(torch.cat(indices).bincount().max()) if indices else 1
+        spoken_of = torch.cat(indices) if indices else torch.empty(0)
+        return int(spoken_of.bincount().max()) if len(spoken_of) else 1
 
     @property
     def response_thirds_N(self) -> Tensor:

@@ -123,9 +123,14 @@ def _check_tokenizer(flag: str, model: ServedModel, tokenizer, facts: ModelFacts
             f"tokens there and {len(mine)} here, and the first to differ is number {place}; choose "
             "a teacher of the student's family"
         )
-    if facts.num_tokens > (model.vocab_size or facts.num_tokens):
+    num_tokens = facts.num_tokens
+    if facts.student.sees and not model.sees:
+        # one for text alone need not have the tokens that stand for images
+        added = set(added_tokens(tokenizer).values())
+        num_tokens = 1 + max(set(tokenizer.get_vocab().values()) - added)
+    if num_tokens > (model.vocab_size or num_tokens):
         raise ValueError(
-            f"{flag}: the tokenizer has ids up to {facts.num_tokens - 1}, its lm_head has "
+            f"{flag}: the tokenizer has ids up to {num_tokens - 1}, its lm_head has "
             f"{model.vocab_size} rows"
         )
 
@@ -232,7 +237,7 @@ def _check_support(config, spec: TeacherSpec, model: ServedModel, shared_vocab: 
         )
         for url, error in refusals(flag, spec.urls, model, question, api_key_of(spec)).items():
             raise ValueError(
-                f"--support_k: {flag}: {url} does not give {k} candidates of a token; start it with "
-                f"--max-logprobs {k} (scripts/serve.sh teacher: --max_logprobs), or lower "
+                f"--support_k: {flag}: {url} does not give {k} candidates of a token; start it "
+                f"with --max-logprobs {k} (scripts/serve.sh teacher: --max_logprobs), or lower "
                 f"--support_k ({error})"
             )

@@ -75,7 +75,7 @@ class ServedTeacher:
         """Asks for a response's scores, without waiting for them."""
         question = Question(
             prompt_ids=rollout.prompt.ids_for(self.name),
-            response_ids=rollout.response_ids,
+            response_ids=rollout.ids_within(self.shared_vocab),
             payload=payload,
             support_k=min(self.cfg.support_k, self.shared_vocab) if "topk" in payload else 0,
             vocab=self.shared_vocab,

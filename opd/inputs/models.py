@@ -51,7 +51,7 @@ class ModelFacts:
     student: ModelFact
     teachers: dict[str, ModelFact]  # by teacher name, without those that are served
     pad_id: int
-    # highest token id of the tokenizer, plus one; ids beyond it are padding of the vocabulary
+    # highest token id of the student's tokenizer, plus one
     num_tokens: int
     shared_vocab: int  # rows that every lm_head has
     stop_ids: tuple[int, ...] = ()  # of --stop_token_ids, beside the EOS of the student's own
@@ -309,6 +309,7 @@ def check_models(config, tokenizer) -> ModelFacts:
         if token not in own_eos
     )
     student = dataclasses.replace(student, eos_ids=(*own_eos, *stop_ids))
+    _check_sizes(student, tokenizer, config)
     teachers: dict[str, ModelFact] = {}
     dialects: list[Dialect] = []
     for spec in config.teachers:
@@ -325,16 +326,14 @@ def check_models(config, tokenizer) -> ModelFacts:
         dialect = dialect_of(config, spec, own, tokenizer, used)
         check_eos(dialect, tokenizer, fact.eos_ids, own_eos, student.eos_ids)
         dialects.append(dialect)
-    models = [student, *teachers.values()]
-    num_tokens = max(tokenizer.get_vocab().values()) + 1
-    for fact in models:
-        _check_sizes(fact, num_tokens, config)
+        # one for text alone need not have the tokens that stand for images
+        _check_sizes(fact, own if student.sees and not fact.sees else tokenizer, config)
     return ModelFacts(
         student,
         teachers,
         pad_id,
-        num_tokens,
-        min(fact.vocab_size for fact in models),
+        _num_tokens(tokenizer),
+        min(fact.vocab_size for fact in (student, *teachers.values())),
         stop_ids,
         tuple(dialects),
     )
@@ -398,10 +397,15 @@ def check_context(model: ModelShape, config) -> None:
         )
 
 
-def _check_sizes(fact: ModelFact, num_tokens: int, config) -> None:
-    """The model has a row for every token, and a position for every token of the longest
-    response.
+def _num_tokens(tokenizer) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _check_sizes(fact: ModelFact, tokenizer, config) -> None:
+    """The model has a row for every token of its tokenizer, and a position for every token of the
+    longest response.
     """
+    num_tokens = _num_tokens(tokenizer)
     if num_tokens > fact.vocab_size:
         raise ValueError(
             f"{fact.flag} {fact.path}: the tokenizer has ids up to {num_tokens - 1}, its lm_head "

@@ -107,8 +107,12 @@ class Inputs:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """At which tokens a response ends: behind a placeholder no model could read on."""
-        return (*self.facts.student.eos_ids, *self.facts.student.placeholder_ids)
+        """At which tokens a response ends. Behind a placeholder no model could read on; nor could a
+        teacher behind a token that it does not have.
+        """
+        student = self.facts.student
+        unknown = range(self.facts.shared_vocab, student.vocab_size)
+        return tuple(dict.fromkeys((*student.eos_ids, *student.placeholder_ids, *unknown)))
 
     @functools.cached_property
     def most_images(self) -> int:
@@ -290,6 +294,7 @@ class Run(Inputs):
             pad_id=self.facts.pad_id,
             domains=self.domains,
             placeholder_ids=self.facts.student.placeholder_ids,
+            shared_vocab=self.facts.shared_vocab,
             filler=min(self.shown, key=lambda p: len(p.token_ids), default=None),
         )
 

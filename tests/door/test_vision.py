@@ -52,24 +52,44 @@ def test_any_number_of_ranks_and_stage_train_the_same_student(model, tmp_path):
             assert (value - whole[name]).abs().max() <= 1e-5 * largest + 1e-7, (case, name)
 
 
-def test_placeholders_are_never_loss_tokens(rollouts):
-    """A response that ends at one has a loss token less, in the mask as for each teacher."""
-    seen = dataclasses.replace(rollouts[0], response_ids=[7, 8, 5], rollout_logprobs=[-1.0] * 3)
-    only = dataclasses.replace(rollouts[1], response_ids=[5], rollout_logprobs=[-2.0])
-    plain = dataclasses.replace(rollouts[1], response_ids=[9, 9], rollout_logprobs=[-3.0] * 2)
+@pytest.mark.parametrize(
+    ("source", "shared_vocab", "learned"),
+    [("student", None, 1), ("dataset", None, 0), ("student", 6, 1), ("student", 5, 0)],
+)
+def test_a_placeholder_at_the_end(rollouts, source, shared_vocab, learned):
+    """The student's own is learned, in the mask as for each teacher. One in data is not, nor is one
+    that a teacher does not have.
+    """
+    texts = ([3, 4, 5], [5], [3, 2])
 
-    def scores(length):
-        sampled_L = torch.arange(float(length))
-        return (TeacherScores(teacher="t", weight=1.0, sampled_logprobs=sampled_L),)
+    def scored_of(index, ids):
+        logprobs = [-float(index + 1)] * len(ids)
+        rollout = dataclasses.replace(
+            rollouts[min(index, 1)], source=source, response_ids=ids, rollout_logprobs=logprobs
+        )
+        sampled_L = torch.arange(float(len(ids)))
+        return rollout, (TeacherScores(teacher="t", weight=1.0, sampled_logprobs=sampled_L),)
 
-    scored = [(seen, scores(3)), (only, scores(1)), (plain, scores(2))]
-    mb = collate(scored, pad_id=0, domains=["d"], placeholder_ids=(5,))
-    assert mb.at_loss_tokens(mb.labels_BS).tolist() == [7, 8, 9, 9]
-    assert mb.at_loss_tokens(mb.rollout_logprobs_BS).tolist() == [-1.0, -1.0, -3.0, -3.0]
+    scored = [scored_of(index, ids) for index, ids in enumerate(texts)]
+    mb = collate(scored, pad_id=0, domains=["d"], placeholder_ids=(5,), shared_vocab=shared_vocab)
+    kept = [ids[: len(ids) - (5 in ids and not learned)] for ids in texts]
+    assert mb.at_loss_tokens(mb.labels_BS).tolist() == [token for ids in kept for token in ids]
+    logprobs = [-float(index + 1) for index, ids in enumerate(kept) for _ in ids]
+    assert mb.at_loss_tokens(mb.rollout_logprobs_BS).tolist() == logprobs
+    assert float(mb.rollout_logprobs_BS.sum()) == sum(logprobs), "0 off the mask"
     (part,) = mb.teacher_slices
-    assert part.token_index_M.tolist() == [0, 1, 2, 3]
-    assert part.sampled_logprobs_M.tolist() == [0.0, 1.0, 0.0, 1.0]
-    assert float(mb.rollout_logprobs_BS.abs().sum()) == 8.0, "0 off the mask"
+    assert part.token_index_M.tolist() == list(range(4 + 2 * learned))
+    assert part.sampled_logprobs_M.tolist() == [float(t) for ids in kept for t in range(len(ids))]
+
+
+def test_a_micro_batch_without_loss_tokens(rollouts):
+    """All its responses end at once, at a token that nobody learns."""
+    only = dataclasses.replace(
+        rollouts[1], response_ids=[5], rollout_logprobs=[-2.0], source="dataset"
+    )
+    score = TeacherScores(teacher="t", weight=1.0, sampled_logprobs=torch.zeros(1))
+    mb = collate([(only, (score,))], pad_id=0, domains=["d"], placeholder_ids=(5,))
+    assert mb.num_loss_tokens == 0 and mb.teachers_per_token == 1
 
 
 def test_a_filler_is_masked_and_has_the_image(rollouts):
