@@ -41,24 +41,21 @@ class RolloutEngine:
         model: str,
         cfg: RolloutConfig,
         *,
-        eos_ids: tuple[int, ...],
+        stop_ids: tuple[int, ...],
         seed: int,
         dtype: str,
         max_model_len: int,
         trust_remote_code: bool,
         kv_cache_gib: float | None = None,
-        placeholder_ids: tuple[int, ...] = (),
         images_per_prompt: int | None = None,
         lora: LoraLayout | None = None,
     ):
         """Where the configuration leaves the KV cache to the plan, `kv_cache_gib` is its size. With
-        `adapter` it takes the student's adapters instead of whole weights.
-
-        A response ends at a placeholder of an image, as at an EOS: behind it no model could read
-        on.
+        `adapter` it takes the student's adapters instead of whole weights. A response ends at one
+        of `stop_ids`.
         """
         given = cfg.rollout_kv_cache_gib
-        self.cfg, self.stop_ids, self.seed = cfg, (*eos_ids, *placeholder_ids), seed
+        self.cfg, self.stop_ids, self.seed = cfg, stop_ids, seed
         self.policy_version = 0
         self._canary, self._canary_version = None, -1
         self.engine = GeneratorEngine(

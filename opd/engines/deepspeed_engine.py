@@ -177,6 +177,8 @@ class ShardedEngine:
         self.config = complete_ds_config(ds_config, optim, dtype=dtype)
         self.stage = _stage(ds_config)
         self._accumulates_here = _accumulates_here(ds_config, dtype)
+        offload = ds_config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        self._gradients_on_host = self.stage == 3 and offload.get("device", "none") != "none"
         self._deepspeed = _import_deepspeed()
         from transformers.integrations import HfDeepSpeedConfig  # imports deepspeed
 
@@ -247,21 +249,42 @@ class ShardedEngine:
 
         DeepSpeed then averages over ranks.
         """
-        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.set_gradient_accumulation_boundary(last and not self._gradients_on_host)
         self.engine.backward(loss)
 
     def step(self, learning_rate: float) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._complete_gradients()
         # DeepSpeed 0.19.8 knows no norm where it wraps no optimizer, in ZeRO 0 with float32; there
         # all ranks hold the sum.
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if self.stage == 0 else None
         self.engine.step()
+        if self.stage == 3:
+            # DeepSpeed 0.19.8 overwrites it in a step's first micro-batch, and adds to it in the
+            # others: weights that the first did not use would get the last step's gradient again.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         self._check_partitioned()
         known = self.engine.get_global_grad_norm()
         return float(norm if known is None else known)
+
+    def _complete_gradients(self) -> None:
+        """Weights that the last micro-batch did not use, or none of the step's, such as those of an
+        image encoder, have their gradient too: the sum of the others, or zero.
+        """
+        if self.stage == 0:
+            for parameter in self.engine.module.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        elif self._gradients_on_host:
+            # DeepSpeed 0.19.8 brings to the host what the last micro-batch has reduced, and nothing
+            # else.
+            zero = self.engine.optimizer
+            zero._offload_boundary_param_ids = {p.ds_id for ps in zero.fp16_groups for p in ps}
+            zero.finalize_gradient_accumulation_boundary()
+            self.engine.set_gradient_accumulation_boundary(True)
 
     def _check_partitioned(self) -> None:
         """Between two steps no frozen parameter is whole, but for those that stage 3 keeps.

@@ -54,6 +54,7 @@ def read_with_images(
 
 def check_images(
     config,
+    ds_config: Mapping[str, Any],
     facts: ModelFacts,
     pixels: Pixels | None,
     prompt_sets: Mapping[str, PromptSet],
@@ -69,6 +70,7 @@ def check_images(
     if not seen:
         return
     _check_flags(config, pixels, seen[0])
+    _check_offload(config, ds_config)
     _check_joined("--student_model", config.model.student_model, pixels, seen)
     read = read_with_images(config, prompt_sets, routes)
     for spec in config.teachers:
@@ -91,6 +93,20 @@ def _check_flags(config, pixels: Pixels, prompt: Prompt) -> None:
         raise ValueError(
             "--packing: the student's positions or attention depend on what a token shows, and "
             "rows of one sequence would be mixed; leave it out"
+        )
+
+
+def _check_offload(config, ds_config: Mapping[str, Any]) -> None:
+    """In stages 1 and 2 DeepSpeed 0.19.8 keeps gradients on the host in a way that forgets those of
+    weights which some micro-batches do not use: an image encoder's.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if device != "none" and zero.get("stage", 0) in (1, 2) and not config.model.freeze_vision:
+        raise ValueError(
+            f"--ds_config {config.run.ds_config}: ZeRO stage {zero['stage']} with its optimizer on "
+            "the host computes wrong gradients of an image encoder; use "
+            "ds_configs/zero3_offload.json, or --freeze_vision"
         )
 
 

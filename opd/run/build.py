@@ -231,8 +231,7 @@ def build_rollout_engine(run: Run) -> RolloutEngine | AsyncRolloutEngine:
         engine = RolloutEngine(
             run.cfg.model.student_model,
             run.cfg.rollout,
-            eos_ids=run.facts.student.eos_ids,
-            placeholder_ids=run.facts.student.placeholder_ids,
+            stop_ids=run.stop_ids,
             images_per_prompt=run.images_per_prompt(run.facts.student),
             seed=run.cfg.run.seed,
             kv_cache_gib=run.kv_cache_gib(),

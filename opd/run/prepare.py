@@ -186,7 +186,7 @@ def read_inputs(cfg, need_response: bool, moment: datetime | None = None) -> Inp
     read_template_flags(cfg.data).check_domains(routes)
     cfg = with_own_bounds(cfg, prompt_sets.values(), facts, served)
     check_dialects(facts.dialects, tokenizer, prompt_sets, routes)
-    check_images(cfg, facts, pixels, prompt_sets, routes)
+    check_images(cfg, ds_config, facts, pixels, prompt_sets, routes)
     check_servers_see(cfg, served, prompt_sets, routes)
     warn_of_first_tokens(own.values(), tokenizer, prompt_sets.values())
     reward = rewards.load_rewards(cfg.data.reward_fn, routes)

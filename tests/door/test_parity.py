@@ -109,7 +109,7 @@ class Pair:
             num_generations=1, max_response_tokens=24, rollout_kv_cache_gib=0.05, enforce_eager=True
         )
         self.engine = RolloutEngine(
-            str(path), self.cfg, eos_ids=(1,), seed=0, max_model_len=64, **options
+            str(path), self.cfg, stop_ids=(1,), seed=0, max_model_len=64, **options
         )
         self.dtype, self.step = DTYPES[dtype], 0
 

@@ -36,7 +36,7 @@ def rollouts(model):
 
 def test_any_number_of_ranks_and_stage_train_the_same_student(model, tmp_path):
     found = {}
-    for stage, ranks in ((0, 1), (0, 2), (2, 2), (3, 2)):
+    for stage, ranks in ((0, 1), (1, 1), (2, 1), (3, 1), ("3_offload", 1), (0, 2), (2, 2), (3, 2)):
         out = tmp_path / f"{stage}_{ranks}.safetensors"
         job = tmp_path / "job.json"
         job.write_text(json.dumps({"model": str(model), "out": str(out), "stage": stage}))

@@ -77,7 +77,7 @@ def rollout_engine(process, tiny):
         rollout_kv_cache_gib=KV_GIB,
         enforce_eager=True,
     )
-    return RolloutEngine(str(tiny.student), cfg, eos_ids=(EOS, OTHER_STOP), seed=SEED, **OPTIONS)
+    return RolloutEngine(str(tiny.student), cfg, stop_ids=(EOS, OTHER_STOP), seed=SEED, **OPTIONS)
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def engines(student, tiny):
         route: RolloutEngine(
             str(tiny.student),
             cfg,
-            eos_ids=(1,),
+            stop_ids=(1,),
             lora=student.lora if route == "adapter" else None,
             **options,
         )

@@ -65,8 +65,7 @@ def sampler(device, model, student):
         RolloutConfig(
             num_generations=2, max_response_tokens=8, rollout_kv_cache_gib=0.02, enforce_eager=True
         ),
-        eos_ids=(EOS,),
-        placeholder_ids=(student.pixels.processor.image_token_id,),
+        stop_ids=(EOS, student.pixels.processor.image_token_id),
         images_per_prompt=2,
         seed=0,
         **OPTIONS,

@@ -1,5 +1,4 @@
-"""Two optimizer steps of a student that sees, on four fixed responses dealt to the ranks: one rank,
-or one of several.
+"""Four optimizer steps of a student that sees, on four fixed responses dealt to the ranks.
 
 `vision_worker.py JOB`, a JSON file with `model`, `out` (a file) and `stage`. Micro-batches are
 single responses, so on two ranks one of them may have an image where the other has none. Rank 0
@@ -63,9 +62,11 @@ def main() -> None:
         device=device,
     )
     rollouts = rollouts_of(student.pixels)
-    # this rank's: with images on one, without on the other
-    mine = rollouts[distributed.rank() :: distributed.world_size()]
-    for _ in range(2):
+    text = [rollout for rollout in rollouts if not rollout.prompt.images]
+    # text comes first, then images, then there is text alone
+    for step, order in ((rollouts, 1), (rollouts, -1), (text, 1), (rollouts, 1)):
+        # this rank's: with images on one, without on the other
+        mine = step[distributed.rank() :: distributed.world_size()]
         micro_batches = make_micro_batches(
             mine,
             [UNSCORED] * len(mine),
@@ -75,6 +76,7 @@ def main() -> None:
             placeholder_ids=(student.pixels.processor.image_token_id,),
             filler=rollouts[0].prompt,
         )
+        micro_batches = micro_batches[::order]
         tokens = count_loss_tokens(micro_batches)
         for mb in micro_batches:
             out = student.loss(mb, negative_logprob)
