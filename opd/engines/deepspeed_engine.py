@@ -213,9 +213,8 @@ class ShardedEngine:
             state["step"].zero_()
         if self._accumulates_here:
             _accumulate_in_float32(self.engine, self.stage)
-        self.hf_config = (
-            None  # while it lives, `from_pretrained` shards whatever it loads, teachers included
-        )
+        # while it lives, `from_pretrained` shards whatever it loads, teachers included
+        self.hf_config = None
         self.engine.checkpoint_engine = _HeldErrors(self.engine.checkpoint_engine)
         # rank 0 alone could fail in it, between collectives
         self.engine._copy_recovery_script = lambda directory: None
@@ -279,8 +278,7 @@ class ShardedEngine:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         elif self._gradients_on_host:
-            # DeepSpeed 0.19.8 brings to the host what the last micro-batch has reduced, and nothing
-            # else.
+            # DeepSpeed 0.19.8 brings to the host what the last micro-batch has reduced alone.
             zero = self.engine.optimizer
             zero._offload_boundary_param_ids = {p.ds_id for ps in zero.fp16_groups for p in ps}
             zero.finalize_gradient_accumulation_boundary()

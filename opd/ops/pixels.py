@@ -8,6 +8,7 @@ B rows of a batch, S padded length, P tokens of a prompt.
 """
 
 import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from opd.pictures import Picture, PromptImages
 
 CACHE_BYTES = 2 << 30  # of processed pixels on the host
 TEXT_KEYS = ("input_ids", "attention_mask")
+LOADED_APART = {"image_processor", "tokenizer", "video_processor"}  # parts of a processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,11 @@ def _load_processor(model: str, **options) -> Any:
 
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
         images = AutoImageProcessor.from_pretrained(model, **options)
-        return Images(images, tokenizer, None, chat_template=tokenizer.chat_template)
+        said, _ = family.get_processor_dict(model, **options)  # how many tokens an image takes
+        wanted = inspect.signature(family.__init__).parameters
+        said = {name: said[name] for name in said.keys() & wanted.keys() - LOADED_APART}
+        said = {"chat_template": tokenizer.chat_template} | said
+        return Images(image_processor=images, tokenizer=tokenizer, video_processor=None, **said)
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Tiny random models that see, of the configuration classes of published families."""
 
 import io
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from tokenizers import AddedToken
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from opd.ops.model_class import model_class
 from opd.ops.pixels import Pixels
@@ -58,6 +60,24 @@ def idefics3(path: Path, *, hidden_size: int = 64, num_layers: int = 2) -> None:
         path
     )
     processor.save_pretrained(path)
+
+
+def smolvlm(path: Path) -> None:
+    """As Idefics3, with a processor that sees videos too; how many tokens an image takes is said in
+    a file of its own.
+    """
+    tokenizer = vision_models.make_tokenizer()
+    like = vision_models.random_idefics3(64, 2, tokenizer).config.to_dict()
+    like["vision_config"].pop("model_type")
+    names = ("image_token_id", "scale_factor", "pad_token_id", "text_config", "vision_config")
+    config = transformers.SmolVLMConfig(
+        **{name: like[name] for name in names}, tie_word_embeddings=False
+    )
+    side = {"longest_edge": vision_models.SIDE}
+    images = SmolVLMImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
+    _save(path, config, tokenizer, images)
+    said = {"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}
+    (path / "processor_config.json").write_text(json.dumps(said))
 
 
 def _qwen(path: Path, family: str, text: dict, vision: dict) -> None:
@@ -219,6 +239,7 @@ def _save(path: Path, config, tokenizer, processor) -> None:
 
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "idefics3": idefics3,
+    "smolvlm": smolvlm,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "llava": llava,
