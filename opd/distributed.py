@@ -22,6 +22,8 @@ import torch.distributed as dist
 
 # A rank that waits longer than this for the others ends the run instead of hanging it.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# Looks at whether another rank has failed, and how long it may take to come there too.
+WATCH_SECONDS, PATIENCE_SECONDS = 1.0, 15.0
 # Rank 0 waits that long for the others to end before it, once all have met.
 LAST_SECONDS = 30.0
 
@@ -263,6 +265,36 @@ def agree_on_error(what: str, *, timeout: datetime.timedelta | None = None):
         raise error
     _agreed = RankError(f"{what} failed on rank {first[0]}: {first[1]}")
     raise _agreed from error
+
+
+@contextmanager
+def not_left_alone():
+    """Inside `agree_on_error`, around work of a library that may hold collectives of its own: a
+    rank that waits there for one that has failed cannot be asked, so it ends, with the cause.
+
+    vllm 0.32 reduces over all ranks when an engine is built, and a rank that runs out of memory
+    before never comes.
+    """
+    if world_size() == 1:
+        yield
+        return
+    store, key, over = dist.distributed_c10d._get_default_store(), _failure_key(), threading.Event()
+    console = os.dup(2)  # what is in here may send its own elsewhere
+
+    def watch() -> None:
+        while not over.wait(WATCH_SECONDS):
+            if store.check([key]) and not over.wait(PATIENCE_SECONDS):
+                os.write(console, b"error: " + store.get(key) + b"\n")
+                _end_now(1)
+
+    watcher = threading.Thread(target=watch, name="watch over the others", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(timeout=2 * WATCH_SECONDS)
+        os.close(console)
 
 
 # ---- The end of a program ------------------------------------------------------------------------

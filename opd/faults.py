@@ -24,6 +24,7 @@ ACTIONS = ("kill", "stop", "raise", "exit", "delay=SECONDS")
 
 # name -> where it strikes
 POINTS = {
+    "build.engine": "an engine of the sampler or of a teacher is about to be built",
     "rollout": "before the rollout engine is asked for the responses of a step",
     "rollout.sampled": "the responses of a step are sampled, and nobody has seen them",
     "ahead.issue": "a sample of a coming step is about to be sent to a rollout server",

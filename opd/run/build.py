@@ -22,6 +22,7 @@ from opd.distributed import resolve_dtype
 from opd.engines.deepspeed_engine import what_leaves
 from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
+from opd.faults import fault_point
 from opd.inputs.adapters import engines_of
 from opd.log import one_line, say, warn
 from opd.ops.heads import load_head, map_head
@@ -63,8 +64,13 @@ def _building(run: Run, model: str):
     The traceback goes to the rank's log. `model` is what the user gave, with its flag.
     """
     try:
-        with distributed.agree_on_error("building its engine"), _console_to_log(run.run_dir):
+        with (
+            distributed.agree_on_error("building its engine"),
+            distributed.not_left_alone(),
+            _console_to_log(run.run_dir),
+        ):
             try:
+                fault_point("build.engine")
                 yield
             except Exception:
                 traceback.print_exc()

@@ -115,7 +115,7 @@ def test_a_delay_is_as_long_as_it_says(monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "rank", "message"),
     [
-        ("rolout:kill", "0", "no point is called 'rolout'; there are rollout, "),
+        ("rolout:kill", "0", "no point is called 'rolout'; there are build.engine, rollout, "),
         ("rollout", "0", "no action is called ''; write POINT:ACTION"),
         ("rollout:explode", "0", "no action is called 'explode'"),
         ("rollout:delay", "0", "no action is called 'delay'"),

@@ -448,6 +448,22 @@ def test_an_error_on_one_rank_ends_all(models, tmp_path, point):
     assert ended - (tmp_path / "run" / "ledger.jsonl").stat().st_mtime < 30, ledger[-1]
 
 
+def test_a_rank_that_fails_to_build_an_engine_leaves_nobody_waiting(models, tmp_path):
+    """vLLM reduces over all ranks when the second engine is built: the other is inside by then."""
+    failed = start(
+        command(models, tmp_path / "run", launcher="torchrun", ranks=2),
+        OPD_FAULT="build.engine:raise@2",
+        OPD_FAULT_RANK="1",
+    )
+    ended = time.time()
+    assert failed.returncode != 0
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert line == "error: rank 1 failed: RuntimeError: fault injected at build.engine"
+    log = tmp_path / "run" / "logs" / "rank_1.log"
+    assert "fault injected at build.engine" in log.read_text()
+    assert ended - log.stat().st_mtime < 60
+
+
 def test_nothing_is_left_after_a_sigkill_of_the_launcher(models, tmp_path):
     arguments = command(
         models, tmp_path / "run", "--num_steps", "100000", launcher="deepspeed", ranks=2
