@@ -3,13 +3,36 @@ needed.
 """
 
 import mmap
-import weakref
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _registered = 0  # bytes that `pinned_buffer` holds
+
+
+class _PinnedPages(mmap.mmap):
+    """Anonymous pages of the host that CUDA knows of, for as long as they are mapped.
+
+    They are taken back from CUDA by `__del__`, which comes before the pages are unmapped; a
+    finaliser of `weakref` comes behind (CPython 3.11 to 3.13), and CUDA would hold what is gone.
+    """
+
+    address = None  # until they are registered
+
+    def register(self, address: int) -> None:
+        global _registered
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0)))
+        self.address = address
+        _registered += len(self)
+
+    def __del__(self):
+        global _registered
+        if self.address is not None and not sys.is_finalizing():
+            _registered -= len(self)
+            # an error that is left unread is raised by whatever asks CUDA next
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self.address)))
 
 
 def pinned_buffer(size: int) -> Tensor:
@@ -20,21 +43,14 @@ def pinned_buffer(size: int) -> Tensor:
     Torch's pinned allocator rounds up to a power of two, which for whole models is up to twice what
     they need.
     """
-    global _registered
     if size == 0:
         return torch.empty(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, size)
+    pages = _PinnedPages(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer pages to pin one by one
     buffer = torch.frombuffer(pages, dtype=torch.uint8)
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)))
-    weakref.finalize(pages, _unregister, buffer.data_ptr(), size).atexit = False
-    _registered += size
+    pages.register(buffer.data_ptr())
     return buffer
-
-
-def _unregister(address: int, size: int) -> None:
-    global _registered
-    torch.cuda.cudart().cudaHostUnregister(address)
-    _registered -= size
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
