@@ -48,7 +48,8 @@ class Picture:
                     width, height = image.size
                     if width * height > MOST_PIXELS:
                         raise ValueError(f"{width} x {height} pixels, over {MOST_PIXELS}")
-                    if getattr(image, "n_frames", 1) > 1:
+                    # a camera's JPEG may bring a preview or a second eye, which nobody is shown
+                    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                         raise ValueError(f"{image.n_frames} frames; only still images are read")
                     image.load()
             self.open()

@@ -28,7 +28,7 @@ from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_h
 from opd.ops.heads import OutputHead, logit_form
 from opd.ops.logits import LogitsChunk
 from opd.ops.lora import add_adapter, layout_of, merged_layer, trained_tensors
-from opd.ops.model_class import model_class
+from opd.ops.model_class import model_class, vision_parameters
 from opd.ops.pixels import Pixels
 from opd.types import LossOutput, MicroBatch
 
@@ -313,19 +313,6 @@ class Student:
 
     def load_shards(self, directory: Path) -> None:
         self.sharded.load(directory)
-
-
-def vision_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What of a model that sees is neither its text model nor its head.
-
-    ValueError if it has no such part.
-    """
-    parts = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part]
-    text = {id(p) for part in parts for p in part.parameters()}
-    found = [p for p in model.parameters() if id(p) not in text]
-    if not found or not text:
-        raise ValueError(f"{model.config.model_type} has no part that reads images")
-    return found
 
 
 def _without_noise(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from opd.inputs.weight_files import FLOATS
 from opd.log import one_line, warn_once
 from opd.ops.headers import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Stored, read_header
 from opd.ops.lora import ADAPTER_RANKS, FILE_PREFIX
+from opd.ops.model_class import sees_images
 
 # Initial values that leave the base as it is; with others peft changes the base too.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -66,6 +67,7 @@ def check_adapter(spec: TeacherSpec, base: torch.nn.Module) -> dict[str, int]:
         rank = _check_kind(config, spec)
         stored = _read_weights(Path(spec.adapter))
         _check_places(config, stored, base, spec)
+        _check_seen(stored, base, spec)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     _warn_of_another_base(where, config, spec)
@@ -166,6 +168,22 @@ def _check_places(
         raise ValueError(
             f"{len(wrong)} tensors have another shape than {spec.model} and its rank ask for, "
             f"first {name}: {found[name]} in its file, {wanted[name]} asked for{other}"
+        )
+
+
+def _check_seen(stored: Mapping[str, Stored], base: torch.nn.Module, spec: TeacherSpec) -> None:
+    """Of a model that sees vLLM 0.32 takes what is on the text model, and leaves the rest out
+    without a word.
+    """
+    if spec.backend != "vllm" or not sees_images(base.config):
+        return
+    text = {id(module) for module in base.get_decoder().modules()}
+    layers = {name for name, module in base.named_modules() if id(module) in text}
+    places = [name.removeprefix(FILE_PREFIX).partition(".lora_")[0] for name in stored]
+    if beside := sorted(set(places) - layers):
+        raise ValueError(
+            f"it changes what reads images ({beside[0]} and {len(beside) - 1} more), which vLLM "
+            f"would leave out; set `backend: hf` in its entry, or {MERGE}"
         )
 
 

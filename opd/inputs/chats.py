@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opd.inputs.columns import column, json_column, without_nulls
-from opd.inputs.images import MARKER, with_images
+from opd.inputs.images import MARKER, parts_of, with_images
 from opd.log import cut
 
 TOOLS, KWARGS = (
@@ -74,15 +74,15 @@ def _says(message: dict[str, Any]) -> bool:
     return shows or bool(text_of(message).strip())
 
 
-def user_text(chat: Chat) -> str | None:
-    """The text of its last user message, with `<image>` where an image stands; None without one."""
+def user_text(chat: Chat, marker: str = MARKER) -> str | None:
+    """The text of its last user message, with `marker` where an image stands; None without one."""
     message = next((m for m in reversed(chat.messages) if m["role"] == "user"), None)
     if message is None:
         return None
-    parts = message.get("content")
-    if not isinstance(parts, list):
-        return parts or ""
-    return "".join(part["text"] if part["type"] == "text" else MARKER for part in parts)
+    if not isinstance(message.get("content"), list):
+        return message.get("content") or ""
+    parts = parts_of(message)
+    return "".join(part["text"] if part["type"] == "text" else marker for part in parts)
 
 
 def with_user_text(where: str, chat: Chat, text: str, images_key: str = "images") -> Chat:
@@ -100,8 +100,16 @@ def with_user_text(where: str, chat: Chat, text: str, images_key: str = "images"
     return dataclasses.replace(chat, messages=messages)
 
 
-def with_system_text(chat: Chat, text: str) -> Chat:
-    """The chat with this system message, in place of its own if it has one."""
+def with_system_text(where: str, chat: Chat, text: str) -> Chat:
+    """The chat with this system message, in place of its own if it has one.
+
+    ValueError if an image would get lost with that, or if the text is to show one.
+    """
+    old = [m for m in chat.messages if m["role"] in SYSTEM_ROLES]
+    if any(part["type"] == "image" for m in old for part in parts_of(m)):
+        raise ValueError(f"{where}: it takes the place of a system message that shows an image")
+    if MARKER in text and any(parts_of(m) for m in chat.messages):
+        raise ValueError(f"{where}: a system message shows no image; remove {MARKER} from it")
     rest = [m for m in chat.messages if m["role"] not in SYSTEM_ROLES]
     return dataclasses.replace(chat, messages=[{"role": "system", "content": text}, *rest])
 
@@ -177,8 +185,10 @@ def read_chat(
     key_flag: str = "--prompt_key",
     num_images: int = 0,
     images_key: str = "images",
+    sees: bool = False,
 ) -> Chat:
-    """What a row says to the chat template of `tokenizer`.
+    """What a row says to the chat template of `tokenizer`. For a student that `sees`, the text
+    shows as many images as there are.
 
     ValueError, with the row, for what it must not say.
     """
@@ -188,7 +198,7 @@ def read_chat(
             f"{where}: column `{KWARGS}`: {taken[0]} is not the row's to choose; remove it"
         )
     messages = _messages(where, row, prompt_key, key_flag)
-    if num_images or any(isinstance(m.get("content"), list) for m in messages):
+    if sees or num_images or any(isinstance(m.get("content"), list) for m in messages):
         messages = with_images(where, messages, num_images, images_key)
     if not num_images:
         messages = [{**m, "content": text_of(m)} if "content" in m else m for m in messages]

@@ -32,7 +32,7 @@ def read_pictures(
     """
     value = checked_value(where, row, key)
     values = value if isinstance(value, list | tuple) else [value]
-    values = [] if value in (None, "", []) else values
+    values = [] if value in (None, "", []) or _is_nothing(value) else values
     found = []
     for number, item in enumerate(values, 1):
         at = f"{where}: column `{key}`: image {number}"
@@ -43,6 +43,11 @@ def read_pictures(
             raise BadImage(f"{at}: {error}") from None
         found.append(picture)
     return tuple(found)
+
+
+def _is_nothing(item: Any) -> bool:
+    """What a column store writes for no image: a struct whose fields are null."""
+    return isinstance(item, dict) and not any(item.values())
 
 
 def _picture(at: str, folder: Path, item: Any, allow_urls: bool) -> Picture:
@@ -56,6 +61,8 @@ def _picture(at: str, folder: Path, item: Any, allow_urls: bool) -> Picture:
             return _picture(at, folder, inside, allow_urls)
     if isinstance(item, bytes):
         return Picture.of(item)
+    if item is None or _is_nothing(item):
+        raise BadImage(f"{at}: there is none")
     if not isinstance(item, str) or not item:
         raise ValueError(f"{at} must be a path, bytes or a struct with either, got {cut(item)}")
     if item.startswith("data:"):
@@ -109,7 +116,7 @@ def with_images(
     message of the user.
     """
     placed = [{**m, "content": _split(m["content"])} if "content" in m else m for m in messages]
-    places = sum(part["type"] == "image" for m in placed for part in _parts_of(m))
+    places = sum(part["type"] == "image" for m in placed for part in parts_of(m))
     if places == 0 and count:
         last = max((i for i, m in enumerate(placed) if m["role"] == "user"), default=None)
         if last is None:
@@ -127,8 +134,10 @@ def with_images(
     return placed
 
 
-def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
-    return message.get("content") or []
+def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of its content; none of one that is text, or absent."""
+    content = message.get("content")
+    return content if isinstance(content, list) else []
 
 
 def _split(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

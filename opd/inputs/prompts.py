@@ -171,9 +171,8 @@ def _read_prompts(
     template = ChatTemplate(tokenizer, moment)
     chats, texts = [], []
     for (where, row), domain, shown in zip(rows, domains, pictures, strict=True):
-        own = read_chat(
-            where, row, cfg.prompt_key, tokenizer, num_images=len(shown), images_key=cfg.images_key
-        )
+        shows = {"num_images": len(shown), "images_key": cfg.images_key, "sees": sees}
+        own = read_chat(where, row, cfg.prompt_key, tokenizer, **shows)
         chats.append(flags.completed(own, domain))
         texts.append(_text(f"{where}: column `{cfg.prompt_key}`", template, chats[-1], own))
     return _Read(rows, domains, pictures, bad_images, template, chats, texts, flags.variables)
@@ -253,7 +252,7 @@ def load_prompts(
     sees = pixels is not None
     read = _read_prompts(paths, flag, tokenizer, cfg, default_domain, moment, sees)
     end = turn_end(tokenizer, eos_ids, read.template, read.chats) if need_response else None
-    of_teacher = functools.partial(_of_teacher, read, cfg, tokenizer, teachers, is_held_out)
+    of_teacher = functools.partial(_of_teacher, read, cfg, tokenizer, teachers, is_held_out, sees)
     theirs = {own.name: of_teacher(own) for own in own_prompts}
     rest = _Rest(cfg, tokenizer, need_answer, end, max_response_tokens, pixels, placeholder_ids)
     prompts, overlong = _prompts(read, theirs, rest)
@@ -291,19 +290,20 @@ def _prompts(
         show = functools.partial(_images, pictures=read.pictures[i], pixels=rest.pixels)
         try:
             images = show(where, read.texts[i], student_ids)
+            token_ids = _expanded(where, student_ids, images, rest)
+            if len(token_ids) > cfg.max_prompt_tokens:
+                overlong[domain] += 1
+                if cfg.overlong_prompts == "drop" or images is not None:
+                    continue
+            own_ids, own_images = expanded_own(
+                where, i, student_ids, theirs,
+                show=show, pixels=rest.pixels, never=rest.placeholder_ids,
+            )  # fmt: skip
         except BadImage:
             if cfg.bad_images == "error":
                 raise
             read.bad_images[domain] += 1
             continue
-        token_ids = _expanded(where, student_ids, images, rest)
-        if len(token_ids) > cfg.max_prompt_tokens:
-            overlong[domain] += 1
-            if cfg.overlong_prompts == "drop" or images is not None:
-                continue
-        own_ids, own_images = expanded_own(
-            where, i, student_ids, theirs, show=show, pixels=rest.pixels, never=rest.placeholder_ids
-        )
         prompts[i] = Prompt(
             prompt_id=len(prompts),
             domain=domain,
@@ -351,6 +351,7 @@ def _of_teacher(
     tokenizer,
     teachers: Sequence[TeacherSpec],
     is_held_out: bool,
+    sees: bool,
     own: OwnPrompt,
 ) -> OwnRows:
     """What a teacher reads of the rows of its domains."""
@@ -363,7 +364,7 @@ def _of_teacher(
     }
 
     def read_column(i: int) -> Chat:
-        shows = {"num_images": len(read.pictures[i]), "images_key": cfg.images_key}
+        shows = {"num_images": len(read.pictures[i]), "images_key": cfg.images_key, "sees": sees}
         found = read_chat(*read.rows[i], own.text, tokenizer, key_flag=own.flag, **shows)
         return flags.completed(found, read.domains[i])
 

@@ -7,9 +7,10 @@ and no memory, so its parameters are those that will be loaded.
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from opd.log import one_line
 from opd.lora_config import LoraConfig
 from opd.ops.attention import AUTO, attention_for
 from opd.ops.lora import LoraLayout, layout_of, lora_shapes
-from opd.ops.model_class import model_class
+from opd.ops.model_class import model_class, sees_images, vision_parameters
 
 
 class Unplannable(ValueError):
@@ -63,6 +64,7 @@ class ModelShape:
     trained: tuple[tuple[int, ...], ...]
     frozen: tuple[tuple[int, ...], ...]
     lora: LoraLayout | None
+    vision: tuple[tuple[int, ...], ...] = ()  # shapes of what reads images, which may be frozen
     adapter_values: int = 0  # of the LoRA adapter of a teacher that has one
     adapter_rank: int = 0  # its largest
 
@@ -133,6 +135,16 @@ class ModelShape:
         heads = 3 * Q * width + 4 * KV * width + 4 * self.num_heads
         mlp = 4 * self.mlp_size * width
         return norms + heads + mlp
+
+    def with_frozen_vision(self) -> "ModelShape":
+        """Of a model whose part that reads images is not trained."""
+        left, trained = Counter(self.vision), []
+        for shape in self.trained:
+            if left[shape]:
+                left[shape] -= 1
+            else:
+                trained.append(shape)
+        return replace(self, trained=tuple(trained), frozen=(*self.frozen, *self.vision))
 
     def check_plannable(self) -> None:
         """Unplannable if the configuration does not say enough for a prediction of memory."""
@@ -307,6 +319,7 @@ def shape_of(
     embedding = model.get_input_embeddings()
     num_heads = _widest(config, "num_attention_heads") or 0
     parameters = tuple(tuple(p.shape) for p in model.parameters())
+    sees = sees_images(model.config)
     layout = layout_of(model, lora) if lora is not None else None
     trained, frozen = lora_shapes(model, layout) if layout is not None else (parameters, ())
     return ModelShape(
@@ -317,6 +330,7 @@ def shape_of(
         trained=trained,
         frozen=frozen,
         lora=layout,
+        vision=tuple(tuple(p.shape) for p in vision_parameters(model)) if sees else (),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         tied=embedding is not None and embedding.weight is head.weight,

@@ -69,8 +69,9 @@ class OwnPrompt:
             text = self.filled(where, row, self.check_has_user(where, own, key), key)
             chat = with_user_text(f"{where}: {self.flag}", own, text, cfg.images_key)
         elif self.kind == "system":
-            text = self.filled(where, row, user_text(own) or "", key)
-            chat = with_system_text(own, text)
+            # its images stay where the user shows them
+            text = self.filled(where, row, user_text(own, marker="") or "", key)
+            chat = with_system_text(f"{where}: {self.flag}", own, text)
         return self.with_variables(chat)
 
     def check_has_user(self, where: str, chat: Chat, key: str) -> str:

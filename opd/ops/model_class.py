@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -41,3 +42,16 @@ def placeholder_ids(config: PreTrainedConfig) -> tuple[int, ...]:
         return ()
     ids = (getattr(config, name, None) for name in PLACEHOLDERS)
     return tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
+
+
+def vision_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What of a model that sees is neither its text model nor its head.
+
+    ValueError if it has no such part.
+    """
+    parts = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part]
+    text = {id(p) for part in parts for p in part.parameters()}
+    found = [p for p in model.parameters() if id(p) not in text]
+    if not found or not text:
+        raise ValueError(f"{model.config.model_type} has no part that reads images")
+    return found

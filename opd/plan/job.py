@@ -184,6 +184,8 @@ def make_job(cfg, student: ModelShape, teachers: Mapping[str, ModelShape], machi
     divide the ranks, and for a wrong ds_config. A served teacher takes no memory here: the job does
     not know it.
     """
+    if cfg.model.freeze_vision:
+        student = student.with_frozen_vision()
     for shape in (student, *teachers.values()):
         shape.check_plannable()
     if cfg.rollout.prompts_per_step % machine.gpus:

@@ -273,7 +273,8 @@ def teacher_writes(job: Job, name: str, usable: int) -> tuple[int, bool]:
     """
     shape = job.teachers[name]
     least, wanted = _writer_cache(job, shape, 1, job.longest_of(name))
-    room = usable - engine_weights(job, shape, with_head=True) - _writing(job, shape)
+    room = usable - engine_weights(job, shape, with_head=True)
+    room -= _writing(job, shape) + _graphs(job)
     return max(least, min(wanted, room)), room >= least
 
 
@@ -320,6 +321,8 @@ def _rollout(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     yield _on_device("rollout engine weights", weights, ("rollout", "sync") if is_gpu else PHASES)
     yield _on_device("rollout KV cache", choices.kv_cache, ("rollout",) if is_gpu else PHASES)
     yield _on_device("rollout engine, working memory (estimate)", work, ("rollout",))
+    # not in the memory that sleeps
+    yield _on_device("rollout engine, CUDA graphs (estimate)", _graphs(job), PHASES)
 
 
 def _adapter_room(student: ModelShape) -> int:
@@ -334,9 +337,13 @@ def _writing(job: Job, shape: ModelShape) -> int:
         shape, job.width, min(tokens, job.sequences * job.cfg.rollout.max_response_tokens)
     )
     # the sampler's logits, and their probabilities
-    work += 2 * FLOAT32 * min(job.sequences, sequences) * shape.vocab_size
-    graphs = job.machine.is_gpu and not job.cfg.rollout.enforce_eager
-    return work + (CUDA_GRAPHS if graphs else 0)
+    return work + 2 * FLOAT32 * min(job.sequences, sequences) * shape.vocab_size
+
+
+def _graphs(job: Job) -> int:
+    """(estimate) Of an engine that writes."""
+    captured = job.machine.is_gpu and not job.cfg.rollout.enforce_eager
+    return CUDA_GRAPHS if captured else 0
 
 
 def _forward(shape: ModelShape, width: int, tokens: int) -> int:

@@ -17,15 +17,16 @@ _FILE_TYPES = (".jsonl", ".json", ".parquet")
 TAGS = ("on-policy-distillation", "distillation")
 
 
-def model_card(cfg, program: str, report: dict[str, Any] | None) -> str:
-    """README.md of the model that `program`, a trainer's file name, made by a script's Config.
+def model_card(cfg, program: str, report: dict[str, Any] | None, *, sees: bool = False) -> str:
+    """README.md of the model that `program`, a trainer's file name, made by a script's Config; the
+    model may be one that `sees` images.
 
     `report` is the content of report.json, or None for a run without held-out prompts. No secret is
     in it: what `config.yaml` hides is hidden here.
     """
     said = redact_config(to_dict(cfg))
     parts = [
-        _header(said),
+        _header(said, sees),
         f"# {Path(said['student_model'].partition('@')[0]).name}, distilled on-policy",
         _models(said),
         _training_rows(said),
@@ -35,7 +36,7 @@ def model_card(cfg, program: str, report: dict[str, Any] | None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _header(said: dict[str, Any]) -> str:
+def _header(said: dict[str, Any], sees: bool) -> str:
     """The YAML that the hub reads. It takes no paths, so a local directory is named in the text
     only.
     """
@@ -43,7 +44,7 @@ def _header(said: dict[str, Any]) -> str:
     header = {"base_model": base[0]} if base else {}
     is_adapter = said["lora_r"] > 0 and not said["merge_on_export"]
     header |= {"library_name": "peft" if is_adapter else "transformers"}
-    header |= {"pipeline_tag": "text-generation"}
+    header |= {"pipeline_tag": "image-text-to-text" if sees else "text-generation"}
     header |= {"tags": [*TAGS, *(["lora"] if said["lora_r"] else [])]}
     if data:
         header["datasets"] = data

@@ -189,7 +189,8 @@ def finish_run(
     _say_memory(run, ledger)
     result = _report(run, teacher_scores, was_done)
     model_dir = run.run_dir / "model"
-    card = model_card(run.cfg, Path(sys.argv[0]).name, result)
+    sees = run.facts.student.sees
+    card = model_card(run.cfg, Path(sys.argv[0]).name, result, sees=sees)
     export_student(run, student, model_dir, card=card)
     if result is not None:
         say(report.render_report(result))

@@ -7,9 +7,8 @@ from transformers import AutoConfig
 from opd.engines.hf_engine import HFEngine
 from opd.inputs.models import load_tokenizer, read_fact
 from opd.ops.heads import load_head
-from opd.ops.model_class import model_class
+from opd.ops.model_class import model_class, vision_parameters
 from opd.ops.pixels import Pixels
-from opd.student import vision_parameters
 from tests.support import vision
 
 

@@ -14,12 +14,13 @@ from opd.engines.hf_engine import HFEngine
 from opd.engines.vllm_engine import HiddenStateEngine
 from opd.inputs.validation import load_ds_config
 from opd.ops.heads import load_head
+from opd.ops.model_class import vision_parameters
 from opd.ops.pixels import Pixels
 from opd.padding import collate
 from opd.rollout import RolloutEngine, push_weights
 from opd.servers.logprob_engine import LogprobScorer
 from opd.servers.scoring_engine import Scorer
-from opd.student import LossSettings, Student, vision_parameters
+from opd.student import LossSettings, Student
 from opd.types import Prompt, Rollout, TeacherScores
 from tests.support import vision
 from tests.support.processes import ROOT

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import train_mopd
 from opd.config import TeacherSpec
@@ -19,6 +19,7 @@ from opd.inputs.hub import with_models
 from opd.inputs.models import check_models, load_tokenizer
 from opd.inputs.shapes import read_model
 from opd.options import to_dict
+from tests.support import vision
 from tests.support.adapters import LINEAR, make_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -166,6 +167,29 @@ def test_a_good_one_is_counted(options, tiny, tmp_path):
 def test_high_ranks_are_for_hf(tiny, tmp_path):
     make_adapter(tiny.student, tmp_path, seed=1, r=600)
     assert check(tiny.student, tmp_path, backend="hf")["adapter_rank"] == 600
+
+
+def test_one_that_changes_what_reads_images_is_for_hf(tmp_path):
+    """vLLM says so in its log alone, and scores without that part."""
+    vision.idefics3(tmp_path / "base")
+    for name, targets in (
+        ("text", r".*text_model.*\.(q_proj|down_proj)"),
+        ("tower", ["q_proj"]),
+        ("connector", ["down_proj", "modality_projection.proj"]),
+    ):
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+        get_peft_model(model, LoraConfig(r=4, target_modules=targets)).save_pretrained(
+            tmp_path / name
+        )
+    base = str(tmp_path / "base")
+    for name in ("text", "tower", "connector"):
+        found = check(base, tmp_path / name, backend="hf")
+        assert found["adapter_rank"] == 4
+        if name == "text":
+            assert check(base, tmp_path / name, backend="vllm") == found
+            continue
+        with pytest.raises(ValueError, match=r"changes what reads images .*backend: hf"):
+            check(base, tmp_path / name, backend="vllm")
 
 
 def test_a_base_of_another_name_is_warned_of(tiny, copied, capsys):

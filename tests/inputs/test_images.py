@@ -112,7 +112,7 @@ def test_a_bad_image_is_one_line_or_a_row_left_out(load, tmp_path, kind):
         (["https://example.org/a.png"], "is a URL; download it beside the data, or --allow_urls"),
         (["ftp://example.org/a.png"], "give a path, or a URL of http"),
         ([3], "must be a path, bytes or a struct"),
-        ([{"bytes": None, "path": None}], "must be a path, bytes or a struct"),
+        ([{"bytes": None, "path": None}], "there is none"),
         (["data:image/png,x"], "a data URI that cannot be read"),
         (["a\0b"], "cannot read"),
     ],
@@ -185,8 +185,10 @@ def test_a_prompt_shows_as_many_images_as_its_row_has(load, tmp_path, content):
 
 def test_placeholders_without_images_are_refused(load):
     """A model would look for an image in their place."""
-    with pytest.raises(ValueError, match="line 1: column `prompt`: the placeholder of an image"):
+    with pytest.raises(ValueError, match=r"line 1: the prompt shows 1 images .* has 0$"):
         load([{"prompt": "1<image>2="}])
+    for frame in ("<fake_token_around_image>", "<global-img>"):
+        assert load([{"prompt": f"1{frame}2="}]).prompts, "these frame images, and show none"
 
 
 def test_a_student_that_sees_nothing_is_given_no_image(load, tmp_path):
@@ -220,6 +222,48 @@ def test_images_travel_as_json_and_back(pixels):
 def test_the_tokenizer_of_a_student_that_sees(tmp_path):
     vision.idefics3(tmp_path)
     assert load_tokenizer(str(tmp_path)).convert_tokens_to_ids("<image>") >= 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "llava"])
+@pytest.mark.parametrize("none", [{}, {"images": []}, {"images": None}, {"image": ["a.png"]}])
+def test_a_text_that_shows_an_image_has_one(family, none, tmp_path):
+    """Whatever the family's own placeholder is: a column of another name would train it blind."""
+    vision.FAMILIES[family](tmp_path / "model")
+    pixels = Pixels(str(tmp_path / "model"))
+    file = tmp_path / "data.jsonl"
+
+    def loaded(row):
+        file.write_text(json.dumps({"data_source": "d", **row}) + "\n")
+        tokenizer, cfg = pixels.processor.tokenizer, DataConfig(data=[str(file)])
+        return load_prompts([str(file)], tokenizer, cfg, flag="--data", pixels=pixels).prompts
+
+    with pytest.raises(ValueError, match=r"line 1: the prompt shows 1 images .* has 0$"):
+        loaded({"prompt": "<image>=", **none})
+    (prompt,) = loaded({"prompt": "1=", **none})
+    assert prompt.images is None
+
+
+@pytest.mark.parametrize("nothing", [{"bytes": None, "path": None}, {}])
+def test_a_struct_of_nulls_is_no_image(load, nothing):
+    (prompt,) = load([{"prompt": "1=", "images": nothing}]).prompts
+    assert prompt.images is None
+    rows = [{"prompt": "1=", "images": [nothing]}, {"prompt": "2="}]
+    with pytest.raises(ValueError, match="line 1: column `images`: image 1: there is none"):
+        load(rows)
+    assert len(load(rows, bad_images="drop").prompts) == 1
+
+
+def test_a_photo_with_a_second_frame_beside_it_is_one_photo():
+    """As phones write them; an animation stays refused."""
+    frames, encoded = [Image.new("RGB", (30, 20), shade) for shade in ("red", "blue")], io.BytesIO()
+    frames[0].save(encoded, "MPO", save_all=True, append_images=frames[1:])
+    picture = Picture.of(encoded.getvalue())
+    picture.check()
+    assert picture.open().getpixel((5, 5))[0] > 200
+    encoded = io.BytesIO()
+    frames[0].save(encoded, "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="2 frames"):
+        Picture.of(encoded.getvalue()).check()
 
 
 def test_geometry3k_is_converted(tmp_path, load):

@@ -2,6 +2,7 @@
 go.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,7 @@ import transformers
 from opd.inputs.shapes import read_model, shape_of
 from opd.lora_config import LoraConfig
 from opd.ops.lora import layout_of
-from opd.ops.model_class import placeholder_ids, sees_images
-from opd.student import vision_parameters
+from opd.ops.model_class import placeholder_ids, sees_images, vision_parameters
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,10 @@ def test_freeze_vision_freezes_all_that_reads_images(model):
     published, read = model
     frozen = sum(parameter.numel() for parameter in vision_parameters(read))
     assert frozen / 1e9 == pytest.approx(published.tower, abs=1e-3)
+    shape = shape_of(read, "--student_model", "model")
+    planned = shape.with_frozen_vision()
+    assert shape.num_trained - planned.num_trained == frozen == sum(map(math.prod, planned.frozen))
+    assert planned.num_parameters == shape.num_parameters and planned.trains_head
 
 
 def test_adapters_go_on_every_layer_of_the_text_model_and_on_nothing_else(model):

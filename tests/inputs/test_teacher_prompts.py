@@ -15,7 +15,7 @@ from opd.inputs.prompts import load_prompts
 from opd.inputs.teacher_prompts import own_prompts, with_bounds
 from opd.ops.pixels import Pixels
 from opd.options import to_dict
-from scripts.demos.vision_models import make_processor
+from scripts.demos.vision_models import CHAT_TEMPLATE, make_processor
 from tests.inputs.test_template_flags import HYBRID, QUIET, line_of
 from tests.inputs.test_templates import make_tokenizer
 
@@ -449,6 +449,22 @@ def test_a_teacher_s_prompt_shows_the_row_s_images(read, pixels, argv, told):
     assert images.unexpanded([*prompt.ids_for("d"), 7]) == [*images.unexpanded_ids, 7]
     assert prompt.images_for("other") is students
     assert prompt.as_read_by("d").images is images
+
+
+def test_a_system_message_beside_an_image(read, pixels):
+    """The image stays where the user shows it; `{prompt}` is the text around it."""
+    pixels.processor.tokenizer.chat_template = CHAT_TEMPLATE
+    prompt = seen(
+        read, pixels, "--teacher_prompt", "d=system:{answer}:{prompt}", prompt="<image>ab"
+    )
+    images = prompt.images_for("d")
+    assert images.text == "<system>12:ab<user><image>ab<assistant>"
+    assert prompt.ids_for("d") == pixels.expanded(images.text, images.pictures)
+    line = line_of(seen, read, pixels, "--teacher_prompt", "d=system:<image>{answer}")
+    assert "line 1: --teacher_prompt of teacher d: a system message shows no image" in line
+    shows = [{"role": "system", "content": [{"type": "image"}]}, {"role": "user", "content": "ab"}]
+    line = line_of(seen, read, pixels, "--teacher_prompt", "d=system:{answer}", prompt=shows)
+    assert "it takes the place of a system message that shows an image" in line
 
 
 def test_a_text_that_shows_other_images_is_a_line(read, pixels):

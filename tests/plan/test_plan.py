@@ -320,7 +320,10 @@ def test_rollout_servers_take_nothing_of_the_trainers_devices(published):
         "rollout engine weights",
         "rollout KV cache",
         "rollout engine, working memory (estimate)",
+        "rollout engine, CUDA graphs (estimate)",
     }
+    (graphs,) = [row for row in here.rows if "CUDA graphs" in row.participant]
+    assert min(graphs.bytes[phase] for phase in PHASES) > 0, "they do not sleep"
     assert others - names == {"weights for the servers, in shared memory"}
     assert elsewhere.bytes_of("rollout") < here.bytes_of("rollout")
 

@@ -41,6 +41,8 @@ def test_the_header_is_what_the_hub_reads(tmp_path):
         "tags": ["on-policy-distillation", "distillation"],
         "datasets": ["org/prompts"],
     }
+    card = model_card(config_of(tmp_path), "train_mopd.py", None, sees=True)
+    assert header_of(card)["pipeline_tag"] == "image-text-to-text"
 
 
 @pytest.mark.parametrize(("flag", "library"), [("", "peft"), ("--merge_on_export", "transformers")])

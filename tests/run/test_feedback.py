@@ -132,6 +132,7 @@ def test_too_long_ones_are_counted_and_the_students_is_read(start, tmp_path, mon
     ("function", "said"),
     [
         ("raises", "KeyError: 'no\\nanswer'"),
+        ("exits", "RuntimeError: tests.support.feedback:exits called sys.exit(0)"),
         ("gives_a_number", "it returned 3, not a text or None"),
         ("gives_nothing", "it returned ' ', not a text or None"),
         ("gives_half_a_character", "its text has half a surrogate pair"),

@@ -1,5 +1,7 @@
 """Functions that make a teacher's prompt of a prompt and its response, good ones and bad ones."""
 
+import sys
+
 
 def hint(prompt, response: str) -> str | None:
     """What the response begins with, the answer and the question; nothing for questions of an odd
@@ -27,6 +29,11 @@ def gives_nothing(prompt, response: str) -> str:
 def gives_half_a_character(prompt, response: str) -> str:
     """Gives what cannot be written."""
     return "\ud800"
+
+
+def exits(prompt, response: str) -> str:
+    """Ends the program, as scripts do."""
+    sys.exit(0)
 
 
 not_a_function = 3
