@@ -126,7 +126,10 @@ class EngineMemory:
                 data.is_asleep = True
 
     def drop_cache(self) -> None:
-        """Unmaps the KV cache alone; `resume(["kv_cache"])` maps it again."""
+        """Unmaps the KV cache alone, when nothing on the device reads it any more;
+        `resume(["kv_cache"])` maps it again.
+        """
+        self.driver.synchronize()
         for address, data in self._all().items():
             if (
                 data.tag == KV_CACHE

@@ -210,6 +210,7 @@ class _Engine:
         completes it.
         """
         if self.memory is not None and not self.awake:
+            torch.cuda.empty_cache()  # what torch holds unused may be the room for them
             self.memory.prefetch()
 
     def rest(self) -> None:
@@ -231,6 +232,7 @@ class _Engine:
 
     def _wake(self, tags: list[str]) -> None:
         if self._rests:  # vLLM never heard of it
+            torch.cuda.empty_cache()
             self.memory.resume([KV_CACHE])
             self._asleep, self._rests = set(), False
             return

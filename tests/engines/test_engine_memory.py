@@ -197,6 +197,15 @@ def test_an_engine_sleeps_alone(gpu, engines):
     assert gpu.allocator.get_current_usage() == everything
 
 
+def test_a_cache_goes_when_nothing_reads_it_any_more(gpu, engines):
+    sleeper = engines[0]
+    gpu.calls.clear()
+    sleeper.memory.drop_cache()
+    assert gpu.calls == ["synchronize", "unmap"] and sleeper.holds(*sleeper.kept)
+    sleeper.memory.resume([KV_CACHE])
+    assert mapped_bytes(sleeper.memory) == sleeper.bytes
+
+
 def test_all_but_one_sleep(gpu, engines):
     for engine in engines:
         engine.memory.suspend(1)
