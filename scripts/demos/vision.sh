@@ -13,9 +13,9 @@ RUN=runs/vision FLAGS=()
 if [ "${MODE:-sync}" = async ]; then
     RUN=runs/vision_async
     FLAGS=(--mode async --rollout_servers auto --logprob_servers auto --old_logprobs server
-        --max_staleness 1 --learning_rate 5e-4 --loss reverse_kl_pg --support sampled --num_generations 4 --prompts_per_step 48
-        --reward_weight 0.5 --clip_low 0.2 --clip_high 0.28 --num_steps 500)
+        --max_staleness 1 --loss reverse_kl_pg --support sampled --clip_low 0.2 --clip_high 0.28
+        --reward_weight 0.5 --num_generations 4 --prompts_per_step 48 --learning_rate 5e-4
+        --num_steps 600)
 fi
 python scripts/make_demo.py --vision --output_dir demo_vision
 python train_mopd.py --config scripts/demos/vision.yaml --output_dir "$RUN" "${FLAGS[@]}" "$@"
-python -m opd.report "$RUN"
