@@ -11,4 +11,3 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # models this small lose more to 
 
 python scripts/make_demo.py --lora --output_dir demo_lora
 python train_mopd.py --config scripts/demos/lora.yaml "$@"
-python -m opd.report runs/lora
