@@ -71,8 +71,15 @@ class Inputs:
     def unshared(self) -> dict[str, dict[int, str]]:
         """Domain -> tokens that one of its teachers does not have as the student has them -> the
         first such teacher. Without any, the domain is absent.
+
+        What lies beyond the smallest vocabulary is in no loss of the run, whatever the domain.
         """
-        found: dict[str, dict[int, str]] = {}
+        sizes = {
+            name: model.vocab_size for name, model in (self.facts.teachers | self.served).items()
+        }
+        beyond = range(self.facts.shared_vocab, self.facts.student.vocab_size)
+        smallest = next((n for n, size in sizes.items() if size == self.facts.shared_vocab), "")
+        found = {domain: dict.fromkeys(beyond, smallest) for domain in self.routes if beyond}
         for dialect in self.facts.dialects:
             for domain, chosen in self.routes.items():
                 if dialect.foreign.ids and dialect.name in dict(chosen):

@@ -701,13 +701,20 @@ def test_a_teacher_that_fails_is_put_to_sleep(teachers, prompts, monkeypatch):
     assert not teachers["addition"].awake
 
 
-def test_a_token_beyond_the_shared_vocabulary_is_refused(teachers, prompts):
-    rollouts = written(prompts)
+def test_a_token_beyond_the_shared_vocabulary_may_only_be_the_last(teachers, prompts):
+    rollouts, routes = written(prompts), {d: [("padded", 1.0)] for d in BY_DOMAIN}
+    pool = pool_of([teachers["padded"]], routes, "sampled")
+    rollouts[2] = replace(rollouts[2], response_ids=[3, 4])
+    whole = pool.score(rollouts)[2]
     rollouts[2] = replace(rollouts[2], response_ids=[3, VOCAB])
+    (found,), (expected,) = pool.score(rollouts)[2], whole
+    assert len(found.sampled_logprobs) == 2, "what is said of the last is used by nobody"
+    assert torch.equal(found.sampled_logprobs[:1], expected.sampled_logprobs[:1])
+    rollouts[2] = replace(rollouts[2], response_ids=[VOCAB, 3])
     with pytest.raises(
-        RuntimeError, match=r"prompt 2: the student wrote token 40, .* beyond the 40 tokens"
+        RuntimeError, match=r"prompt 2: the response has token 40, beyond the 40 tokens"
     ):
-        pool_of([teachers["padded"]], {d: [("padded", 1.0)] for d in BY_DOMAIN}).score(rollouts)
+        pool.score(rollouts)
 
 
 def test_one_head_is_resident(teachers):

@@ -1,6 +1,7 @@
 """Tokens of responses that a teacher of their domain does not have as the student has them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,16 +13,19 @@ from opd.run.step_log import UnsharedTokens
 from opd.types import Prompt, Rollout
 
 
-def inputs(tokenizer, **foreign: set[int]) -> Inputs:
+def inputs(tokenizer, shared_vocab: int = 99, **foreign: set[int]) -> Inputs:
     """Of two domains, the second with two teachers; the teachers' foreign ids by name."""
     dialects = tuple(
         Dialect(name, f"--teacher {name}", frozenset(), Foreign(frozenset(ids)), None)
         for name, ids in foreign.items()
     )
     routes = {"math": (("m", 1.0),), "code": (("c", 0.5), ("d", 0.5))}
-    facts = ModelFacts(None, {}, 0, 99, 99, dialects=dialects)
+    student, small = (SimpleNamespace(vocab_size=size) for size in (99, shared_vocab))
+    teachers = {"m": student, "c": small}
+    facts = ModelFacts(student, teachers, 0, 99, shared_vocab, dialects=dialects)
     values = dict.fromkeys(field.name for field in dataclasses.fields(Inputs))
-    return Inputs(**values | {"tokenizer": tokenizer, "facts": facts, "routes": routes})
+    known = {"tokenizer": tokenizer, "facts": facts, "routes": routes, "served": {}}
+    return Inputs(**values | known)
 
 
 def rollout(domain: str, response_ids: list[int]) -> Rollout:
@@ -62,3 +66,13 @@ def test_teachers_that_share_all_have_no_such_metric(tokenizer, metrics):
     unshared = UnsharedTokens(inputs(tokenizer, m=set(), c=set(), d=set()))
     unshared.log(metrics, [rollout("math", [7]), rollout("code", [7])])
     assert not [key for key in metrics.flush(1) if "unshared" in key]
+
+
+def test_what_no_loss_knows_is_counted_in_every_domain(tokenizer, metrics, capsys):
+    """The smallest teacher has 39 tokens of the student's."""
+    unshared = UnsharedTokens(inputs(tokenizer, 39, m=set(), c={7}, d=set()))
+    unshared.log(metrics, [rollout("math", [7, 39]), rollout("code", [7, 38])])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sample 0/math/0" in line and "(39)" in line and "teacher c does not share" in line
+    found = metrics.flush(1)
+    assert found["rollout/unshared_tokens/math"] == found["rollout/unshared_tokens/code"] == 0.5
