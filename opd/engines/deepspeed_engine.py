@@ -248,6 +248,11 @@ class ShardedEngine:
 
         DeepSpeed then averages over ranks.
         """
+        if last and self.stage == 0 and self._accumulates_here:
+            # DeepSpeed 0.19.8 fills up what is missing with zeros of the parameter's dtype
+            for p in (p for p in self.engine.module.parameters() if p.requires_grad):
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         self.engine.set_gradient_accumulation_boundary(last and not self._gradients_on_host)
         self.engine.backward(loss)
 
@@ -273,13 +278,8 @@ class ShardedEngine:
         """Weights that the last micro-batch did not use, or none of the step's, such as those of an
         image encoder, have their gradient too: the sum of the others, or zero.
         """
-        if self.stage == 0:
-            for parameter in self.engine.module.parameters():
-                if parameter.requires_grad and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        elif self._gradients_on_host:
-            # DeepSpeed 0.19.8 brings to the host what the last micro-batch has reduced alone.
-            zero = self.engine.optimizer
+        if self._gradients_on_host:
+            zero = self.engine.optimizer  # which brings there what the last one has reduced alone
             zero._offload_boundary_param_ids = {p.ds_id for ps in zero.fp16_groups for p in ps}
             zero.finalize_gradient_accumulation_boundary()
             self.engine.set_gradient_accumulation_boundary(True)

@@ -52,6 +52,18 @@ def test_any_number_of_ranks_and_stage_train_the_same_student(model, tmp_path):
             assert (value - whole[name]).abs().max() <= 1e-5 * largest + 1e-7, (case, name)
 
 
+def test_a_step_without_images_in_bfloat16(model, tmp_path):
+    """Under stage 0 gradients are float32 beside bfloat16 weights, also of what was not used."""
+    job, out = tmp_path / "job.json", tmp_path / "out.safetensors"
+    said = {"model": str(model), "out": str(out), "stage": 0, "dtype": "bfloat16"}
+    job.write_text(json.dumps(said))
+    run_ranks(WORKER, str(job), num_ranks=1, timeout_s=DEADLINE)
+    before, found = load_file(model / "model.safetensors"), load_file(out)
+    changed = [name for name in found if not torch.equal(found[name], before[name].bfloat16())]
+    assert any("vision_model" in name for name in changed)
+    assert all(value.isfinite().all() for value in found.values())
+
+
 @pytest.mark.parametrize(
     ("source", "shared_vocab", "learned"),
     [("student", None, 1), ("dataset", None, 0), ("student", 6, 1), ("student", 5, 0)],

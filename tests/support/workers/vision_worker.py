@@ -1,8 +1,8 @@
 """Four optimizer steps of a student that sees, on four fixed responses dealt to the ranks.
 
-`vision_worker.py JOB`, a JSON file with `model`, `out` (a file) and `stage`. Micro-batches are
-single responses, so on two ranks one of them may have an image where the other has none. Rank 0
-writes the parameters.
+`vision_worker.py JOB`, a JSON file with `model`, `out` (a file), `stage` and `dtype` (float32 if it
+is absent). Micro-batches are single responses, so on two ranks one of them may have an image where
+the other has none. Rank 0 writes the parameters.
 """
 
 import json
@@ -55,7 +55,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     device = distributed.init()
     student = Student(
-        ModelConfig(student_model=job["model"], dtype="float32"),
+        ModelConfig(student_model=job["model"], dtype=job.get("dtype", "float32")),
         OptimConfig(learning_rate=0.01, adam_eps=1.0),
         load_ds_config(str(ROOT / "ds_configs" / f"zero{job['stage']}.json")),
         settings=LossSettings(),
