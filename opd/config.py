@@ -394,7 +394,9 @@ class BatchConfig:
         0, "Cut micro-batches by tokens, padding included, instead of sequences; 0 is off."
     )
     packing: bool = option(
-        False, "Put a micro-batch's sequences end to end instead of padding them."
+        False,
+        "Put a micro-batch's sequences end to end instead of padding them. --plan auto does, where "
+        "the student's attention then computes each as if it were alone.",
     )
     inner_updates: PositiveInt = option(
         1,
@@ -466,7 +468,7 @@ class RunConfig:
     )
     plan: Literal["auto", "off"] = option(
         "auto",
-        "auto: what no flag says (micro-batches, gradient checkpointing, support, GPUs that share "
+        "auto: what no flag says (micro-batches, packing, gradient checkpointing, support, GPUs that share "
         "a teacher) is chosen so that the run fits its memory, and printed.",
     )
     ignore_plan: bool = option(

@@ -23,12 +23,13 @@ from opd.engines.checkpoint_names import checkpoint_tensors, forget_prefixes
 from opd.engines.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
 from opd.lora_config import LoraConfig
-from opd.ops.attention import attention_of, needs_padding_mask
+from opd.ops.attention import FLASH, attention_of, needs_padding_mask
 from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
 from opd.ops.heads import OutputHead, logit_form
 from opd.ops.logits import LogitsChunk
 from opd.ops.lora import add_adapter, layout_of, merged_layer, trained_tensors
 from opd.ops.model_class import model_class, vision_parameters
+from opd.ops.packed_attention import PACKED, boundaries
 from opd.ops.pixels import Pixels
 from opd.types import LossOutput, MicroBatch
 
@@ -84,6 +85,8 @@ class _ModelWithLoss(nn.Module):
         self.model, self.settings = model, settings
         self.form = logit_form(model.config)
         self.needs_mask = needs_padding_mask(model)
+        # of other attentions transformers makes a mask of where positions start again
+        self.has_boundaries = model.config._attn_implementation in (PACKED, FLASH)
 
     def forward(
         self,
@@ -133,14 +136,15 @@ class _ModelWithLoss(nn.Module):
             return self.model.base_model(**inputs, use_cache=False).last_hidden_state[
                 mb.loss_mask_BS
             ]
-        # Without a mask, positions that start again at 0 tell transformers where the next sequence
-        # begins.
+        # Positions that start again at 0 say where the next sequence begins.
         real_BS = mb.attention_mask_BS
         inputs = {
             "input_ids": mb.input_ids_BS[real_BS],
             "position_ids": (real_BS.cumsum(-1) - 1)[real_BS],
         }
         inputs = {name: row_T.unsqueeze(0) for name, row_T in inputs.items()}
+        if self.has_boundaries:
+            inputs |= boundaries(real_BS.sum(-1), real_BS.shape[1])
         return self.model.base_model(**inputs, **seen, use_cache=False).last_hidden_state[
             0, mb.loss_mask_BS[real_BS]
         ]
@@ -174,7 +178,11 @@ class Student:
             dtype=dtype,
             trust_remote_code=trust,
             attn_implementation=attention_of(
-                path, model.attn_implementation, dtype=dtype, trust_remote_code=trust
+                path,
+                model.attn_implementation,
+                dtype=dtype,
+                packed=settings.packing,
+                trust_remote_code=trust,
             ),
         )
         forget_prefixes(self.model)
@@ -232,8 +240,8 @@ class Student:
         if not difference < (1e-3 if self.model.dtype == torch.float32 else 0.3):
             raise ValueError(
                 f"--packing: {self.model.config.model_type} mixes sequences that lie in one row "
-                f"(log-probabilities are off by {difference:.2g}); leave it off, or try another "
-                "--attn_implementation"
+                f"(log-probabilities are off by {difference:.2g}); give --packing false, or try "
+                "another --attn_implementation"
             )
 
     def loss(self, mb: MicroBatch, token_loss: TokenLoss) -> LossOutput:

@@ -18,7 +18,6 @@ type, are `adapters_mb`.
 """
 
 import argparse
-import gc
 import os
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from opd import distributed
-from opd.engines.hf_engine import HFEngine
+from opd.engines.hf_engine import HFEngine, return_free_memory
 from opd.engines.vllm_engine import HiddenStateEngine
 from scripts.make_demo import make_tokenizer
 from scripts.measure import tools
@@ -122,18 +121,18 @@ def grown_bytes(side: str, backend: str, root: Path, args: argparse.Namespace) -
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_num_threads(args.threads)
     distributed.init()
-    # The first engine also loads libraries, and its first pass takes room for activations. A hf
-    # engine gives its own memory back; one of vLLM does not on a CPU, so it is a tiny one.
-    warm = engine_of(backend, root / ("base" if backend == "hf" else "tiny/base"), args, {})
+    warm = engine_of(backend, root / "tiny/base", args, {})  # the first engine loads libraries too
     score([(warm, "")], shares_of(args))
-    if backend == "hf":
-        del warm
-    gc.collect()
-    before = tools.resident_bytes()
+    before = held_bytes()
     members = engines_of_side(side, backend, root, args)
     score(members, shares_of(args))
-    gc.collect()
-    return tools.resident_bytes() - before
+    return held_bytes() - before
+
+
+def held_bytes() -> int:
+    """Without what the allocator keeps of memory that was given back."""
+    return_free_memory()
+    return tools.resident_bytes()
 
 
 def weigh(backend: str, root: Path, args: argparse.Namespace) -> dict:

@@ -110,7 +110,7 @@ class HFEngine:
         elif self._pinned is not None:
             self._bind(self._pinned)
         if self.can_sleep:
-            _return_free_memory()
+            return_free_memory()
 
     def rest(self) -> None:
         """Stays as it is: there is no KV cache to give up."""
@@ -395,7 +395,7 @@ def _loading():
             transformers_logging.enable_progress_bar()
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Hands what Python, the C library and PyTorch have freed but kept back to the machine."""
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc

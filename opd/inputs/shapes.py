@@ -23,7 +23,7 @@ from opd.config import is_async
 from opd.inputs.kv_cache import CachedLayers, cached_layers
 from opd.log import one_line
 from opd.lora_config import LoraConfig
-from opd.ops.attention import AUTO, attention_for
+from opd.ops.attention import AUTO, attention_for, can_pack
 from opd.ops.lora import LoraLayout, layout_of, lora_shapes
 from opd.ops.model_class import model_class, sees_images, vision_parameters
 
@@ -64,6 +64,7 @@ class ModelShape:
     trained: tuple[tuple[int, ...], ...]
     frozen: tuple[tuple[int, ...], ...]
     lora: LoraLayout | None
+    packs: bool = False  # sequences may lie end to end at no cost (`opd.ops.attention.can_pack`)
     vision: tuple[tuple[int, ...], ...] = ()  # shapes of what reads images, which may be frozen
     adapter_values: int = 0  # of the LoRA adapter of a teacher that has one
     adapter_rank: int = 0  # its largest
@@ -330,6 +331,7 @@ def shape_of(
         trained=trained,
         frozen=frozen,
         lora=layout,
+        packs=can_pack(model.config),
         vision=tuple(tuple(p.shape) for p in vision_parameters(model)) if sees else (),
         vocab_size=vocab_size,
         hidden_size=hidden_size,

@@ -11,6 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
+from opd.ops.packed_attention import PACKED
+
 AUTO = "auto"
 SOFTCAP_KEYS = (
     "attn_logit_softcapping",
@@ -27,33 +29,66 @@ CAPPING = (
 
 
 FLASH, FLASH_HEAD_SIZE = "flash_attention_2", 256  # the largest head that its kernels know
+CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
+# The layers of one do not hand down where sequences start; the other does not say that it is
+# recurrent.
+CANNOT_PACK = {"nemotron", "recurrent_gemma"}
 
 
 def attention_for(
-    config: PreTrainedConfig, wanted: str = AUTO, dtype: torch.dtype | None = None
+    config: PreTrainedConfig,
+    wanted: str = AUTO,
+    dtype: torch.dtype | None = None,
+    *,
+    packed: bool = False,
 ) -> str | None:
     """The `attn_implementation` for a model of `config`: what is wanted; for "auto" the fastest
     that is exact.
 
     That is flash attention for a model in half precision, `dtype`, where the package is installed,
-    there is a GPU and the family has it. None leaves the choice to transformers: PyTorch's own
-    where the family has it, else eager. ValueError, without the flag, for one that leaves out a
-    part of the model.
+    there is a GPU and the family has it; then, for sequences that lie end to end in a `packed` row,
+    `opd.ops.packed_attention`. None leaves the choice to transformers: PyTorch's own where the
+    family has it, else eager. ValueError, without the flag, for one that leaves out a part of the
+    model.
     """
-    text_config = config.get_text_config()
-    capped = next(
-        (key for key in SOFTCAP_KEYS if getattr(text_config, key, None) is not None), None
-    )
+    capped = _soft_cap(config)
     if wanted == AUTO and _has_flash(config, dtype):
         return FLASH
+    if wanted == AUTO and packed and can_pack(config):
+        return PACKED
     if wanted == AUTO:
         return "eager" if capped else None
     if capped and wanted not in CAPPING:
         raise ValueError(
             f"{wanted} leaves out the soft-cap of {config.model_type} ({capped} = "
-            f"{getattr(text_config, capped)}); choose auto or eager"
+            f"{getattr(config.get_text_config(), capped)}); choose auto or eager"
         )
     return wanted
+
+
+def _soft_cap(config: PreTrainedConfig) -> str | None:
+    text_config = config.get_text_config()
+    return next((key for key in SOFTCAP_KEYS if getattr(text_config, key, None) is not None), None)
+
+
+def can_pack(config: PreTrainedConfig) -> bool:
+    """Whether sequences that lie end to end cost a text model of this family nothing: every layer
+    is causal attention without parts of its own, by what the family says of itself.
+
+    What it does not say is found by `Student.check_packing`.
+    """
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if family is None or config.get_text_config() is not config or _soft_cap(config):
+        return False
+    layers = set(getattr(config, "layer_types", None) or CAUSAL_LAYERS)
+    # only eager attention knows sinks and masks that depend on values, so those have no sdpa
+    interfaces = family._supports_sdpa and family._supports_flash_attn
+    return bool(
+        interfaces
+        and family._supports_attention_backend
+        and layers <= CAUSAL_LAYERS
+        and config.model_type not in CANNOT_PACK
+    )
 
 
 def _has_flash(config: PreTrainedConfig, dtype: torch.dtype | None) -> bool:
@@ -73,11 +108,12 @@ def attention_of(
     wanted: str = AUTO,
     *,
     dtype: torch.dtype | None = None,
+    packed: bool = False,
     trust_remote_code: bool = False,
 ) -> str | None:
     """The same for the model of a directory or hub id."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    return attention_for(config, wanted, dtype)
+    return attention_for(config, wanted, dtype, packed=packed)
 
 
 def needs_padding_mask(model: nn.Module) -> bool:

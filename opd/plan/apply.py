@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from opd import distributed
-from opd.inputs.models import ModelFacts
+from opd.inputs.models import ModelFact, ModelFacts
 from opd.inputs.shapes import Unplannable
 from opd.log import say
 from opd.plan.job import machine_here, make_job
@@ -55,7 +55,7 @@ def plan_run(cfg, facts: ModelFacts) -> tuple[Any, Plan | None, str]:
     """
     auto = cfg.run.plan == "auto"
     if auto:
-        cfg = _with_choices_of(cfg)
+        cfg = _packed(_with_choices_of(cfg), facts.student)
     machine = machine_here(distributed.world_size())
     device_bytes, host_bytes = distributed.all_reduce(
         [machine.device_bytes, machine.host_bytes], "min"
@@ -80,10 +80,22 @@ def plan_run(cfg, facts: ModelFacts) -> tuple[Any, Plan | None, str]:
     return cfg, plan, table(plan)
 
 
+def _packed(cfg, student: ModelFact):
+    """Sequences lie end to end where that costs nothing, and nobody has asked for rows or for an
+    attention.
+    """
+    free = not cfg.explicit & {"packing", "attn_implementation"}
+    if not (free and student.packs) or cfg.batch.packing:
+        return cfg
+    say("plan: --packing")
+    return replace(cfg, batch=replace(cfg.batch, packing=True))
+
+
 # What a resumed run keeps as it was chosen for it: other values compute other numbers.
 KEPT_CHOICES = (
     ("loss", "support"),
     ("batch", "max_tokens_per_micro_batch"),
+    ("batch", "packing"),
     ("model", "gradient_checkpointing"),
 )
 # Flags that say the same in another way.

@@ -214,7 +214,7 @@ def test_no_start_on_two_ranks_is_aborted(tmp_path, starts):
 # ---- The console ---------------------------------------------------------------------------------
 
 OURS = [
-    r"plan: --\w+ \S+",
+    r"plan: --\w+( \S+)?",
     r"plan: fits: \S+ of \S+ GiB in \w+ \(92% of the memory are counted on\)",
     r"starts fresh",
     r"training prompts: addition \d+, reversal \d+",

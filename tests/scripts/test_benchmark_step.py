@@ -16,8 +16,6 @@ from scripts.measure import runs
 from scripts.measure.tools import read_jsonl
 from tests.support.processes import worker_environment
 
-pytestmark = pytest.mark.alone
-
 # ---- A step --------------------------------------------------------------------------------------
 
 

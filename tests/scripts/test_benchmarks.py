@@ -14,8 +14,6 @@ from scripts.measure import tools
 from scripts.measure.forked import run_forked
 from tests.support.processes import ROOT, worker_environment
 
-pytestmark = pytest.mark.alone
-
 TRL_DIR = ROOT / ".trl"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -15,8 +15,6 @@ from scripts import gpu_check
 from scripts.measure import gpu_engines
 from tests.support.processes import ROOT, worker_environment
 
-pytestmark = pytest.mark.alone
-
 GPU_ONLY = ("copies", "offload", "teachers")
 BARE = """
 import importlib.machinery

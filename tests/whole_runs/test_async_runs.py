@@ -66,24 +66,16 @@ def launch(models, run_dir, servers, *flags, **changes):
     )
 
 
-def test_async_runs(models, servers, tmp_path):
+@pytest.fixture(scope="module")
+def calm(models, tmp_path_factory):
+    """The synchronous run."""
+    run_dir = tmp_path_factory.mktemp("calm") / "sync"
+    succeed(command(models, run_dir, "--num_steps", str(STEPS)))
+    return run_dir
+
+
+def test_async_runs(models, servers, calm, tmp_path):
     """One story for one pair of servers, which take half a minute to start."""
-    calm = tmp_path / "sync"
-    succeed(command(models, calm, "--num_steps", str(STEPS)))
-
-    # A push that fails comes after the update: the step is saved as done, and its samples are not
-    # trained on again.
-    failed = tmp_path / "push_fails"
-    arguments = launch(models, failed, servers, "--max_staleness", "0")
-    stopped = start(arguments, OPD_FAULT="push.paused:raise@5")
-    assert stopped.returncode == 1 and "pushing weights of version 2 failed" in stopped.stderr, (
-        stopped.stderr[-2000:]
-    )
-    assert [path.name for path in (failed / "checkpoints").iterdir()] == ["step_2"]
-    assert [row["step"] for row in metrics_of(failed)] == [1, 2]
-    succeed(arguments)
-    assert losses_of(failed) == losses_of(calm) and parameter_hash(failed) == parameter_hash(calm)
-
     # Staleness 0 is the synchronous run, bit for bit; killed in the middle of a step and resumed,
     # too.
     same = tmp_path / "staleness_0"
@@ -125,13 +117,6 @@ def test_async_runs(models, servers, tmp_path):
     # some of a step's in the row before
     assert sum(row["logprob/requests"] for row in metrics_of(asked)) == 3 * 8
 
-    # Where nothing reads it, it is measured, and the losses are those of a run without it.
-    measured = tmp_path / "measured"
-    succeed(launch(models, measured, servers, *server))
-    assert losses_of(measured) == losses_of(calm)
-    for row in metrics_of(measured):
-        assert 0 <= row["mismatch/abs_mean"] < 1e-4 and row["mismatch/old_policy_gap"] < 1e-5
-
     # Above it nothing is lost, nothing is trained on twice, and the bound holds, whatever is
     # killed.
     stale = tmp_path / "staleness_2"
@@ -155,6 +140,38 @@ def test_async_runs(models, servers, tmp_path):
         "rollout/in_flight",
         "rollout/push_pause_s",
     } <= emitted
+
+
+@pytest.mark.long
+def test_a_push_that_fails_and_old_policies_that_are_measured(models, servers, calm, tmp_path):
+    # A push that fails comes after the update: the step is saved as done, and its samples are not
+    # trained on again.
+    failed = tmp_path / "push_fails"
+    arguments = launch(models, failed, servers, "--max_staleness", "0")
+    stopped = start(arguments, OPD_FAULT="push.paused:raise@5")
+    assert stopped.returncode == 1 and "pushing weights of version 2 failed" in stopped.stderr, (
+        stopped.stderr[-2000:]
+    )
+    assert [path.name for path in (failed / "checkpoints").iterdir()] == ["step_2"]
+    assert [row["step"] for row in metrics_of(failed)] == [1, 2]
+    succeed(arguments)
+    assert losses_of(failed) == losses_of(calm) and parameter_hash(failed) == parameter_hash(calm)
+
+    # Where nothing reads the old policy, it is measured, and the losses are those of a run without
+    # it.
+    server = (
+        "--old_logprobs",
+        "server",
+        "--logprob_servers",
+        servers[2].url,
+        "--max_staleness",
+        "0",
+    )
+    measured = tmp_path / "measured"
+    succeed(launch(models, measured, servers, *server))
+    assert losses_of(measured) == losses_of(calm)
+    for row in metrics_of(measured):
+        assert 0 <= row["mismatch/abs_mean"] < 1e-4 and row["mismatch/old_policy_gap"] < 1e-5
 
 
 def test_servers_that_the_trainer_starts_are_gone_with_it(models, tmp_path):

@@ -97,6 +97,7 @@ def test_merged_syncs_train_the_same(models, full_run, tmp_path):
     assert not (run_dir / "model" / "adapter_config.json").exists()
 
 
+@pytest.mark.long
 def test_gkd_on_two_ranks(models, tmp_path):
     run_dir = tmp_path / "gkd"
     flags = ("--ds_config", "ds_configs/zero2.json", "--gradient_checkpointing", "--lmbda", "0.5")
@@ -107,6 +108,7 @@ def test_gkd_on_two_ranks(models, tmp_path):
     assert len(losses_of(run_dir)) == 4 and adapter_of(run_dir / "model")
 
 
+@pytest.mark.long
 def test_servers_get_merged_weights(models, tmp_path, full_run):
     """At staleness 0 an asynchronous run is the synchronous one."""
     run_dir = tmp_path / "ahead"

@@ -47,7 +47,7 @@ def test_a_run_whose_sampler_keeps_its_old_head_ends_with_one_line(models, tiny_
     assert max(row["mismatch/abs_max"] for row in rows) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("qwen3_moe", marks=pytest.mark.long)])
 def test_servers_have_the_weights_that_were_pushed(models, tokenizer, tmp_path, family):
     """A tied model, and experts: rollout and log-prob servers against each other and the trainer,
     after every push.

@@ -71,6 +71,7 @@ def test_it_trains_on_what_teachers_say_behind_their_own_prompts(sync):
     assert not any("abcdefgh" in row["prompt"] for row in rows)
 
 
+@pytest.mark.long
 def test_a_resumed_run_is_the_same_run(models, sync, tmp_path):
     own, _ = sync
     half = tmp_path / "half"
@@ -90,6 +91,7 @@ def test_a_resumed_run_is_the_same_run(models, sync, tmp_path):
     assert done.returncode == 2 and "teachers.addition.prompt" in done.stderr, done.stderr[-2000:]
 
 
+@pytest.mark.long
 def test_servers_hear_the_same_prompts(models, sync, tmp_path, key):
     """Asynchronous at staleness 0, with a served teacher whose function is asked while others
     write: the losses of the synchronous run.
@@ -112,6 +114,7 @@ def test_servers_hear_the_same_prompts(models, sync, tmp_path, key):
     assert not sample_ledger.differences(before, after)
 
 
+@pytest.mark.long
 def test_a_teacher_writes_behind_its_own_prompt(models, tmp_path):
     """`--seq_kd`: responses to a prompt that the student does not see."""
     written = {}

@@ -100,7 +100,7 @@ def long(*values):
     ("launcher", "ranks", "number", "to_all", "status"),
     [
         ("python", 1, signal.SIGINT, False, -signal.SIGINT),
-        ("torchrun", 2, signal.SIGTERM, False, 1),
+        long("torchrun", 2, signal.SIGTERM, False, 1),
         long("torchrun", 2, signal.SIGINT, True, 1),
         long("accelerate", 2, signal.SIGTERM, False, 1),
         long("deepspeed", 2, signal.SIGINT, True, -signal.SIGINT),
@@ -138,6 +138,7 @@ def test_a_step_in_training_is_finished_and_saved(models, tmp_path):
     assert [row["step"] for row in metrics_of(run_dir)] == [1, 2, 3]
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(models, tmp_path):
     run_dir = tmp_path / "run"
     arguments, twice = command(models, run_dir, *FLAGS), (signal.SIGINT, signal.SIGINT)

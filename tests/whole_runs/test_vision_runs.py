@@ -84,6 +84,7 @@ def test_killed_and_resumed_equals_undisturbed(seeing, calm, tmp_path):
     assert losses_of(run_dir) == losses_of(calm[0])
 
 
+@pytest.mark.long
 def test_images_are_issued_again_to_a_rollout_server(seeing, calm, tmp_path):
     """At staleness 0 it is the synchronous run, killed with responses in flight and resumed."""
     run_dir = tmp_path / "run"
