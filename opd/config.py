@@ -16,6 +16,7 @@ from opd.hub_names import as_named
 from opd.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, option
 
 Auto = Literal["auto"]
+CHUNK_BYTES = 320 << 20  # of the loss, on a CPU
 LocalBackend = Literal["vllm", "hf"]
 GIB = 1 << 30  # bytes
 Backend = Literal["vllm", "hf", "server"]
@@ -378,9 +379,17 @@ class LossConfig:
         "Top tokens of both sides that the overlap diagnostics compare; 0 is off.",
         fingerprinted=False,
     )
-    loss_chunk_bytes: PositiveInt = option(
-        320 << 20, "Memory for the logits of one chunk of loss tokens, bytes.", fingerprinted=False
+    loss_chunk_bytes: Annotated[int | Auto, Ge(1)] = option(
+        "auto",
+        "Memory for the logits of one chunk of loss tokens, bytes; auto: 320 MiB, and with --plan "
+        "auto a twentieth of a GPU's memory, 1 to 5 GiB, or what is left.",
+        fingerprinted=False,
     )
+
+    @property
+    def chunk_bytes(self) -> int:
+        """`loss_chunk_bytes`, on a CPU where nobody has chosen it."""
+        return CHUNK_BYTES if self.loss_chunk_bytes == "auto" else self.loss_chunk_bytes
 
 
 @dataclass(frozen=True)
@@ -468,8 +477,9 @@ class RunConfig:
     )
     plan: Literal["auto", "off"] = option(
         "auto",
-        "auto: what no flag says (micro-batches, packing, gradient checkpointing, support, GPUs that share "
-        "a teacher) is chosen so that the run fits its memory, and printed.",
+        "auto: what no flag says (micro-batches, packing, gradient checkpointing, support, the "
+        "loss's chunks, GPUs that share a teacher) is chosen so that the run fits its memory, and "
+        "printed.",
     )
     ignore_plan: bool = option(
         False, "Start although the plan says that the run does not fit its memory."

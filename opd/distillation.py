@@ -247,7 +247,7 @@ def _union(
     head, not V of them.
     """
     student_ids_MK = logits.top_k(part.topk_ids_MK.shape[1], index_M)
-    z_MK = _logits_at(part.hidden_MH, head, student_ids_MK, cfg.loss_chunk_bytes)
+    z_MK = _logits_at(part.hidden_MH, head, student_ids_MK, cfg.chunk_bytes)
     theirs_MK = head.form(z_MK) / cfg.loss_temperature - part.logsumexp_M.unsqueeze(-1)
     ids_MJ, repeated_MJ = union_support(part.topk_ids_MK, student_ids_MK)
     return ids_MJ, torch.cat([part.topk_logprobs_MK, theirs_MK], dim=-1), repeated_MJ

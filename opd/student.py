@@ -237,7 +237,10 @@ class Student:
         padded_N = self.logprobs(mb, 1.0)
         wrapped.settings = replace(wrapped.settings, packing=True)
         difference = float((packed_N - padded_N).abs().max())
-        if not difference < (1e-3 if self.model.dtype == torch.float32 else 0.3):
+        # weights that are no numbers are found elsewhere
+        if torch.isfinite(padded_N).all() and not difference < (
+            1e-3 if self.model.dtype == torch.float32 else 0.3
+        ):
             raise ValueError(
                 f"--packing: {self.model.config.model_type} mixes sequences that lie in one row "
                 f"(log-probabilities are off by {difference:.2g}); give --packing false, or try "

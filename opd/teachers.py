@@ -443,7 +443,7 @@ class TeacherPool:
                 self.head(name),
                 support_k=0 if payload == "sampled" else self._k,
                 temperature=self.cfg.loss_temperature,
-                chunk_bytes=self.cfg.loss_chunk_bytes,
+                chunk_bytes=self.cfg.chunk_bytes,
             )
             fields = [kept | found for kept, found in zip(fields, scores, strict=True)]
         return [TeacherScores(teacher=name, weight=1.0, **found) for found in fields]

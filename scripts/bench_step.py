@@ -7,13 +7,16 @@ KL over the full vocabulary (TRL: ``beta=1``). No model can write the EOS token 
 side is spared a token; the measured lengths are checked. Workloads:
 
 * ``tiny``: 8 prompts, 32 + 64 tokens, student of 2 layers x 128, teacher of 4 x 256;
-* ``small``: 32 prompts, 32 + 128 tokens, student of 8 layers x 256, teacher of 8 x 512.
+* ``small``: 32 prompts, 32 + 128 tokens, student of 8 layers x 256, teacher of 8 x 512;
+* ``smollm2``: a real model, SmolLM2-135M-Instruct, teaches 20 of its 30 layers, on 16 prompts that
+  people wrote, each with 96 tokens of response.
 
 Modes: ``1rank`` is one plain process; ``zero3_2ranks`` is DeepSpeed ZeRO-3 on two ranks, which
 share the prompts. TRL runs twice, with Hugging Face's generation and with vLLM in the process, and
 the faster one is what we compare with. Each side is a child process with the same number of
 threads; sides take turns (A B C A B C), the first four steps of each run are dropped, and times are
-medians over the steps of all its runs.
+medians over the steps of all its runs. `peak_mib` is the most that a side's processes hold
+together, memory that they share counted for each.
 
 A step is what the user waits for: generation, teacher, forward, backward, optimizer, new weights in
 the sampler. Logging is outside on both sides. A ratio is theirs / ours: above 1 this project is
@@ -32,8 +35,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.bench_colocation import peak_of_children
 from scripts.measure.runs import (
-    LEARNING_RATE,
     SEED,
     Mode,
     RunFailed,
@@ -43,9 +46,10 @@ from scripts.measure.runs import (
     launched,
     run_child,
     steps_of,
+    write_smollm2,
     write_workload,
 )
-from scripts.measure.tools import ROOT, print_json, say
+from scripts.measure.tools import MIB, ROOT, print_json, say
 
 WARMUP_STEPS = 4
 OUR_PHASES = ("rollout", "score", "train", "sync")
@@ -68,6 +72,7 @@ class Case:
 WORKLOADS = {
     "tiny": Workload(8, 32, 64, student=(2, 128), teacher=(4, 256)),
     "small": Workload(32, 32, 128, student=(8, 256), teacher=(8, 512)),
+    "smollm2": Workload(16, 160, 96, student=(20, 576), teacher=(30, 576), learning_rate=1e-5),
 }
 MODES = {
     "1rank": Mode(1, "ds_configs/zero0.json"),
@@ -95,7 +100,7 @@ def run_ours(case: Case, work: Path) -> dict:
         micro_batch_size=w.prompts // case.mode.ranks,
         max_prompt_tokens=w.prompt_tokens,
         max_response_tokens=w.response_tokens,
-        learning_rate=LEARNING_RATE,
+        learning_rate=w.learning_rate,
         lr_schedule="constant",
         seed=SEED,
         rollout_kv_cache_gib=0.25,
@@ -104,10 +109,12 @@ def run_ours(case: Case, work: Path) -> dict:
         parity_every=0,  # extras that TRL does not have
         rollout_every=0,
     )
-    run_child(command, work / "log.txt", environment(case.threads))
+    with peak_of_children() as peak:
+        run_child(command, work / "log.txt", environment(case.threads))
     rows = steps_of(work / "run")
     phases = ("step", *OUR_PHASES)
     return {
+        "peak_mib": peak.bytes // MIB,
         "seconds": {phase: [row[f"time/{phase}"] for row in rows] for phase in phases},
         "response_tokens": [row["rollout/response_tokens"] for row in rows],
         "losses": [row["loss/total"] for row in rows],
@@ -148,18 +155,19 @@ def run_trl(case: Case, work: Path, generation: str) -> dict:
         seed=SEED,
         prompt_tokens=w.prompt_tokens,
         response_tokens=w.response_tokens,
-        learning_rate=LEARNING_RATE,
+        learning_rate=w.learning_rate,
         ds_config=trl_ds_config(case, work),
     )
     trl_dir = str(case.trl_dir.resolve())
     path = os.pathsep.join(filter(None, [trl_dir, os.environ.get("PYTHONPATH")]))
     env = environment(case.threads, PYTHONPATH=path, VLLM_CPU_KVCACHE_SPACE="1")
-    run_child(command, work / "log.txt", env)
+    with peak_of_children() as peak:
+        run_child(command, work / "log.txt", env)
     result = json.loads((work / "result.json").read_text())
     asked = json.loads((ROOT / case.mode.ds_config).read_text())["zero_optimization"]["stage"]
     if result["zero_stage"] != asked:
         raise RunFailed(f"ran with ZeRO stage {result['zero_stage']}, {asked} asked")
-    return result
+    return {**result, "peak_mib": peak.bytes // MIB}
 
 
 SIDES = {
@@ -199,6 +207,7 @@ def summary(runs: list[dict], response_tokens: int) -> dict:
         ],
         "phases_ms": phases,
         "response_tokens": response_tokens,
+        "peak_mib": max(run["peak_mib"] for run in runs),
         "first_loss": round(runs[0]["losses"][0], 5),
     }
 
@@ -256,7 +265,8 @@ def table(name: str, mode: str, result: dict) -> str:
             phases = "  ".join(
                 f"{phase} {ms:.1f}" for phase, ms in result[side]["phases_ms"].items()
             )
-            lines.append(f"  {side:9} {result[side]['step_ms']:9.1f} ms   {phases}")
+            peak = f"{result[side]['peak_mib']:,} MiB"
+            lines.append(f"  {side:9} {result[side]['step_ms']:9.1f} ms   {phases}   {peak}")
         elif side in result["reasons"]:
             lines.append(f"  {side:9} did not run: {result['reasons'][side]}")
     return "\n".join(lines)
@@ -266,7 +276,8 @@ def parse() -> argparse.Namespace:
     """A mistake ends the process."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    default = ["tiny", "small"]  # smollm2 is downloaded
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=default)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
         "--steps", type=int, default=12, help=f"of each run; the first {WARMUP_STEPS} are dropped"
@@ -308,7 +319,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench_step_") as temporary:
         for name in args.workloads:
             root, workload = Path(temporary) / name, WORKLOADS[name]
-            write_workload(root, workload, steps=args.steps, vocab_size=args.vocab_size)
+            if name == "smollm2":
+                write_smollm2(root, workload, steps=args.steps)
+            else:
+                write_workload(root, workload, steps=args.steps, vocab_size=args.vocab_size)
             for mode_name in args.modes:
                 mode = MODES[mode_name]
                 threads = max(1, args.threads // mode.ranks)

@@ -319,7 +319,14 @@ class _ChunkedLoss:
         )
         if total_VH.dtype == hidden_CH.dtype:
             total_VH.addmm_(dlogits_CV.t(), hidden_CH, beta=0 if first else 1)
-        elif first:  # addmm does not mix dtypes
+        elif total_VH.is_cuda:  # not run on a GPU yet; a CPU has no product of mixed dtypes
+            torch.addmm(
+                *(total_VH, dlogits_CV.t(), hidden_CH),
+                beta=0 if first else 1,
+                out_dtype=total_VH.dtype,
+                out=total_VH,
+            )
+        elif first:
             total_VH.copy_(dlogits_CV.t() @ hidden_CH)
         else:
             total_VH += dlogits_CV.t() @ hidden_CH

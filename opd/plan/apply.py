@@ -26,6 +26,8 @@ def apply(cfg, plan: Plan) -> tuple[Any, list[str]]:
         ("batch", "max_tokens_per_micro_batch"): choices.max_tokens,
         ("model", "gradient_checkpointing"): choices.checkpointing,
     }
+    if choices.chunk != cfg.loss.chunk_bytes:
+        values["loss", "loss_chunk_bytes"] = choices.chunk
     if choices.offload != as_configured(plan.job).offload:
         levels = {level: name for name, level in OFFLOAD_LEVEL.items()}
         values["model", "offload_student"] = levels[len(choices.offload)]
@@ -94,6 +96,7 @@ def _packed(cfg, student: ModelFact):
 # What a resumed run keeps as it was chosen for it: other values compute other numbers.
 KEPT_CHOICES = (
     ("loss", "support"),
+    ("loss", "loss_chunk_bytes"),
     ("batch", "max_tokens_per_micro_batch"),
     ("batch", "packing"),
     ("model", "gradient_checkpointing"),

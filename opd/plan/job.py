@@ -50,6 +50,7 @@ class Choices:
     support: str
     max_tokens: int  # of a micro-batch; 0 cuts by micro_batch_size
     tensor_parallel: dict[str, int]  # GPUs that share a teacher
+    chunk: int  # bytes for the logits of one chunk of the loss
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _training(job: Job, choices: Choices) -> Iterator[MemoryRow]:
     loss_tokens = min(
         tokens, -(-tokens * cfg.rollout.max_response_tokens // max(1, job.longest - 1))
     )
-    chunk = min(cfg.loss.loss_chunk_bytes, 2 * FLOAT32 * student.vocab_size * loss_tokens)
+    chunk = min(choices.chunk, 2 * FLOAT32 * student.vocab_size * loss_tokens)
     # a frozen head gets no gradient
     head = student.head_parameters if student.trains_head else 0
     during = {

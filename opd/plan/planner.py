@@ -127,6 +127,7 @@ def as_configured(job: Job) -> Choices:
         support=cfg.loss.support,
         max_tokens=cfg.batch.max_tokens_per_micro_batch,
         tensor_parallel={spec.name: spec.tensor_parallel_size for spec in cfg.teachers},
+        chunk=cfg.loss.chunk_bytes,
     )
     return _with_least_caches(job, choices)
 
@@ -213,6 +214,8 @@ def choose(job: Job, choices: Choices, explicit: Set[str]) -> Choices:
     choices = _with_least_caches(
         job, replace(choices, tensor_parallel=_teacher_parallel(job, choices))
     )
+    if job.machine.is_gpu and job.cfg.loss.loss_chunk_bytes == "auto":
+        choices = replace(choices, chunk=_chunk(job, choices))
     if "gradient_checkpointing" not in explicit:
         tight = _room(job, _all_offloaded(job, choices), "train") < 0
         choices = replace(choices, checkpointing=choices.checkpointing or tight)
@@ -279,6 +282,16 @@ def _for_all(job: Job, sizes: dict[str, int]) -> dict[str, int]:
     """The size of an engine, for each of its teachers."""
     first = {each: name for name, members in job.engines.items() for each in members}
     return {name: sizes[first.get(name, name)] for name in sizes}
+
+
+def _chunk(job: Job, choices: Choices) -> int:
+    """A GPU reads the head, and adds to its gradient, once for each chunk of the loss: it gets
+    chunks of a twentieth of its memory, or what is left.
+    """
+    wanted = min(max(job.machine.device_bytes // 20, GIB), 5 * GIB)
+    empty = _all_offloaded(job, replace(choices, chunk=0))
+    room = _room(job, empty, "train")
+    return min(wanted, max(room, choices.chunk))
 
 
 def _micro_batch_tokens(job: Job, choices: Choices) -> int:

@@ -98,7 +98,7 @@ def build_student(run: Run) -> Student:
         settings = LossSettings(
             temperature=cfg.loss.loss_temperature,
             shared_vocab=run.facts.shared_vocab,
-            chunk_bytes=cfg.loss.loss_chunk_bytes,
+            chunk_bytes=cfg.loss.chunk_bytes,
             packing=cfg.batch.packing,
             domains=run.domains,
             logprob_temperature=run.logprob_temperature,

@@ -503,6 +503,7 @@ def test_apply_says_each_change_and_writes_it_where_config_yaml_will_have_it(pub
     assert flat["max_tokens_per_micro_batch"] == made.choices.max_tokens >= job.longest - 1
     assert lines == [
         f"plan: --max_tokens_per_micro_batch {made.choices.max_tokens}",
+        f"plan: --loss_chunk_bytes {4 * GIB}",
         "plan: --offload_student none",
     ]
 
@@ -889,3 +890,23 @@ def test_without_a_prediction_a_run_goes_on(tiny, says_too_little, tmp_path, cap
     assert same is cfg and made is None and not text
     assert "memory is not predicted: " in (said := capsys.readouterr().out)
     assert "no num_attention_heads" in said
+
+
+@pytest.mark.parametrize(
+    ("gib", "is_gpu", "mib"),
+    [(64, False, 320), (16, True, 1024), (80, True, 4096), (141, True, 5120)],
+)
+def test_chunks_of_the_loss_are_large_on_a_gpu(published, gib, is_gpu, mib):
+    def chosen(*argv: str) -> int:
+        job = job_of(published, "0.6B", ["0.6B"], *argv, gib=gib, is_gpu=is_gpu)
+        return make_plan(job, frozenset()).choices.chunk
+
+    assert chosen() == mib << 20
+    assert chosen("--loss_chunk_bytes", "7") == 7
+
+
+def test_a_chunk_of_the_loss_leaves_room_before_activations_are_computed_again(published):
+    made = make_plan(
+        job_of(published, "8B", ["8B"], "--prompts_per_step", "512", gib=44), frozenset()
+    )
+    assert made.fits and not made.choices.checkpointing and made.choices.chunk < 44 * GIB // 20
