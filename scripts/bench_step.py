@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.bench_colocation import peak_of_children
+from scripts.measure.real_workload import write_smollm2
 from scripts.measure.runs import (
     SEED,
     Mode,
@@ -46,7 +47,6 @@ from scripts.measure.runs import (
     launched,
     run_child,
     steps_of,
-    write_smollm2,
     write_workload,
 )
 from scripts.measure.tools import MIB, ROOT, print_json, say

@@ -32,6 +32,7 @@ from opd.engines.vllm_process import (
     pooling_options,
     reload_weights,
     room_for_one_sequence,
+    sampler_options,
     sampling_params,
     use_own_sleep,
     weight_bytes,
@@ -293,8 +294,7 @@ class GeneratorEngine(_Engine):
             seed=seed,
             trust_remote_code=trust_remote_code,
             images_per_prompt=images_per_prompt,
-            skip_tokenizer_init=images_per_prompt is None,  # a processor works on text
-            logprobs_mode="processed_logprobs",
+            **sampler_options(images_per_prompt),
             **lora_options(ranks),
         )
         self._request = adapter_request(1, adapter) if adapter else None  # instead of the base

@@ -14,7 +14,7 @@ import torch
 
 from opd.config import GIB
 from opd.engines.vllm_images import check_vllm_tokens, images_limit, vllm_request
-from opd.engines.vllm_process import async_engine, sampling_params
+from opd.engines.vllm_process import async_engine, sampler_options, sampling_params
 from opd.pictures import PromptImages
 from opd.servers.control import PauseMode
 
@@ -81,8 +81,7 @@ class PushedEngine:
             trust_remote_code=trust_remote_code,
             enforce_eager=enforce_eager,
             tensor_parallel_size=tensor_parallel_size,
-            skip_tokenizer_init=images_per_prompt is None,  # a processor works on text
-            logprobs_mode="processed_logprobs",
+            **sampler_options(images_per_prompt),
             **images_limit(images_per_prompt),
             **options,
         )

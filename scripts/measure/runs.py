@@ -4,7 +4,6 @@ Models are Qwen3 in float32 over a vocabulary of bytes, and no model can write t
 (`silence`): every response has exactly the length that is asked.
 """
 
-import json
 import os
 import random
 import signal
@@ -16,24 +15,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from opd.engines.vllm_process import ENVIRONMENT as VLLM_ENVIRONMENT
 from opd.processes import free_port
-from scripts.demos import get_questions, get_smollm2
 from scripts.make_demo import random_qwen3, write_jsonl
 from scripts.measure.tools import ROOT, last_error, read_jsonl
 
 BIN = Path(sys.executable).parent
 LEARNING_RATE, SEED = 1e-3, 0
 DEADLINE_S = 900  # of one run
-MOST_QUESTIONS = 468  # of a domain
-UNUSED = {"token": "<gh_stars>", "id": 7}  # of SmolLM2's vocabulary
-ENDLESS = {
-    "config.json": {"eos_token_id": UNUSED["id"]},
-    "generation_config.json": {"eos_token_id": UNUSED["id"], "pad_token_id": UNUSED["id"]},
-    "tokenizer_config.json": {"eos_token": UNUSED["token"], "pad_token": UNUSED["token"]},
-}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\n' if add_generation_prompt else '' "
     "}}"
@@ -127,41 +118,6 @@ def write_workload(root: Path, workload: Workload, *, steps: int, vocab_size: in
         silent_model(*getattr(workload, name), tokenizer, seed).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     write_prompts(root / "prompts.jsonl", steps * workload.prompts, workload.prompt_tokens)
-
-
-def write_smollm2(root: Path, workload: Workload, *, steps: int) -> None:
-    """The same of a real model: `teacher` is SmolLM2-135M-Instruct, `student` some of its layers,
-    and people wrote the prompts. They are downloaded, and kept in $OPD_CACHE or ~/.cache/opd.
-
-    A token of its vocabulary that no text has takes the place of EOS, so that no response ends
-    early.
-    """
-    cache = Path(os.environ.get("OPD_CACHE") or Path.home() / ".cache" / "opd")
-    layers, _ = workload.student
-    whole, student = cache / "smollm2", cache / f"smollm2_{layers}"
-    get_smollm2.get(whole, student, layers)
-    root.mkdir(parents=True, exist_ok=True)
-    for name, source in (("teacher", whole), ("student", student)):
-        target = root / name
-        target.mkdir()
-        (target / "model.safetensors").symlink_to(source / "model.safetensors")
-        for path in source.glob("*.json*"):
-            (target / path.name).write_text(path.read_text())
-        for path in source.glob("*.jinja"):
-            (target / path.name).write_text(path.read_text())
-        for file, changes in ENDLESS.items():
-            content = json.loads((target / file).read_text())
-            (target / file).write_text(json.dumps({**content, **changes}))
-    get_questions.get(root / "questions", MOST_QUESTIONS)
-    tokenizer = AutoTokenizer.from_pretrained(whole)
-    rows = []
-    for row in read_jsonl(root / "questions" / "train.jsonl"):
-        ids = tokenizer.apply_chat_template(
-            row["prompt"], add_generation_prompt=True, return_dict=False
-        )
-        if len(ids) <= workload.prompt_tokens:
-            rows.append({"data_source": "teacher", "prompt": row["prompt"]})
-    write_jsonl(root / "prompts.jsonl", rows[: steps * workload.prompts])
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
