@@ -180,7 +180,7 @@ def _write_shards(directory: Path, named_parameters: Iterable[tuple[str, Tensor]
         finish()
     if not weight_map:
         raise ValueError("no weights to publish")
-    files = [entry.result() for entry in entries]
+    files = [entry.result(timeout=0) for entry in entries]  # all are done
     total = sum(file["size"] for file in files)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return [*files, _write(directory, VERSION_INDEX, json.dumps(index).encode())]
