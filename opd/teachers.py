@@ -23,6 +23,7 @@ from opd.clients.served_teacher import ServedTeacher
 from opd.config import LossConfig, TeacherSpec
 from opd.faults import fault_point
 from opd.log import warn
+from opd.ops.finite import all_finite
 from opd.ops.heads import MappedHead, OutputHead
 from opd.ops.scores import response_states, score_responses
 from opd.types import CANARY_IDS, Rollout, TeacherEngine, TeacherPayload, TeacherScores
@@ -430,7 +431,7 @@ class TeacherPool:
         if not rollouts:
             return []
         for rollout, hidden_LH in zip(rollouts, states, strict=True):
-            if not torch.isfinite(hidden_LH).all():
+            if not all_finite(hidden_LH):
                 raise FloatingPointError(
                     f"teacher {name}: prompt {rollout.prompt.prompt_id}: hidden states are not "
                     "finite"

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from opd.ops.finite import all_finite
 from opd.pictures import PromptImages
 from opd.types import TeacherPayload
 
@@ -270,7 +271,7 @@ def checked_scores(arrays: dict[str, Tensor], question: Question) -> dict[str, T
     Raises BadAnswer for what no model says.
     """
     for name, value in arrays.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and not all_finite(value):
             raise BadAnswer(f"{name} is not finite")
         if name.endswith("logprobs") and value.numel():
             if float(value.max()) > ABOVE_ZERO:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from opd import config, distributed
 from opd.async_rollout import AsyncRolloutEngine
 from opd.clients.served_checks import api_key_of, is_private
@@ -25,6 +23,7 @@ from opd.engines.vllm_engine import HiddenStateEngine
 from opd.faults import fault_point
 from opd.inputs.adapters import engines_of
 from opd.log import one_line, say, warn
+from opd.ops.finite import all_finite
 from opd.ops.heads import load_head, map_head
 from opd.rollout import RolloutEngine
 from opd.run.async_build import build_async_engine
@@ -145,7 +144,7 @@ def build_teachers(run: Run) -> list[ColocatedTeacher]:
 def _check_computes(teacher: ColocatedTeacher, name: str) -> None:
     (state_LH,) = teacher.states([CANARY_IDS], name)
     weight_VH = teacher.head.weight_VH
-    if not (state_LH.isfinite().all() and weight_VH.sum(dtype=torch.float32).isfinite()):
+    if not (all_finite(state_LH) and all_finite(weight_VH)):
         raise ValueError("it computes no numbers: look for NaN and infinity in its weights")
 
 
