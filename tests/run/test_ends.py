@@ -269,7 +269,7 @@ def long(*values):
     ("launcher", "ranks", "flags", "script"),
     [
         ("python", 1, (), "train_mopd.py"),
-        ("deepspeed", 2, TENSOR_PARALLEL, "train_mopd.py"),
+        long("deepspeed", 2, TENSOR_PARALLEL, "train_mopd.py"),
         *(long(launcher, 1, (), "train_mopd.py") for launcher in THEIRS if launcher != "python"),
         *(long(launcher, 2, (), "train_mopd.py") for launcher in THEIRS if launcher != "python"),
         long("torchrun", 2, TENSOR_PARALLEL, "train_mopd.py"),

@@ -89,6 +89,7 @@ def test_bench_scoring(tmp_path, served):
         assert result["served_json_over_binary_bytes"] > 5
 
 
+@pytest.mark.long
 def test_bench_adapters_compares_three_sides(tmp_path):
     sizes = "--backends hf --hidden 64 --layers 1 --teachers 2 --sequences 2 --length 24"
     out, err = tmp_path / "out", tmp_path / "err"
@@ -306,6 +307,7 @@ def test_growth_is_over_the_weights_that_came():
     assert bench_colocation.planned(None, 1060)["planner_error"] is None
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 def test_bench_colocation_on_tiny_models(childless, tmp_path):
     """One teacher of 1 MiB: what a run holds beside it.

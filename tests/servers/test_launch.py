@@ -367,6 +367,7 @@ def kill_and_wait_for_its_successor(process, err, url: str) -> None:
     assert f"{url} is back: process {successor}\n" in err.read_text()
 
 
+@pytest.mark.long
 def test_a_log_prob_server_comes_back_stale_and_takes_a_push(tiny, tmp_path):
     weights, headers = tmp_path / "weights", {"Authorization": f"Bearer {TOKEN}"}
     arguments = (
@@ -400,6 +401,7 @@ def test_a_log_prob_server_comes_back_stale_and_takes_a_push(tiny, tmp_path):
         ended(process, signal.SIGTERM, children_of(process.pid))
 
 
+@pytest.mark.long
 def test_a_teacher_that_cannot_start_again_is_given_up(tiny, tmp_path):
     """The first death is made good; then the model is gone."""
     model = shutil.copytree(tiny.addition, tmp_path / "model")

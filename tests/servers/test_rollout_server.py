@@ -414,6 +414,7 @@ def test_a_server_whose_engine_died_ends(tiny, tmp_path, monkeypatch):
         wait_for(lambda: replica.process.poll() is not None, 10)
 
 
+@pytest.mark.long
 def test_each_process_of_a_server_reads_its_part_of_a_push(tiny, versions, tmp_path, monkeypatch):
     monkeypatch.setenv("OPD_SERVER_TOKEN", TOKEN)
     headers = {"Authorization": f"Bearer {TOKEN}"}

@@ -23,6 +23,7 @@ from tests.support.launch import (
     Models,
     at_most_two,
     command,
+    ledger_of,
     losses_of,
     metrics_of,
     parameter_hash,
@@ -38,6 +39,8 @@ WAIT_S = 8  # --teacher_wait_s
 # One request in a batch: its bits do not depend on what else the server is asked at the moment.
 JSON_SERVER = {"protocol": "json", "dtype": "float32", "kv_cache_gib": 0.03, "start_seconds": 300.0,
                "extra": ["--enforce-eager", "--max-num-seqs", "1"]}  # fmt: skip
+BINARY_SERVER = {"protocol": "binary", "dtype": "float32", "start_seconds": 300.0,
+                 "extra": ["--backend", "hf", "--max_sequences_per_batch", "1"]}  # fmt: skip
 
 
 def with_urls(models: Models, run_dir: Path, urls: list[str], *flags: str, **entry) -> list[str]:
@@ -112,8 +115,15 @@ def same_samples(run_dir: Path, other: Path) -> None:
 # ---- Servers die ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victims", ["only", pytest.param("one of two", marks=pytest.mark.long)])
-def test_a_run_survives_its_servers(models, tmp_path, key, victims):
+@pytest.mark.parametrize(
+    ("victims", "server"),
+    [
+        ("only", BINARY_SERVER),
+        pytest.param("only", JSON_SERVER, marks=pytest.mark.long),
+        pytest.param("one of two", JSON_SERVER, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_survives_its_servers(models, tmp_path, key, victims, server):
     """Undisturbed; then one of two servers is killed, or the only one, and started again.
 
     Same samples, same bits at the end.
@@ -123,16 +133,16 @@ def test_a_run_survives_its_servers(models, tmp_path, key, victims):
     entry = {"api_key_env": KEY_VARIABLE}
     calm, hit = tmp_path / "calm", tmp_path / "struck"
     teacher = str(models.teachers["addition"])
-    with serving(teacher, replicas=2, **JSON_SERVER) as (first, second):
+    with serving(teacher, replicas=2, **server) as (first, second):
         urls = [first.url, second.url]
         succeed(two_ranks(with_urls(models, calm, urls, *flags, **entry)))
         assert not undocumented(
             {key for row in metrics_of(calm) for key in row if key != "step"},
             documented_keys(ROOT / "docs" / "metrics.md"),
         )
-        assert total(calm, "failovers") == 0 and total(calm, "requests") == sum(
-            row["domain"] == "addition" for row in sample_ledger.read(calm / sample_ledger.FILE)
-        )
+        asked = sum(row["domain"] == "addition" for row in ledger_of(calm))
+        heads = 2 if server is BINARY_SERVER else 0  # each rank asks for the output projection
+        assert total(calm, "failovers") == 0 and total(calm, "requests") == asked + heads
         if victims == "one of two":
             loses_one_of_two(two_ranks(with_urls(models, hit, urls, *flags, **entry)), hit, first)
             assert total(hit, "requests") == total(calm, "requests")
@@ -140,7 +150,7 @@ def test_a_run_survives_its_servers(models, tmp_path, key, victims):
             arguments = two_ranks(with_urls(models, hit, [second.url], *flags, **entry))
             loses_its_only_server(arguments, hit, second)
     if victims == "only":
-        with serving(teacher, replicas=1, **JSON_SERVER) as (third,):
+        with serving(teacher, replicas=1, **server) as (third,):
             output = succeed(two_ranks(with_urls(models, hit, [third.url], *flags, **entry)))
         assert f"resumes from {hit / 'checkpoints' / f'step_{STRUCK}'}" in output
     same_samples(calm, hit)
@@ -193,11 +203,6 @@ def test_a_run_killed_at_every_point_of_a_step_is_the_undisturbed_one(models, tm
     points = [point for point in faults.POINTS if not point.startswith(ELSEWHERE)]
     assert set(PASSES) < set(points)
     flags = ("--save_every", "1", "--parity_every", "0", "--num_steps", str(2 * len(points)))
-    server = {
-        "protocol": "binary",
-        "dtype": "float32",
-        "extra": ["--backend", "hf", "--max_sequences_per_batch", "1"],
-    }
 
     def run(name: str, struck: list[str]) -> None:
         arguments = with_urls(models, tmp_path / name, [teacher.url], *flags)
@@ -208,7 +213,7 @@ def test_a_run_killed_at_every_point_of_a_step_is_the_undisturbed_one(models, tm
             )
         succeed(arguments)
 
-    with serving(str(models.teachers["addition"]), **server) as (teacher,):
+    with serving(str(models.teachers["addition"]), **BINARY_SERVER) as (teacher,):
         runs = {"calm": [], "first": points[::2], "second": points[1::2]}
         at_most_two(
             [lambda name=name: run(name, runs[name]) for name in ("first", "second", "calm")]

@@ -126,6 +126,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_continues_as_if_it_had_not(
         assert parameter_hash(run_dir) == parameter_hash(undisturbed)
 
 
+@pytest.mark.long
 def test_a_step_in_training_is_finished_and_saved(models, tmp_path):
     """Its weights are about to change: there is no going back to those before."""
     run_dir = tmp_path / "run"
