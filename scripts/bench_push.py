@@ -5,8 +5,8 @@ reads every byte again as a server does, `load` is vLLM's engine taking the weig
 version's directory, and `copy` copies the version's files once, in the same place. They take turns,
 and medians are compared: `push_over_copy` is (publish + verify + load) / copy. Less is better.
 
-    python scripts/bench_push.py                # 2 GiB of weights, in shared memory
-    python scripts/bench_push.py --gib 0.5 --json   # the last line is one JSON object
+    python scripts/bench_push.py                # 1 GiB of weights, in shared memory
+    python scripts/bench_push.py --gib 4 --json   # the last line is one JSON object
 """
 
 import os
@@ -29,8 +29,8 @@ LAYER_BYTES = 4 * 11 * HIDDEN * HIDDEN  # about: attention of 5, MLP of 6 matric
 
 def main() -> int:
     parser = tools.make_parser(__doc__)
-    parser.add_argument("--gib", type=float, default=2.0, help="of weights, float32")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds in which each side runs")
+    parser.add_argument("--gib", type=float, default=1.0, help="of weights, float32")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds in which each side runs")
     parser.add_argument("--root", type=Path, default=store.SHARED_MEMORY, help="where versions lie")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings go to standard output
@@ -54,7 +54,7 @@ def measure(directory: Path, gib: float, repeats: int) -> dict:
         str(directory / "model"),
         dtype="float32",
         max_model_len=64,
-        kv_cache_memory_bytes=1 << 26,
+        kv_cache_memory_bytes=1 << 28,
         enforce_eager=True,
         distributed_executor_backend="external_launcher",
     )
