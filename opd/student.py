@@ -22,6 +22,7 @@ from opd.distributed import resolve_dtype
 from opd.engines.checkpoint_names import checkpoint_tensors, forget_prefixes
 from opd.engines.deepspeed_engine import ShardedEngine
 from opd.faults import fault_point
+from opd.log import one_line
 from opd.lora_config import LoraConfig
 from opd.ops.attention import FLASH, attention_of, needs_padding_mask
 from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
@@ -232,7 +233,14 @@ class Student:
             domain_ids_B=zero_B,
             on_policy_B=zero_B.bool(),
         )
-        packed_N = self.logprobs(mb, 1.0)
+        kind = self.model.config.model_type
+        try:
+            packed_N = self.logprobs(mb, 1.0)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"--packing: {kind} cannot compute sequences that lie in one row "
+                f"({one_line(error)}); give --packing false"
+            ) from None
         wrapped.settings = replace(wrapped.settings, packing=False)
         padded_N = self.logprobs(mb, 1.0)
         wrapped.settings = replace(wrapped.settings, packing=True)
@@ -242,9 +250,8 @@ class Student:
             1e-3 if self.model.dtype == torch.float32 else 0.3
         ):
             raise ValueError(
-                f"--packing: {self.model.config.model_type} mixes sequences that lie in one row "
-                f"(log-probabilities are off by {difference:.2g}); give --packing false, or try "
-                "another --attn_implementation"
+                f"--packing: {kind} mixes sequences that lie in one row (log-probabilities are off "
+                f"by {difference:.2g}); give --packing false, or try another --attn_implementation"
             )
 
     def loss(self, mb: MicroBatch, token_loss: TokenLoss) -> LossOutput:

@@ -8,12 +8,13 @@ import shutil
 from datetime import datetime
 
 import pytest
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AttentionInterface, MambaConfig, MambaForCausalLM
 
 import train_gkd
 import train_mopd
 from opd.inputs.arguments import parse
 from opd.inputs.identity import fingerprint_of
+from opd.ops.packed_attention import PACKED
 from opd.options import to_dict
 from opd.records import checkpoint
 from opd.run.build import build_student
@@ -288,6 +289,24 @@ def test_packing_on_a_model_that_mixes_rows_is_one_line(tiny, tmp_path, capsys):
         build_student(run_of_mamba)
     assert stopped.value.code == 2
     assert "error: --packing: mamba mixes sequences that lie in one row" in capsys.readouterr().err
+
+
+def test_packing_that_a_machine_cannot_compute_is_one_line(tiny, tmp_path, capsys, monkeypatch):
+    """A GPU whose kernels do not take the model, say."""
+
+    def no_kernel(*args, **kwargs):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, PACKED, no_kernel)
+    run = prepare(parse(train_mopd.Config, arguments(tiny, tmp_path / "run")))
+    assert run.cfg.batch.packing, "the plan's choice"
+    run = dataclasses.replace(run, ds_config={"zero_optimization": {"stage": 0}})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        build_student(run)
+    assert stopped.value.code == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "error" in text]
+    assert "no kernel image is available" in line and "give --packing false" in line
 
 
 # ---- Chat templates ------------------------------------------------------------------------------
