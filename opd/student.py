@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from opd import distributed
-from opd.config import ModelConfig, OptimConfig
+from opd.config import CHUNK_BYTES, ModelConfig, OptimConfig
 from opd.distributed import resolve_dtype
 from opd.engines.checkpoint_names import checkpoint_tensors, forget_prefixes
 from opd.engines.deepspeed_engine import ShardedEngine
@@ -25,7 +25,7 @@ from opd.faults import fault_point
 from opd.log import one_line
 from opd.lora_config import LoraConfig
 from opd.ops.attention import FLASH, attention_of, needs_padding_mask
-from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, fused_linear_loss, score_hidden
+from opd.ops.fused_linear import fused_linear_loss, score_hidden
 from opd.ops.heads import OutputHead, logit_form
 from opd.ops.logits import LogitsChunk
 from opd.ops.lora import add_adapter, layout_of, merged_layer, trained_tensors
@@ -52,7 +52,7 @@ class LossSettings:
 
     temperature: float = 1.0
     shared_vocab: int | None = None  # tokens that all models know; None is all of the student's
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    chunk_bytes: int = CHUNK_BYTES
     packing: bool = False  # sequences of a micro-batch end to end, without padding
     domains: tuple[str, ...] = ()  # statistics are summed for each of them too
     # Asks for a first pass that hands the loss the labels' log-probabilities [N] at that

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
-from opd.ops.packed_attention import PACKED
+from opd.ops.packed_attention import LARGEST_HEAD, PACKED
 
 AUTO = "auto"
 SOFTCAP_KEYS = (
@@ -28,7 +28,7 @@ CAPPING = (
 )  # of transformers 5.19
 
 
-FLASH, FLASH_HEAD_SIZE = "flash_attention_2", 256  # the largest head that its kernels know
+FLASH = "flash_attention_2"
 CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 # The layers of one do not hand down where sequences start; the other does not say that it is
 # recurrent.
@@ -81,13 +81,11 @@ def can_pack(config: PreTrainedConfig) -> bool:
     if family is None or config.get_text_config() is not config or _soft_cap(config):
         return False
     layers = set(getattr(config, "layer_types", None) or CAUSAL_LAYERS)
-    # only eager attention knows sinks and masks that depend on values, so those have no sdpa
-    interfaces = family._supports_sdpa and family._supports_flash_attn
-    return bool(
-        interfaces
-        and family._supports_attention_backend
-        and layers <= CAUSAL_LAYERS
-        and config.model_type not in CANNOT_PACK
+    if not layers <= CAUSAL_LAYERS or config.model_type in CANNOT_PACK:
+        return False
+    # sinks, and masks that depend on values, are more than one of these can say
+    return (
+        family._supports_attention_backend and family._supports_sdpa and family._supports_flash_attn
     )
 
 
@@ -100,7 +98,7 @@ def _has_flash(config: PreTrainedConfig, dtype: torch.dtype | None) -> bool:
         return False
     heads = getattr(text, "num_attention_heads", None) or 1
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return not family._compatible_flash_implementations and size <= FLASH_HEAD_SIZE
+    return not family._compatible_flash_implementations and size <= LARGEST_HEAD
 
 
 def attention_of(

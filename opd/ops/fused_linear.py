@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opd.config import CHUNK_BYTES
 from opd.ops import kernels
 from opd.ops.heads import LogitForm, OutputHead
 from opd.ops.logits import LogitsChunk, project
 
 ChunkLoss = Callable[[LogitsChunk, slice], tuple[Tensor, dict[str, Tensor]]]
 
-DEFAULT_CHUNK_BYTES = 320 * 2**20
 # Tensors of a chunk's logits' size that exist at once, with one teacher: the student's logits and
 # the teacher's.
 LIVE_BUFFERS = 2
@@ -52,7 +52,7 @@ def fused_linear_loss(
     temperature: float = 1.0,
     vocab: int | None = None,
     teachers: int = 1,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens of `token_loss`: `(loss_sum [], stats: name -> detached [N])`.
 
@@ -98,7 +98,7 @@ def fused_linear_divergence(
     skew_alpha: float = 0.1,
     temperature: float = 1.0,
     weights_N: Tensor | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over tokens of `weights_N * divergence(student, teacher)` (see `losses.divergence`) and
     its stats.
@@ -147,7 +147,7 @@ def score_hidden(
     bias_V: Tensor | None = None,
     form: LogitForm = LogitForm(),  # noqa: B008 - frozen
     temperature: float = 1.0,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> HiddenScores:
     """Scores of `labels_N` (int64, in 0..V-1) under the head's softmax at `temperature`; no
     gradient.

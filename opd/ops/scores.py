@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opd.ops.fused_linear import DEFAULT_CHUNK_BYTES, score_hidden
+from opd.config import CHUNK_BYTES
+from opd.ops.fused_linear import score_hidden
 from opd.ops.heads import OutputHead
 from opd.pictures import PromptImages
 from opd.types import TeacherEngine
@@ -40,7 +41,7 @@ def score_responses(
     *,
     support_k: int = 0,
     temperature: float = 1.0,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> list[dict[str, Tensor]]:
     """What the head says of each response from its hidden states [L, H], all in one pass.
 

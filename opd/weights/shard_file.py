@@ -19,6 +19,8 @@ DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -33,24 +35,23 @@ class ShardFile:
 
     def __init__(self, path: Path):
         self.path, self.num_bytes = path, 0
-        self._header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-        self._header_bytes = LENGTH_BYTES + len(json.dumps(self._header))
+        self._entries = ['"__metadata__": {"format": "pt"}']
+        self._header_bytes = LENGTH_BYTES + len("{}") + len(self._entries[0])
         self._file = path.open("xb")
         self._file.seek(HEADER_ROOM)
 
     def takes(self, name: str, tensor: Tensor) -> bool:
         """Whether its header has room, and the tensor would lie where its type may lie."""
-        room = HEADER_ROOM - self._header_bytes - len(self._entry(name, tensor))
-        return room >= 0 and self.num_bytes % tensor.element_size() == 0
+        needed = self._header_bytes + len(", ") + len(self._entry(name, tensor))
+        return needed <= HEADER_ROOM and self.num_bytes % tensor.element_size() == 0
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Any device; the bytes are in the file when it returns."""
-        assert name not in self._header, f"{name}: two tensors of one name"
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         entry = self._entry(name, tensor)
         self._file.write(memoryview(values.numpy()))
-        self._header |= json.loads(f"{{{entry}}}")
-        self._header_bytes += len(entry) + 2
+        self._entries.append(entry)
+        self._header_bytes += len(", ") + len(entry)
         self.num_bytes += len(values)
 
     def _entry(self, name: str, tensor: Tensor) -> str:
@@ -59,7 +60,7 @@ class ShardFile:
         return f"{json.dumps(name)}: {json.dumps(about)}"
 
     def close(self) -> None:
-        text = json.dumps(self._header).encode().ljust(HEADER_ROOM - LENGTH_BYTES)
+        text = f"{{{', '.join(self._entries)}}}".encode().ljust(HEADER_ROOM - LENGTH_BYTES)
         assert len(text) == HEADER_ROOM - LENGTH_BYTES, "the header runs into the tensors"
         self._file.seek(0)
         self._file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)

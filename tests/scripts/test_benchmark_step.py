@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
 from scripts import bench_recovery, bench_step
 from scripts.measure import runs
+from scripts.measure.real_workload import UNUSED, write_smollm2
 from scripts.measure.tools import read_jsonl
 from tests.support.processes import worker_environment
 
@@ -62,6 +63,23 @@ def test_prompts_have_the_asked_length_and_no_model_can_end_its_response(tmp_pat
         silent = [tokenizer.eos_token_id, tokenizer.pad_token_id]
         assert probs_BSV[..., silent].max() < 1e-20 and probs_BSV.shape[-1] == 300
         assert probs_BSV.max() < 0.1, "the other tokens are meant to stay near uniform"
+
+
+def test_the_real_model_reads_real_questions_and_cannot_end(smollm2, tmp_path):
+    workload = bench_step.WORKLOADS["smollm2"]
+    write_smollm2(tmp_path / "real", workload, steps=2)
+    rows = read_jsonl(tmp_path / "real" / "prompts.jsonl")
+    assert len(rows) == 2 * workload.prompts and {r["data_source"] for r in rows} == {"teacher"}
+    for name, (layers, _) in (("student", workload.student), ("teacher", workload.teacher)):
+        path = tmp_path / "real" / name
+        config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        assert config.num_hidden_layers == layers
+        assert config.eos_token_id == tokenizer.eos_token_id == UNUSED["id"]
+        for row in rows:
+            ids = tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, return_dict=False
+            )
+            assert UNUSED["id"] not in ids and len(ids) <= workload.prompt_tokens
 
 
 def test_flags_are_written_as_a_user_types_them():

@@ -106,6 +106,19 @@ def test_bench_adapters_compares_three_sides(tmp_path):
     assert result["hf_engines_mb"] > result["hf_one_base_mb"]
 
 
+def test_bench_push_compares_a_push_with_a_copy(tmp_path):
+    out, err = tmp_path / "out", tmp_path / "err"
+    script = str(ROOT / "scripts" / "bench_push.py")
+    arguments = [script, *f"--json --gib 0.04 --repeats 1 --root {tmp_path}".split()]
+    status = run_forked(arguments, out, err, 300, worker_environment())
+    assert status == 0, err.read_text()[-3000:]
+    result = json.loads(out.read_text().splitlines()[-1])
+    push_ms = sum(result[f"{side}_ms"] for side in ("publish", "verify", "load"))
+    assert result["push_over_copy"] == pytest.approx(push_ms / result["copy_ms"], rel=0.05)
+    assert 40 <= result["mib"] <= 60
+    assert not list(tmp_path.glob("bench_push_*")), "it leaves no weights behind"
+
+
 def test_bench_scaling_plots(run_main, tmp_path):
     plot = tmp_path / "new" / "scaling.png"
     result, _ = run_main(

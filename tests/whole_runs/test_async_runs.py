@@ -66,6 +66,11 @@ def launch(models, run_dir, servers, *flags, **changes):
     )
 
 
+def old_policy_of(servers) -> tuple[str, ...]:
+    asked = ("--old_logprobs", "server", "--logprob_servers", servers[2].url)
+    return (*asked, "--max_staleness", "0")
+
+
 @pytest.fixture(scope="module")
 def calm(models, tmp_path_factory):
     """The synchronous run."""
@@ -101,14 +106,7 @@ def test_async_runs(models, servers, calm, tmp_path):
     )
     recomputed, asked = tmp_path / "recompute", tmp_path / "server"
     succeed(command(models, recomputed, *loss, "--old_logprobs", "recompute"))
-    server = (
-        "--old_logprobs",
-        "server",
-        "--logprob_servers",
-        servers[2].url,
-        "--max_staleness",
-        "0",
-    )
+    server = old_policy_of(servers)
     succeed(launch(models, asked, servers, *loss, *server))
     assert losses_of(asked) == pytest.approx(losses_of(recomputed), abs=1e-4)
     for row in metrics_of(asked):
@@ -159,14 +157,7 @@ def test_a_push_that_fails_and_old_policies_that_are_measured(models, servers, c
 
     # Where nothing reads the old policy, it is measured, and the losses are those of a run without
     # it.
-    server = (
-        "--old_logprobs",
-        "server",
-        "--logprob_servers",
-        servers[2].url,
-        "--max_staleness",
-        "0",
-    )
+    server = old_policy_of(servers)
     measured = tmp_path / "measured"
     succeed(launch(models, measured, servers, *server))
     assert losses_of(measured) == losses_of(calm)
