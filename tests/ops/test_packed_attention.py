@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoConfig
 
 from opd.ops import packed_attention
 from opd.ops.attention import can_pack
 from opd.ops.packed_attention import PACKED, boundaries
 from scripts.measure.families import FAMILIES, make_config, make_model
+from tests.support.published import PUBLISHED
 
 LENGTHS = [5, 12, 9, 1, 14]
 WINDOW = 4
@@ -40,6 +42,16 @@ def test_families_with_parts_of_their_own_do_not():
     found = {f.name for f in FAMILIES if can_pack(make_config(f, pad_id=0, eos_id=1))}
     assert not found & CANNOT and len(found) >= 60
     assert {"llama", "qwen2", "qwen3", "qwen3_moe", "gemma3", "mistral", "phi3", "olmo3"} <= found
+
+
+def test_published_models_pack_but_for_the_one_with_sinks():
+    configs = {name: dict(values) for name, values in PUBLISHED.items()}
+    found = {
+        name
+        for name, c in configs.items()
+        if can_pack(AutoConfig.for_model(c.pop("model_type"), **c))
+    }
+    assert configs.keys() - found == {"gpt-oss-20b"}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
