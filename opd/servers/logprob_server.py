@@ -9,7 +9,7 @@ in detail:
 |---|---|
 | `GET /health` | 200 while the event loop lives |
 | `GET /version` | protocol, version of the weights, state, fence |
-| `GET /metrics` | requests, tokens, batches; waiting, version of the weights, paused; in Prometheus' text form |
+| `GET /metrics` | requests, tokens, batches; waiting, queued, version of the weights, paused; in Prometheus' text form |
 | `POST /logprobs` | raw int32 ids to safetensors: `logprobs` and `entropy` of the response's tokens |
 | `POST /pause`, `/update_weights`, `/resume`, `/lease` | `opd/servers/control.py` |
 
@@ -183,6 +183,7 @@ class LogprobService:
         version = -1 if gate.version is None else gate.version
         gauges = {
             "waiting": self.admission.admitted,
+            "queued": engine.waiting,  # of them those that a pause does not hold back any more
             "weights_version": version,
             "paused": int(gate.state == "paused"),
         }

@@ -366,10 +366,10 @@ def test_what_is_in_flight_is_answered_by_the_old_weights(slow, weights):
     """The question waits for others to share its forward when the pause comes."""
     fence = 1000 * next(FENCES)
     weights.publish(fence, fence)
-    until(lambda: metrics(slow)["opd_waiting"] == 0)  # nothing of an earlier test
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, slow, question())
-        until(lambda: metrics(slow)["opd_waiting"] == 1 or answer.done())
+        # one that waits, but is not read yet, is not in flight
+        until(lambda: metrics(slow)["opd_queued"] == 1 or answer.done())
         push(slow, fence, fence)
         said = answer.result(DEADLINE)
     assert said.version == 0
